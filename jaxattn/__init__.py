@@ -1,0 +1,1 @@
+"""Convolution, attention, and everything between, as one einsum."""

@@ -1,0 +1,19 @@
+"""Tests run with 64-bit types available, on the CPU unless told otherwise, with every shape annotation checked."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import hypothesis
+import jax
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_enable_x64", True)
+install_import_hook("jaxattn", "beartype.beartype")
+
+# Compilation makes the first example slow, so no deadline. Derandomised: CI tests the same examples every time;
+# HYPOTHESIS_PROFILE=explore draws new ones.
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_examples=25, print_blob=True)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=300, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))

@@ -1,0 +1,61 @@
+"""The house rules that a machine can check: a file imports only from floors below."""
+
+import ast
+import pathlib
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parent.parent / "jaxattn"
+FLOOR = {
+    "window": 1,
+    "notation": 1,
+    "normalize": 1,
+    "position": 1,
+    "kernels": 2,
+    "einsum": 3,
+    "attention": 3,
+    "zoo": 4,
+    "measure": 4,
+    "nn": 5,
+    "equivalence": 5,
+    "models": 6,
+    "train": 7,
+    "plots": 7,
+    "bench": 7,
+    "study": 8,
+    "cli": 9,
+}
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def imported(path: pathlib.Path) -> list[str]:
+    """The `jaxattn` modules that a file imports anywhere in it, by full name."""
+    here = ("jaxattn", *path.relative_to(PACKAGE).with_suffix("").parts)
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(here[: len(here) - node.level]) if node.level else ""
+            module = ".".join(filter(None, (base, node.module)))
+            names += [module] if node.module and module != "jaxattn" else []
+            names += [f"{module}.{alias.name}" for alias in node.names if not node.module or module == "jaxattn"]
+    return [name for name in names if name.split(".")[0] == "jaxattn"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_only_from_floors_below(path):
+    unit = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    assert unit in FLOOR, f"{unit} has no floor: give it one in {__file__}"
+    for name in imported(path):
+        parts = name.split(".")
+        assert len(parts) > 1, f"{path} imports the package itself; import the module that holds the name"
+        other = parts[1]
+        assert other in FLOOR, f"{path} imports {name}, which has no floor: import the module that holds the name"
+        assert other == unit or FLOOR[other] < FLOOR[unit], (
+            f"{path} (floor {FLOOR[unit]}) imports {name} (floor {FLOOR[other]}): imports run down only"
+        )
+
+
+def test_every_file_is_seen():
+    assert len(FILES) >= 5

@@ -7,6 +7,7 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "jaxattn"
 FLOOR = {
+    "boundary": 0,
     "window": 1,
     "notation": 1,
     "normalize": 1,

@@ -1,0 +1,1 @@
+"""Training: the data, the loop, the run folder, the report. Needs `pip install 'jaxattn[train]'`."""

@@ -1,0 +1,194 @@
+"""A static kernel: affine axes as one `lax.conv_general_dilated`.
+
+An affine token over x, `a·p + b·q + c`, with q an axis of the kernel that is summed and p an axis of the output, is
+one spatial dimension with stride a, dilation b and padding -c. On the right of the arrow, with p an axis of x, it is
+the transposed convolution: x is dilated by a. Which of the two axes is written first does not matter, so the gradient
+of a convolution with respect to its kernel, written as an equation, is a convolution as well.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxattn.kernels.gather import axes_of, merge, split
+from jaxattn.kernels.slices import extend, fold_back
+from jaxattn.notation import OUTPUT, Affine, Resolved
+
+
+@dataclasses.dataclass(frozen=True)
+class Spatial:
+    """One spatial dimension: axis p of x or of the output, axis q of the kernel, and the numbers lax wants.
+
+    A negative coefficient is a positive one over the flipped axis: `flip_p`, `flip_q`.
+    """
+
+    p: str
+    q: str
+    index: Affine
+    scattered: bool
+    stride: int
+    dilation: int
+    padding: tuple[int, int]
+    flip_p: bool
+    flip_q: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolution:
+    """How the axes of an equation of two operands are shared out; `x` is the number of the operand with positions."""
+
+    x: int
+    spatial: tuple[Spatial, ...]
+    batch: tuple[str, ...]
+    group: tuple[str, ...]
+    contracted: tuple[str, ...]
+    features: tuple[str, ...]
+
+    def describe(self, resolved: Resolved) -> str:
+        """The call in words, for a reader of the plan."""
+        both = [f"strides {tuple(s.stride for s in self.spatial if not s.scattered)}"]
+        if any(s.scattered for s in self.spatial):
+            both.append(f"lhs_dilation {tuple(s.stride for s in self.spatial if s.scattered)}")
+        both += [
+            f"padding {tuple(s.padding for s in self.spatial)}",
+            f"dilation {tuple(s.dilation for s in self.spatial)}",
+            f"groups {math.prod(resolved.sizes[a] for a in self.group)}",
+        ]
+        return ", ".join(part for part in both if not part.endswith("()"))
+
+
+def match(resolved: Resolved) -> Convolution | None:
+    """The convolution that an equation is, or None."""
+    if len(resolved.operands) != 2 or any(len(index.axes) != 2 for index in resolved.affine):
+        return None
+    names = [axes_of(term) for term in resolved.operands]
+    if any(len(set(axes)) < len(axes) for axes in names):
+        return None
+    inputs = [index for index in resolved.affine if index.term < 2]
+    first = resolved.affine[0]
+    x = first.term if inputs else int(first.axes[0] in names[1])
+    if any(index.term != x for index in inputs):
+        return None
+    bare = [{a for token in term if not token.affine for a in token.axes} for term in resolved.terms]
+    spatial = []
+    for index in resolved.affine:
+        for p, q in (index.axes, index.axes[::-1]):
+            scattered = index.term == len(resolved.operands)
+            p_stands = (p in bare[x]) if scattered else (p in bare[OUTPUT] and p not in bare[x])
+            if p_stands and p not in bare[1 - x] and q in bare[1 - x] and q not in bare[x] | bare[OUTPUT]:
+                spatial.append(_spatial(index, p, q, scattered))
+                break
+    used = [axis for s in spatial for axis in (s.p, s.q)]
+    if len(spatial) < len(resolved.affine) or len(set(used)) < len(used):
+        return None
+    mine, other = ([a for a in names[k] if a in bare[k] and a not in used] for k in (x, 1 - x))
+    return Convolution(
+        x,
+        tuple(spatial),
+        batch=tuple(a for a in mine if a in bare[OUTPUT] and a not in other),
+        group=tuple(a for a in mine if a in bare[OUTPUT] and a in other),
+        contracted=tuple(a for a in mine if a not in bare[OUTPUT] and a in other),
+        features=tuple(a for a in other if a in bare[OUTPUT] and a not in mine),
+    )
+
+
+def _spatial(index: Affine, p: str, q: str, scattered: bool) -> Spatial:
+    """The numbers of one spatial dimension. Outside is zero by now, or has been filled: see `extend`."""
+    along = dict(zip(index.axes, zip(index.coefficients, index.extents, strict=True), strict=True))
+    (a, count), (b, taps) = along[p], along[q]
+    filled = index.boundary not in (None, "zero")
+    # what the flips of p and q leave: lowest is the index where |a|·p + |b|·q is zero
+    lowest, length = (0, index.highest - index.lowest + 1) if filled else (index.lowest, index.length)
+    reach = abs(b) * (taps - 1)
+    if scattered:
+        # out[m] = Σ x[p] w[q] where m = lowest + |a| p + |b| q: correlate the dilated x with the kernel flipped
+        low = lowest + reach
+        high = length - (abs(a) * (count - 1) + 1) - low + reach
+        return Spatial(p, q, index, True, abs(a), abs(b), (low, high), a < 0, b > 0)
+    # lax rounds the number of positions down: of the paddings that give `count`, take the one that was asked for
+    least = lowest + abs(a) * (count - 1) + reach - (length - 1)
+    high = min(max(0 if filled else index.padding_high, least), least + abs(a) - 1)
+    return Spatial(p, q, index, False, abs(a), abs(b), (-lowest, high), a < 0, b < 0)
+
+
+def _arrange(names: list[str], groups: list[tuple[str, ...]]) -> list[int]:
+    """The order of `groups` in which they are side by side in `names`, so that nothing moves; else their own order."""
+    order = sorted(range(len(groups)), key=lambda g: names.index(groups[g][0]) if groups[g] else (g and len(names)))
+    return order if [a for g in order for a in groups[g]] == names else list(range(len(groups)))
+
+
+def _grouped(x: jax.Array, names: list[str], groups: list[tuple[str, ...]]) -> tuple[jax.Array, list[int]]:
+    """x with each group of axes merged into one dimension, and where each group then stands."""
+    order = _arrange(names, groups)
+    flat = [a for g in order for a in groups[g]]
+    size = dict(zip(names, x.shape, strict=True))
+    x = x.transpose([names.index(a) for a in flat])
+    return x.reshape([math.prod(size[a] for a in groups[g]) for g in order]), [
+        order.index(g) for g in range(len(order))
+    ]
+
+
+def convolve(resolved: Resolved, operands, precision, accumulate) -> jax.Array:
+    """Evaluate an equation for which `match` finds a convolution."""
+    conv = match(resolved)
+    assert conv is not None
+    x, w = operands[conv.x], operands[1 - conv.x]
+    for s in conv.spatial:
+        if not s.scattered and s.index.boundary not in (None, "zero"):
+            x = extend(x, s.index.dim, s.index)
+    ps, qs = [s.p for s in conv.spatial], [s.q for s in conv.spatial]
+    p_of = {s.index.dim: s.p for s in conv.spatial if not s.scattered}
+    x_names = [a for d, token in enumerate(resolved.terms[conv.x]) for a in ([p_of[d]] if d in p_of else token.axes)]
+    w_names = axes_of(resolved.terms[1 - conv.x])
+    x = split(x, resolved.terms[conv.x], resolved.sizes)
+    w = split(w, resolved.terms[1 - conv.x], resolved.sizes)
+
+    x, x_names = _sum_out(x, x_names, {*ps, *conv.batch, *conv.group, *conv.contracted})
+    w, w_names = _sum_out(w, w_names, {*qs, *conv.group, *conv.contracted, *conv.features})
+    x = _flip(x, [x_names.index(s.p) for s in conv.spatial if s.scattered and s.flip_p])
+    w = _flip(w, [w_names.index(s.q) for s in conv.spatial if s.flip_q])
+
+    x, x_at = _grouped(x, x_names, [conv.batch, *((p,) for p in ps), conv.group + conv.contracted])
+    w, w_at = _grouped(w, w_names, [*((q,) for q in qs), conv.contracted, conv.group + conv.features])
+    p_out = {s.index.dim: s.p for s in conv.spatial if s.scattered}
+    y_names = [a for d, token in enumerate(resolved.output) for a in ([p_out[d]] if d in p_out else token.axes)]
+    y_groups = [conv.batch, *((p,) for p in ps), conv.group + conv.features]
+    y_order = _arrange(y_names, y_groups)
+    y_at = [y_order.index(g) for g in range(len(y_order))]
+
+    if accumulate != x.dtype and jnp.finfo(accumulate).bits > 32:
+        x, w = x.astype(accumulate), w.astype(accumulate)
+    y = lax.conv_general_dilated(
+        x,
+        w,
+        window_strides=[1 if s.scattered else s.stride for s in conv.spatial],
+        padding=[s.padding for s in conv.spatial],
+        lhs_dilation=[s.stride if s.scattered else 1 for s in conv.spatial],
+        rhs_dilation=[s.dilation for s in conv.spatial],
+        dimension_numbers=lax.ConvDimensionNumbers(
+            (x_at[0], x_at[-1], *x_at[1:-1]), (w_at[-1], w_at[-2], *w_at[:-2]), (y_at[0], y_at[-1], *y_at[1:-1])
+        ),
+        feature_group_count=math.prod(resolved.sizes[a] for a in conv.group),
+        precision=precision,
+    )
+    spread = {s.p: y.shape[at] for s, at in zip(conv.spatial, y_at[1:-1], strict=True)}
+    flat = [a for g in y_order for a in y_groups[g]]
+    y = y.reshape([spread.get(a, resolved.sizes[a]) for a in flat]).transpose([flat.index(a) for a in y_names])
+    y = _flip(y, [y_names.index(s.p) for s in conv.spatial if not s.scattered and s.flip_p])
+    for s in conv.spatial:
+        if s.scattered and s.index.boundary not in (None, "zero"):
+            y = fold_back(y, y_names.index(s.p), s.index)
+    return merge(y, resolved)
+
+
+def _sum_out(x: jax.Array, names: list[str], kept: set[str]) -> tuple[jax.Array, list[str]]:
+    """x summed over the axes that nothing else knows."""
+    gone = [dim for dim, name in enumerate(names) if name not in kept]
+    return (x.sum(gone, dtype=x.dtype) if gone else x), [name for name in names if name in kept]
+
+
+def _flip(x: jax.Array, dims: list[int]) -> jax.Array:
+    return lax.rev(x, dims) if dims else x

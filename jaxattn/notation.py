@@ -1,0 +1,539 @@
+"""The equation's text and its operands' shapes, read into extents and affine indices.
+
+    n 2*i+r 2*j+s c, r s c o -> n i j o
+
+A *token* is one axis of one operand: a name, a sum of axes (`2*i+r`), a product of axes (`(g c)`), or `...`.
+`parse` reads the text, `resolve` adds the shapes. Both are cached: the same equation and shapes are read once.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import numbers
+import re
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from jaxattn.boundary import BOUNDARIES, fold
+
+NAME = r"[A-Za-z_][A-Za-z0-9_]*"
+TERM = re.compile(rf"(?P<sign>[+-]?)(?:(?:(?P<coefficient>\d+)\*)?(?P<axis>{NAME})|(?P<constant>\d+))")
+TOKEN = re.compile(r"\([^()]*\)|[^\s()]+|[()]")
+ELLIPSIS = "..."
+OUTPUT = -1  # the index of the output among the terms, as the last of a sequence
+
+
+class EquationError(ValueError):
+    """An equation that can't be read or doesn't fit its operands; the message shows where."""
+
+
+class NotationError(EquationError):
+    """The text of the equation is malformed."""
+
+
+class ExtentError(EquationError):
+    """An axis has two extents, or none, or operands of the wrong rank or number."""
+
+
+class IndexRangeError(EquationError):
+    """An affine index leaves its axis, and nothing says what stands outside."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Token:
+    """One axis of one operand, as written: its text, its column in the equation, and the axes it names.
+
+    `coefficients` is None but for a sum, which also has a `constant`.
+    """
+
+    text: str
+    column: int
+    axes: tuple[str, ...]
+    coefficients: tuple[int, ...] | None = None
+    constant: int = 0
+
+    @property
+    def affine(self) -> bool:
+        return self.coefficients is not None
+
+    def columns(self, axis: str | None = None) -> range:
+        """Where the token, or one axis in it, stands in the equation."""
+        found = axis and re.search(rf"(?<![A-Za-z0-9_]){axis}(?![A-Za-z0-9_])", self.text)
+        start, stop = found.span() if found else (0, len(self.text))
+        return range(self.column + start, self.column + stop)
+
+
+Term = tuple[Token, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parsed:
+    """The text of an equation, read: the tokens of each operand and of the output."""
+
+    equation: str
+    operands: tuple[Term, ...]
+    output: Term
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """The operands, and the output last."""
+        return (*self.operands, self.output)
+
+    def error(
+        self, kind: type[EquationError], message: str, columns: Iterable[int] = (), operands: str = ""
+    ) -> EquationError:
+        """An error that shows the equation with carets under `columns`, and the operands' shapes."""
+        marked = set(columns)
+        lines = [f"einsum: {message}", f"    {self.equation}"]
+        if marked:
+            lines.append("    " + "".join("^" if column in marked else " " for column in range(max(marked) + 1)))
+        if operands:
+            lines.append(f"    {operands}")
+        return kind("\n".join(lines))
+
+
+@functools.lru_cache(maxsize=4096)
+def parse(equation: str) -> Parsed:
+    """Read the text of an equation; the errors need no shapes."""
+    if not isinstance(equation, str):
+        raise NotationError(f"einsum: the equation must be a string, got {type(equation).__name__}")
+    bare = Parsed(equation, (), ())
+    arrows = [match.start() for match in re.finditer("->", equation)]
+    if len(arrows) != 1:
+        columns = [column + k for column in arrows for k in (0, 1)]
+        raise bare.error(NotationError, f"an equation has one '->', this one has {len(arrows)}", columns)
+    left, right = equation[: arrows[0]], equation[arrows[0] + 2 :]
+    if "," in right:
+        raise bare.error(NotationError, "an equation has one output, but there is a ',' after '->'", _at(equation, ","))
+    starts = [0, *(match.end() for match in re.finditer(",", left))]
+    operands = tuple(_tokens(bare, text, start) for text, start in zip(left.split(","), starts, strict=True))
+    parsed = Parsed(equation, operands, _tokens(bare, right, arrows[0] + 2))
+    _check_output(parsed)
+    return parsed
+
+
+def _at(equation: str, text: str) -> range:
+    start = equation.rindex(text)
+    return range(start, start + len(text))
+
+
+def _tokens(bare: Parsed, text: str, start: int) -> Term:
+    """The tokens of one term."""
+    tokens = tuple(_token(bare, match.group(), start + match.start()) for match in TOKEN.finditer(text))
+    ellipses = [token for token in tokens if token.text == ELLIPSIS]
+    if len(ellipses) > 1:
+        raise bare.error(NotationError, "'...' stands at most once in a term", ellipses[1].columns())
+    return tokens
+
+
+def _token(bare: Parsed, text: str, column: int) -> Token:
+    """One token: a name, a sum, a product or '...'."""
+    if text == ELLIPSIS:
+        return Token(text, column, ())
+    where = range(column, column + len(text))
+    if text in "()":
+        raise bare.error(NotationError, f"unbalanced '{text}': axes are composed as (g c), one level deep", where)
+    if text.startswith("("):
+        names = text[1:-1].split()
+        for name in names:
+            if not re.fullmatch(NAME, name):
+                why = "a sum can't be composed" if re.search(r"[+\-*]", name) else "only names can be composed"
+                raise bare.error(NotationError, f"'{name}' inside '{text}': {why}", where)
+        if not names:
+            raise bare.error(NotationError, "'()' composes no axes", where)
+        return Token(text, column, tuple(names))
+    if re.fullmatch(NAME, text):
+        return Token(text, column, (text,))
+    return _sum(bare, text, column)
+
+
+def _sum(bare: Parsed, text: str, column: int) -> Token:
+    """An affine sum of axes: the first axis is the position, the others are windows."""
+    where = range(column, column + len(text))
+
+    def fail(why: str) -> EquationError:
+        return bare.error(NotationError, f"can't read '{text}': {why}", where)
+
+    axes: list[str] = []
+    coefficients: list[int] = []
+    constant = at = 0
+    while at < len(text):
+        match = TERM.match(text, at)
+        if match is None or (at > 0 and not match["sign"]):
+            if re.search(r"\*\s*\d", text) or re.search(r"\d[A-Za-z_]", text):
+                raise fail("a coefficient comes first, with a '*', as in 2*i")
+            if text[0] in "+-" or text[-1] in "+-*":
+                raise fail("a sum is written without spaces, as in 2*i+r-1")
+            raise fail("a token is a name, a sum such as 2*i+r-1, a product such as (g c), or '...'")
+        sign = -1 if match["sign"] == "-" else 1
+        if match["axis"]:
+            axes.append(match["axis"])
+            coefficients.append(sign * int(match["coefficient"] or 1))
+        else:
+            constant += sign * int(match["constant"])
+        at = match.end()
+    if not axes:
+        raise fail("a sum names at least one axis")
+    if len(set(axes)) < len(axes):
+        raise fail("an axis stands at most once in a sum; its coefficient says how often, as in 2*i")
+    if 0 in coefficients:
+        raise fail("a coefficient of 0 leaves the axis out")
+    if coefficients[0] < 0:
+        raise fail(f"the first axis is the position, and its coefficient must be positive, not {coefficients[0]}")
+    return Token(text, column, tuple(axes), tuple(coefficients), constant)
+
+
+def _check_output(parsed: Parsed) -> None:
+    """Each axis of the output comes from an operand, and comes once; '...' is kept."""
+    known = {axis for term in parsed.operands for token in term for axis in token.axes}
+    seen: dict[str, Token] = {}
+    for token in parsed.output:
+        for axis in token.axes:
+            if axis not in known:
+                message = f"axis '{axis}' of the output appears in no operand"
+                raise parsed.error(NotationError, message, token.columns(axis))
+            if axis in seen:
+                columns = [*seen[axis].columns(axis), *token.columns(axis)]
+                raise parsed.error(NotationError, f"axis '{axis}' is repeated in the output", columns)
+            seen[axis] = token
+    dots = [token for term in parsed.operands for token in term if token.text == ELLIPSIS]
+    kept = [token for token in parsed.output if token.text == ELLIPSIS]
+    if dots and not kept:
+        raise parsed.error(NotationError, "'...' must be kept in the output", dots[0].columns())
+    if kept and not dots:
+        raise parsed.error(NotationError, "'...' of the output appears in no operand", kept[0].columns())
+
+
+@dataclasses.dataclass(frozen=True)
+class Affine:
+    """index = offset + Σ coefficient · axis, on an axis of `length` tokens; the first axis is the position.
+
+    `term` and `dim` say which token of the resolved equation it is, `padding_high` what the user asked for beyond
+    the far end, and `boundary` (None: the index stays inside) what stands outside.
+    """
+
+    term: int
+    dim: int
+    text: str
+    axes: tuple[str, ...]
+    coefficients: tuple[int, ...]
+    extents: tuple[int, ...]
+    offset: int
+    length: int
+    padding_high: int
+    boundary: str | None
+
+    @property
+    def lowest(self) -> int:
+        return self.offset + sum(min(c, 0) * (n - 1) for c, n in zip(self.coefficients, self.extents, strict=True))
+
+    @property
+    def highest(self) -> int:
+        return self.offset + sum(max(c, 0) * (n - 1) for c, n in zip(self.coefficients, self.extents, strict=True))
+
+    def indices(self) -> np.ndarray:
+        """The token of the axis at every value of `axes`, shape `extents`: int, -1 where nothing stands."""
+        steps = [c * np.arange(n) for c, n in zip(self.coefficients, self.extents, strict=True)]
+        index = self.offset + functools.reduce(np.add.outer, steps)
+        return fold(index, self.length, self.boundary or "zero")
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """An equation with its shapes: every axis has an extent and every affine token an index.
+
+    `terms` are the operands' tokens and the output's, with '...' spelled out as axes of its own.
+    """
+
+    equation: str
+    terms: tuple[Term, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    sizes: Mapping[str, int]
+    affine: tuple[Affine, ...]
+
+    @property
+    def operands(self) -> tuple[Term, ...]:
+        return self.terms[:OUTPUT]
+
+    @property
+    def output(self) -> Term:
+        return self.terms[OUTPUT]
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        scattered = {(a.term, a.dim): a.length for a in self.affine}
+        return tuple(
+            scattered.get((len(self.operands), dim), math.prod(self.sizes[axis] for axis in token.axes))
+            for dim, token in enumerate(self.output)
+        )
+
+    def of_term(self, term: int) -> dict[int, Affine]:
+        """The affine tokens of one term, by dimension; `OUTPUT` is the output's."""
+        return {a.dim: a for a in self.affine if a.term == term % len(self.terms)}
+
+
+class _Resolver:
+    """The state of one `resolve`: the equation, its operands' shapes, and the extents known so far."""
+
+    def __init__(self, parsed: Parsed, shapes: tuple[tuple[int, ...], ...], dtypes: tuple[str, ...]):
+        self.parsed = parsed
+        self.shapes = shapes
+        self.described = "; ".join(
+            f"operand {k}: {dtype}[{','.join(map(str, shape))}]"
+            for k, (dtype, shape) in enumerate(zip(dtypes, shapes, strict=True))
+        )
+        self.sizes: dict[str, int] = {}
+        self.origin: dict[str, tuple[str, range]] = {}
+
+    def fail(self, kind: type[EquationError], message: str, columns: Iterable[int] = ()) -> EquationError:
+        return self.parsed.error(kind, message, columns, self.described)
+
+    def learn(self, axis: str, size: int, source: str, columns: range) -> None:
+        """Note that an axis has an extent; two that differ are an error that shows both places."""
+        if axis not in self.sizes:
+            self.sizes[axis], self.origin[axis] = size, (source, columns)
+        elif self.sizes[axis] != size:
+            before, place = self.origin[axis]
+            message = f"axis '{axis}' has size {self.sizes[axis]} {before} but {size} {source}"
+            raise self.fail(ExtentError, message, [*place, *columns])
+
+    def spell_out_ellipsis(self) -> tuple[Term, ...]:
+        """Every term with '...' replaced by axes named '...0', '...1', after checking the operands' ranks."""
+        parsed, leading, first = self.parsed, None, -1
+        for k, (term, shape) in enumerate(zip(parsed.operands, self.shapes, strict=True)):
+            dots = [dim for dim, token in enumerate(term) if token.text == ELLIPSIS]
+            named = len(term) - len(dots)
+            if len(shape) < named or (len(shape) > named and not dots):
+                least = "at least " if dots else ""
+                message = f"operand {k} has {len(shape)} dimensions but its term names {least}{named}"
+                raise self.fail(ExtentError, message, (c for token in term for c in token.columns()))
+            if dots:
+                mine = shape[dots[0] : len(shape) - (len(term) - 1 - dots[0])]
+                if leading is not None and mine != leading:
+                    message = f"'...' is {list(leading)} in operand {first} but {list(mine)} in operand {k}"
+                    raise self.fail(ExtentError, message, term[dots[0]].columns())
+                leading, first = mine, k
+        names = [f"{ELLIPSIS}{k}" for k in range(len(leading or ()))]
+
+        def spell(token: Token) -> Term:
+            if token.text != ELLIPSIS:
+                return (token,)
+            return tuple(Token(ELLIPSIS, token.column, (name,)) for name in names)
+
+        return tuple(tuple(itertools.chain.from_iterable(map(spell, term))) for term in parsed.terms)
+
+    def read_sizes(self, terms: tuple[Term, ...], given: Mapping[str, int]) -> None:
+        """Extents from keywords and from bare axes."""
+        named = {axis: token for term in self.parsed.terms for token in term for axis in token.axes}
+        for axis, size in given.items():
+            if axis not in named:
+                message = f"keyword {axis}={size!r} names no axis of the equation (its axes: {', '.join(named)})"
+                raise self.fail(NotationError, message)
+            if isinstance(size, bool) or not isinstance(size, numbers.Integral) or size < 1:
+                raise self.fail(ExtentError, f"keyword {axis}={size!r} must be a positive int")
+            self.learn(axis, int(size), "by keyword", named[axis].columns(axis))
+        for k, (term, shape) in enumerate(zip(terms, self.shapes, strict=False)):
+            for token, length in zip(term, shape, strict=True):
+                if not token.affine and len(token.axes) == 1:
+                    self.learn(token.axes[0], length, f"in operand {k}", token.columns())
+
+    def decompose(self, token: Token, length: int, term: int) -> bool:
+        """Extents from a composed axis `(g c)`; False while two of them are unknown."""
+        unknown = [axis for axis in token.axes if axis not in self.sizes]
+        product = math.prod(self.sizes[axis] for axis in token.axes if axis in self.sizes)
+        if len(set(unknown)) > 1 or len(unknown) > 1:
+            return False
+        if (unknown and (product == 0 or length % product)) or (not unknown and length != product):
+            parts = " ".join(f"{axis}={self.sizes.get(axis, '?')}" for axis in token.axes)
+            message = f"'{token.text}' has size {length} in operand {term}, which is not {parts}"
+            raise self.fail(ExtentError, message, token.columns())
+        for axis in unknown:
+            self.learn(axis, length // product, f"in operand {term}", token.columns(axis))
+        return True
+
+    def locate(self, token: Token, length: int | None, place: tuple[int, int], pad, boundary) -> Affine | None:
+        """The index of an affine token, and its position's extent if nothing else gives it; None while a window is
+        unknown. `length` is None for the output's: there the token says how long the axis is."""
+        position, *windows = token.axes
+        assert token.coefficients is not None
+        stride, *dilations = token.coefficients
+        if any(axis not in self.sizes for axis in windows) or (length is None and position not in self.sizes):
+            return None
+        spans = [abs(d) * (self.sizes[axis] - 1) for d, axis in zip(dilations, windows, strict=True)]
+        span, below = sum(spans), sum(s for s, d in zip(spans, dilations, strict=True) if d < 0)
+        if pad != "VALID" and token.constant:
+            message = f"'{token.text}' has a constant, and padding={pad!r} shifts it as well: say it once"
+            raise self.fail(NotationError, message, token.columns())
+        low, high, extent = self._pad(token, length, stride, span, pad)
+        if pad == "VALID":
+            low = below - token.constant
+        if position not in self.sizes:
+            self._learn_position(token, extent, length, span, pad)
+        elif length is not None and pad == "SAME" and self.sizes[position] != extent:
+            message = (
+                f"axis '{position}' has size {self.sizes[position]} {self.origin[position][0]}, "
+                f"but padding='SAME' over {length} tokens with stride {stride} gives {extent}"
+            )
+            raise self.fail(ExtentError, message, [*self.origin[position][1], *token.columns()])
+        extents = tuple(self.sizes[axis] for axis in token.axes)
+        offset, whole = below - low, stride * (extents[0] - 1) + span + 1
+        if length is None:
+            # VALID: the highest index is the last token, so what lies below zero is outside
+            length = stride * extents[0] if pad == "SAME" else whole - low - high
+        boundary = boundary or (None if pad == "VALID" else "zero")
+        found = Affine(*place, token.text, token.axes, token.coefficients, extents, offset, length, high, boundary)
+        self._check_range(token, found)
+        return found
+
+    def _pad(self, token: Token, length: int | None, stride: int, span: int, pad) -> tuple[int, int, int]:
+        """What is padded below and above, and the extent of the position that follows from it."""
+        if length is None:
+            extent = self.sizes[token.axes[0]]
+            if pad == "SAME":
+                total = max(span + 1 - stride, 0)
+                return total // 2, total - total // 2, extent
+            return (0, 0, extent) if pad == "VALID" else (*pad, extent)
+        if pad == "SAME":
+            extent = -(-length // stride)
+            total = max((extent - 1) * stride + span + 1 - length, 0)
+            return total // 2, total - total // 2, extent
+        if pad == "VALID":
+            # a window that only looks back reaches no further up than its position
+            assert token.coefficients is not None
+            pairs = zip(token.coefficients[1:], token.axes[1:], strict=True)
+            return 0, 0, (length - 1 - sum(max(d, 0) * (self.sizes[axis] - 1) for d, axis in pairs)) // stride + 1
+        low, high = pad
+        return low, high, (length + low + high - span - 1) // stride + 1
+
+    def _learn_position(self, token: Token, extent: int, length: int | None, span: int, pad) -> None:
+        if token.constant:
+            message = f"the extent of '{token.axes[0]}' can't be read from '{token.text}', which has a constant"
+            raise self.fail(ExtentError, f"{message}: give {token.axes[0]}=", token.columns())
+        if extent < 1:
+            message = f"the window of '{token.text}' reaches over {span + 1} tokens, its axis has {length}"
+            padded = "" if pad == "VALID" else f" and padding {pad!r}"
+            raise self.fail(ExtentError, message + padded, token.columns())
+        self.learn(token.axes[0], extent, f"by '{token.text}'", token.columns(token.axes[0]))
+
+    def _check_range(self, token: Token, found: Affine) -> None:
+        if found.length < 1:
+            message = f"'{token.text}' gives the output an axis of {found.length} tokens: its padding crops everything"
+            raise self.fail(IndexRangeError, message, token.columns())
+        if found.boundary is None and (found.lowest < 0 or found.highest >= found.length):
+            index = found.lowest if found.lowest < 0 else found.highest
+            extents = ", ".join(f"'{a}' of extent {n}" for a, n in zip(found.axes, found.extents, strict=True))
+            whose = "the output" if found.term == len(self.shapes) else f"operand {found.term}"
+            message = (
+                f"with axis {extents}, '{token.text}' reaches index {index}, outside 0..{found.length - 1} of {whose}:"
+                " give a boundary or a padding"
+            )
+            raise self.fail(IndexRangeError, message, token.columns())
+
+    def missing(self, tokens: Iterable[Token]) -> EquationError:
+        """The error for axes whose extent nothing gives."""
+        unknown = {axis: token for token in tokens for axis in token.axes if axis not in self.sizes}
+        columns = [column for axis, token in unknown.items() for column in token.columns(axis)]
+        names = ", ".join(f"'{axis}'" for axis in unknown)
+        wanted = ", ".join(f"{axis}=" for axis in unknown)
+        return self.fail(ExtentError, f"nothing gives the extent of {names}: give {wanted}", columns)
+
+
+def resolve(
+    equation: str,
+    shapes: tuple[tuple[int, ...], ...],
+    dtypes: tuple[str, ...],
+    padding,
+    boundary,
+    sizes: Mapping[str, int],
+) -> Resolved:
+    """Fit an equation to its operands' shapes: the extent of every axis and the index of every affine token."""
+    parsed = parse(equation)
+    if len(shapes) != len(parsed.operands):
+        message = f"the equation has {len(parsed.operands)} operands, {len(shapes)} were given"
+        raise parsed.error(ExtentError, message)
+    state = _Resolver(parsed, shapes, dtypes)
+    terms = state.spell_out_ellipsis()
+    state.read_sizes(terms, sizes)
+    lengths = [*shapes, [None] * len(terms[OUTPUT])]
+    places = [(k, dim, token) for k, term in enumerate(terms) for dim, token in enumerate(term)]
+    sums = [(k, dim) for k, dim, token in places if token.affine]
+    written = [terms[k][dim].text for k, dim in sums]
+    pads = dict(zip(sums, normalize_padding(padding, written), strict=True))
+    edges = dict(zip(sums, normalize_boundary(boundary, written), strict=True))
+    found: dict[tuple[int, int], Affine] = {}
+
+    pending = [place for place in places if place[2].affine or (len(place[2].axes) > 1 and place[0] < len(shapes))]
+    while pending:
+        left = []
+        for k, dim, token in pending:
+            if token.affine:
+                index = state.locate(token, lengths[k][dim], (k, dim), pads[k, dim], edges[k, dim])
+                done = index is not None
+                if index is not None:
+                    found[k, dim] = index
+            else:
+                done = state.decompose(token, shapes[k][dim], k)
+            if not done:
+                left.append((k, dim, token))
+        if len(left) == len(pending):
+            raise state.missing(token for _, _, token in left)
+        pending = left
+    return Resolved(equation, terms, shapes, state.sizes, tuple(found[place] for place in sums))
+
+
+Padding = str | tuple[int, int]
+
+
+def normalize_padding(padding, sums: list[str]) -> list[Padding]:
+    """`padding` as one "VALID", "SAME" or (low, high) for each affine token."""
+
+    def one(value) -> Padding:
+        if isinstance(value, str) and value.upper() in ("VALID", "SAME"):
+            return value.upper()
+        if _is_int(value):
+            return int(value), int(value)
+        if not isinstance(value, str) and isinstance(value, Iterable):
+            pair = tuple(value)
+            if len(pair) == 2 and all(map(_is_int, pair)):
+                return int(pair[0]), int(pair[1])
+        raise ValueError(
+            f"einsum: padding={padding!r} must be 'VALID', 'SAME', an int, a pair (low, high), "
+            f"or one of these for each affine token"
+        )
+
+    if padding is None:
+        return ["VALID"] * len(sums)
+    if isinstance(padding, str) or _is_int(padding):
+        return [one(padding)] * len(sums)
+    entries = list(padding)
+    if len(entries) == 2 and all(map(_is_int, entries)):
+        return [one(entries)] * len(sums)
+    if len(entries) != len(sums):
+        raise _miscounted("padding", entries, sums)
+    return [one(entry) for entry in entries]
+
+
+def normalize_boundary(boundary, sums: list[str]) -> list[str | None]:
+    """`boundary` as one name or None for each affine token."""
+    entries = [boundary] * len(sums) if boundary is None or isinstance(boundary, str) else list(boundary)
+    for entry in [boundary] if isinstance(boundary, str) else entries:
+        if entry is not None and entry not in BOUNDARIES:
+            raise ValueError(
+                f"einsum: boundary={boundary!r} must be one of {', '.join(BOUNDARIES)}, or one for each affine token"
+            )
+    if len(entries) != len(sums):
+        raise _miscounted("boundary", entries, sums)
+    return entries
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _miscounted(name: str, entries: list, sums: list[str]) -> ValueError:
+    tokens = ", ".join(sums) or "none"
+    return ValueError(
+        f"einsum: {name} has {len(entries)} entries, but the equation has {len(sums)} affine tokens ({tokens})"
+    )

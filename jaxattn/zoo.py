@@ -1,0 +1,103 @@
+"""Each layer as a pure function of a few lines over `einsum` and `attention`."""
+
+import numbers
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax import lax
+
+from jaxattn.einsum import einsum
+
+
+def conv(
+    x,
+    kernel,
+    *,
+    strides: int | Sequence[int] = 1,
+    padding="SAME",
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    boundary=None,
+    precision: lax.PrecisionLike = None,
+    preferred_element_type=None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Convolution in any rank: one call of `einsum`.
+
+        y[n, i, j, (g o)] = Σ_{r, s, c} x[n, 2·i + 3·r, 2·j + 3·s, (g c)] · kernel[r, s, c, (g o)]
+
+        einsum("... 2*i0+3*r0 2*i1+3*r1 (g c), r0 r1 c (g o) -> ... i0 i1 (g o)", x, kernel, g=groups, padding=padding)
+
+    with strides 2 and dilation 3: position i of the output sees `2·i + 3·r`. Correlation, as everywhere in deep
+    learning (LeCun et al. 1989); dilated as in Yu & Koltun 2016 (arXiv 1511.07122), grouped as in AlexNet;
+    `groups = features` is depthwise.
+
+    Args:
+      x: `[*batch, *spatial, features]`, with any number of batch axes.
+      kernel: `[*window, features / groups, out_features]`; its rank less two is the number of spatial axes.
+      strides, dilation: ints, or one for each spatial axis.
+      padding: "SAME", "VALID", an int, or a sequence with an int or a pair `(low, high)` for each spatial axis.
+      groups: how many groups features and out_features are split into.
+      boundary: what stands outside: "zero" (default), "edge", "reflect", "wrap"; one, or one for each spatial axis.
+      precision, preferred_element_type, implementation: as in `einsum`.
+
+    Returns:
+      `[*batch, *positions, out_features]`, in the promoted dtype of x and kernel.
+
+    Raises:
+      ValueError: an argument has the wrong length or sign, or the shapes don't fit.
+
+    >>> import jax.numpy as jnp, jaxattn
+    >>> jaxattn.conv(jnp.ones((2, 9, 9, 4)), jnp.ones((3, 3, 2, 8)), strides=2, groups=2).shape
+    (2, 5, 5, 8)
+    """
+    rank = np.ndim(kernel) - 2
+    if rank < 1:
+        raise ValueError(f"conv: kernel has shape {list(np.shape(kernel))}: it must be [*window, features/groups, out]")
+    if np.ndim(x) < rank + 1:
+        raise ValueError(
+            f"conv: x has shape {list(np.shape(x))}, but a kernel of {rank} spatial axes takes "
+            f"[*batch, *spatial, features], at least {rank + 1} dimensions"
+        )
+    for name, length in (("features of x", np.shape(x)[-1]), ("out_features of kernel", np.shape(kernel)[-1])):
+        if not isinstance(groups, numbers.Integral) or groups < 1 or length % groups:
+            raise ValueError(f"conv: groups (={groups}) must be a positive int that divides the {name} (={length})")
+    every = range(rank)
+    sums = [
+        f"{s}*i{k}+{d}*r{k}"
+        for k, s, d in zip(every, _each(strides, rank, "strides"), _each(dilation, rank, "dilation"), strict=True)
+    ]
+    window, position = " ".join(f"r{k}" for k in every), " ".join(f"i{k}" for k in every)
+    return einsum(
+        f"... {' '.join(sums)} (g c), {window} c (g o) -> ... {position} (g o)",
+        x,
+        kernel,
+        g=int(groups),
+        padding=_pads(padding, rank),
+        boundary=boundary,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        implementation=implementation,
+    )
+
+
+def _each(value, rank: int, name: str) -> tuple[int, ...]:
+    """A positive int for each spatial axis."""
+    values = (value,) * rank if isinstance(value, numbers.Integral) else tuple(value)
+    if len(values) != rank or not all(isinstance(v, numbers.Integral) and v >= 1 for v in values):
+        raise ValueError(f"conv: {name}={value!r} must be a positive int, or one for each of the {rank} spatial axes")
+    return tuple(map(int, values))
+
+
+def _pads(padding, rank: int):
+    """`padding` with ints of a sequence spelled out as pairs, which `einsum` would read as one pair for all."""
+    if isinstance(padding, str | numbers.Integral):
+        return padding
+    entries = [(p, p) if isinstance(p, numbers.Integral) else tuple(p) for p in padding]
+    if len(entries) != rank or any(len(p) != 2 for p in entries):
+        raise ValueError(
+            f"conv: padding={padding!r} must be 'SAME', 'VALID', an int, or an int or pair for each of the "
+            f"{rank} spatial axes"
+        )
+    return entries

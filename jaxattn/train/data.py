@@ -111,8 +111,8 @@ def read_idx(path: Path, ndim: int) -> UInt8[np.ndarray, "..."]:
 def _digits() -> tuple[np.ndarray, np.ndarray]:
     with needs_extra("train"):
         from sklearn.datasets import load_digits
-    bunch = load_digits()
-    return bunch.images[..., None].astype(np.float32) / 16, bunch.target
+    pixels, labels = load_digits(return_X_y=True)  # [1797, 64], in 0 to 16
+    return np.reshape(pixels, (-1, 8, 8, 1)).astype(np.float32) / 16, np.asarray(labels)
 
 
 def _read_pair(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,378 @@
+"""Attention over windows of any rank: check, choose an implementation, call."""
+
+import math
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Shaped
+
+from jaxattn.kernels import reference, xla
+from jaxattn.kernels.problem import Operands, Options, ScoreMod, statistics_dtype
+from jaxattn.normalize import NORMALIZERS, Normalizer, logsumexp
+from jaxattn.window import Axis, Window
+
+Operand = Shaped[
+    Array | np.ndarray, "..."
+]  # loose on purpose: a wrong shape is a ValueError that says what was expected
+IMPLEMENTATIONS: dict[str, Callable[[Operands, Options], tuple[Array, Array]]] = {
+    "reference": reference.attend,
+    "xla": xla.attend,
+}
+
+
+def attention(
+    query: Operand,
+    key: Operand,
+    value: Operand,
+    bias: Operand | None = None,
+    mask: Operand | None = None,
+    *,
+    window: Window | None = None,
+    scale: float | Operand | None = None,
+    relative_bias: Operand | None = None,
+    key_embedding: Operand | None = None,
+    score_mod: ScoreMod | None = None,
+    logits_soft_cap: float | Operand | None = None,
+    normalize: str | Normalizer = "softmax",
+    segment_ids: Operand | Sequence[Operand] | None = None,
+    extra_key: Operand | None = None,
+    extra_value: Operand | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: Operand | None = None,
+    precision: jax.lax.PrecisionLike = None,
+    implementation: str | None = None,
+    return_residuals: bool = False,
+) -> Any:
+    """Multi-head attention, each query over its own window of keys.
+
+    For query i, with j over the slots of its window and then the extra tokens::
+
+        s_ij = scale·(q_i · k_j) + q_i · r[j-i] + relative_bias[j-i] + bias_ij     then soft cap, score_mod, mask
+        y_i  = sum_j A_ij v_j,   A_i = normalize(s_i)
+
+    Shapes: `batch` is any number of axes, `grid` the axes of the window (one, without a window), and k `window.size`.
+    Query head h uses key head h // (heads / key_heads). Batch axes match exactly; only bias and mask broadcast.
+
+    Args:
+        query: [*batch, *query_grid, heads, head_dim], floating point. `query_grid` is ``window.query_grid(grid)``.
+        key: [*batch, *grid, key_heads, head_dim].
+        value: [*batch, *grid, key_heads, value_dim].
+        bias: added to the score; broadcasts against [*batch, *query_grid, heads, *k], or without a window against
+            [*batch, heads, T, S]. A bias of -inf masks.
+        mask: bool, True attends; broadcasts like `bias`. With a window, a mask whose last axes are the grid, after as many
+            batch axes as the key has (of its sizes, or 1), is a mask of keys, [*batch, *grid].
+        window: which keys a query sees; None: all of them. A slot outside the grid under boundary "zero" is a zero key and
+            a zero value: its score is its bias terms, and neither a mask of keys nor segments apply to it.
+        scale: None is head_dim ** -0.5.
+        relative_bias: [heads, *(2k-1)], indexed by k - 1 + (key - stride·query) / dilation per axis, where `key` is the
+            position of the slot before any folding at the boundary.
+        key_embedding: r, [heads or 1, *(2k-1), head_dim], indexed like `relative_bias`.
+        score_mod: ``score_mod(score, head, query_index, key_index) -> score``, elementwise, on tiles of scores against
+            which the integer arrays broadcast: the query head, the query's index in the query grid and the key's in the
+            key grid (tuples, one array per axis; a slot outside the grid gives its position there). Not applied to
+            extra tokens. A score of -inf masks.
+        logits_soft_cap: cap·tanh(s / cap), extra tokens included.
+        normalize: "softmax"; "relu", max(s, 0) / count; "sigmoid", sigma(s - log count), where count is the number of visible
+            slots and extra tokens; "sparsemax"; "none", the scores themselves; or a function `(scores, mask) -> weights`
+            over the last axis, which holds the whole window in order. What is masked is zeroed afterwards.
+        segment_ids: integers [*batch, *grid], or a pair for query [*batch, *query_grid] and key; a query attends to keys of
+            its own segment. From one array, a strided query takes the id of the key it stands on.
+        extra_key, extra_value: [*batch, n, key_heads, head_dim] and [..., value_dim]: tokens that every query sees, always, after
+            its slots. They take no bias.
+        dropout_rate: in [0, 1), of the normalised weights. The same `dropout_key` drops the same weights, in every
+            implementation, forward and backward.
+        dropout_key: a `jax.random.key`, needed where `dropout_rate` > 0.
+        precision: as in `jax.lax.dot_general`.
+        implementation: None chooses; "reference" is the readable one, which gathers `N × window` keys; "xla" tiles.
+        return_residuals: also return lse, the log of the sum of exponentials of the final scores; softmax only.
+
+    Returns:
+        [*batch, *query_grid, heads, value_dim] in the promoted dtype of query, key and value (statistics in float32, or float64 for
+        float64). A query with nothing to attend to gives zeros, and zero gradients. With `return_residuals`, a pair with lse
+        [*batch, *query_grid, heads], -inf where there is nothing to attend to; see `merge_attentions`.
+
+    Raises:
+        ValueError: before anything is compiled, naming the argument, what came and what is allowed.
+
+    References:
+        Vaswani et al. 2017 (arXiv 1706.03762); Ramachandran et al. 2019 (1906.05909); Hassani et al. 2023 (2204.07143).
+
+    Example:
+        >>> x = jnp.ones((1, 8, 8, 2, 16))  # batch 1, grid 8 × 8, 2 heads of 16
+        >>> attention(x, x, x, window=Window((3, 3))).shape
+        (1, 8, 8, 2, 16)
+    """
+    query, key, value = _floating(query=query, key=key, value=value)
+    geometry = _geometry(query, key, value, window)
+    extra_key, extra_value = _extra(extra_key, extra_value, key, value, geometry)
+    key_mask, slot_mask = _masks(mask, geometry)
+    query_segments, key_segments = _segments(segment_ids, geometry)
+    operands = Operands(
+        query=query,
+        key=key,
+        value=value,
+        bias=_slotwise("bias", bias, geometry),
+        slot_mask=slot_mask,
+        key_mask=key_mask,
+        relative_bias=_relative("relative_bias", relative_bias, geometry),
+        key_embedding=_relative("key_embedding", key_embedding, geometry),
+        query_segments=query_segments,
+        key_segments=key_segments,
+        extra_key=extra_key,
+        extra_value=extra_value,
+        dropout_key=_dropout(dropout_rate, dropout_key),
+    )
+    options = Options(
+        axes=geometry.axes,
+        scale=_scalar("scale", query.shape[-1] ** -0.5 if scale is None else scale, query.dtype),
+        score_mod=_callable_or_none("score_mod", score_mod),
+        soft_cap=None if logits_soft_cap is None else _soft_cap(logits_soft_cap, query.dtype),
+        normalize=_normalizer(normalize, return_residuals),
+        dropout_rate=dropout_rate,
+        precision=precision,
+    )
+    output, lse = _implementation(implementation)(operands, options)
+    return (output, lse) if return_residuals else output
+
+
+def merge_attentions(outputs: Sequence[Operand], lses: Sequence[Operand], *, return_residuals: bool = False) -> Any:
+    """Join softmax attentions of the same queries over disjoint sets of keys, exactly.
+
+    ``y = sum_n exp(lse_n - lse) y_n`` with ``lse = log sum_n exp(lse_n)``: what one attention over all the keys gives, for outputs
+    [*batch, *grid, heads, value_dim] and lses [*batch, *grid, heads] as `attention(..., return_residuals=True)` returns them. Where
+    every part is empty (its lse is -inf) the result is zeros, with zero gradients. `return_residuals` also returns lse.
+
+    >>> q, k, v = (jnp.full((4, 1, 2), 0.1 * n) for n in range(3))
+    >>> half = [attention(q, k[s], v[s], return_residuals=True) for s in (slice(0, 1), slice(1, 4))]
+    >>> jnp.allclose(merge_attentions(*zip(*half)), attention(q, k, v)).item()
+    True
+    """
+    if len(outputs) == 0 or len(outputs) != len(lses):
+        raise ValueError(
+            f"merge_attentions: {len(outputs)} outputs and {len(lses)} lses: give as many of each, at least one"
+        )
+    for output, lse in zip(outputs, lses, strict=True):
+        if output.shape != outputs[0].shape or lse.shape != outputs[0].shape[:-1]:
+            raise ValueError(
+                f"merge_attentions: an output of shape {output.shape} with an lse of shape {lse.shape}: every output is "
+                f"{outputs[0].shape}, as the first, and its lse {outputs[0].shape[:-1]}"
+            )
+    scores = jnp.stack([jnp.asarray(lse) for lse in lses], axis=-1)
+    present = scores != -jnp.inf
+    scores = jnp.where(present, scores, 0)
+    weights = NORMALIZERS["softmax"](scores, present)
+    stacked = jnp.stack([jnp.asarray(output) for output in outputs], axis=-1)
+    merged = (stacked.astype(weights.dtype) * weights[..., None, :]).sum(-1).astype(stacked.dtype)
+    return (merged, logsumexp(scores, present)) if return_residuals else merged
+
+
+class _Geometry(NamedTuple):
+    """The sizes that every other argument is checked against."""
+
+    window: Window | None
+    axes: tuple[Axis, ...]
+    batch: tuple[int, ...]
+    queries: tuple[int, ...]
+    keys: tuple[int, ...]
+    slots: tuple[int, ...]
+    heads: int
+    key_heads: int
+    head_dim: int
+    dtype: Any
+
+
+def _geometry(query: Array, key: Array, value: Array, window: Window | None) -> _Geometry:
+    if window is not None and not isinstance(window, Window):
+        raise ValueError(f"attention: window is {window!r}; allowed: None or a jaxattn.Window")
+    rank = 1 if window is None else window.rank
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.ndim < rank + 2:
+            _refuse(name, x, f"[*batch, *grid, heads, head_dim] with a grid of rank {rank}: at least {rank + 2} axes")
+    batch = query.shape[: -rank - 2]
+    queries, keys = query.shape[len(batch) : -2], key.shape[-rank - 2 : -2]
+    if key.shape[: -rank - 2] != batch:
+        _refuse("key", key, f"the batch axes of query, {batch}, before a grid of rank {rank}, heads and head_dim")
+    if value.shape[:-1] != key.shape[:-1]:
+        _refuse("value", value, f"{(*key.shape[:-1], 'value_dim')}, like key up to its last axis")
+    heads, key_heads = query.shape[-2], key.shape[-2]
+    if key_heads == 0 or heads % key_heads != 0:
+        raise ValueError(
+            f"attention: key has {key_heads} heads and query {heads}: query's heads must be a multiple of key's"
+        )
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(f"attention: key has head_dim {key.shape[-1]} and query {query.shape[-1]}: they must be equal")
+    if window is None:
+        axes = (Axis.everything(queries[0], keys[0]),)
+    else:
+        axes = window.axes(keys)
+        if queries != window.query_grid(keys):
+            raise ValueError(
+                f"attention: query has the grid {queries}, and {window} makes {window.query_grid(keys)} of key's grid {keys}"
+            )
+    slots = tuple(axis.size for axis in axes)
+    return _Geometry(window, axes, batch, queries, keys, slots, heads, key_heads, query.shape[-1], query.dtype)
+
+
+def _floating(**operands: Operand) -> list[Array]:
+    """The operands as arrays of their promoted dtype."""
+    arrays = {name: jnp.asarray(x) for name, x in operands.items()}
+    for name, x in arrays.items():
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            _refuse(name, x, "a floating-point array")
+    dtype = jnp.result_type(*arrays.values())
+    return [x.astype(dtype) for x in arrays.values()]
+
+
+def _extra(
+    key: Operand | None, value: Operand | None, keys: Array, values: Array, geometry: _Geometry
+) -> tuple[Array | None, Array | None]:
+    if key is None and value is None:
+        return None, None
+    if key is None or value is None:
+        raise ValueError(f"attention: extra_{'key' if key is None else 'value'} is missing: give both or neither")
+    key, value = jnp.asarray(key), jnp.asarray(value)
+    n = key.shape[-3] if key.ndim >= 3 else "n"
+    for name, x, dim in (("extra_key", key, keys.shape[-1]), ("extra_value", value, values.shape[-1])):
+        if not jnp.issubdtype(x.dtype, jnp.floating) or x.shape != (*geometry.batch, n, geometry.key_heads, dim):
+            _refuse(name, x, f"floating point, {(*geometry.batch, n, geometry.key_heads, dim)}")
+    return key.astype(geometry.dtype), value.astype(geometry.dtype)
+
+
+def _relative(name: str, table: Operand | None, geometry: _Geometry) -> Array | None:
+    if table is None:
+        return None
+    if geometry.window is None:
+        raise ValueError(f"attention: {name} needs a window: over a whole grid, Window(grid, boundary='shift')")
+    table = jnp.asarray(table)
+    offsets = tuple(2 * k - 1 for k in geometry.slots)
+    embedding = name == "key_embedding"
+    shape = (geometry.heads, *offsets, *([geometry.head_dim] if embedding else []))
+    allowed = [shape, (1, *shape[1:])] if embedding else [shape]
+    if not jnp.issubdtype(table.dtype, jnp.floating) or table.shape not in allowed:
+        _refuse(
+            name, table, f"floating point, {' or '.join(map(str, allowed))} for the window of size {geometry.slots}"
+        )
+    for axis in geometry.axes:
+        axis.relative()  # raises where an offset puts keys beyond the table
+    return table.astype(geometry.dtype) if embedding else table
+
+
+def _slotwise(name: str, x: Operand | None, geometry: _Geometry) -> Array | None:
+    """`bias` or a mask by slot, with every axis present: [*batch|1, *queries|1, heads|1, *slots|1]."""
+    if x is None:
+        return None
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating if name == "bias" else jnp.bool_):
+        _refuse(name, x, "a floating-point array" if name == "bias" else "a bool array, True where a query attends")
+    batch, queries, heads, slots = geometry.batch, geometry.queries, geometry.heads, geometry.slots
+    full = (*batch, heads, *queries, *slots) if geometry.window is None else (*batch, *queries, heads, *slots)
+    if not _broadcasts(x.shape, full):
+        layout = "[*batch, heads, T, S]" if geometry.window is None else "[*batch, *query_grid, heads, *k]"
+        keys = f", or a mask of keys {(*batch, *geometry.keys)}" if name == "mask" and geometry.window else ""
+        _refuse(name, x, f"what broadcasts against {layout} = {full}{keys}")
+    x = x.reshape((1,) * (len(full) - x.ndim) + x.shape)
+    return jnp.swapaxes(x, -2, -3) if geometry.window is None else x
+
+
+def _masks(mask: Operand | None, geometry: _Geometry) -> tuple[Array | None, Array | None]:
+    """A mask of keys, or one by slot."""
+    of_keys = (*geometry.batch, *geometry.keys)
+    if mask is None or geometry.window is None:
+        return None, _slotwise("mask", mask, geometry)
+    same_grid = mask.shape[len(geometry.batch) :] == geometry.keys
+    if mask.ndim == len(of_keys) and same_grid and _broadcasts(mask.shape, of_keys):
+        mask = jnp.asarray(mask)
+        return (
+            (mask, None)
+            if mask.dtype == jnp.bool_
+            else _refuse("mask", mask, "a bool array, True where a query attends")
+        )
+    return None, _slotwise("mask", mask, geometry)
+
+
+def _segments(ids: Operand | Sequence[Operand] | None, geometry: _Geometry) -> tuple[Array | None, Array | None]:
+    if ids is None:
+        return None, None
+    of_queries, of_keys = (*geometry.batch, *geometry.queries), (*geometry.batch, *geometry.keys)
+    if isinstance(ids, tuple | list):
+        if len(ids) != 2:
+            raise ValueError(
+                f"attention: segment_ids is a sequence of {len(ids)}; allowed: one array, or a pair for query and key"
+            )
+        query, key = jnp.asarray(ids[0]), jnp.asarray(ids[1])
+    else:
+        query = key = jnp.asarray(ids)
+        if key.shape == of_keys and (geometry.window is not None or of_queries == of_keys):
+            for axis, along in enumerate(geometry.axes, len(geometry.batch)):
+                query = jnp.take(query, along.query, axis=axis)  # the id of the key that the query stands on
+    for x, shape in ((query, of_queries), (key, of_keys)):
+        if x.shape != shape or not jnp.issubdtype(x.dtype, jnp.integer):
+            _refuse(
+                "segment_ids",
+                x,
+                f"integers {of_keys}, or a pair of integers {of_queries} for query and {of_keys} for key",
+            )
+    return query, key
+
+
+def _dropout(rate: float, key: Operand | None) -> Array | None:
+    if not isinstance(rate, numbers.Real) or not 0 <= rate < 1:
+        raise ValueError(f"attention: dropout_rate is {rate!r}; allowed: a number >= 0 and < 1")
+    if rate > 0 and key is None:
+        raise ValueError(f"attention: dropout_key is missing with dropout_rate {rate}: give a jax.random.key")
+    return jnp.asarray(key) if rate > 0 else None
+
+
+def _scalar(name: str, value: Any, dtype: Any) -> float | Array:
+    if isinstance(value, numbers.Real):
+        return float(value)
+    if np.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        raise ValueError(f"attention: {name} is {value!r}; allowed: one real number")
+    return jnp.asarray(value, statistics_dtype(dtype))
+
+
+def _soft_cap(value: Any, dtype: Any) -> float | Array:
+    value = _scalar("logits_soft_cap", value, dtype)
+    if isinstance(value, float) and not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"attention: logits_soft_cap is {value}; allowed: None or a finite number > 0")
+    return value
+
+
+def _callable_or_none(name: str, value: Any) -> Any:
+    if value is not None and not callable(value):
+        raise ValueError(f"attention: {name} is {value!r}; allowed: None or a function")
+    return value
+
+
+def _normalizer(normalize: str | Normalizer, return_residuals: bool) -> Normalizer:
+    if return_residuals and normalize != "softmax":
+        raise ValueError(f"attention: return_residuals with normalize={normalize!r}: only softmax has a log-sum-exp")
+    if isinstance(normalize, str) and normalize in NORMALIZERS:
+        return NORMALIZERS[normalize]
+    if isinstance(normalize, str) or not callable(normalize):
+        raise ValueError(
+            f"attention: normalize is {normalize!r}; allowed: {', '.join(map(repr, NORMALIZERS))} or a function"
+        )
+    return normalize
+
+
+def _implementation(name: str | None) -> Callable[[Operands, Options], tuple[Array, Array]]:
+    if name is None:
+        return xla.attend
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"attention: implementation is {name!r}; allowed: None, {', '.join(map(repr, IMPLEMENTATIONS))}"
+        )
+    return IMPLEMENTATIONS[name]
+
+
+def _broadcasts(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:
+    return len(shape) <= len(full) and all(n in (1, m) for n, m in zip(shape[::-1], full[::-1], strict=False))
+
+
+def _refuse(name: str, x: Array | np.ndarray, expected: str) -> Any:
+    raise ValueError(f"attention: {name} is {x.dtype}{list(x.shape)}; expected {expected}")

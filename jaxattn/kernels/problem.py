@@ -1,0 +1,81 @@
+"""What every kernel is given: operands in one canonical layout, and options. `attention` has checked all of it."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from jaxattn.normalize import Normalizer
+from jaxattn.window import Axis
+
+ScoreMod = Callable[[Array, Array, tuple[Array, ...], tuple[Array, ...]], Array]
+
+
+class Operands(NamedTuple):
+    """Arrays. `queries` and `keys` are grids; `|1` marks what may be an axis of length one, to be broadcast."""
+
+    query: Array  # [*batch, *queries, heads, head_dim]
+    key: Array  # [*batch, *keys, key_heads, head_dim]
+    value: Array  # [*batch, *keys, key_heads, value_dim]
+    bias: Array | None = None  # [*batch|1, *queries|1, heads|1, *slots|1]
+    slot_mask: Array | None = None  # the same
+    key_mask: Array | None = None  # [*batch|1, *keys]
+    relative_bias: Array | None = None  # [heads, *(2k-1)]
+    key_embedding: Array | None = None  # [heads|1, *(2k-1), head_dim]
+    query_segments: Array | None = None  # [*batch, *queries]
+    key_segments: Array | None = None  # [*batch, *keys]
+    extra_key: Array | None = None  # [*batch, extra, key_heads, head_dim]
+    extra_value: Array | None = None  # [*batch, extra, key_heads, value_dim]
+    dropout_key: Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Everything that is not an operand."""
+
+    axes: tuple[Axis, ...]
+    scale: float | Array
+    score_mod: ScoreMod | None
+    soft_cap: float | Array | None
+    normalize: Normalizer
+    dropout_rate: float
+    precision: jax.lax.PrecisionLike
+
+
+def statistics_dtype(dtype: DTypeLike) -> DTypeLike:
+    """Scores, maxima and sums are held in float32, or in float64 where the operands are."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def cap(scores: Array, soft_cap: float | Array | None) -> Array:
+    """cap·tanh(s / cap)."""
+    return scores if soft_cap is None else soft_cap * jnp.tanh(scores / soft_cap)
+
+
+def without_infinity(scores: Array, mask: Array) -> tuple[Array, Array]:
+    """A score of -inf is a masked slot. Masked scores become 0: finite, and without a derivative."""
+    mask = mask & (scores != -jnp.inf)
+    return jnp.where(mask, scores, 0), mask
+
+
+def apply(normalize: Normalizer, scores: Array, mask: Array) -> Array:
+    """Weights, zero where masked, whatever the normaliser makes of it."""
+    return jnp.where(mask, normalize(scores, mask), 0).astype(scores.dtype)
+
+
+def dropout_factors(
+    operands: Operands, options: Options, query: Array, shape: tuple[int, ...], dtype: DTypeLike
+) -> Array:
+    """What multiplies the weights of the query of flat index `query`, 0 or 1 / (1 - rate): `shape` is [*batch, heads, slots].
+
+    One stream of bits for each query: so the bits, `N × window` of them, never exist at once, and do not depend on how
+    queries are tiled.
+    """
+    assert operands.dropout_key is not None
+    key = jax.random.fold_in(operands.dropout_key, query)
+    keep = jax.random.bernoulli(key, jnp.float32(1 - options.dropout_rate), shape)
+    return keep.astype(dtype) / (1 - options.dropout_rate)

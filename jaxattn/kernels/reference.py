@@ -1,0 +1,158 @@
+"""The readable attention: gather each query's keys, multiply, normalise, multiply.
+
+It materialises the gathered keys, `N × window × head_dim`; `kernels/xla.py` is the one that does not. Queries are
+flattened to one axis n and slots to one axis w; k and g are the key heads, and the query heads that share one.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jaxattn.kernels import problem
+from jaxattn.kernels.problem import Operands, Options
+from jaxattn.normalize import logsumexp
+from jaxattn.position import by_slot
+from jaxattn.window import outer
+
+
+def attend(operands: Operands, options: Options) -> tuple[Array, Array]:
+    """The output [*batch, *queries, heads, value_dim], and lse [*batch, *queries, heads]."""
+    weight = weights(operands, options)
+    value = _gather(operands.value, options)
+    if operands.extra_value is not None:
+        value = _append(value, operands.extra_value)
+    rows = _flat(operands.query, options).shape[:-1]
+    weight = weight.reshape(*rows[:-1], value.shape[-2], -1, weight.shape[-1]).astype(value.dtype)
+    output = _einsum("...nkgw,...nwkd->...nkgd", weight, value, options).astype(value.dtype)
+    lse = logsumexp(*masked_scores(operands, options))
+    grid = operands.query.shape[:-1]
+    return output.reshape(*grid, -1), lse.reshape(grid)
+
+
+def weights(operands: Operands, options: Options) -> Array:
+    """The weights [*batch, *queries, heads, slots + extra]: normalised, dropout applied."""
+    weight = problem.apply(options.normalize, *masked_scores(operands, options))
+    if options.dropout_rate > 0:
+        *batch, queries, heads, slots = weight.shape
+        shape = (*batch, heads, slots)
+        kept = lambda query: problem.dropout_factors(operands, options, query, shape, weight.dtype)
+        weight = weight * jnp.moveaxis(jax.vmap(kept)(jnp.arange(queries)), 0, -3)
+    return weight.reshape(*operands.query.shape[:-1], -1)
+
+
+def masked_scores(operands: Operands, options: Options) -> tuple[Array, Array]:
+    """The final scores and who takes part, both [*batch, n, heads, slots + extra]."""
+    scores = _products(operands, _gather(operands.key, options), options)
+    scores = scores + _position_terms(operands, options, scores)
+    mask = jnp.broadcast_to(_mask(operands, options), scores.shape)
+    scores, mask = problem.without_infinity(scores, mask)
+    scores = problem.cap(scores, options.soft_cap)
+    if options.score_mod is not None:
+        scores = _modify(scores, options)
+    scores, mask = problem.without_infinity(scores, mask)
+    if operands.extra_key is not None:
+        extra = jnp.expand_dims(operands.extra_key, -4)  # the same for every query
+        extra = problem.cap(_products(operands, extra, options), options.soft_cap)
+        scores = jnp.concatenate([scores, extra], -1)
+        mask = jnp.concatenate([mask, jnp.ones_like(extra, bool)], -1)
+    return scores, mask
+
+
+def _products(operands: Operands, key: Array, options: Options) -> Array:
+    """scale·(q·k) [..., n, heads, w] of the keys [..., n, w, key_heads, head_dim]."""
+    query = _flat(operands.query, options)
+    grouped = query.reshape(*query.shape[:-2], key.shape[-2], -1, query.shape[-1])
+    product = _einsum("...nkgd,...nwkd->...nkgw", grouped, key, options)
+    return options.scale * product.reshape(*query.shape[:-1], -1)
+
+
+def _position_terms(operands: Operands, options: Options, scores: Array) -> Array:
+    """q·r[j-i] + relative_bias[j-i] + bias, to be broadcast against the scores."""
+    total = jnp.zeros((1, 1, 1), scores.dtype)
+    first, sizes = [axis.relative for axis in options.axes], [axis.size for axis in options.axes]
+    if operands.key_embedding is not None:
+        table = by_slot(operands.key_embedding, [entry() for entry in first], sizes)  # [heads|1, n, w, head_dim]
+        query = _flat(operands.query, options)
+        table = jnp.broadcast_to(table, (query.shape[-2], *table.shape[1:]))
+        total = total + _einsum("...nhd,hnwd->...nhw", query, table, options)
+    if operands.relative_bias is not None:
+        table = by_slot(operands.relative_bias, [entry() for entry in first], sizes)
+        total = total + jnp.swapaxes(table, 0, 1).astype(scores.dtype)
+    if operands.bias is not None:
+        total = total + _flat_slots(operands.bias, options).astype(scores.dtype)
+    return total
+
+
+def _mask(operands: Operands, options: Options) -> Array:
+    """Who takes part, [..., n, heads|1, w]. What stands outside under "zero" has no key, so no key mask or segment."""
+    inside = _inside(options)[:, None]
+    mask = jnp.asarray(np.logical_and.reduce(outer([axis.visible() for axis in options.axes])))
+    mask = mask.reshape(inside.shape)
+    if operands.key_mask is not None:
+        mask = mask & (jnp.expand_dims(_gather(operands.key_mask, options, trailing=0), -2) | ~inside)
+    if operands.slot_mask is not None:
+        mask = mask & _flat_slots(operands.slot_mask, options)
+    if operands.query_segments is not None and operands.key_segments is not None:
+        query = _flat(operands.query_segments, options, trailing=0)
+        same = query[..., None] == _gather(operands.key_segments, options, trailing=0)
+        mask = mask & (jnp.expand_dims(same, -2) | ~inside)
+    return mask
+
+
+def _modify(scores: Array, options: Options) -> Array:
+    """score_mod, with indices that broadcast against the scores [..., n, heads, w]."""
+    shape = _inside(options).shape
+    query = np.unravel_index(np.arange(shape[0]), tuple(len(axis.start) for axis in options.axes))
+    position = outer([axis.named_keys() for axis in options.axes])
+    modified = options.score_mod(
+        scores,
+        jnp.arange(scores.shape[-2])[:, None],
+        tuple(jnp.asarray(index)[:, None, None] for index in query),
+        tuple(jnp.asarray(index.reshape(shape))[:, None] for index in position),
+    )
+    return jnp.broadcast_to(modified, scores.shape).astype(scores.dtype)
+
+
+def _inside(options: Options) -> np.ndarray:
+    """Whether a slot holds a key of the grid, [n, w]."""
+    inside = np.logical_and.reduce(outer([axis.keys() >= 0 for axis in options.axes]))
+    return inside.reshape(-1, np.prod([axis.size for axis in options.axes], dtype=int))
+
+
+def _gather(x: Array, options: Options, trailing: int = 2) -> Array:
+    """[*batch, *keys, ...] by slot, [*batch, n, w, ...]; zeros outside. `trailing` axes follow the grid."""
+    inside = _inside(options)
+    index = np.ravel_multi_index(
+        outer([np.maximum(axis.keys(), 0) for axis in options.axes]), tuple(axis.length for axis in options.axes)
+    )
+    x = _flat(x, options, trailing)
+    picked = jnp.take(x, index.reshape(inside.shape), axis=x.ndim - trailing - 1)
+    return jnp.where(inside.reshape(*inside.shape, *[1] * trailing), picked, jnp.zeros((), x.dtype))
+
+
+def _flat(x: Array, options: Options, trailing: int = 2) -> Array:
+    """The grid, followed by `trailing` axes, as one axis."""
+    cut = x.ndim - trailing
+    return x.reshape(*x.shape[: cut - len(options.axes)], -1, *x.shape[cut:])
+
+
+def _flat_slots(x: Array, options: Options) -> Array:
+    """[..., *queries|1, heads|1, *slots|1] as [..., n, heads|1, w]."""
+    rank = len(options.axes)
+    queries, slots = (tuple(map(n, options.axes)) for n in (lambda axis: len(axis.start), lambda axis: axis.size))
+    batch, heads = x.shape[: -2 * rank - 1], x.shape[-rank - 1]
+    x = jnp.broadcast_to(x, (*batch, *queries, heads, *slots))
+    return x.reshape(*batch, int(np.prod(queries)), heads, int(np.prod(slots)))
+
+
+def _append(value: Array, extra: Array) -> Array:
+    """Extra tokens [*batch, extra, ...] after the slots of every query [*batch, n, w, ...]."""
+    extra = jnp.expand_dims(extra, -4)
+    shape = (*value.shape[:-3], extra.shape[-3], *value.shape[-2:])
+    return jnp.concatenate([value, jnp.broadcast_to(extra, shape)], -3)
+
+
+def _einsum(equation: str, left: Array, right: Array, options: Options) -> Array:
+    dtype = problem.statistics_dtype(left.dtype)
+    return jnp.einsum(equation, left, right, precision=options.precision, preferred_element_type=dtype)

@@ -1,0 +1,319 @@
+"""The window: which keys each query sees. Static geometry in NumPy, validated here and nowhere else."""
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxattn.boundary import fold
+
+BOUNDARIES = ("shift", "mask", "zero", "edge", "reflect", "wrap", "valid")
+FOLDING = ("edge", "reflect", "wrap")
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """Which keys each query of a grid sees; every argument may differ per axis, and one value serves all of them.
+
+    Along one axis of n keys, query i stands at key x = stride·i and has k = size slots. Slot u is the key at
+    ``start(x) + dilation·u``, also where causality or the border excludes it (then it is masked). With
+    g = x % dilation, j = x // dilation, s = block, and m = ceil((n - g) / dilation) keys in x's residue class:
+
+    ======================== ============================== ==========================================
+    boundary                 lead                           start
+    ======================== ============================== ==========================================
+    shift                    min((j//s)·s + s//2, m-1)      clamp(lead - k//2, 0, m-k)·dilation + g
+    shift, causal            min((j//s)·s + s-1, m-1)       max(lead - k + 1, 0)·dilation + g
+    mask, zero and the rest  (j//s)·s + s//2                (lead - k//2)·dilation + g
+    the same, causal         (j//s)·s + s-1                 (lead - k + 1)·dilation + g
+    ... with an offset       as above                       lead·dilation + g + offset
+    valid                    j                              x
+    ======================== ============================== ==========================================
+
+    Args:
+        size: k, the tokens per axis. An int is one axis: a 2-D window is ``Window((7, 7))``.
+        stride: query i stands at key stride·i, as in a convolution; the query grid is ceil(n / stride).
+        dilation: the step between the keys of a window.
+        block: this many neighbouring queries (of one residue class) share one window, placed for the middle one, or the
+            last where causal; at most `size`, and 1 where the stride is not 1. 1 slides, `size` is Swin's partition.
+        causal: a query sees itself and what came before it. With "valid", whose windows begin at the query, that
+            leaves the query alone.
+        boundary: what happens where a window leaves the grid:
+
+            - "shift": it moves inward and holds k tokens; needs size·dilation <= n (NATTEN).
+            - "mask": as if the grid went on; tokens outside are left out.
+            - "zero": tokens outside are zero vectors that take part: `mask` is True there and `indices` -1.
+            - "edge", "reflect", "wrap": NumPy's paddings (reflecting again where needed); not on a causal axis.
+            - "valid": queries only where the whole window fits, (n - dilation·(k-1) - 1)//stride + 1 of them.
+        offset: slot u of the query at x sees key x + offset + dilation·u; a convolution's SAME is offset = -low.
+            None is -(k//2)·dilation, or -(k-1)·dilation where causal. Not with "shift"; with "valid", 0.
+
+    Raises:
+        ValueError: for an argument that is none of these, naming the argument, the axis, what came and what is allowed.
+
+    References:
+        Ramachandran et al. 2019 (arXiv 1906.05909); Liu et al. 2021, Swin (2103.14030); Vaswani et al. 2021, HaloNet
+        (2103.12731); Hassani et al. 2023, NATTEN (2204.07143, 2504.16922).
+
+    Example:
+        >>> window = Window(3)
+        >>> window.indices((5,))[..., 0]
+        array([[0, 1, 2],
+               [0, 1, 2],
+               [1, 2, 3],
+               [2, 3, 4],
+               [2, 3, 4]])
+        >>> Window(3, boundary="mask", stride=2).indices((5,))[..., 0]
+        array([[-1,  0,  1],
+               [ 1,  2,  3],
+               [ 3,  4, -1]])
+    """
+
+    size: int | Sequence[int]
+    _: dataclasses.KW_ONLY
+    stride: int | Sequence[int] = 1
+    dilation: int | Sequence[int] = 1
+    block: int | Sequence[int] = 1
+    causal: bool | Sequence[bool] = False
+    boundary: str | Sequence[str] = "shift"
+    offset: int | None | Sequence[int | None] = None
+
+    def __post_init__(self) -> None:
+        size = self.size if isinstance(self.size, Sequence | np.ndarray) else (self.size,)
+        if len(size) == 0:
+            raise ValueError("Window: size is empty, and a window has at least one axis")
+        for name in ("size", "stride", "dilation", "block"):
+            values = _per_axis(name, getattr(self, name), len(size))
+            object.__setattr__(self, name, tuple(_positive(name, axis, value) for axis, value in enumerate(values)))
+        for name, check in (("causal", _boolean), ("boundary", _boundary), ("offset", _offset)):
+            values = _per_axis(name, getattr(self, name), len(size))
+            object.__setattr__(self, name, tuple(check(axis, value) for axis, value in enumerate(values)))
+        for axis in range(len(size)):
+            _check_together(axis, *(getattr(self, field.name)[axis] for field in dataclasses.fields(self)))
+
+    @property
+    def rank(self) -> int:
+        """The number of axes."""
+        return len(self.sizes)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """`size`, which is a tuple once the window is made."""
+        return self.size  # pyright: ignore[reportReturnType]
+
+    def axes(self, shape: Sequence[int]) -> tuple["Axis", ...]:
+        """The slots of every query along each axis of a grid of keys."""
+        shape = tuple(shape)
+        if len(shape) != self.rank:
+            raise ValueError(f"Window: {_rank_advice(self.sizes, shape)}")
+        return tuple(_axis(self, axis, length) for axis, length in enumerate(shape))
+
+    def query_grid(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The grid of queries that a grid of keys gives.
+
+        >>> Window((3, 3), stride=2).query_grid((7, 8))
+        (4, 4)
+        """
+        return tuple(len(axis.start) for axis in self.axes(shape))
+
+    def indices(self, shape: Sequence[int]) -> np.ndarray:
+        """The key in each slot, int [*query_grid, *size, rank]; -1 throughout where the slot is outside the grid.
+
+        A slot that only causality excludes keeps its key here, and is False in `mask`. Slots outside the grid under "zero" are
+        -1 here and True in `mask`: they hold a zero vector.
+        """
+        axes = self.axes(shape)
+        keys = np.stack(outer([axis.keys() for axis in axes]), axis=-1)
+        return np.where((keys >= 0).all(-1, keepdims=True), keys, -1)
+
+    def mask(self, shape: Sequence[int]) -> np.ndarray:
+        """Whether each slot takes part, bool [*query_grid, *size].
+
+        >>> Window(3, boundary="mask").mask((3,))
+        array([[False,  True,  True],
+               [ True,  True,  True],
+               [ True,  True, False]])
+        """
+        return np.logical_and.reduce(outer([axis.visible() for axis in self.axes(shape)]))
+
+
+class Axis(NamedTuple):
+    """The slots of every query along one axis: slot u of query i is at ``start[i] + dilation·u``, a *position*.
+
+    Positions go on beyond the grid; `fold` says which key stands there. What a query sees is a run of slots, from
+    `low[i]` up to, not including, `high[i]`.
+    """
+
+    size: int
+    dilation: int
+    length: int
+    boundary: str
+    block: int
+    query: np.ndarray  # [queries], the position where each query stands
+    start: np.ndarray  # [queries]
+    low: np.ndarray  # [queries]
+    high: np.ndarray  # [queries]
+
+    @classmethod
+    def everything(cls, queries: int, keys: int) -> "Axis":
+        """Every query sees every key: attention without a window."""
+        zeros = np.zeros(queries, int)
+        return cls(keys, 1, keys, "mask", 1, np.arange(queries), zeros, zeros, np.full(queries, keys))
+
+    def positions(self) -> np.ndarray:
+        """[queries, size]"""
+        return self.start[:, None] + self.dilation * np.arange(self.size)
+
+    def keys(self) -> np.ndarray:
+        """The key in each slot, [queries, size]; -1 outside."""
+        return self.fold(self.positions())
+
+    def named_keys(self) -> np.ndarray:
+        """`keys`, with the position itself outside."""
+        return np.where(self.keys() < 0, self.positions(), self.keys())
+
+    def fold(self, position: np.ndarray) -> np.ndarray:
+        """The key that stands at each position; -1 for none."""
+        return fold(position, self.length, self.boundary if self.boundary in FOLDING else "zero")
+
+    def visible(self) -> np.ndarray:
+        """[queries, size]"""
+        slot = np.arange(self.size)
+        return (self.low[:, None] <= slot) & (slot < self.high[:, None])
+
+    def relative(self) -> np.ndarray:
+        """Each query's first slot in a table over the offsets -(k-1) .. k-1, [queries]; slot u is u further."""
+        first, rest = np.divmod(self.start - self.query, self.dilation)
+        first = first + self.size - 1
+        if rest.any() or first.min(initial=0) < 0 or first.max(initial=0) > self.size - 1:
+            low, high = -(self.size - 1) * self.dilation, 0
+            raise ValueError(
+                f"Window: offset {self.start[0] - self.query[0]} puts keys at offsets that a relative table of "
+                f"2·{self.size}-1 entries does not hold: with relative_bias or key_embedding, offset is a multiple of "
+                f"the dilation {self.dilation}, from {low} to {high}"
+            )
+        return first
+
+
+@functools.lru_cache(maxsize=256)
+def _axis(window: Window, axis: int, length: int) -> Axis:
+    """Place the windows along one axis: the table in Window's docstring, line by line."""
+    names = ("size", "stride", "dilation", "block", "causal", "boundary", "offset")
+    k, stride, d, s, causal, boundary, offset = (getattr(window, name)[axis] for name in names)
+    _check_length(axis, length, k, d, boundary)
+    queries = (length - d * (k - 1) - 1) // stride + 1 if boundary == "valid" else -(-length // stride)
+    x = stride * np.arange(queries)
+    j, g = x // d, x % d
+    lead = j // s * s + (s - 1 if causal else s // 2)
+    if boundary == "shift":
+        members = -((g - length) // d)  # ceil((length - g) / d)
+        lead = np.minimum(lead, members - 1)
+        first = np.maximum(lead - k + 1, 0) if causal else np.clip(lead - k // 2, 0, members - k)
+        start = first * d + g
+    elif boundary == "valid":
+        start = x
+    else:
+        default = -(k - 1) * d if causal else -(k // 2) * d
+        start = lead * d + g + (default if offset is None else offset)
+    low, high = np.zeros(queries, int), np.full(queries, k)
+    if boundary in ("shift", "mask", "valid"):  # the grid ends: positions in [0, length)
+        low, high = np.clip(-(start // d), 0, k), np.clip(-((start - length) // d), 0, k)
+    if causal:  # positions up to x
+        high = np.clip((x - start) // d + 1, 0, high)
+    return Axis(k, d, length, boundary, s, x, start, low, np.maximum(low, high))
+
+
+def outer(tables: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Per-axis [queries, size] tables, each broadcast to [*queries, *size]."""
+    rank = len(tables)
+    spread = []
+    for axis, table in enumerate(tables):
+        shape = [1] * (2 * rank)
+        shape[axis], shape[rank + axis] = table.shape
+        spread.append(table.reshape(shape))
+    return list(np.broadcast_arrays(*spread))
+
+
+def _rank_advice(size: tuple[int, ...], shape: tuple[int, ...]) -> str:
+    given = f"size {size} has {len(size)} axes and the grid {shape} has {len(shape)}"
+    if len(set(size)) == 1 and len(shape) > 0:
+        return f"{given}: for this size along every axis, write Window({(size[0],) * len(shape)})"
+    return f"{given}: a window has one size for each axis of the grid"
+
+
+def _per_axis(name: str, value: Any, rank: int) -> tuple:
+    if isinstance(value, str) or not isinstance(value, Sequence | np.ndarray):
+        return (value,) * rank
+    if len(value) != rank:
+        raise ValueError(
+            f"Window: {name} is {tuple(value)}, of length {len(value)}; size has {rank} axes: give one or {rank}"
+        )
+    return tuple(value)
+
+
+def _integer(name: str, axis: int, value: Any, allowed: str) -> int:
+    try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"Window: {name} is {value!r} on axis {axis}; allowed: {allowed}") from None
+
+
+def _positive(name: str, axis: int, value: Any) -> int:
+    number = _integer(name, axis, value, "an integer >= 1")
+    if number < 1:
+        raise ValueError(f"Window: {name} is {number} on axis {axis}; allowed: an integer >= 1")
+    return number
+
+
+def _boolean(axis: int, value: Any) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"Window: causal is {value!r} on axis {axis}; allowed: True or False")
+    return bool(value)
+
+
+def _boundary(axis: int, value: Any) -> str:
+    if value not in BOUNDARIES:
+        raise ValueError(f"Window: boundary is {value!r} on axis {axis}; allowed: {', '.join(map(repr, BOUNDARIES))}")
+    return value
+
+
+def _offset(axis: int, value: Any) -> int | None:
+    return None if value is None else _integer("offset", axis, value, "an integer or None")
+
+
+def _check_together(
+    axis: int, size: int, stride: int, dilation: int, block: int, causal: bool, boundary: str, offset: int | None
+) -> None:
+    def refuse(what: str) -> None:
+        raise ValueError(f"Window: {what} (axis {axis})")
+
+    if block > size:
+        refuse(f"block is {block} and size {size}; allowed: block <= size")
+    if block > 1 and stride > 1:
+        refuse(f"block is {block} and stride {stride}; allowed: only one of them above 1")
+    if block > 1 and boundary == "valid":
+        refuse(f"block is {block} with boundary 'valid'; allowed: block=1")
+    if causal and boundary in FOLDING:
+        refuse(f"boundary is {boundary!r} with causal=True; allowed: 'shift', 'mask', 'zero', 'valid'")
+    if offset is not None and boundary == "shift":
+        refuse(f"offset is {offset} with boundary 'shift', which places the window itself; allowed: None")
+    if offset and boundary == "valid":
+        refuse(f"offset is {offset} with boundary 'valid', whose windows begin at the query; allowed: None or 0")
+
+
+def _check_length(axis: int, length: int, size: int, dilation: int, boundary: str) -> None:
+    where = f"the grid has {length} tokens along axis {axis}, where size is {size} and dilation {dilation}"
+    if length < 1:
+        raise ValueError(f"Window: {where}; allowed: a grid with at least one token")
+    if boundary == "shift" and size * dilation > length:
+        raise ValueError(
+            f"Window: {where}; allowed with boundary 'shift': size·dilation = {size * dilation} <= {length}"
+        )
+    span = dilation * (size - 1) + 1
+    if boundary == "valid" and span > length:
+        raise ValueError(f"Window: {where}; allowed with boundary 'valid': a span of {span} <= {length}")

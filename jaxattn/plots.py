@@ -118,7 +118,7 @@ def attention_maps(
 
 @_styled
 def kernels(kernel: Float[np.ndarray, "height width in_features features"], columns: int = 8) -> Figure:
-    """Convolution kernels, one picture per output feature: the weight at every offset, of the first input feature.
+    """Convolution kernels by offset, one per output feature: that of the input feature whose kernel has the largest norm.
 
     Blue is negative, red positive, white zero; one colour scale serves all.
 
@@ -130,10 +130,12 @@ def kernels(kernel: Float[np.ndarray, "height width in_features features"], colu
     rows = -(-features // columns)
     figure = Figure(figsize=(0.62 * columns, 0.62 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
-    limit = np.abs(kernel[:, :, 0]).max() or 1.0
+    strongest = np.linalg.norm(kernel, axis=(0, 1)).argmax(0)  # an input feature for each output feature
+    pictures = np.moveaxis(kernel[:, :, strongest, np.arange(features)], -1, 0)  # [features, height, width]
+    limit = np.abs(pictures).max() or 1.0
     for feature, axes in enumerate(grid.flat):
         if feature < features:
-            axes.imshow(kernel[:, :, 0, feature], cmap=DIVERGING, vmin=-limit, vmax=limit)
+            axes.imshow(pictures[feature], cmap=DIVERGING, vmin=-limit, vmax=limit)
         else:
             axes.remove()
     _bare(grid)

@@ -1,0 +1,7 @@
+"""Networks."""
+
+from .resnet import ResNet as ResNet
+from .resnet import resnet18 as resnet18
+from .resnet import resnet34 as resnet34
+from .resnet import resnet50 as resnet50
+from .resnet import tiny as tiny

@@ -1,0 +1,4 @@
+"""Layers as Flax nnx modules."""
+
+from .attention import Attention as Attention
+from .conv import Conv as Conv

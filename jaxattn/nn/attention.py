@@ -1,0 +1,317 @@
+"""Attention as a Flax module: projections around `jaxattn.attention`, with tables for its relative terms."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn import dtypes
+from jaxtyping import Array, ArrayLike, Float, Num, Shaped
+
+from jaxattn.attention import attention
+from jaxattn.kernels import reference
+from jaxattn.window import Window
+
+default_kernel_init = nnx.initializers.lecun_normal()
+default_bias_init = nnx.initializers.zeros_init()
+default_relative_init = nnx.initializers.truncated_normal(0.02)
+KEY_EMBEDDINGS = (False, True, "shared", "factorized")
+
+
+class Attention(nnx.Module):
+    """Multi-head attention, local (in a window, on a grid of any rank) or global,
+
+        y_i = b_O + Σ_h W_O,h Σ_{j in N(i)} A_h(i, j) (W_V,h x_j),
+        A_h(i, ·) = normalize(scale · q_i·k_j + q_i·r_h[j-i] + b_h[j-i]),   q = W_Q x, k = W_K x,
+
+    with r (`key_embedding`) and b (`relative_bias`) learned if asked for. Without a window and those two it computes
+    what `flax.nnx.MultiHeadAttention` computes from the same parameters, which have the same names, shapes and initial
+    values. One difference: a query that the mask leaves nothing takes zeros to the output projection, not the mean of
+    all values.
+    (Vaswani et al. 2017, arXiv 1706.03762; with a window and r, Ramachandran et al. 2019, arXiv 1906.05909.)
+
+    Args:
+      num_heads: heads; they divide `qkv_features`.
+      in_features: size of the input's last axis.
+      qkv_features: of query, key and value, all heads together; None means `in_features`.
+      out_features: size of the output's last axis; None means `in_features`, or without an output projection
+        `qkv_features`.
+      num_kv_heads: heads of key and value; they divide `num_heads` (grouped queries). None means `num_heads`.
+      in_kv_features: size of the last axis of the inputs of key and value; None means `in_features`.
+      window: None for all tokens of a sequence, a `Window`, or its size: 7 is `Window(7)` (one dimension), (7, 7) is
+        `Window((7, 7))` (two), whose boundary is "shift".
+      relative_bias: learns b, `[num_heads, *(2k-1)]`. Needs a window.
+      key_embedding: learns r. True: a table per head, `[num_heads, *(2k-1), head_dim]`. "shared": one for all heads.
+        "factorized": a table per head and axis, `[num_heads, 2k-1, head_dim / rank]`, an offset's embedding being its
+        axes' embeddings one after the other (Ramachandran et al.). Needs a window.
+      normalize: as `jaxattn.attention`: "softmax", "relu", "sigmoid", "sparsemax", "none", or a callable.
+      logits_soft_cap: scores become cap · tanh(score / cap).
+      scale: None means head_dim ** -0.5.
+      normalize_qk: a LayerNorm without bias on each query and key (Dehghani et al. 2023, arXiv 2302.05442).
+      dtype: of the computation. None promotes the inputs' and the parameters' dtypes.
+      param_dtype: of the parameters.
+      dropout_rate: of the weights, after the normaliser; each query and head its own.
+      deterministic: True drops nothing. The call's argument goes before it; `train()` and `eval()` set it.
+      precision: of the projections and the attention.
+      kernel_init, out_kernel_init: initialisers of the projections; without the second the first serves both.
+      bias_init, out_bias_init: the same for their biases.
+      relative_init: initialiser of the relative tables; small, so that training starts near content alone.
+      use_bias: whether the projections have biases.
+      out_projection: False leaves out W_O: the heads' outputs are concatenated.
+      implementation: as `jaxattn.attention`.
+      rngs: `nnx.Rngs`; `params` is used, and `dropout` if there is any.
+      keep_rngs: False leaves no random stream in the module; each call that drops must bring its own.
+
+    Raises:
+      ValueError: an argument out of its range, or an input whose shape does not fit, by name.
+
+    >>> from flax import nnx
+    >>> import jax.numpy as jnp
+    >>> layer = Attention(4, 32, window=(7, 7), relative_bias=True, rngs=nnx.Rngs(0))
+    >>> layer(jnp.ones((2, 14, 14, 32))).shape
+    (2, 14, 14, 32)
+    >>> layer.weights(jnp.ones((2, 14, 14, 32))).shape
+    (2, 14, 14, 4, 49)
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        in_features: int,
+        qkv_features: int | None = None,
+        out_features: int | None = None,
+        num_kv_heads: int | None = None,
+        in_kv_features: int | None = None,
+        *,
+        window: Window | int | tuple[int, ...] | None = None,
+        relative_bias: bool = False,
+        key_embedding: bool | str = False,
+        normalize: str | Callable[..., Array] = "softmax",
+        logits_soft_cap: float | None = None,
+        scale: float | None = None,
+        normalize_qk: bool = False,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        dropout_rate: float = 0.0,
+        deterministic: bool | None = None,
+        precision: Any = None,
+        kernel_init: Callable[..., Any] = default_kernel_init,
+        out_kernel_init: Callable[..., Any] | None = None,
+        bias_init: Callable[..., Any] = default_bias_init,
+        out_bias_init: Callable[..., Any] | None = None,
+        relative_init: Callable[..., Any] = default_relative_init,
+        use_bias: bool = True,
+        out_projection: bool = True,
+        implementation: str | None = None,
+        rngs: nnx.Rngs,
+        keep_rngs: bool = True,
+    ):
+        self.num_heads = num_heads
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.in_features = in_features
+        self.in_kv_features = in_features if in_kv_features is None else in_kv_features
+        self.qkv_features = in_features if qkv_features is None else qkv_features
+        self.out_features = out_features or (in_features if out_projection else self.qkv_features)
+        self.window = window if window is None or isinstance(window, Window) else Window(window)
+        _check(self, relative_bias, key_embedding, dropout_rate, out_projection)
+        self.head_dim = self.qkv_features // num_heads
+        self.normalize, self.logits_soft_cap, self.scale = normalize, logits_soft_cap, scale
+        self.dtype, self.precision, self.implementation = dtype, precision, implementation
+        self.dropout_rate, self.deterministic = dropout_rate, deterministic
+
+        kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        linear = partial(nnx.LinearGeneral, use_bias=use_bias, precision=precision, **kwargs)
+        inner = partial(linear, kernel_init=kernel_init, bias_init=bias_init)
+        self.query = inner(in_features, (num_heads, self.head_dim))
+        self.key = inner(self.in_kv_features, (self.num_kv_heads, self.head_dim))
+        self.value = inner(self.in_kv_features, (self.num_kv_heads, self.head_dim))
+        self.query_ln = nnx.LayerNorm(self.head_dim, use_bias=False, **kwargs) if normalize_qk else nnx.data(None)
+        self.key_ln = nnx.LayerNorm(self.head_dim, use_bias=False, **kwargs) if normalize_qk else nnx.data(None)
+        self.out = nnx.data(None)
+        if out_projection:
+            inits = {"kernel_init": out_kernel_init or kernel_init, "bias_init": out_bias_init or bias_init}
+            self.out = linear((num_heads, self.head_dim), self.out_features, axis=(-2, -1), **inits)
+        self._make_tables(relative_bias, key_embedding, partial(relative_init, dtype=param_dtype), rngs)
+        self.rngs = rngs.dropout.fork() if keep_rngs and dropout_rate > 0 else None
+
+    def _make_tables(self, relative_bias: bool, key_embedding: bool | str, init: Callable[..., Any], rngs: nnx.Rngs):
+        def table(*shape):
+            return nnx.Param(init(rngs.params(), shape))
+
+        offsets = () if self.window is None else tuple(2 * k - 1 for k in self.window.size)
+        self.relative_bias = table(self.num_heads, *offsets) if relative_bias else nnx.data(None)
+        if key_embedding == "factorized":
+            self.key_embedding = nnx.List([table(self.num_heads, n, self.head_dim // len(offsets)) for n in offsets])
+        elif key_embedding:
+            heads = 1 if key_embedding == "shared" else self.num_heads
+            self.key_embedding = table(heads, *offsets, self.head_dim)
+        else:
+            self.key_embedding = nnx.data(None)
+
+    def __call__(
+        self,
+        inputs_q: Num[ArrayLike, "..."],
+        inputs_k: Num[ArrayLike, "..."] | None = None,
+        inputs_v: Num[ArrayLike, "..."] | None = None,
+        *,
+        mask: Shaped[ArrayLike, "..."] | None = None,
+        bias: Num[ArrayLike, "..."] | None = None,
+        segment_ids: Any = None,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+        sow_weights: bool = False,
+    ) -> Float[Array, "..."]:
+        """Attends.
+
+        Args:
+          inputs_q: `[*batch, *grid, in_features]` (one grid axis without a window). In self-attention (`inputs_k` None)
+            under a window with strides the queries are made of the tokens at which they stand, stride·i; otherwise
+            of all of `inputs_q`, whose grid then is the window's query grid.
+          inputs_k: what the keys are made of, `[*batch, *grid, in_kv_features]`; None means `inputs_q`.
+          inputs_v: what the values are made of; None means `inputs_k`.
+          mask, bias, segment_ids: as in `jaxattn.attention`; numbers serve as a mask too, nonzero attends.
+          deterministic: True drops nothing; None asks the constructor's argument.
+          rngs: where dropout takes its key from, `nnx.Rngs` (its `dropout`) or a stream; None means the module's own.
+          sow_weights: also stores the weights as `nnx.Intermediate` "attention_weights", for `nnx.capture`.
+
+        Returns:
+          `[*batch, *query_grid, out_features]`.
+        """
+        query, key, value = self._project(inputs_q, inputs_k, inputs_v)
+        terms = self._terms(query.dtype, mask, bias, segment_ids)
+        if sow_weights:
+            self.sow(nnx.Intermediate, "attention_weights", reference.weights(query, key, **terms))
+        dropout_key = self._dropout_key(deterministic, rngs)
+        y = attention(
+            query,
+            key,
+            value,
+            **terms,
+            dropout_rate=0.0 if dropout_key is None else self.dropout_rate,
+            dropout_key=dropout_key,
+            precision=self.precision,
+            implementation=self.implementation,
+        )
+        return y.reshape(*y.shape[:-2], self.qkv_features) if self.out is None else self.out(y)
+
+    def weights(
+        self,
+        inputs_q: Num[ArrayLike, "..."],
+        inputs_k: Num[ArrayLike, "..."] | None = None,
+        *,
+        mask: Shaped[ArrayLike, "..."] | None = None,
+        bias: Num[ArrayLike, "..."] | None = None,
+        segment_ids: Any = None,
+    ) -> Float[Array, "..."]:
+        """The weights A, for figures: `[*batch, *query_grid, num_heads, slots]`, without dropout.
+
+        The slots are the window's, row-major (`Window.indices` says which token each is); without a window, all tokens.
+        """
+        query, key, _ = self._project(inputs_q, inputs_k, None)
+        return reference.weights(query, key, **self._terms(query.dtype, mask, bias, segment_ids))
+
+    def set_view(self, deterministic: bool | None = None):
+        """For `nnx.view`.
+
+        Args:
+          deterministic: if True, drops nothing.
+        """
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+    def _project(self, inputs_q, inputs_k, inputs_v):
+        if inputs_k is None and inputs_v is not None:
+            raise ValueError("Attention: inputs_v is given without inputs_k; give inputs_k alone for both")
+        rank = 1 if self.window is None else len(self.window.size)
+        queries = self._standing(inputs_q, rank) if inputs_k is None else inputs_q
+        inputs_k = inputs_q if inputs_k is None else inputs_k
+        inputs_v = inputs_k if inputs_v is None else inputs_v
+        for name, x, features in (
+            ("inputs_q", queries, self.in_features),
+            ("inputs_k", inputs_k, self.in_kv_features),
+            ("inputs_v", inputs_v, self.in_kv_features),
+        ):
+            _check_input(name, x, rank, features, self.window)
+        query, key, value = self.query(queries), self.key(inputs_k), self.value(inputs_v)
+        if self.query_ln is not None and self.key_ln is not None:
+            query, key = self.query_ln(query), self.key_ln(key)
+        return dtypes.promote_dtype((query, key, value), dtype=self.dtype)
+
+    def _standing(self, x, rank: int):
+        """The tokens at which a strided window's queries stand."""
+        if self.window is None or jnp.ndim(x) < rank + 1:
+            return x
+        x = jnp.asarray(x)
+        grid = self.window.query_grid(x.shape[-1 - rank : -1])
+        steps = (slice(0, n * s, s) for n, s in zip(grid, self.window.stride, strict=True))
+        return x[(..., *steps, slice(None))]
+
+    def _terms(self, dtype, mask, bias, segment_ids) -> dict[str, Any]:
+        """What `attention` and its weights depend on besides query, key and value."""
+        embedding = self.key_embedding
+        if isinstance(embedding, nnx.List):
+            axes = range(1, len(embedding) + 1)
+            tables = [
+                jnp.expand_dims(t[...], [b for b in axes if b != a]) for a, t in zip(axes, embedding, strict=True)
+            ]
+            embedding = jnp.concatenate(jnp.broadcast_arrays(*tables), axis=-1)
+        return {
+            "window": self.window,
+            "mask": None if mask is None else jnp.asarray(mask, bool),
+            "bias": None if bias is None else jnp.asarray(bias, dtype),
+            "segment_ids": segment_ids,
+            "relative_bias": None if self.relative_bias is None else jnp.asarray(self.relative_bias[...], dtype),
+            "key_embedding": None if embedding is None else jnp.asarray(embedding[...], dtype),
+            "normalize": self.normalize,
+            "logits_soft_cap": self.logits_soft_cap,
+            "scale": self.scale,
+        }
+
+    def _dropout_key(self, deterministic: bool | None, rngs: nnx.Rngs | nnx.RngStream | None):
+        deterministic = self.deterministic if deterministic is None else deterministic
+        if self.dropout_rate == 0.0 or deterministic:
+            return None
+        if deterministic is None:
+            raise ValueError(
+                f"Attention: with dropout_rate (={self.dropout_rate}), deterministic must be given to the constructor "
+                "or the call, or set by train() or eval(); got None"
+            )
+        stream = rngs.dropout if isinstance(rngs, nnx.Rngs) else rngs or self.rngs
+        if stream is None:
+            raise ValueError("Attention: with keep_rngs=False, a call that drops must be given rngs; got None")
+        return stream()
+
+
+def _check(layer: Attention, relative_bias, key_embedding, dropout_rate, out_projection):
+    heads, kv_heads, features = layer.num_heads, layer.num_kv_heads, layer.qkv_features
+    if heads < 1 or features % heads:
+        raise ValueError(f"Attention: num_heads (={heads}) must divide qkv_features (={features})")
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"Attention: num_kv_heads (={kv_heads}) must divide num_heads (={heads})")
+    if key_embedding not in KEY_EMBEDDINGS:
+        raise ValueError(f"Attention: key_embedding must be one of {KEY_EMBEDDINGS}, got {key_embedding!r}")
+    if layer.window is None and (relative_bias or key_embedding):
+        raise ValueError(
+            f"Attention: relative_bias (={relative_bias}) and key_embedding (={key_embedding!r}) need a window; "
+            'for a global layer on a known grid, Window(grid, boundary="shift")'
+        )
+    if layer.window is not None and key_embedding == "factorized" and features // heads % len(layer.window.size):
+        raise ValueError(
+            f"Attention: with key_embedding='factorized', the window's {len(layer.window.size)} axes must divide "
+            f"head_dim (={features // heads})"
+        )
+    if not 0 <= dropout_rate < 1:
+        raise ValueError(f"Attention: dropout_rate must be in [0, 1), got {dropout_rate}")
+    if not out_projection and layer.out_features != features:
+        raise ValueError(
+            f"Attention: without an output projection, out_features (={layer.out_features}) "
+            f"must be qkv_features (={features})"
+        )
+
+
+def _check_input(name: str, x, rank: int, features: int, window: Window | None):
+    shape = jnp.shape(x)
+    if len(shape) < rank + 1 or shape[-1] != features:
+        grid = "a sequence axis, without a window" if window is None else f"{rank} grid axes, for {window}"
+        raise ValueError(f"Attention: {name} must be [*batch, {grid}, {features} features], got shape {shape}")

@@ -1,0 +1,224 @@
+"""Convolution as a Flax module: `nnx.Conv`'s parameters and arguments, `jaxattn.zoo.conv`'s arithmetic."""
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn import dtypes
+from jax import lax
+from jax.sharding import PartitionSpec, Sharding
+from jaxtyping import Array, ArrayLike, Float, Num
+
+from jaxattn import zoo
+from jaxattn.einsum import einsum
+
+default_kernel_init = nnx.initializers.lecun_normal()
+default_bias_init = nnx.initializers.zeros_init()
+PADDINGS = ("SAME", "SAME_LOWER", "VALID", "CAUSAL", "CIRCULAR", "REFLECT")
+
+
+class Conv(nnx.Module):
+    """Convolution (cross-correlation) in any number of dimensions; in two,
+
+        y[..., i, j, o] = bias[o] + Σ_{r,s,c} x[..., s₁·i + d₁·r - low₁, s₂·j + d₂·s - low₂, c] · kernel[r, s, c, o]
+
+    which is `zoo.conv`, one `einsum`. A drop-in for `flax.nnx.Conv`: the same constructor arguments, the same
+    parameters (names, shapes, and initial values from the same `rngs`), the same results from the same parameters.
+
+    Args:
+      in_features: size of the input's last axis.
+      out_features: size of the output's last axis.
+      kernel_size: an int for a one-dimensional kernel, else one int per spatial axis.
+      strides: an int, or one per spatial axis; None means 1.
+      padding: "SAME", "SAME_LOWER", "VALID", "CAUSAL" (one dimension: nothing is seen before its time),
+        "CIRCULAR" (the grid is a torus), "REFLECT" (mirrored, the edge not repeated), an int, or an int or a
+        (low, high) pair per spatial axis.
+      input_dilation: puts d - 1 zeros between the inputs, `einsum("... i c -> ... d*i c", x)`, and the padding around
+        the result; with it the padding is "VALID" or in numbers, as only these have one meaning there.
+      kernel_dilation: the step between the taps, an int or one per spatial axis.
+      feature_group_count: groups; input and output features are split among them.
+      use_bias: whether a bias is added.
+      mask: multiplies the kernel; of its shape.
+      dtype: of the computation. None promotes the input's and the parameters' dtypes, integers to floats.
+      param_dtype: of the parameters.
+      precision: `lax.Precision` or its name.
+      kernel_init: initialiser of `kernel`, `[*kernel_size, in_features / groups, out_features]`.
+      bias_init: initialiser of `bias`, `[out_features]`.
+      conv_general_dilated: here for `nnx.Conv`'s sake; only its default is possible.
+      promote_dtype: maps `(input, kernel, bias)` and the keyword `dtype` to arrays of one dtype.
+      preferred_element_type: the dtype to accumulate in and return.
+      rngs: `nnx.Rngs`; `params` is used.
+      kernel_metadata: metadata of the `kernel` parameter, such as its sharding.
+      bias_metadata: metadata of the `bias` parameter.
+      implementation: `einsum`'s.
+
+    Raises:
+      ValueError: an argument out of its range, or an input whose shape does not fit, by name.
+
+    >>> from flax import nnx
+    >>> import jax.numpy as jnp
+    >>> layer = Conv(3, 8, (3, 3), strides=2, rngs=nnx.Rngs(0))
+    >>> layer(jnp.ones((2, 32, 32, 3))).shape
+    (2, 16, 16, 8)
+
+    The same layer for a Linen model (`nnx.bridge.to_linen`):
+
+    >>> import jax
+    >>> linen = nnx.bridge.to_linen(Conv, 3, 8, (3, 3))
+    >>> variables = linen.init(jax.random.key(0), jnp.ones((2, 32, 32, 3)))
+    >>> linen.apply(variables, jnp.ones((2, 32, 32, 3))).shape
+    (2, 32, 32, 8)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int],
+        strides: int | Sequence[int] | None = 1,
+        *,
+        padding: str | int | Sequence[int | Sequence[int]] = "SAME",
+        input_dilation: int | Sequence[int] | None = 1,
+        kernel_dilation: int | Sequence[int] | None = 1,
+        feature_group_count: int = 1,
+        use_bias: bool = True,
+        mask: ArrayLike | None = None,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        precision: Any = None,
+        kernel_init: Callable[..., Any] = default_kernel_init,
+        bias_init: Callable[..., Any] = default_bias_init,
+        conv_general_dilated: Callable[..., Any] = lax.conv_general_dilated,
+        promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
+        preferred_element_type: Any = None,
+        rngs: nnx.Rngs,
+        kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+        implementation: str | None = None,
+    ):
+        self.kernel_size = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
+        rank, groups = len(self.kernel_size), feature_group_count
+        self.in_features, self.out_features, self.feature_group_count = in_features, out_features, groups
+        self.strides = _per_axis("strides", strides, rank)
+        self.input_dilation = _per_axis("input_dilation", input_dilation, rank)
+        self.kernel_dilation = _per_axis("kernel_dilation", kernel_dilation, rank)
+        self.padding = _checked_padding(padding, rank)
+        self.use_bias, self.mask, self.implementation = use_bias, mask, implementation
+        self.dtype, self.param_dtype, self.promote_dtype = dtype, param_dtype, promote_dtype
+        self.precision, self.preferred_element_type = precision, preferred_element_type
+        if isinstance(self.padding, str) and self.padding != "VALID" and any(d != 1 for d in self.input_dilation):
+            raise ValueError(
+                f"Conv: with input_dilation (={input_dilation}), padding must be 'VALID', an int, or ints or pairs, "
+                f"got {padding!r}"
+            )
+        _check_groups(groups, in_features=in_features, out_features=out_features)
+        self.kernel_shape = (*self.kernel_size, in_features // groups, out_features)
+        if mask is not None and jnp.shape(mask) != self.kernel_shape:
+            raise ValueError(f"Conv: mask must have the kernel's shape {self.kernel_shape}, got {jnp.shape(mask)}")
+        if conv_general_dilated is not lax.conv_general_dilated:
+            raise ValueError(
+                "Conv: conv_general_dilated must be left at its default, since the layer computes jaxattn.zoo.conv; "
+                f"got {conv_general_dilated!r}, which flax.nnx.Conv can use"
+            )
+        self.kernel = nnx.Param(kernel_init(rngs.params(), self.kernel_shape, param_dtype), **kernel_metadata)
+        self.bias = nnx.data(None)
+        if use_bias:
+            self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype), **bias_metadata)
+
+    def __call__(
+        self,
+        inputs: Num[ArrayLike, "..."],
+        out_sharding: PartitionSpec | Sharding | None = None,
+    ) -> Float[Array, "..."]:
+        """Convolves `inputs`.
+
+        Args:
+          inputs: `[*batch, *spatial, in_features]`, with any number of batch axes, or none.
+          out_sharding: the output's sharding, under a mesh with explicit axes.
+
+        Returns:
+          `[*batch, *new_spatial, out_features]`.
+        """
+        rank, shape = len(self.kernel_size), jnp.shape(inputs)
+        if len(shape) < rank + 1 or shape[-1] != self.in_features:
+            raise ValueError(
+                f"Conv: inputs must be [*batch, {rank} spatial axes, in_features (={self.in_features})], got {shape}"
+            )
+        kernel = self.kernel[...] if self.mask is None else self.kernel[...] * self.mask
+        bias = None if self.bias is None else self.bias[...]
+        x, kernel, bias = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
+        if any(d != 1 for d in self.input_dilation):
+            axes = [f"i{n}" for n in range(rank)]
+            dilated = [f"{d}*{axis}" for d, axis in zip(self.input_dilation, axes, strict=True)]
+            x = einsum(f"... {' '.join(axes)} c -> ... {' '.join(dilated)} c", x)
+        pads, boundary = self._pads(x.shape[-1 - rank : -1])
+        y = zoo.conv(
+            x,
+            kernel,
+            strides=self.strides,
+            padding=pads,
+            dilation=self.kernel_dilation,
+            groups=self.feature_group_count,
+            precision=self.precision,
+            preferred_element_type=self.preferred_element_type,
+            boundary=boundary,
+            implementation=self.implementation,
+        )
+        y = y if bias is None else y + bias
+        return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
+
+    def _pads(self, spatial: tuple[int, ...]) -> tuple[list[tuple[int, int]], str]:
+        """The (low, high) pads of each axis of the input, and what they are filled with."""
+        spans = [(k - 1) * d for k, d in zip(self.kernel_size, self.kernel_dilation, strict=True)]
+        match self.padding:
+            case "VALID":
+                return [(0, 0)] * len(spans), "zero"
+            case "SAME" | "SAME_LOWER":
+                totals = [
+                    max((-(-n // s) - 1) * s + span + 1 - n, 0)
+                    for n, s, span in zip(spatial, self.strides, spans, strict=True)
+                ]
+                lows = [total // 2 if self.padding == "SAME" else -(-total // 2) for total in totals]
+                return [(low, total - low) for low, total in zip(lows, totals, strict=True)], "zero"
+            case "CAUSAL":
+                return [(spans[0], 0)], "zero"
+            case "CIRCULAR" | "REFLECT":
+                boundary = "wrap" if self.padding == "CIRCULAR" else "reflect"
+                return [(span // 2, span - span // 2) for span in spans], boundary
+            case pairs:
+                return list(pairs), "zero"
+
+
+def _check_groups(groups: int, **features: int):
+    for name, size in features.items():
+        if groups < 1 or size % groups:
+            raise ValueError(f"Conv: feature_group_count (={groups}) must divide {name} (={size})")
+
+
+def _per_axis(name: str, value: int | Sequence[int] | None, rank: int) -> tuple[int, ...]:
+    values = (1 if value is None else value,) * rank if value is None or isinstance(value, int) else tuple(value)
+    if len(values) != rank or any(v < 1 for v in values):
+        raise ValueError(
+            f"Conv: {name} must be an int >= 1, or {rank} of them (one per axis of kernel_size), got {value!r}"
+        )
+    return values
+
+
+def _checked_padding(padding, rank: int) -> str | tuple[tuple[int, int], ...]:
+    if isinstance(padding, str) and padding.upper() in PADDINGS:
+        if padding.upper() == "CAUSAL" and rank != 1:
+            raise ValueError(f"Conv: padding 'CAUSAL' is for one spatial axis, kernel_size has {rank}")
+        return padding.upper()
+    if isinstance(padding, int):
+        return ((padding, padding),) * rank
+    if isinstance(padding, Sequence) and not isinstance(padding, str) and len(padding) == rank:
+        pairs = tuple((p, p) if isinstance(p, int) else tuple(p) for p in padding)
+        if all(len(pair) == 2 and all(isinstance(p, int) for p in pair) for pair in pairs):
+            return pairs
+    raise ValueError(
+        f"Conv: padding must be one of {', '.join(PADDINGS)}, an int, or {rank} ints or (low, high) pairs "
+        f"(one per axis of kernel_size), got {padding!r}"
+    )

@@ -12,7 +12,7 @@ from jax import lax
 
 from jaxattn.kernels import convolution
 from jaxattn.kernels.gather import axes_of, contract, expanded_size, gather, merge, split
-from jaxattn.kernels.slices import loop_axes, slices
+from jaxattn.kernels.slices import can_slice, loop_axes, slices
 from jaxattn.notation import OUTPUT, Resolved, resolve
 
 IMPLEMENTATIONS = (None, "reference", "xla")
@@ -80,11 +80,8 @@ class Plan:
 
 
 def _si(number: float) -> str:
-    for unit in ("", "k", "M", "G", "T"):
-        if number < 1000:
-            break
-        number /= 1000
-    return f"{number:.3g} {unit}"
+    power = min(int(math.log10(max(number, 1))) // 3, 4)
+    return f"{number / 1000**power:.3g} {('', 'k', 'M', 'G', 'T')[power]}"
 
 
 def _choose(resolved: Resolved) -> tuple[str, str]:
@@ -96,10 +93,9 @@ def _choose(resolved: Resolved) -> tuple[str, str]:
         return "convolution", f"{LOWERINGS['convolution'][1]}, {conv.describe(resolved)}"
     # an unfold is built only where the output asks for one at least as large, or the operand already is
     sizes = [math.prod(resolved.output_shape), *map(math.prod, resolved.shapes)]
-    walked = set(loop_axes(resolved))
-    if expanded_size(resolved) <= max(sizes) or any(a.axes[0] in walked for a in resolved.of_term(OUTPUT).values()):
+    if expanded_size(resolved) <= max(sizes) or not can_slice(resolved):
         return "gather", LOWERINGS["gather"][1]
-    places = math.prod(resolved.sizes[axis] for axis in walked)
+    places = math.prod(resolved.sizes[axis] for axis in loop_axes(resolved))
     return "slices", f"{LOWERINGS['slices'][1]}, {places} of them"
 
 

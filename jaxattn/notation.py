@@ -13,6 +13,7 @@ import math
 import numbers
 import re
 from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import numpy as np
 
@@ -23,6 +24,9 @@ TERM = re.compile(rf"(?P<sign>[+-]?)(?:(?:(?P<coefficient>\d+)\*)?(?P<axis>{NAME
 TOKEN = re.compile(r"\([^()]*\)|[^\s()]+|[()]")
 ELLIPSIS = "..."
 OUTPUT = -1  # the index of the output among the terms, as the last of a sequence
+
+
+Padding = Literal["VALID", "SAME"] | tuple[int, int]  # (low, high)
 
 
 class EquationError(ValueError):
@@ -353,69 +357,75 @@ class _Resolver:
             self.learn(axis, length // product, f"in operand {term}", token.columns(axis))
         return True
 
-    def locate(self, token: Token, length: int | None, place: tuple[int, int], pad, boundary) -> Affine | None:
-        """The index of an affine token, and its position's extent if nothing else gives it; None while a window is
-        unknown. `length` is None for the output's: there the token says how long the axis is."""
-        position, *windows = token.axes
-        assert token.coefficients is not None
-        stride, *dilations = token.coefficients
-        if any(axis not in self.sizes for axis in windows) or (length is None and position not in self.sizes):
-            return None
-        spans = [abs(d) * (self.sizes[axis] - 1) for d, axis in zip(dilations, windows, strict=True)]
-        span, below = sum(spans), sum(s for s, d in zip(spans, dilations, strict=True) if d < 0)
-        if pad != "VALID" and token.constant:
-            message = f"'{token.text}' has a constant, and padding={pad!r} shifts it as well: say it once"
-            raise self.fail(NotationError, message, token.columns())
-        low, high, extent = self._pad(token, length, stride, span, pad)
-        if pad == "VALID":
-            low = below - token.constant
-        if position not in self.sizes:
-            self._learn_position(token, extent, length, span, pad)
-        elif length is not None and pad == "SAME" and self.sizes[position] != extent:
-            message = (
-                f"axis '{position}' has size {self.sizes[position]} {self.origin[position][0]}, "
-                f"but padding='SAME' over {length} tokens with stride {stride} gives {extent}"
-            )
-            raise self.fail(ExtentError, message, [*self.origin[position][1], *token.columns()])
-        extents = tuple(self.sizes[axis] for axis in token.axes)
-        offset, whole = below - low, stride * (extents[0] - 1) + span + 1
-        if length is None:
-            # VALID: the highest index is the last token, so what lies below zero is outside
-            length = stride * extents[0] if pad == "SAME" else whole - low - high
-        boundary = boundary or (None if pad == "VALID" else "zero")
-        found = Affine(*place, token.text, token.axes, token.coefficients, extents, offset, length, high, boundary)
-        self._check_range(token, found)
-        return found
+    def ready(self, token: Token, scattered: bool) -> bool:
+        """Whether the index of an affine token can be told: its windows are known, and on the right its position."""
+        return all(axis in self.sizes for axis in token.axes[not scattered :])
 
-    def _pad(self, token: Token, length: int | None, stride: int, span: int, pad) -> tuple[int, int, int]:
-        """What is padded below and above, and the extent of the position that follows from it."""
-        if length is None:
-            extent = self.sizes[token.axes[0]]
-            if pad == "SAME":
-                total = max(span + 1 - stride, 0)
-                return total // 2, total - total // 2, extent
-            return (0, 0, extent) if pad == "VALID" else (*pad, extent)
-        if pad == "SAME":
-            extent = -(-length // stride)
-            total = max((extent - 1) * stride + span + 1 - length, 0)
-            return total // 2, total - total // 2, extent
-        if pad == "VALID":
-            # a window that only looks back reaches no further up than its position
-            assert token.coefficients is not None
-            pairs = zip(token.coefficients[1:], token.axes[1:], strict=True)
-            return 0, 0, (length - 1 - sum(max(d, 0) * (self.sizes[axis] - 1) for d, axis in pairs)) // stride + 1
-        low, high = pad
-        return low, high, (length + low + high - span - 1) // stride + 1
-
-    def _learn_position(self, token: Token, extent: int, length: int | None, span: int, pad) -> None:
+    def infer(self, token: Token, length: int, pad: Padding) -> None:
+        """The extent of an operand's affine position from its axis and padding, where nothing else gives it."""
+        span, _ = self.span(token)
         if token.constant:
             message = f"the extent of '{token.axes[0]}' can't be read from '{token.text}', which has a constant"
             raise self.fail(ExtentError, f"{message}: give {token.axes[0]}=", token.columns())
+        extent = self.pad(token, length, pad)[2]
         if extent < 1:
             message = f"the window of '{token.text}' reaches over {span + 1} tokens, its axis has {length}"
             padded = "" if pad == "VALID" else f" and padding {pad!r}"
             raise self.fail(ExtentError, message + padded, token.columns())
         self.learn(token.axes[0], extent, f"by '{token.text}'", token.columns(token.axes[0]))
+
+    def span(self, token: Token) -> tuple[int, int]:
+        """How far the windows of a token reach in all, and how much of that is below the position."""
+        assert token.coefficients is not None
+        pairs = zip(token.coefficients[1:], token.axes[1:], strict=True)
+        reach = [d * (self.sizes[axis] - 1) for d, axis in pairs]
+        return sum(map(abs, reach)), -sum(min(r, 0) for r in reach)
+
+    def pad(self, token: Token, length: int | None, pad: Padding) -> tuple[int, int, int]:
+        """What is padded below and above, and the extent of the position that follows. `length` is None for the
+        output's tokens."""
+        assert token.coefficients is not None
+        (span, below), stride = self.span(token), token.coefficients[0]
+        if pad != "VALID" and token.constant:
+            message = f"'{token.text}' has a constant, and padding={pad!r} shifts it as well: say it once"
+            raise self.fail(NotationError, message, token.columns())
+        if length is None:
+            extent = self.sizes[token.axes[0]]
+            length = stride * extent
+        elif pad == "SAME":
+            extent = -(-length // stride)
+        elif pad == "VALID":
+            # a window that only looks back reaches no further up than its position
+            extent = (length - 1 - (span - below)) // stride + 1
+        else:
+            extent = (length + pad[0] + pad[1] - span - 1) // stride + 1
+        if pad == "VALID":
+            return below - token.constant, 0, extent
+        if pad == "SAME":
+            total = max((extent - 1) * stride + span + 1 - length, 0)
+            return total // 2, total - total // 2, extent
+        return pad[0], pad[1], extent
+
+    def locate(self, token: Token, length: int | None, place: tuple[int, int], pad: Padding, boundary) -> Affine:
+        """The index of an affine token whose axes are all known. `length` is None for the output's: there the token
+        says how long its axis is."""
+        assert token.coefficients is not None
+        (span, below), stride = self.span(token), token.coefficients[0]
+        low, high, extent = self.pad(token, length, pad)
+        extents = tuple(self.sizes[axis] for axis in token.axes)
+        if pad == "SAME" and extents[0] != extent:
+            source, columns = self.origin[token.axes[0]]
+            message = (
+                f"axis '{token.axes[0]}' has size {extents[0]} {source}, "
+                f"but padding='SAME' over {length} tokens with stride {stride} gives {extent}"
+            )
+            raise self.fail(ExtentError, message, [*columns, *token.columns()])
+        if length is None:
+            length = stride * extent if pad == "SAME" else stride * (extent - 1) + span + 1 - low - high
+        boundary = boundary or (None if pad == "VALID" else "zero")
+        found = Affine(*place, token.text, token.axes, token.coefficients, extents, below - low, length, high, boundary)
+        self._check_range(token, found)
+        return found
 
     def _check_range(self, token: Token, found: Affine) -> None:
         if found.length < 1:
@@ -464,26 +474,24 @@ def resolve(
     edges = dict(zip(sums, normalize_boundary(boundary, written), strict=True))
     found: dict[tuple[int, int], Affine] = {}
 
-    pending = [place for place in places if place[2].affine or (len(place[2].axes) > 1 and place[0] < len(shapes))]
-    while pending:
-        left = []
-        for k, dim, token in pending:
-            if token.affine:
-                index = state.locate(token, lengths[k][dim], (k, dim), pads[k, dim], edges[k, dim])
-                done = index is not None
-                if index is not None:
-                    found[k, dim] = index
-            else:
-                done = state.decompose(token, shapes[k][dim], k)
-            if not done:
-                left.append((k, dim, token))
-        if len(left) == len(pending):
-            raise state.missing(token for _, _, token in left)
-        pending = left
+    composed = [place for place in places if len(place[2].axes) > 1 and not place[2].affine and place[0] < len(shapes)]
+    waiting = [place for place in places if place[2].affine]
+    while composed or waiting:
+        left = [(k, dim, token) for k, dim, token in composed if not state.decompose(token, shapes[k][dim], k)]
+        ready = [place for place in waiting if state.ready(place[2], place[0] == len(shapes))]
+        # what an operand says outright goes before what padding implies
+        known = [place for place in ready if place[2].axes[0] in state.sizes]
+        for k, dim, token in known:
+            found[k, dim] = state.locate(token, lengths[k][dim], (k, dim), pads[k, dim], edges[k, dim])
+        if len(left) == len(composed) and not known:
+            unknown = {token.axes[0] for _, _, token in ready if not token.constant}
+            for k, dim, token in ready:
+                if not (token.constant and token.axes[0] in unknown):
+                    state.infer(token, shapes[k][dim], pads[k, dim])
+            if not ready:
+                raise state.missing(token for _, _, token in (*left, *waiting))
+        composed, waiting = left, [place for place in waiting if place not in known]
     return Resolved(equation, terms, shapes, state.sizes, tuple(found[place] for place in sums))
-
-
-Padding = str | tuple[int, int]
 
 
 def normalize_padding(padding, sums: list[str]) -> list[Padding]:
@@ -491,7 +499,7 @@ def normalize_padding(padding, sums: list[str]) -> list[Padding]:
 
     def one(value) -> Padding:
         if isinstance(value, str) and value.upper() in ("VALID", "SAME"):
-            return value.upper()
+            return "VALID" if value.upper() == "VALID" else "SAME"
         if _is_int(value):
             return int(value), int(value)
         if not isinstance(value, str) and isinstance(value, Iterable):

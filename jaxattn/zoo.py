@@ -85,7 +85,7 @@ def conv(
 def _each(value, rank: int, name: str) -> tuple[int, ...]:
     """A positive int for each spatial axis."""
     values = (value,) * rank if isinstance(value, numbers.Integral) else tuple(value)
-    if len(values) != rank or not all(isinstance(v, numbers.Integral) and v >= 1 for v in values):
+    if len(values) != rank or not all(isinstance(v, numbers.Integral) and int(v) >= 1 for v in values):
         raise ValueError(f"conv: {name}={value!r} must be a positive int, or one for each of the {rank} spatial axes")
     return tuple(map(int, values))
 

@@ -54,6 +54,12 @@ def loop_axes(resolved: Resolved) -> list[str]:
     return list(dict.fromkeys(axis for index in resolved.affine for axis in index.axes[1:]))
 
 
+def can_slice(resolved: Resolved) -> bool:
+    """Whether every place of the window is one slice of the output: no position of the output is walked itself."""
+    walked = loop_axes(resolved)
+    return all(index.axes[0] not in walked for index in resolved.of_term(OUTPUT).values())
+
+
 def traced_loops(resolved: Resolved) -> list[str]:
     """The first of `loop_axes`, so many that what is left to write out is at most `UNROLL` slices."""
     loops = loop_axes(resolved)

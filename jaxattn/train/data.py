@@ -57,8 +57,8 @@ def load(name: str, seed: int = 0) -> Dataset:
         return _prepare(name, tuple("0123456789"), images[rest], labels[rest], images[test], labels[test], 200, seed)
     if kind == "fashion-mnist" and path:
         train, test = (_read_pair(Path(path), part) for part in ("train", "t10k"))
-        if train[0].shape[1:] != test[0].shape[1:]:
-            raise InputError(f"{path}: training images are {train[0].shape[1:]}, test images {test[0].shape[1:]}")
+        if train[0].shape[1:3] != test[0].shape[1:3]:
+            raise InputError(f"{path}: training images are {train[0].shape[1:3]}, test images {test[0].shape[1:3]}")
         return _prepare("fashion-mnist", FASHION_CLASSES, *train, *test, len(train[1]) // 12, seed)
     raise InputError(f"data (={name!r}) must be 'digits' or 'fashion-mnist:PATH', where PATH holds the idx files")
 
@@ -97,7 +97,9 @@ def read_idx(path: Path, ndim: int) -> UInt8[np.ndarray, "..."]:
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
     if content[:4] != bytes([0, 0, 8, ndim]):
-        raise InputError(f"{path}: starts with {content[:4].hex(' ')}, expected 00 00 08 {ndim:02x} (idx, {ndim} axes)")
+        raise InputError(
+            f"{path}: starts with {content[:4].hex(' ') or 'nothing'}, expected 00 00 08 {ndim:02x} (idx, {ndim} axes)"
+        )
     header = 4 + 4 * ndim
     if len(content) < header:
         raise InputError(f"{path}: {len(content)} bytes, too short for a header of {header}")

@@ -1,0 +1,149 @@
+"""Convolution, attention, and everything between: train a network, evaluate a run."""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from jaxattn import plots
+from jaxattn.measure import attention_maps, mean_by_offset
+from jaxattn.nn.attention import Attention
+from jaxattn.nn.conv import Conv
+from jaxattn.train import loop
+from jaxattn.train.checkpoint import load_checkpoint, save_checkpoint
+from jaxattn.train.data import Dataset, load
+from jaxattn.train.extras import InputError, needs_extra
+from jaxattn.train.loop import Config
+from jaxattn.train.report import write_report
+from jaxattn.train.run import default_folder, new_run, read_config, write_config, write_json
+
+with needs_extra("train"):
+    import tyro
+    from tyro.conf import OmitArgPrefixes, Positional
+
+
+def main(arguments: Sequence[str] | None = None):
+    """Runs the command that `arguments` give, by default the process's own."""
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            {"train": train, "eval": evaluate}, prog="jaxattn", description=__doc__, args=arguments
+        )
+    except InputError as error:
+        sys.exit(f"jaxattn: {error}")
+    except KeyboardInterrupt:
+        sys.exit("jaxattn: interrupted; no run was written")
+
+
+def train(config: OmitArgPrefixes[Config], out: Path | None = None, overwrite: bool = False):
+    """Train a network; with no arguments, a small one twice, by convolution and by local attention, with a report.
+
+    Args:
+      config: what is trained.
+      out: the folder of the run; by default one under runs/, named after what differs from the defaults.
+      overwrite: replace the run that `out` holds.
+    """
+    config.check()
+    out = out or default_folder(config)
+    with new_run(out, overwrite) as folder:
+        data = load(config.data, config.seed)
+        if config.mix == "both":
+            train_both(config, data, folder)
+        else:
+            train_one(config, data, folder)
+    print(f"report: {out / 'report.html'}" if config.mix == "both" else f"run: {out}")
+
+
+def train_one(config: Config, data: Dataset, folder: Path) -> tuple[nnx.Module, list[dict], dict[str, Any]]:
+    """Trains one network and writes its run into `folder`. Returns the network, its epochs and its results."""
+    folder.mkdir(exist_ok=True)
+    write_config(config, folder)
+    start, epochs = time.perf_counter(), []
+    with open(folder / "metrics.jsonl", "w") as lines:
+
+        def log(epoch: dict):
+            epochs.append(epoch)
+            print(json.dumps(epoch), file=lines, flush=True)
+
+        model = loop.train(config, data, log)
+    seconds = time.perf_counter() - start
+    correct, total = loop.evaluate(model, data.test_images, data.test_labels), len(data.test_labels)
+    results = {
+        "test_accuracy": correct / total,
+        "test_correct": correct,
+        "test_images": total,
+        "parameters": loop.count_parameters(model),
+        "flops_per_image": loop.flops_per_image(model, data),
+        "train_images_per_second": float(np.median([epoch["images_per_second"] for epoch in epochs])),
+        "seconds": seconds,
+    }
+    write_json(folder / "results.json", results)
+    save_checkpoint(folder, model)
+    save_figures(folder, {"learning_curves": plots.learning_curves({config.mix: epochs})} | look_inside(model, data))
+    print(accuracy_line(config.mix, correct, total), flush=True)
+    return model, epochs, results
+
+
+def train_both(config: Config, data: Dataset, folder: Path):
+    """Trains by convolution and by local attention, into a folder each, and writes the report of both."""
+    write_config(config, folder)
+    runs = {mix: train_one(dataclasses.replace(config, mix=mix), data, folder / mix) for mix in ("conv", "attention")}
+    figures = {"learning_curves": plots.learning_curves({mix: epochs for mix, (_, epochs, _) in runs.items()})}
+    for model, _, _ in runs.values():
+        figures |= look_inside(model, data)
+    save_figures(folder, figures)
+    write_report(folder / "report.html", config, data, {mix: results for mix, (_, _, results) in runs.items()}, figures)
+
+
+def evaluate(run: Positional[Path]):
+    """Evaluate a run on its test images: the accuracy that its training printed.
+
+    Args:
+      run: a folder that `jaxattn train` wrote.
+    """
+    both = read_config(run).mix == "both"
+    for folder in (run / "conv", run / "attention") if both else (run,):
+        config = read_config(folder)
+        data = load(config.data, config.seed)
+        model = loop.build(config, data)
+        load_checkpoint(folder, model)
+        correct = loop.evaluate(model, data.test_images, data.test_labels)
+        print(accuracy_line(config.mix, correct, len(data.test_labels)))
+
+
+def accuracy_line(mix: str, correct: int, total: int) -> str:
+    """What `train` and `eval` print."""
+    return f"{mix}: test accuracy {correct / total:.2%} ({correct} of {total})"
+
+
+def look_inside(model: nnx.Module, data: Dataset) -> dict[str, Any]:
+    """Figures of the first block's first mixing layer: its kernels, or where its heads look on test images."""
+    layers = [(path, layer) for path, layer in nnx.iter_modules(model) if isinstance(layer, Attention | Conv)]
+    path, layer = next((path, layer) for path, layer in layers if path[0] == "blocks")
+    if isinstance(layer, Conv):
+        return {"kernels": plots.kernels(np.asarray(layer.kernel[...]))}
+    first = [int(np.argmax(data.test_labels == label)) for label in range(len(data.class_names))]  # of each class
+    images = np.concatenate([data.test_images[first], data.test_images[:200]])
+    weights = loop.attention_weights(model, images)[path]  # [images, *grid, heads, slots]
+    grid = weights.shape[1:3]
+    indices = layer.window.indices(grid)
+    pictures = images[: len(first)].mean(-1)
+    brightest = [np.unravel_index(picture.argmax(), picture.shape) for picture in pictures]
+    queries = np.array(brightest) * grid // pictures.shape[1:]
+    maps = [attention_maps(weights[n], indices, grid)[tuple(query)] for n, query in enumerate(queries)]
+    return {
+        "attention_maps": plots.attention_maps(pictures, queries, np.stack(maps), data.class_names),
+        "mean_attention": plots.mean_attention(*mean_by_offset(weights[len(first) :], indices)),
+    }
+
+
+def save_figures(folder: Path, figures: Mapping[str, Any]):
+    """Writes each figure as `folder/figures/NAME.png`."""
+    (folder / "figures").mkdir()
+    for name, figure in figures.items():
+        figure.savefig(folder / "figures" / f"{name}.png", dpi=160, facecolor="white")

@@ -20,7 +20,7 @@ from jaxattn.train.checkpoint import load_checkpoint, save_checkpoint
 from jaxattn.train.data import Dataset, load
 from jaxattn.train.extras import InputError, needs_extra
 from jaxattn.train.loop import Config
-from jaxattn.train.report import write_report
+from jaxattn.train.report import MIXERS, write_report
 from jaxattn.train.run import default_folder, new_run, read_config, write_config, write_json
 
 with needs_extra("train"):
@@ -84,7 +84,9 @@ def train_one(config: Config, data: Dataset, folder: Path) -> tuple[nnx.Module, 
     }
     write_json(folder / "results.json", results)
     save_checkpoint(folder, model)
-    save_figures(folder, {"learning_curves": plots.learning_curves({config.mix: epochs})} | look_inside(model, data))
+    save_figures(
+        folder, {"learning_curves": plots.learning_curves({MIXERS[config.mix]: epochs})} | look_inside(model, data)
+    )
     print(accuracy_line(config.mix, correct, total), flush=True)
     return model, epochs, results
 
@@ -93,11 +95,13 @@ def train_both(config: Config, data: Dataset, folder: Path):
     """Trains by convolution and by local attention, into a folder each, and writes the report of both."""
     write_config(config, folder)
     runs = {mix: train_one(dataclasses.replace(config, mix=mix), data, folder / mix) for mix in ("conv", "attention")}
-    figures = {"learning_curves": plots.learning_curves({mix: epochs for mix, (_, epochs, _) in runs.items()})}
+    figures = {"learning_curves": plots.learning_curves({MIXERS[mix]: epochs for mix, (_, epochs, _) in runs.items()})}
     for model, _, _ in runs.values():
         figures |= look_inside(model, data)
     save_figures(folder, figures)
-    write_report(folder / "report.html", config, data, {mix: results for mix, (_, _, results) in runs.items()}, figures)
+    results = {mix: results for mix, (_, _, results) in runs.items()}
+    pictures = {name: plots.inline_svg(figure, name) for name, figure in figures.items()}
+    write_report(folder / "report.html", config, data, results, pictures)
 
 
 def evaluate(run: Positional[Path]):

@@ -9,7 +9,7 @@ def attention_maps(
 ) -> Float[np.ndarray, "..."]:
     """The weight that every query gives to every key, `[*query_grid, heads, *shape]`.
 
-    map[i, h, j] = Σ_u A_h(i, u) over the slots u of query i that hold key j; tokens outside the grid have no place in it.
+    map[i, h, j] = Σ_u A_h(i, u) over the slots u of query i that hold key j; what lies outside the grid is left out.
 
     Args:
       weights: of one image, slots row-major over the window.

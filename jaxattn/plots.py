@@ -1,6 +1,9 @@
 """Figures: functions from arrays to a matplotlib `Figure`. No pyplot, so no global state and no display."""
 
 import functools
+import html
+import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -9,7 +12,8 @@ from jaxtyping import Float, Int
 try:
     import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 except ImportError as error:
     raise ImportError("matplotlib is not installed, and figures need it: pip install 'jaxattn[train]'") from error
 
@@ -50,7 +54,7 @@ def _styled(draw: Callable) -> Callable:
 
 @_styled
 def learning_curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
-    """Loss and accuracy by epoch, one colour a run.
+    """Loss and accuracy by epoch, one colour a run. The accuracy's axis begins at the lowest tenth of its values.
 
     Args:
       runs: for each name, one mapping per epoch with `epoch`, `train_loss`, `train_accuracy`, `validation_accuracy`.
@@ -60,6 +64,7 @@ def learning_curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure
     ['training loss', 'accuracy']
     """
     figure = Figure(figsize=(8, 3.1), layout="constrained")
+    figure.set_label("Lines by epoch: the training loss, and the accuracy on training and validation images")
     loss, accuracy = figure.subplots(1, 2)
     for (name, epochs), color in zip(runs.items(), COLORS, strict=False):
         x = [line["epoch"] for line in epochs]
@@ -69,7 +74,14 @@ def learning_curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure
         accuracy.plot(x, curve["validation_accuracy"], label=f"{name}, validation", **mark)
         accuracy.plot(x, curve["train_accuracy"], label=f"{name}, training", linestyle=":", **mark)
     loss.set(xlabel="epoch", ylabel="training loss", yscale="log")
-    accuracy.set(xlabel="epoch", ylabel="accuracy")
+    loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    loss.yaxis.set_major_formatter("{x:g}")
+    loss.yaxis.set_minor_formatter(NullFormatter())
+    values = [
+        line[key] for epochs in runs.values() for line in epochs for key in ("train_accuracy", "validation_accuracy")
+    ]
+    low = np.quantile(values, 0.1)  # the first epochs would press the others together
+    accuracy.set(xlabel="epoch", ylabel="accuracy", ylim=(low - 0.02, 1 + 0.02 * (1 - low)))
     accuracy.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     for axes, place in ((loss, "upper right"), (accuracy, "lower right")):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -99,7 +111,8 @@ def attention_maps(
     9
     """
     count, heads, height, width = maps.shape
-    figure = Figure(figsize=(1.15 * count + 0.4, 1.2 * (heads + 1)), layout="constrained")
+    figure = Figure(figsize=(8, 8 / (count + 0.4) * (heads + 1.3)), layout="constrained")
+    figure.set_label("Test images, one a column, and below each one a heat map per attention head")
     grid = figure.subplots(heads + 1, count, squeeze=False)
     for column, (image, (row, col)) in enumerate(zip(images, queries, strict=True)):
         # images and maps share their extent, so that a query marks the same place in both
@@ -109,7 +122,15 @@ def attention_maps(
         for head in range(heads):
             grid[head + 1, column].imshow(maps[column, head], cmap=SEQUENTIAL, vmin=0, extent=box)
         for axes in grid[:, column]:
-            axes.plot(col, row, marker="s", markersize=7, fillstyle="none", markeredgewidth=1.6, color="#ff3b30")
+            axes.plot(
+                col,
+                row,
+                marker="s",
+                markersize=42 / max(height, width),
+                fillstyle="none",
+                markeredgewidth=1.4,
+                color="#ff3b30",
+            )
     for row, name in enumerate(["image", *(f"head {head + 1}" for head in range(heads))]):
         grid[row, 0].set_ylabel(name)
     _bare(grid)
@@ -117,8 +138,8 @@ def attention_maps(
 
 
 @_styled
-def kernels(kernel: Float[np.ndarray, "height width in_features features"], columns: int = 8) -> Figure:
-    """Convolution kernels by offset, one per output feature: that of the input feature whose kernel has the largest norm.
+def kernels(kernel: Float[np.ndarray, "height width in_features features"], columns: int = 6) -> Figure:
+    """Convolution kernels by offset, one per output feature: that of the input feature whose norm is largest.
 
     Blue is negative, red positive, white zero; one colour scale serves all.
 
@@ -128,7 +149,8 @@ def kernels(kernel: Float[np.ndarray, "height width in_features features"], colu
     """
     features = kernel.shape[-1]
     rows = -(-features // columns)
-    figure = Figure(figsize=(0.62 * columns, 0.62 * rows), layout="constrained")
+    figure = Figure(figsize=(4, 4 * rows / columns), layout=ConstrainedLayoutEngine(wspace=0.12, hspace=0.12))
+    figure.set_label("Convolution kernels, small squares in red and blue")
     grid = figure.subplots(rows, columns, squeeze=False)
     strongest = np.linalg.norm(kernel, axis=(0, 1)).argmax(0)  # an input feature for each output feature
     pictures = np.moveaxis(kernel[:, :, strongest, np.arange(features)], -1, 0)  # [features, height, width]
@@ -143,7 +165,7 @@ def kernels(kernel: Float[np.ndarray, "height width in_features features"], colu
 
 
 @_styled
-def mean_attention(means: Float[np.ndarray, "heads height width"], low: tuple[int, int], columns: int = 4) -> Figure:
+def mean_attention(means: Float[np.ndarray, "heads height width"], low: tuple[int, int], columns: int = 2) -> Figure:
     """Each head's mean weight by offset, as `jaxattn.measure.mean_by_offset` returns it; a cross marks offset zero.
 
     Each head has its own colour scale, from zero to the largest mean, which stands above it.
@@ -155,7 +177,8 @@ def mean_attention(means: Float[np.ndarray, "heads height width"], low: tuple[in
     heads, height, width = means.shape
     columns = min(columns, heads)
     rows = -(-heads // columns)
-    figure = Figure(figsize=(1.5 * columns, 1.7 * rows), layout="constrained")
+    figure = Figure(figsize=(4, 4.3 * rows / columns), layout="constrained")
+    figure.set_label("A heat map per attention head: its mean weight by offset")
     grid = figure.subplots(rows, columns, squeeze=False)
     box = (low[1] - 0.5, low[1] + width - 0.5, low[0] + height - 0.5, low[0] - 0.5)
     for head, axes in enumerate(grid.flat):
@@ -167,6 +190,24 @@ def mean_attention(means: Float[np.ndarray, "heads height width"], low: tuple[in
             axes.remove()
     _bare(grid)
     return figure
+
+
+def inline_svg(figure: Figure, name: str) -> str:
+    """The figure as SVG to stand in an HTML page: its font, its colour for ink, ids that begin with `name`.
+
+    >>> inline_svg(mean_attention(np.full((2, 3, 3), 1 / 9), (-1, -1)), "mean")[:28]
+    '<svg viewBox="0 0 288 154.8"'
+    """
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", dpi=200, transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")  # HTML knows these by itself
+    svg = re.sub(r'(\sid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg).replace(INK, "currentColor")
+    opening = rf'<svg \1 role="img" aria-label="{html.escape(str(figure.get_label()))}">'
+    return re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', opening, svg, count=1)
 
 
 def _bare(grid: np.ndarray):

@@ -111,7 +111,7 @@ def make_predict(graph: nnx.GraphDef) -> Callable:
 
 
 def count_correct(predict: Callable, images: np.ndarray, labels: np.ndarray, batch_size: int = 100) -> int:
-    """How many images are classified rightly, in batches of one size: the last is filled up, and the filling not counted."""
+    """How many images are classified rightly, in batches of one size: what fills up the last is not counted."""
     correct = 0
     for start in range(0, len(labels), batch_size):
         batch, truth = images[start : start + batch_size], labels[start : start + batch_size]
@@ -191,7 +191,7 @@ def flops_per_image(model: nnx.Module, data: Dataset) -> float:
 
 
 def attention_weights(model: nnx.Module, images: np.ndarray) -> dict[tuple, np.ndarray]:
-    """The weights `[images, *query_grid, heads, slots]` of every attention layer, under the layer's path in the model."""
+    """The weights `[images, *query_grid, heads, slots]` of every attention layer, by its path in the model."""
     model.eval()
     graph, state = nnx.split(model)
 

@@ -2,10 +2,8 @@
 
 import dataclasses
 import html
-import io
 import os
 import platform
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -20,10 +18,11 @@ from jaxattn.train.loop import Config
 
 TEMPLATE = Path(__file__).with_name("report.html")
 MIXERS = {"conv": "convolution", "attention": "local attention"}
+HEADER = ("", "test accuracy", "test errors", "parameters", "MFLOPs per image", "training images/s", "training time")
 
 
 def write_report(
-    path: Path, config: Config, data: Dataset, results: Mapping[str, Mapping[str, Any]], figures: Mapping[str, Any]
+    path: Path, config: Config, data: Dataset, results: Mapping[str, Mapping[str, Any]], figures: Mapping[str, str]
 ):
     """Writes the report of two runs, one by convolution and one by local attention.
 
@@ -32,67 +31,47 @@ def write_report(
       config: of both runs.
       data: what they were trained on.
       results: of each run, as its results.json holds them, under "conv" and "attention".
-      figures: matplotlib figures: learning_curves, attention_maps, kernels, mean_attention.
+      figures: as HTML: learning_curves, attention_maps, kernels, mean_attention.
     """
-    parts = texts(config, data, results)
-    pictures = {name: inline_svg(figure, name, parts.pop(f"{name}_alt")) for name, figure in figures.items()}
-    path.write_text(Template(TEMPLATE.read_text()).substitute(parts | pictures))
+    path.write_text(Template(TEMPLATE.read_text()).substitute(texts(config, data, results) | dict(figures)))
 
 
 def texts(config: Config, data: Dataset, results: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """What stands in the report beside its figures, as HTML."""
-    e = html.escape
-    classes = len(data.class_names)
-    sizes = [len(labels) for labels in (data.train_labels, data.validation_labels, data.test_labels)]
+    train, validation, test = (len(y) for y in (data.train_labels, data.validation_labels, data.test_labels))
     height, width = data.train_images.shape[1:3]
     return {
-        "title": f"{e(data.name)}: convolution and local attention, one equation",
-        "lede": f"The network <b>{e(config.model)}</b> was trained twice on {sizes[0]:,} images of {height} × {width} pixels "
-        f"in {classes} classes: once with convolutions, once with local attention in their place, everything else alike.",
+        "title": f"Convolution and local attention on {html.escape(data.name)}",
+        "lede": f"The network <b>{config.model}</b>, trained twice on {train:,} images of {height} × {width} "
+        f"pixels in {len(data.class_names)} classes: once with convolutions, once with local attention in their place, "
+        "and everything else alike.",
         "cards": "".join(_card(mix, results[mix]) for mix in MIXERS),
-        "learning_curves_alt": "Two panels of lines by epoch: training loss, and accuracy on training and validation images",
-        "learning_caption": f"<b>Left:</b> mean training loss of each epoch. <b>Right:</b> accuracy on the {sizes[1]:,} validation "
-        "images after each epoch (solid), and on the training images while they were being learned from, "
-        f"{_moved(config)} (dotted).",
-        "results": _table(
-            (
-                "",
-                "test accuracy",
-                "test errors",
-                "parameters",
-                "MFLOPs per image",
-                "training images/s",
-                "training time",
-            ),
-            [_row(MIXERS[mix], results[mix]) for mix in MIXERS],
-        ),
-        "results_note": f"The {sizes[2]:,} test images were looked at once, after the last epoch; nothing was chosen by them. "
-        "FLOPs are XLA's count for one image through the compiled forward pass. Speed is the median over epochs, "
-        "compilation excluded.",
-        "attention_maps_alt": "Test images, one a column, and below each one heat map per attention head",
-        "attention_caption": "One test image of each class. The red square is the query, the brightest pixel; below it, how much each head of "
-        "the first attention layer looks at each pixel from there. Every map has its own scale, from zero (dark) to its largest "
-        "weight (yellow).",
-        "kernels_alt": "Small red and blue squares: convolution kernels",
-        "kernels_caption": "<b>Convolution.</b> Kernels of the first block's first layer, for each output channel the one whose norm is largest. "
-        "Red is positive, blue negative; one scale for all.",
-        "mean_attention_alt": "One heat map per attention head: mean weight by offset",
-        "mean_caption": "<b>Local attention.</b> In the same place, each head's mean weight at each offset from the query (the cross), over "
-        "the test images and all positions; beside its name, the largest mean. An even gaze would give "
-        "every offset the same.",
-        "commands": e(commands(config)),
+        "learning_caption": "<b>Left:</b> mean training loss of each epoch. <b>Right:</b> accuracy on the "
+        f"{validation:,} validation images after each epoch (solid), and on the training images, {_moved(config)}, "
+        "while they were being learned from (dotted). The lowest tenth lies below the frame.",
+        "results": _table(HEADER, [_row(MIXERS[mix], results[mix]) for mix in MIXERS]),
+        "results_note": f"The {test:,} test images were looked at once, after the last epoch; nothing was chosen by "
+        "them. FLOPs are XLA's count for one image through the compiled forward pass. Images per second is the median "
+        "over the epochs, without compilation and evaluation; the time is all of the training, with both.",
+        "attention_caption": "One test image of each class. The red square is the query, the image's brightest pixel. "
+        "Below, where each head of the first attention layer looks from there: every map has its own scale, from zero "
+        "(dark) to its largest weight (yellow).",
+        "kernels_caption": "<b>Convolution.</b> The first block's first layer: for each output channel, of its kernels "
+        "the one whose norm is largest. Red is positive, blue negative; one scale for all.",
+        "mean_caption": "<b>Local attention,</b> in the same place: each head's mean weight at each offset from the "
+        "query (the cross), over test images and positions. Each head has its own scale, from zero to the "
+        "number above it.",
+        "commands": html.escape(commands(config)),
         "config": _definitions(dataclasses.asdict(config)),
         "versions": _definitions(environment()),
-        "footer": "Written by <b>jaxattn train</b>. The file needs no network: its style and figures are inside.",
     }
 
 
 def commands(config: Config) -> str:
-    """The commands that make this run again: what differs from the defaults is spelled out."""
+    """The command that makes this run again: what differs from the defaults is spelled out."""
     default = Config()
     changed = {k: v for k, v in dataclasses.asdict(config).items() if v != getattr(default, k)}
-    flags = "".join(f" --{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in changed.items())
-    return f"pip install 'jaxattn[train]=={version('jaxattn')}'\njaxattn train{flags}"
+    return "jaxattn train" + "".join(f" --{k.replace('_', '-')} {shlex.quote(str(v))}" for k, v in changed.items())
 
 
 def environment() -> dict[str, str]:
@@ -103,19 +82,6 @@ def environment() -> dict[str, str]:
         "device": jax.devices()[0].device_kind,
         "CPU cores": str(os.cpu_count()),
     }
-
-
-def inline_svg(figure: Any, name: str, description: str) -> str:
-    """A matplotlib figure as SVG to stand in a page: scalable, text in the page's font and colour, names of its own."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", dpi=200, metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")  # HTML knows these by itself
-    svg = re.sub(r'(\sid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    label = html.escape(description, quote=True)
-    return re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 role="img" aria-label="{label}">', svg, count=1)
 
 
 def _card(mix: str, result: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from flax.nnx.nn import dtypes
 from jaxtyping import Array, ArrayLike, Float, Num, Shaped
 
 from jaxattn.attention import attention
-from jaxattn.kernels import reference
+from jaxattn.normalize import NORMALIZERS
 from jaxattn.window import Window
 
 default_kernel_init = nnx.initializers.lecun_normal()
@@ -114,9 +114,9 @@ class Attention(nnx.Module):
         self.qkv_features = in_features if qkv_features is None else qkv_features
         self.out_features = out_features or (in_features if out_projection else self.qkv_features)
         self.window = window if window is None or isinstance(window, Window) else Window(window)
+        self.normalize, self.logits_soft_cap, self.scale = normalize, logits_soft_cap, scale
         _check(self, relative_bias, key_embedding, dropout_rate, out_projection)
         self.head_dim = self.qkv_features // num_heads
-        self.normalize, self.logits_soft_cap, self.scale = normalize, logits_soft_cap, scale
         self.dtype, self.precision, self.implementation = dtype, precision, implementation
         self.dropout_rate, self.deterministic = dropout_rate, deterministic
 
@@ -181,7 +181,7 @@ class Attention(nnx.Module):
         query, key, value = self._project(inputs_q, inputs_k, inputs_v)
         terms = self._terms(query.dtype, mask, bias, segment_ids)
         if sow_weights:
-            self.sow(nnx.Intermediate, "attention_weights", reference.weights(query, key, **terms))
+            self.sow(nnx.Intermediate, "attention_weights", _weights(query, key, terms))
         dropout_key = self._dropout_key(deterministic, rngs)
         y = attention(
             query,
@@ -209,7 +209,7 @@ class Attention(nnx.Module):
         The slots are the window's, row-major (`Window.indices` says which token each is); without a window, all tokens.
         """
         query, key, _ = self._project(inputs_q, inputs_k, None)
-        return reference.weights(query, key, **self._terms(query.dtype, mask, bias, segment_ids))
+        return _weights(query, key, self._terms(query.dtype, mask, bias, segment_ids))
 
     def set_view(self, deterministic: bool | None = None):
         """For `nnx.view`.
@@ -283,6 +283,18 @@ class Attention(nnx.Module):
         return stream()
 
 
+def _weights(query: Array, key: Array, terms: dict[str, Any]) -> Array:
+    """[*batch, *query_grid, heads, slots]: `attention` returns no weights, but its normaliser makes them."""
+    normalize, seen = NORMALIZERS.get(terms["normalize"], terms["normalize"]), []
+
+    def look(scores, mask):
+        seen.append(jnp.where(mask, normalize(scores, mask), 0))
+        return seen[-1]
+
+    attention(query, key, key, **terms | {"normalize": look}, implementation="reference")
+    return seen[0].reshape(*query.shape[:-1], -1)
+
+
 def _check(layer: Attention, relative_bias, key_embedding, dropout_rate, out_projection):
     heads, kv_heads, features = layer.num_heads, layer.num_kv_heads, layer.qkv_features
     if heads < 1 or features % heads:
@@ -300,6 +312,10 @@ def _check(layer: Attention, relative_bias, key_embedding, dropout_rate, out_pro
         raise ValueError(
             f"Attention: with key_embedding='factorized', the window's {len(layer.window.size)} axes must divide "
             f"head_dim (={features // heads})"
+        )
+    if isinstance(layer.normalize, str) and layer.normalize not in NORMALIZERS:
+        raise ValueError(
+            f"Attention: normalize must be one of {tuple(NORMALIZERS)} or a callable, got {layer.normalize!r}"
         )
     if not 0 <= dropout_rate < 1:
         raise ValueError(f"Attention: dropout_rate must be in [0, 1), got {dropout_rate}")

@@ -1,5 +1,6 @@
 """Attention over windows of any rank: check, choose an implementation, call."""
 
+import functools
 import math
 import numbers
 from collections.abc import Callable, Sequence
@@ -115,6 +116,8 @@ def attention(
         query=query,
         key=key,
         value=value,
+        scale=_scalar("scale", query.shape[-1] ** -0.5 if scale is None else scale, query.dtype),
+        soft_cap=None if logits_soft_cap is None else _soft_cap(logits_soft_cap, query.dtype),
         bias=_slotwise("bias", bias, geometry),
         slot_mask=slot_mask,
         key_mask=key_mask,
@@ -127,15 +130,15 @@ def attention(
         dropout_key=_dropout(dropout_rate, dropout_key),
     )
     options = Options(
-        axes=geometry.axes,
-        scale=_scalar("scale", query.shape[-1] ** -0.5 if scale is None else scale, query.dtype),
-        score_mod=_callable_or_none("score_mod", score_mod),
-        soft_cap=None if logits_soft_cap is None else _soft_cap(logits_soft_cap, query.dtype),
+        window=window,
+        queries=geometry.queries,
+        keys=geometry.keys,
         normalize=_normalizer(normalize, return_residuals),
-        dropout_rate=dropout_rate,
+        score_mod=_callable_or_none("score_mod", score_mod),
+        dropout_rate=float(dropout_rate),
         precision=precision,
     )
-    output, lse = _implementation(implementation)(operands, options)
+    output, lse = _choose(implementation, options)(operands, options)
     return (output, lse) if return_residuals else output
 
 
@@ -327,19 +330,18 @@ def _dropout(rate: float, key: Operand | None) -> Array | None:
     return jnp.asarray(key) if rate > 0 else None
 
 
-def _scalar(name: str, value: Any, dtype: Any) -> float | Array:
-    if isinstance(value, numbers.Real):
-        return float(value)
-    if np.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+def _scalar(name: str, value: Any, dtype: Any) -> Array:
+    if np.shape(value) != () or not (
+        isinstance(value, numbers.Real) or jnp.issubdtype(jnp.result_type(value), jnp.floating)
+    ):
         raise ValueError(f"attention: {name} is {value!r}; allowed: one real number")
     return jnp.asarray(value, statistics_dtype(dtype))
 
 
-def _soft_cap(value: Any, dtype: Any) -> float | Array:
-    value = _scalar("logits_soft_cap", value, dtype)
-    if isinstance(value, float) and not (value > 0 and math.isfinite(value)):
+def _soft_cap(value: Any, dtype: Any) -> Array:
+    if isinstance(value, numbers.Real) and not (value > 0 and math.isfinite(value)):
         raise ValueError(f"attention: logits_soft_cap is {value}; allowed: None or a finite number > 0")
-    return value
+    return _scalar("logits_soft_cap", value, dtype)
 
 
 def _callable_or_none(name: str, value: Any) -> Any:
@@ -360,14 +362,18 @@ def _normalizer(normalize: str | Normalizer, return_residuals: bool) -> Normaliz
     return normalize
 
 
-def _implementation(name: str | None) -> Callable[[Operands, Options], tuple[Array, Array]]:
-    if name is None:
-        return xla.attend
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"attention: implementation is {name!r}; allowed: None, {', '.join(map(repr, IMPLEMENTATIONS))}"
-        )
-    return IMPLEMENTATIONS[name]
+def _choose(implementation: str | None, options: Options) -> Callable[[Operands, Options], tuple[Array, Array]]:
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        allowed = ", ".join(map(repr, IMPLEMENTATIONS))
+        raise ValueError(f"attention: implementation is {implementation!r}; allowed: None, {allowed}")
+    attend = IMPLEMENTATIONS["xla" if implementation is None else implementation]
+    ours = options.score_mod is None and options.normalize in NORMALIZERS.values()
+    return _compiled(attend) if ours else attend  # a function of the caller's may hold state that a cache would freeze
+
+
+@functools.cache
+def _compiled(attend: Callable) -> Callable:
+    return jax.jit(attend, static_argnums=1)
 
 
 def _broadcasts(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from jaxattn.normalize import Normalizer
-from jaxattn.window import Axis
+from jaxattn.normalize import Normalizer, softmax
+from jaxattn.window import Axis, Window
 
 ScoreMod = Callable[[Array, Array, tuple[Array, ...], tuple[Array, ...]], Array]
 
@@ -21,6 +21,8 @@ class Operands(NamedTuple):
     query: Array  # [*batch, *queries, heads, head_dim]
     key: Array  # [*batch, *keys, key_heads, head_dim]
     value: Array  # [*batch, *keys, key_heads, value_dim]
+    scale: Array  # one number
+    soft_cap: Array | None = None  # one number
     bias: Array | None = None  # [*batch|1, *queries|1, heads|1, *slots|1]
     slot_mask: Array | None = None  # the same
     key_mask: Array | None = None  # [*batch|1, *keys]
@@ -35,15 +37,22 @@ class Operands(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Everything that is not an operand."""
+    """Everything that is not an operand; hashable, so that a kernel is traced once for each."""
 
-    axes: tuple[Axis, ...]
-    scale: float | Array
-    score_mod: ScoreMod | None
-    soft_cap: float | Array | None
-    normalize: Normalizer
-    dropout_rate: float
-    precision: jax.lax.PrecisionLike
+    window: Window | None
+    queries: tuple[int, ...]
+    keys: tuple[int, ...]
+    normalize: Normalizer = softmax
+    score_mod: ScoreMod | None = None
+    dropout_rate: float = 0.0
+    precision: jax.lax.PrecisionLike = None
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """The slots of every query along each axis of the grid."""
+        if self.window is None:
+            return (Axis.everything(self.queries[0], self.keys[0]),)
+        return self.window.axes(self.keys)
 
 
 def statistics_dtype(dtype: DTypeLike) -> DTypeLike:
@@ -51,7 +60,7 @@ def statistics_dtype(dtype: DTypeLike) -> DTypeLike:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def cap(scores: Array, soft_cap: float | Array | None) -> Array:
+def cap(scores: Array, soft_cap: Array | None) -> Array:
     """cap·tanh(s / cap)."""
     return scores if soft_cap is None else soft_cap * jnp.tanh(scores / soft_cap)
 

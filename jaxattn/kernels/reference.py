@@ -47,13 +47,13 @@ def masked_scores(operands: Operands, options: Options) -> tuple[Array, Array]:
     scores = scores + _position_terms(operands, options, scores)
     mask = jnp.broadcast_to(_mask(operands, options), scores.shape)
     scores, mask = problem.without_infinity(scores, mask)
-    scores = problem.cap(scores, options.soft_cap)
+    scores = problem.cap(scores, operands.soft_cap)
     if options.score_mod is not None:
         scores = _modify(scores, options)
     scores, mask = problem.without_infinity(scores, mask)
     if operands.extra_key is not None:
         extra = jnp.expand_dims(operands.extra_key, -4)  # the same for every query
-        extra = problem.cap(_products(operands, extra, options), options.soft_cap)
+        extra = problem.cap(_products(operands, extra, options), operands.soft_cap)
         scores = jnp.concatenate([scores, extra], -1)
         mask = jnp.concatenate([mask, jnp.ones_like(extra, bool)], -1)
     return scores, mask
@@ -64,7 +64,7 @@ def _products(operands: Operands, key: Array, options: Options) -> Array:
     query = _flat(operands.query, options)
     grouped = query.reshape(*query.shape[:-2], key.shape[-2], -1, query.shape[-1])
     product = _einsum("...nkgd,...nwkd->...nkgw", grouped, key, options)
-    return options.scale * product.reshape(*query.shape[:-1], -1)
+    return operands.scale * product.reshape(*query.shape[:-1], -1)
 
 
 def _position_terms(operands: Operands, options: Options, scores: Array) -> Array:

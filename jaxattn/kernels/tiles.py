@@ -1,0 +1,89 @@
+"""How a grid is cut into tiles of queries, and which keys each tile needs. Static, per axis, for every kind of window.
+
+A tile holds queries of one residue class modulo the dilation, so the keys it needs lie one dilation apart: its *columns*.
+Slot u of query q is column u + shift[q]. That is all a kernel has to know: positions are not folded, so no key is twice a
+slot of one query, and edge, reflect and wrap need nothing of their own.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxattn.window import Axis
+
+BUDGET = 2**20  # scores in flight, at least: 4 MB, about a core's cache
+
+
+class AxisTiles(NamedTuple):
+    """One row for each tile along an axis; ragged tiles repeat their last query."""
+
+    queries: np.ndarray  # [tiles, t]
+    keys: np.ndarray  # [tiles, columns], the key in each column; -1 for none
+    named_keys: np.ndarray  # [tiles, columns], the same, with the position itself for none
+    shift: np.ndarray  # [tiles, t], slot u is in column u + shift
+    relative: np.ndarray  # [tiles, t], column c is entry c + relative of a table over the offsets
+    low: np.ndarray  # [tiles, t], the first slot that the query sees
+    high: np.ndarray  # [tiles, t], the slot after the last
+
+
+def cut(axis: Axis, t: int) -> AxisTiles:
+    """Cut the queries of an axis into tiles of `t`."""
+    residue = axis.query % axis.dilation
+    rows = []
+    for r in np.unique(residue):
+        members = np.flatnonzero(residue == r)
+        members = np.pad(members, (0, -len(members) % t), mode="edge")
+        rows += list(members.reshape(-1, t))
+    queries = np.stack(rows)
+    start, low, high = axis.start[queries], axis.low[queries], axis.high[queries]
+    seeing = low < high
+    first = np.where(seeing, start + axis.dilation * low, np.iinfo(int).max).min(1)
+    first = np.where(seeing.any(1), first, start[:, 0])
+    last = np.where(seeing, start + axis.dilation * (high - 1), first[:, None]).max(1)
+    columns = (last - first).max() // axis.dilation + 1
+    position = first[:, None] + axis.dilation * np.arange(columns)
+    keys = axis.fold(position)
+    shift = (start - first[:, None]) // axis.dilation
+    relative = (start - axis.query[queries]) // axis.dilation + axis.size - 1 - shift
+    return AxisTiles(queries, keys, np.where(keys < 0, position, keys), shift, relative, low, high)
+
+
+def tile_sizes(axes: Sequence[Axis], lanes: int, size: int) -> list[int]:
+    """Queries per tile along each axis: about a window's worth, at least 8 (16 in 1-D), and a multiple of the block.
+
+    Halved while a tile's scores, for each of `lanes` heads and batch entries, exceed the budget: `BUDGET`, or the `size` of
+    the query where that is more, so that memory stays in proportion to the operands.
+    """
+    least = 16 if len(axes) == 1 else 8
+    sizes = []
+    for axis in axes:
+        members = max(np.unique(axis.query % axis.dilation, return_counts=True)[1])
+        t = max(axis.size, least)
+        t = members if members <= 2 * t else math.ceil(members / math.ceil(members / t))
+        sizes.append(_blocks(t, axis))
+    while lanes * scores(axes, sizes) > max(BUDGET, size):
+        blocks = [t // axis.block for t, axis in zip(sizes, axes, strict=True)]
+        longest = int(np.argmax(blocks))
+        if blocks[longest] == 1:
+            break
+        sizes[longest] = _blocks(sizes[longest] // 2, axes[longest])
+    return sizes
+
+
+def tiles_at_once(tiles: int, scores: int, size: int) -> int:
+    """How many tiles a step of the loop takes: what the budget allows, preferably a divisor of their number."""
+    most = min(tiles, max(1, max(BUDGET, size) // scores))
+    even = max(n for n in range(1, most + 1) if tiles % n == 0)
+    return even if 2 * even > most else most
+
+
+def scores(axes: Sequence[Axis], sizes: Sequence[int]) -> int:
+    """The query-key pairs of a tile."""
+    return math.prod(t * cut(axis, t).keys.shape[1] for axis, t in zip(axes, sizes, strict=True))
+
+
+def _blocks(t: int, axis: Axis) -> int:
+    """`t` rounded up to whole blocks."""
+    return math.ceil(t / axis.block) * axis.block

@@ -15,11 +15,11 @@ from jaxattn import plots
 from jaxattn.measure import attention_maps, mean_by_offset
 from jaxattn.nn.attention import Attention
 from jaxattn.nn.conv import Conv
-from jaxattn.train import loop
+from jaxattn.train import evaluate, loop
 from jaxattn.train.checkpoint import load_checkpoint, save_checkpoint
+from jaxattn.train.config import Config
 from jaxattn.train.data import Dataset, load
 from jaxattn.train.extras import InputError, needs_extra
-from jaxattn.train.loop import Config
 from jaxattn.train.report import MIXERS, write_report
 from jaxattn.train.run import default_folder, new_run, read_config, write_config, write_json
 
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None):
     """Runs the command that `arguments` give, by default the process's own."""
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"train": train, "eval": evaluate}, prog="jaxattn", description=__doc__, args=arguments
+            {"train": train, "eval": eval_run}, prog="jaxattn", description=__doc__, args=arguments
         )
     except InputError as error:
         sys.exit(f"jaxattn: {error}")
@@ -72,13 +72,13 @@ def train_one(config: Config, data: Dataset, folder: Path) -> tuple[nnx.Module, 
 
         model = loop.train(config, data, log)
     seconds = time.perf_counter() - start
-    correct, total = loop.evaluate(model, data.test_images, data.test_labels), len(data.test_labels)
+    correct, total = evaluate.evaluate(model, data.test_images, data.test_labels), len(data.test_labels)
     results = {
         "test_accuracy": correct / total,
         "test_correct": correct,
         "test_images": total,
-        "parameters": loop.count_parameters(model),
-        "flops_per_image": loop.flops_per_image(model, data),
+        "parameters": evaluate.count_parameters(model),
+        "flops_per_image": evaluate.flops_per_image(model, data.test_images[0]),
         "train_images_per_second": float(np.median([epoch["images_per_second"] for epoch in epochs])),
         "seconds": seconds,
     }
@@ -104,7 +104,7 @@ def train_both(config: Config, data: Dataset, folder: Path):
     write_report(folder / "report.html", config, data, results, pictures)
 
 
-def evaluate(run: Positional[Path]):
+def eval_run(run: Positional[Path]):
     """Evaluate a run on its test images: the accuracy that its training printed.
 
     Args:
@@ -116,7 +116,7 @@ def evaluate(run: Positional[Path]):
         data = load(config.data, config.seed)
         model = loop.build(config, data)
         load_checkpoint(folder, model)
-        correct = loop.evaluate(model, data.test_images, data.test_labels)
+        correct = evaluate.evaluate(model, data.test_images, data.test_labels)
         print(accuracy_line(config.mix, correct, len(data.test_labels)))
 
 
@@ -131,9 +131,11 @@ def look_inside(model: nnx.Module, data: Dataset) -> dict[str, Any]:
     path, layer = next((path, layer) for path, layer in layers if path[0] == "blocks")
     if isinstance(layer, Conv):
         return {"kernels": plots.kernels(np.asarray(layer.kernel[...]))}
+    if layer.window is None:  # no offsets to speak of
+        return {}
     first = [int(np.argmax(data.test_labels == label)) for label in range(len(data.class_names))]  # of each class
     images = np.concatenate([data.test_images[first], data.test_images[:200]])
-    weights = loop.attention_weights(model, images)[path]  # [images, *grid, heads, slots]
+    weights = evaluate.attention_weights(model, images)[path]  # [images, *grid, heads, slots]
     grid = weights.shape[1:3]
     indices = layer.window.indices(grid)
     pictures = images[: len(first)].mean(-1)

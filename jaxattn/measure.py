@@ -25,8 +25,9 @@ def attention_maps(
     maps = np.zeros((len(keys), heads, *shape), weights.dtype)
     inside = (keys >= 0).all(-1)
     query, slot = np.nonzero(inside)
-    where = (query, slice(None), *keys[query, slot].T)
-    np.add.at(maps, where, weights.reshape(-1, heads, slots)[query, :, slot])
+    flat = np.moveaxis(maps.reshape(len(keys), heads, -1), 1, -1)  # [query, key, heads], a view
+    key = np.ravel_multi_index(keys[query, slot].T, shape)
+    np.add.at(flat, (query, key), weights.reshape(-1, heads, slots)[query, :, slot])
     return maps.reshape(*grid, heads, *shape)
 
 
@@ -49,7 +50,7 @@ def mean_by_offset(
     """
     rank = indices.shape[-1]
     grid, heads, slots = indices.shape[:rank], *weights.shape[-2:]
-    queries = np.stack(np.indices(grid), axis=-1).reshape(-1, 1, rank)  # [query, 1, rank]
+    queries = np.moveaxis(np.indices(grid), 0, -1).reshape(-1, 1, rank)  # [query, 1, rank]
     keys = indices.reshape(-1, slots, rank)
     inside = (keys >= 0).all(-1)
     offsets = (keys - stride * queries)[inside]  # [pair, rank]

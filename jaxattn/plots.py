@@ -46,7 +46,7 @@ def _styled(draw: Callable) -> Callable:
 
     @functools.wraps(draw)
     def wrapped(*args, **kwargs):
-        with matplotlib.rc_context(STYLE):
+        with matplotlib.rc_context(STYLE):  # pyright: ignore[reportArgumentType]
             return draw(*args, **kwargs)
 
     return wrapped

@@ -12,7 +12,7 @@ def save_checkpoint(folder: Path, model: nnx.Module):
     """Saves the weights and BatchNorm's statistics into `folder/checkpoint`."""
     with needs_extra("train"):
         from orbax.checkpoint import v1 as ocp
-    ocp.save(folder.absolute() / "checkpoint", nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.RngState))))
+    ocp.save(str(folder.absolute() / "checkpoint"), nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.RngState))))
 
 
 def load_checkpoint(folder: Path, model: nnx.Module):
@@ -25,6 +25,6 @@ def load_checkpoint(folder: Path, model: nnx.Module):
     expected = nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.RngState)))
     expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), expected)
     try:
-        nnx.update(model, ocp.load(path, expected))
+        nnx.update(model, ocp.load(str(path), expected))
     except (ValueError, KeyError, OSError) as error:
         raise InputError(f"{path}: does not fit the network of config.json, or is damaged: {error}") from error

@@ -13,8 +13,8 @@ from typing import Any
 
 import jax
 
+from jaxattn.train.config import Config
 from jaxattn.train.data import Dataset
-from jaxattn.train.loop import Config
 
 TEMPLATE = Path(__file__).with_name("report.html")
 MIXERS = {"conv": "convolution", "attention": "local attention"}

@@ -11,8 +11,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from jaxattn.train.config import Config
 from jaxattn.train.extras import InputError
-from jaxattn.train.loop import Config
 
 
 def default_folder(config: Config) -> Path:

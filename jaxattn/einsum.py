@@ -117,7 +117,8 @@ def _temporaries(resolved: Resolved, lowering: str, width: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def _plan(equation, shapes, dtypes, padding, boundary, sizes, implementation) -> Plan:
-    resolved = resolve(equation, shapes, tuple(map(str, dtypes)), padding, boundary, dict(sizes))
+    given = {axis: size for axis, size, _ in sizes}
+    resolved = resolve(equation, shapes, tuple(map(str, dtypes)), padding, boundary, given)
     dtype = jnp.result_type(*dtypes)
     if implementation == "reference":
         lowering, detail = "gather", LOWERINGS["gather"][1]
@@ -137,15 +138,17 @@ def _hashable(value):
 
 
 def _make_plan(equation, operands, padding, boundary, implementation, sizes) -> Plan:
+    if not isinstance(equation, str):
+        raise ValueError(f"einsum: the equation must be a string, got {type(equation).__name__}")
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"einsum: implementation={implementation!r} must be one of {IMPLEMENTATIONS}")
     shapes = tuple(tuple(x.shape) for x in operands)
     dtypes = tuple(np.dtype(x.dtype) for x in operands)
-    given = tuple(sorted(sizes.items()))
+    given = tuple((axis, size, type(size)) for axis, size in sorted(sizes.items()))  # 1 == True, but not here
     return _plan(equation, shapes, dtypes, _hashable(padding), _hashable(boundary), given, implementation)
 
 
-def plan(equation: str, *operands, padding=None, boundary=None, implementation=None, **sizes: int) -> Plan:
+def plan(equation: str, *operands, padding=None, boundary=None, implementation=None, **sizes) -> Plan:
     """What `einsum` does with an equation: extents, lowering and cost, without computing anything.
 
     Args:
@@ -178,7 +181,7 @@ def einsum(
     precision: lax.PrecisionLike = None,
     preferred_element_type=None,
     implementation: str | None = None,
-    **sizes: int,
+    **sizes,
 ) -> jax.Array:
     """An einsum whose axes may be indexed by a sum of axes.
 
@@ -225,5 +228,7 @@ def einsum(
     dtype = np.dtype(preferred_element_type or chosen.dtype)
     small = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
     accumulate = np.dtype(jnp.float32) if small else dtype
-    arrays = [x.astype(chosen.dtype) for x in arrays]
+    # a convolution of one dtype into another has no transpose in JAX: widen the operands, which loses nothing
+    widened = jnp.promote_types(chosen.dtype, dtype) if chosen.lowering == "convolution" else chosen.dtype
+    arrays = [x.astype(widened) for x in arrays]
     return LOWERINGS[chosen.lowering][0](chosen.resolved, arrays, precision, accumulate).astype(dtype)

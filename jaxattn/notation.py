@@ -101,8 +101,6 @@ class Parsed:
 @functools.lru_cache(maxsize=4096)
 def parse(equation: str) -> Parsed:
     """Read the text of an equation; the errors need no shapes."""
-    if not isinstance(equation, str):
-        raise NotationError(f"einsum: the equation must be a string, got {type(equation).__name__}")
     bare = Parsed(equation, (), ())
     arrows = [match.start() for match in re.finditer("->", equation)]
     if len(arrows) != 1:
@@ -137,7 +135,7 @@ def _token(bare: Parsed, text: str, column: int) -> Token:
     if text == ELLIPSIS:
         return Token(text, column, ())
     where = range(column, column + len(text))
-    if text in "()":
+    if text in ("(", ")"):
         raise bare.error(NotationError, f"unbalanced '{text}': axes are composed as (g c), one level deep", where)
     if text.startswith("("):
         names = text[1:-1].split()
@@ -442,8 +440,9 @@ class _Resolver:
             raise self.fail(IndexRangeError, message, token.columns())
 
     def missing(self, tokens: Iterable[Token]) -> EquationError:
-        """The error for axes whose extent nothing gives."""
-        unknown = {axis: token for token in tokens for axis in token.axes if axis not in self.sizes}
+        """The error for axes whose extent nothing gives; a position follows once its windows are known."""
+        needed = [(axis, token) for token in tokens for axis in token.axes[token.affine :]]
+        unknown = {axis: token for axis, token in needed if axis not in self.sizes}
         columns = [column for axis, token in unknown.items() for column in token.columns(axis)]
         names = ", ".join(f"'{axis}'" for axis in unknown)
         wanted = ", ".join(f"{axis}=" for axis in unknown)
@@ -513,7 +512,7 @@ def normalize_padding(padding, sums: list[str]) -> list[Padding]:
 
     if padding is None:
         return ["VALID"] * len(sums)
-    if isinstance(padding, str) or _is_int(padding):
+    if isinstance(padding, str) or not isinstance(padding, Iterable):
         return [one(padding)] * len(sums)
     entries = list(padding)
     if len(entries) == 2 and all(map(_is_int, entries)):
@@ -525,8 +524,9 @@ def normalize_padding(padding, sums: list[str]) -> list[Padding]:
 
 def normalize_boundary(boundary, sums: list[str]) -> list[str | None]:
     """`boundary` as one name or None for each affine token."""
-    entries = [boundary] * len(sums) if boundary is None or isinstance(boundary, str) else list(boundary)
-    for entry in [boundary] if isinstance(boundary, str) else entries:
+    one = boundary is None or isinstance(boundary, str) or not isinstance(boundary, Iterable)
+    entries = [boundary] * len(sums) if one else list(boundary)
+    for entry in [boundary] if one else entries:
         if entry is not None and entry not in BOUNDARIES:
             raise ValueError(
                 f"einsum: boundary={boundary!r} must be one of {', '.join(BOUNDARIES)}, or one for each affine token"

@@ -10,7 +10,9 @@ import jax
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_enable_x64", True)
-install_import_hook("jaxattn", "beartype.beartype")
+# The modules whose signatures carry shapes. The others take what users give them, and answer for themselves.
+CHECKED = ("kernels", "nn", "models", "train", "normalize", "position", "measure", "plots")
+install_import_hook([f"jaxattn.{name}" for name in CHECKED], "beartype.beartype")
 
 # Compilation makes the first example slow, so no deadline. Derandomised: CI tests the same examples every time;
 # HYPOTHESIS_PROFILE=explore draws new ones.

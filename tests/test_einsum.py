@@ -12,6 +12,7 @@ import pytest
 from oracle_einsum import Einsum, Misfit
 
 import jaxattn
+from jaxattn.kernels.slices import can_slice, slices
 
 T = 5
 TABLE = {

@@ -15,18 +15,23 @@ from jaxattn.boundary import fold
 from jaxattn.kernels.gather import axes_of, contract, merge, split
 from jaxattn.notation import OUTPUT, Affine, Resolved
 
-UNROLL = 64  # slices written out in the program; the windows beyond that are a loop, so that compile time stays bounded
+# Slices written out in the program; the windows beyond that are a loop, since the compiler may keep alive at once all
+# that are written out, and takes its time over them.
+UNROLL = 16
+
+
+def _outside(index: Affine) -> tuple[np.ndarray, int, int]:
+    """The tokens at lowest..highest of `index`, and the part of them that is the axis itself: the rest is outside."""
+    tokens = fold(np.arange(index.lowest, index.highest + 1), index.length, index.boundary or "zero")
+    start = min(max(-index.lowest, 0), len(tokens))
+    return tokens, start, min(max(index.length - index.lowest, start), len(tokens))
 
 
 def extend(x: jax.Array, dim: int, index: Affine) -> jax.Array:
     """Dimension `dim` of x over lowest..highest of `index`: cropped where that is inside, filled by the boundary."""
     if index.boundary in (None, "zero"):
-        pads = [(0, 0, 0)] * x.ndim
-        pads[dim] = (-index.lowest, index.highest - (index.length - 1), 0)
-        return lax.pad(x, jnp.zeros((), x.dtype), pads)
-    tokens = fold(np.arange(index.lowest, index.highest + 1), index.length, index.boundary)
-    start = min(max(-index.lowest, 0), len(tokens))
-    stop = min(max(index.length - index.lowest, start), len(tokens))
+        return _pad(x, dim, -index.lowest, index.highest - (index.length - 1))
+    tokens, start, stop = _outside(index)
     parts = [
         jnp.take(x, tokens[:start], axis=dim, mode="clip"),
         lax.slice_in_dim(x, index.lowest + start, index.lowest + stop, axis=dim) if stop > start else None,
@@ -37,8 +42,22 @@ def extend(x: jax.Array, dim: int, index: Affine) -> jax.Array:
 
 def fold_back(y: jax.Array, dim: int, index: Affine) -> jax.Array:
     """The adjoint of `extend`: what lies outside is dropped, or added to the token that the boundary puts there."""
-    whole = jax.ShapeDtypeStruct((*y.shape[:dim], index.length, *y.shape[dim + 1 :]), y.dtype)
-    return jax.linear_transpose(lambda x: extend(x, dim, index), whole)(y)[0]
+    if index.boundary in (None, "zero"):
+        return _pad(y, dim, index.lowest, index.length - 1 - index.highest)
+    tokens, start, stop = _outside(index)
+    low = min(max(index.lowest + start, 0), index.length)
+    x = _pad(lax.slice_in_dim(y, start, stop, axis=dim), dim, low, index.length - low - (stop - start))
+    for part in (slice(0, start), slice(stop, len(tokens))):
+        where = (slice(None),) * dim
+        x = x.at[(*where, tokens[part])].add(y[(*where, part)])
+    return x
+
+
+def _pad(x: jax.Array, dim: int, low: int, high: int, between: int = 0) -> jax.Array:
+    """x with zeros below, above and between the elements of dimension `dim`; negative is cropped."""
+    pads = [(0, 0, 0)] * x.ndim
+    pads[dim] = (low, high, between)
+    return lax.pad(x, jnp.zeros((), x.dtype), pads)
 
 
 def at_place(x: jax.Array, dim: int, start, count: int, stride: int) -> jax.Array:
@@ -136,9 +155,7 @@ class _Places:
         """Spread the position of an output token by its stride, beginning at `start` of lowest..highest."""
         stride, whole = index.coefficients[0], index.highest - index.lowest + 1
         length = stride * (index.extents[0] - 1) + 1
-        pads = [(0, 0, 0)] * y.ndim
-        pads[output.index(index.axes[0])] = (start, whole - start - length, stride - 1)
-        return lax.pad(y, jnp.zeros((), y.dtype), pads)
+        return _pad(y, output.index(index.axes[0]), start, whole - start - length, stride - 1)
 
     def over(self, axes: list[str], operands, at) -> jax.Array:
         """Sum, or stack in front, the terms over the loop axes that are left."""

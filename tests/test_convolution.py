@@ -1,0 +1,235 @@
+"""A convolution written as an equation is the one of `jax.lax`: the same values, and the same compiled program."""
+
+import re
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import jaxattn
+
+SPATIAL = ["i", "j", "k"]
+WINDOW = ["r", "s", "t"]
+
+
+def arrays(*shapes, dtype=np.float64, seed=0):
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
+
+
+def dimension_numbers(rank):
+    return ("N" + "DHW"[3 - rank :] + "C", "DHW"[3 - rank :] + "IO", "N" + "DHW"[3 - rank :] + "C")
+
+
+def compiled_convolutions(f, *args):
+    """The convolutions of a compiled function: shapes, windows, labels, groups, without the names of values."""
+    text = jax.jit(f).lower(*args).compile().as_text()
+    found = []
+    for line in text.splitlines():
+        match = re.search(r"= (\S+) convolution\((.*?)\), (.*?)(, metadata=|, backend_config=|$)", line)
+        if match:
+            operands = re.findall(r"(\w+\[[\d,]*\]\S*) %", match[2])
+            found.append((match[1], tuple(operands), match[3]))
+    return sorted(found)
+
+
+@st.composite
+def convolutions(draw):
+    rank = draw(st.integers(1, 3))
+    each = lambda low, high: [draw(st.integers(low, high)) for _ in range(rank)]
+    window, strides, dilation = each(1, 3), each(1, 3), each(1, 2)
+    spatial = [d * (k - 1) + 1 + draw(st.integers(0, 5)) for k, d in zip(window, dilation, strict=True)]
+    groups = draw(st.sampled_from([1, 1, 2]))
+    padding = draw(st.sampled_from(["VALID", "SAME", 1, "pairs"]))
+    if padding == "pairs":
+        padding = [tuple(draw(st.integers(0, 3)) for _ in range(2)) for _ in range(rank)]
+    return spatial, window, strides, dilation, groups, padding
+
+
+@hypothesis.settings(max_examples=40)
+@hypothesis.given(convolutions())
+def test_conv_is_lax_conv(drawn):
+    spatial, window, strides, dilation, groups, padding = drawn
+    x, w = arrays((2, *spatial, 2 * groups), (*window, 2, 3 * groups))
+    pads = [(padding, padding)] * len(window) if isinstance(padding, int) else padding
+
+    def peer(x, w):
+        return lax.conv_general_dilated(
+            x, w, strides, pads, rhs_dilation=dilation, feature_group_count=groups,
+            dimension_numbers=dimension_numbers(len(window)),
+        )  # fmt: skip
+
+    def ours(x, w):
+        return jaxattn.conv(x, w, strides=strides, padding=padding, dilation=dilation, groups=groups)
+
+    want, want_back = jax.vjp(peer, x, w)
+    got, got_back = jax.vjp(ours, x, w)
+    np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
+    (cotangent,) = arrays(want.shape, seed=1)
+    for mine, theirs in zip(got_back(cotangent), want_back(cotangent), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+@hypothesis.settings(max_examples=30)
+@hypothesis.given(convolutions())
+def test_transposed_is_lax_conv_transpose(drawn):
+    """For kernels at least as long as the stride, with the kernel flipped and its features swapped by the caller."""
+    spatial, window, strides, dilation, _, padding = drawn
+    rank = len(window)
+    hypothesis.assume(padding in ("VALID", "SAME"))
+    hypothesis.assume(all(d * (k - 1) + 1 >= s for k, s, d in zip(window, strides, dilation, strict=True)))
+    x, w = arrays((2, *spatial, 2), (*window, 2, 3))
+    want = lax.conv_transpose(
+        x, jnp.flip(w, range(rank)), strides, padding, rhs_dilation=dilation, dimension_numbers=dimension_numbers(rank)
+    )
+    sums = " ".join(f"{s}*{p}+{d}*{q}" for s, p, d, q in zip(strides, SPATIAL, dilation, WINDOW, strict=False))
+    positions, taps = " ".join(SPATIAL[:rank]), " ".join(WINDOW[:rank])
+    got = jaxattn.einsum(f"n {positions} c, {taps} c o -> n {sums} o", x, w, padding=padding)
+    np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("boundary", ["edge", "reflect", "wrap"])
+def test_filled_boundaries_are_numpy_pad(rank, boundary):
+    """Outside, `boundary` stands for what `numpy.pad` would put there, however far the padding reaches."""
+    x, w = arrays((2, *(4, 3, 5)[:rank], 2), (3,) * rank + (2, 3))
+    padding = [(5, 2), (1, 4), (7, 0)][:rank]
+    padded = np.pad(x, [(0, 0), *padding, (0, 0)], mode=boundary)
+    got = jaxattn.conv(x, w, padding=padding, boundary=boundary)
+    np.testing.assert_allclose(got, jaxattn.conv(padded, w, padding="VALID"), rtol=1e-12)
+    np.testing.assert_allclose(
+        got, lax.conv_general_dilated(padded, w, (1,) * rank, "VALID", dimension_numbers=dimension_numbers(rank)),
+        rtol=1e-12, atol=1e-12,
+    )  # fmt: skip
+
+
+EQUATIONS = {
+    "NHWC": ("n i+r j+s c, r s c o -> n i j o", ("NHWC", "HWIO", "NHWC")),
+    "NCHW": ("n c i+r j+s, o c r s -> n o i j", ("NCHW", "OIHW", "NCHW")),
+    "HWNC": ("i+r j+s n c, r s c o -> i j n o", ("HWNC", "HWIO", "HWNC")),
+}
+SHAPES = {"N": 2, "H": 12, "W": 11, "C": 4}
+KERNEL = {"H": 3, "W": 2, "I": 4, "O": 6}
+CALLS = [
+    dict(padding="VALID"),
+    dict(padding="SAME"),
+    dict(padding=((2, 1), (0, 3))),
+    dict(padding="SAME", strides=(2, 3)),
+    dict(padding="VALID", strides=(2, 2)),
+    dict(padding=((1, 1), (1, 1)), dilation=(2, 3)),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: "-".join(str(v) for v in call.values()))
+@pytest.mark.parametrize("layout", EQUATIONS)
+def test_a_dense_correlation_compiles_to_the_same_convolution(layout, call, dtype):
+    equation, labels = EQUATIONS[layout]
+    (s0, s1), (d0, d1) = call.get("strides", (1, 1)), call.get("dilation", (1, 1))
+    equation = equation.replace("i+r", f"{s0}*i+{d0}*r").replace("j+s", f"{s1}*j+{d1}*s")
+    x, w = arrays([SHAPES[a] for a in labels[0]], [KERNEL[a] for a in labels[1]], dtype=dtype)
+
+    def peer(x, w):
+        return lax.conv_general_dilated(
+            x, w, (s0, s1), call["padding"], rhs_dilation=(d0, d1), dimension_numbers=labels
+        )  # fmt: skip
+
+    def ours(x, w):
+        return jaxattn.einsum(equation, x, w, padding=call["padding"])
+
+    assert ours(x, w).shape == peer(x, w).shape
+    forward = compiled_convolutions(peer, x, w)
+    assert len(forward) == 1, "the peer compiles to one convolution, or this test compares nothing"
+    assert compiled_convolutions(ours, x, w) == forward
+
+    def gradient(f, argument):
+        return jax.grad(lambda x, w: (f(x, w) ** 2).sum(), argument)
+
+    for argument in (0, 1):
+        want = compiled_convolutions(gradient(peer, argument), x, w)
+        assert len(want) == 2
+        assert compiled_convolutions(gradient(ours, argument), x, w) == want
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_grouped_depthwise_and_transposed_compile_to_one_convolution(stride):
+    x, w = arrays((2, 9, 8, 4), (3, 3, 4))
+    calls = [
+        (f"n {stride}*i+r {stride}*j+s c, r s c -> n i j c", (x, w), {}),
+        (
+            f"n {stride}*i+r {stride}*j+s (g c), r s c (g o) -> n i j (g o)",
+            (x, w[:, :, :2, None] * jnp.ones(6)),
+            {"g": 2},
+        ),
+        (f"n i j c, r s c o -> n {stride}*i+r {stride}*j+s o", (x, w[..., None] * jnp.ones(5)), {}),
+    ]
+    for equation, operands, options in calls:
+        run = lambda *a, e=equation, o=options: jaxattn.einsum(e, *a, **o)
+        assert len(compiled_convolutions(run, *operands)) == 1, equation
+
+
+def test_the_gradient_of_a_kernel_is_a_convolution_too():
+    """∂/∂w of a convolution, written as an equation: the position is summed and the window is in the output."""
+    x, dy = arrays((2, 9, 10, 3), (2, 4, 4, 5))
+    equation = "n 2*i+r 2*j+s c, n i j o -> r s c o"
+    assert jaxattn.plan(equation, x, dy, r=3, s=3).lowering == "convolution"
+    w = jnp.zeros((3, 3, 3, 5))
+    forward = lambda w: lax.conv_general_dilated(x, w, (2, 2), "VALID", dimension_numbers=dimension_numbers(2))
+    want = jax.vjp(forward, w)[1](dy)[0]
+    np.testing.assert_allclose(jaxattn.einsum(equation, x, dy, r=3, s=3), want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
+def test_conv_takes_any_number_of_batch_axes(batch):
+    x, w = arrays((*batch, 7, 6, 4), (3, 2, 4, 5))
+    got = jaxattn.conv(x, w, strides=(1, 2))
+    flat = x.reshape(-1, 7, 6, 4)
+    want = lax.conv_general_dilated(flat, w, (1, 2), "SAME", dimension_numbers=dimension_numbers(2))
+    np.testing.assert_allclose(got, want.reshape(*batch, *want.shape[1:]), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "options", "message"),
+    [
+        (((2, 5, 3), (3, 3)), {}, r"conv: kernel has shape \[3, 3\]"),
+        (((5, 3), (3, 3, 3, 4)), {}, r"conv: x has shape \[5, 3\], but a kernel of 2 spatial axes"),
+        (((2, 5, 3), (3, 3, 4)), {"groups": 2}, r"groups \(=2\) .* features of x \(=3\)"),
+        (((2, 5, 4), (3, 2, 3)), {"groups": 2}, r"groups \(=2\) .* out_features of kernel \(=3\)"),
+        (((2, 5, 4), (3, 4, 4)), {"groups": 0}, r"groups \(=0\)"),
+        (((2, 5, 3), (3, 3, 4)), {"strides": 0}, r"conv: strides=0 must be a positive int"),
+        (((2, 5, 3), (3, 3, 4)), {"strides": (1, 2)}, r"conv: strides=\(1, 2\)"),
+        (((2, 5, 3), (3, 3, 4)), {"dilation": -1}, r"conv: dilation=-1"),
+        (((2, 5, 3), (3, 3, 4)), {"padding": [(1, 1), (1, 1)]}, r"conv: padding=\[\(1, 1\), \(1, 1\)\]"),
+        (((2, 5, 3), (3, 3, 4)), {"padding": "FULL"}, r"padding='FULL' must be 'VALID', 'SAME'"),
+        (((2, 5, 3), (3, 2, 4)), {}, r"axis 'c' has size 3 in operand 0 but 2 in operand 1|size 3"),
+        (((2, 2, 3), (3, 3, 4)), {"padding": "VALID"}, r"reaches over 3 tokens, its axis has 2"),
+    ],
+)
+def test_conv_errors(shapes, options, message):
+    with pytest.raises(ValueError, match=message):
+        jaxattn.conv(*arrays(*shapes), **options)
+
+
+@pytest.mark.parametrize("boundary", [None, "zero", "edge", "reflect", "wrap"])
+@pytest.mark.parametrize("padding", [None, "SAME", 1, (2, 0), (-1, 1)], ids=str)
+@pytest.mark.parametrize("token", ["2*i+3*r", "i-r", "3*i+r", "2*i-2*r+1"])
+def test_the_adjoint(token, padding, boundary):
+    """<A x, y> = <x, Aᵀ y> for an affine token moved across the arrow, with every padding and boundary."""
+    (w,) = arrays((3, 2, 4))
+    y = arrays((2, 4, 4), seed=1)[0]
+    options = {"padding": padding, "boundary": boundary}
+    if "+1" in token and padding is not None:
+        pytest.skip("a constant and a padding are an error, tested with the other errors")
+    if "-" in token and padding is None and boundary is None:
+        with pytest.raises(ValueError, match="reaches index -"):
+            jaxattn.einsum(f"n i o, r c o -> n {token} c", y, w, **options)
+        return
+    back = jaxattn.einsum(f"n i o, r c o -> n {token} c", y, w, **options)
+    x = arrays(back.shape, seed=2)[0]
+    forward = jaxattn.einsum(f"n {token} c, r c o -> n i o", x, w, i=4, **options)
+    assert forward.shape == y.shape
+    np.testing.assert_allclose(jnp.vdot(forward, y), jnp.vdot(x, back), rtol=1e-11)

@@ -1,0 +1,193 @@
+"""`einsum` under JAX's transformations, in every dtype, with strict promotion, and what it holds in memory."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from oracle_einsum import Einsum
+
+import jaxattn
+
+# one equation for each lowering
+CASES = {
+    "plain": ("b i d, b j d -> b i j", [(2, 3, 4), (2, 5, 4)], {}),
+    "convolution": ("n 2*i+r j+s c, r s c o -> n i j o", [(2, 6, 5, 3), (3, 2, 3, 4)], {"padding": "SAME"}),
+    "transposed": ("n i j c, r s c o -> n 2*i+r 2*j+s o", [(2, 3, 4, 3), (3, 2, 3, 4)], {"boundary": "wrap"}),
+    "slices": ("b i u, b i+u d -> b i d", [(2, 5, 3), (2, 5, 4)], {"padding": "SAME", "boundary": "edge"}),
+    "gather": ("b 4*i+t-1 c -> b i t c", [(2, 8, 3)], {"i": 2, "t": 6, "boundary": "reflect"}),
+}
+TOLERANCE = {"float64": 1e-12, "float32": 2e-6, "float16": 2e-3, "bfloat16": 1e-2}  # a few units in the last place
+
+
+def arrays(shapes, dtype="float64", seed=0):
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    equation, shapes, options = CASES[request.param]
+    return functools.partial(jaxattn.einsum, equation, **options), shapes, Einsum(equation, shapes, **options)
+
+
+def test_the_cases_are_one_for_each_lowering():
+    lowerings = [jaxattn.plan(equation, *shapes, **options).lowering for equation, shapes, options in CASES.values()]
+    assert lowerings == ["plain", "convolution", "convolution", "slices", "gather"]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("implementation", [None, "reference"])
+def test_dtypes_under_strict_promotion(case, dtype, implementation):
+    run, shapes, oracle = case
+    operands = arrays(shapes, dtype)
+    exact = [np.asarray(x, np.float64) for x in operands]
+    with jax.numpy_dtype_promotion("strict"):
+        y, back = jax.vjp(functools.partial(run, implementation=implementation), *operands)
+        cotangent = jnp.ones_like(y)
+        grads = back(cotangent)
+    assert y.dtype == dtype
+    scale = abs(oracle.value(*map(np.abs, exact))).max()
+    np.testing.assert_allclose(np.asarray(y, float), oracle.value(*exact), atol=TOLERANCE[dtype] * scale)
+    for grad, want in zip(grads, oracle.gradients(exact, np.ones(y.shape)), strict=True):
+        assert grad.dtype == dtype
+        bound = max(abs(want).max(), scale)
+        np.testing.assert_allclose(np.asarray(grad, float), want, atol=TOLERANCE[dtype] * bound)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_half_precision_accumulates_in_float32(name):
+    """4096 ones: bfloat16 alone stops counting at 256."""
+    x, w = jnp.ones((1, 4096 + 2), jnp.bfloat16), jnp.ones((4096,), jnp.bfloat16)
+    equation = {"plain": "n i, n i -> n", "slices": "n i+r, n r -> n i", "convolution": "n i+r, r -> n i"}.get(name)
+    if equation is None:
+        pytest.skip("no sum over a long window")
+    operands = (x[:, :4096], w[None]) if name == "plain" else (x, w[None] if name == "slices" else w)
+    for implementation in (None, "reference"):
+        assert jaxattn.einsum(equation, *operands, implementation=implementation).ravel()[0] == 4096
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int32", "uint8", "int64"])
+def test_integers(case, dtype):
+    run, shapes, oracle = case
+    operands = [np.asarray(np.random.default_rng(0).integers(0, 3, shape), dtype) for shape in shapes]
+    y = run(*operands)
+    assert y.dtype == dtype
+    np.testing.assert_array_equal(y, oracle.value(*operands).astype(dtype))
+
+
+def test_complex(case):
+    run, shapes, oracle = case
+    operands = [np.asarray(x) + 1j * np.asarray(y) for x, y in zip(arrays(shapes), arrays(shapes, seed=1), strict=True)]
+    np.testing.assert_allclose(run(*operands), oracle.value(*operands), rtol=1e-12, atol=1e-12)
+
+
+def test_promotion_and_preferred_element_type(case):
+    run, shapes, oracle = case
+    if len(shapes) == 2:
+        mixed = [x.astype(t) for x, t in zip(arrays(shapes), ["bfloat16", "float32"], strict=True)]
+        assert run(*mixed).dtype == jnp.float32
+    small = arrays(shapes, "bfloat16")
+    y, back = jax.vjp(functools.partial(run, preferred_element_type=jnp.float32), *small)
+    assert y.dtype == jnp.float32
+    exact = [np.asarray(x, float) for x in small]
+    np.testing.assert_allclose(y, oracle.value(*exact), rtol=1e-5, atol=1e-5)
+    assert all(grad.dtype == jnp.bfloat16 for grad in back(y))
+    assert run(*arrays(shapes, "float32"), preferred_element_type=jnp.bfloat16).dtype == jnp.bfloat16
+
+
+def test_jit_vmap_jvp_checkpoint_and_second_derivatives(case):
+    run, shapes, oracle = case
+    operands, tangents = arrays(shapes), arrays(shapes, seed=1)
+    want = oracle.value(*operands)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-11)
+    close(jax.jit(run)(*operands), want)
+    stacked = [jnp.stack([x, 2 * x, t]) for x, t in zip(operands, tangents, strict=True)]
+    got = jax.vmap(run)(*stacked)
+    for k in range(3):
+        close(got[k], oracle.value(*[x[k] for x in stacked]))
+
+    # the sum is linear in each operand, so its derivative along t is the sum with that operand replaced
+    slope = sum(oracle.value(*[*operands[:k], tangents[k], *operands[k + 1 :]]) for k in range(len(operands)))
+    value, tangent = jax.jvp(run, operands, tangents)
+    close(value, want)
+    close(tangent, slope)
+
+    def loss(f):
+        return lambda *xs: (f(*xs) ** 2).sum() / 2
+
+    grads = oracle.gradients([np.asarray(x) for x in operands], want)
+    for f in (run, jax.checkpoint(run)):
+        for mine, theirs in zip(jax.grad(loss(f), range(len(operands)))(*operands), grads, strict=True):
+            close(mine, theirs)
+    hvp = lambda xs, ts: jax.jvp(jax.grad(loss(run), range(len(xs))), xs, ts)[1]
+    reverse = jax.grad(lambda *xs: sum(map(jnp.vdot, jax.grad(loss(run), range(len(xs)))(*xs), tangents)), 0)
+    close(hvp(tuple(operands), tuple(tangents))[0], reverse(*operands))
+    # central differences of the loops' own gradient
+    step = 1e-5
+    ends = []
+    for sign in (1, -1):
+        moved = [np.asarray(x + sign * step * t) for x, t in zip(operands, tangents, strict=True)]
+        ends.append(oracle.gradients(moved, oracle.value(*moved))[0])
+    np.testing.assert_allclose(reverse(*operands), (ends[0] - ends[1]) / (2 * step), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_shard_map_over_the_batch(name):
+    equation, shapes, options = CASES[name]
+    mesh = jax.make_mesh((2,), ("batch",), devices=jax.devices()[:2])
+    run = functools.partial(jaxattn.einsum, equation, **options)
+    specs = tuple(P("batch") if term.split()[0] in "bn" else P() for term in equation.split("->")[0].split(","))
+    operands = [jax.device_put(x, jax.NamedSharding(mesh, spec)) for x, spec in zip(arrays(shapes), specs, strict=True)]
+    local = [np.asarray(x) for x in operands]
+    sharded = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=P("batch"))
+    np.testing.assert_allclose(jax.jit(sharded)(*operands), run(*local), rtol=1e-12, atol=1e-12)
+    loss = lambda f: lambda *xs: (f(*xs) ** 2).sum()
+    for mine, want in zip(
+        jax.jit(jax.grad(loss(sharded), range(len(operands))))(*operands),
+        jax.grad(loss(run), range(len(local)))(*local),
+        strict=True,
+    ):
+        np.testing.assert_allclose(mine, want, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("unroll", [1, 4])
+def test_long_windows_are_a_loop(monkeypatch, unroll):
+    """Windows too large to write out: the same sums, forward and backward, through a loop."""
+    import jaxattn.kernels.slices as slices
+
+    monkeypatch.setattr(slices, "UNROLL", unroll)
+    for equation, shapes, options in [
+        ("b i j h u v, b i+u 2*j+v h d -> b i j h d", [(2, 4, 2, 2, 3, 4), (2, 4, 4, 2, 3)], {"padding": "SAME"}),
+        ("b i j h d, b i+u j+v h d -> b i j h u v", [(1, 3, 4, 2, 3)] * 2, {"padding": "SAME", "u": 3, "v": 5}),
+        ("b i u, i+u d, b i u -> d b i", [(2, 5, 5), (9, 4), (2, 5, 5)], {}),
+    ]:
+        assert slices.traced_loops(jaxattn.plan(equation, *shapes, **options).resolved)
+        oracle = Einsum(equation, shapes, **options)
+        operands = arrays(shapes)
+        want = oracle.value(*map(np.asarray, operands))
+        y, back = jax.vjp(jax.jit(functools.partial(jaxattn.einsum, equation, **options)), *operands)
+        np.testing.assert_allclose(y, want, rtol=1e-12, atol=1e-12)
+        for mine, grad in zip(back(y), oracle.gradients(list(map(np.asarray, operands)), want), strict=True):
+            np.testing.assert_allclose(mine, grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["local scores", "local mix", "involution"])
+def test_no_unfold_is_materialised(name):
+    """The unfold of a 7 × 7 window is 49 copies of the keys. Seven slices, a row of the window, are written out."""
+    n, h, d = 32, 4, 32
+    grid, window = (1, n, n, h, d), (1, n, n, h, 7, 7)
+    equation, shapes, options = {
+        "local scores": ("b i j h d, b i+u j+v h d -> b i j h u v", (grid, grid), {"u": 7, "v": 7}),
+        "local mix": ("b i j h u v, b i+u j+v h d -> b i j h d", (window, grid), {}),
+        "involution": ("b i+u j+v (h d), b i j u v h -> b i j (h d)", ((1, n, n, h * d), (1, n, n, 7, 7, h)), {"h": h}),
+    }[name]
+    run = functools.partial(jaxattn.einsum, equation, padding="SAME", **options)
+    operands = arrays(shapes, "float32")
+    unfold = 49 * 4 * n * n * h * d
+    forward = jax.jit(run).lower(*operands).compile()
+    assert forward.memory_analysis().temp_size_in_bytes < unfold / 4
+    backward = jax.jit(jax.grad(lambda *xs: (run(*xs) ** 2).sum(), (0, 1))).lower(*operands).compile()
+    assert backward.memory_analysis().temp_size_in_bytes < unfold / 2

@@ -53,7 +53,7 @@ def _styled(draw: Callable) -> Callable:
 
 
 @_styled
-def learning_curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
+def learning_curves(runs: Mapping[str, Sequence[Mapping[str, int | float]]]) -> Figure:
     """Loss and accuracy by epoch, one colour a run. The accuracy's axis begins at the lowest tenth of its values.
 
     Args:

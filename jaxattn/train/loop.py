@@ -59,7 +59,7 @@ def make_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation) -> j
     return step
 
 
-def train(config: Config, data: Dataset, log: Callable[[dict[str, float]], None]) -> nnx.Module:
+def train(config: Config, data: Dataset, log: Callable[[dict[str, int | float]], None]) -> nnx.Module:
     """Trains one network, and calls `log` with the measurements of every epoch. Returns the network as it ends."""
     model = build(config, data)
     steps = len(data.train_labels) // config.batch_size  # in an epoch

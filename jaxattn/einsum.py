@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxattn.extents import OUTPUT, Resolved, resolve
 from jaxattn.kernels import convolution
 from jaxattn.kernels.gather import axes_of, contract, expanded_size, gather, merge, split
 from jaxattn.kernels.slices import can_slice, loop_axes, slices
-from jaxattn.notation import OUTPUT, Resolved, resolve
 
 IMPLEMENTATIONS = (None, "reference", "xla")
 

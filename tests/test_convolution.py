@@ -214,20 +214,22 @@ def test_conv_errors(shapes, options, message):
         jaxattn.conv(*arrays(*shapes), **options)
 
 
-@pytest.mark.parametrize("boundary", [None, "zero", "edge", "reflect", "wrap"])
+@pytest.mark.parametrize("boundary", ["zero", "edge", "reflect", "wrap"])
 @pytest.mark.parametrize("padding", [None, "SAME", 1, (2, 0), (-1, 1)], ids=str)
-@pytest.mark.parametrize("token", ["2*i+3*r", "i-r", "3*i+r", "2*i-2*r+1"])
+@pytest.mark.parametrize("token", ["2*i+3*r", "i-r", "3*i+r"])
 def test_the_adjoint(token, padding, boundary):
     """<A x, y> = <x, Aᵀ y> for an affine token moved across the arrow, with every padding and boundary."""
-    (w,) = arrays((3, 2, 4))
-    y = arrays((2, 4, 4), seed=1)[0]
-    options = {"padding": padding, "boundary": boundary}
-    if "+1" in token and padding is not None:
-        pytest.skip("a constant and a padding are an error, tested with the other errors")
-    if "-" in token and padding is None and boundary is None:
-        with pytest.raises(ValueError, match="reaches index -"):
-            jaxattn.einsum(f"n i o, r c o -> n {token} c", y, w, **options)
-        return
+    check_adjoint(token, padding=padding, boundary=boundary)
+
+
+@pytest.mark.parametrize("token", ["2*i+3*r", "i+r+2", "2*i-2*r+5"])
+def test_the_adjoint_inside(token):
+    """The same where nothing falls outside, with constants."""
+    check_adjoint(token)
+
+
+def check_adjoint(token, **options):
+    w, y = arrays((3, 2, 4), (2, 4, 4))
     back = jaxattn.einsum(f"n i o, r c o -> n {token} c", y, w, **options)
     x = arrays(back.shape, seed=2)[0]
     forward = jaxattn.einsum(f"n {token} c, r c o -> n i o", x, w, i=4, **options)

@@ -8,8 +8,9 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parent.parent / "jaxattn"
 FLOOR = {
     "boundary": 0,
+    "notation": 0,
+    "extents": 1,
     "window": 1,
-    "notation": 1,
     "normalize": 1,
     "position": 1,
     "kernels": 2,

@@ -5,7 +5,8 @@ import pytest
 
 import jaxattn
 from jaxattn.boundary import fold
-from jaxattn.notation import EquationError, ExtentError, IndexRangeError, NotationError, parse, resolve
+from jaxattn.extents import resolve
+from jaxattn.notation import EquationError, ExtentError, IndexRangeError, NotationError, parse
 
 
 def zeros(*shapes):

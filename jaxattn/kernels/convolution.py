@@ -12,9 +12,9 @@ import math
 import jax
 from jax import lax
 
+from jaxattn.extents import OUTPUT, Affine, Resolved
 from jaxattn.kernels.gather import axes_of, merge, split
 from jaxattn.kernels.slices import extend, fold_back
-from jaxattn.notation import OUTPUT, Affine, Resolved
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattn.notation import OUTPUT, Affine, Resolved, Term
+from jaxattn.extents import OUTPUT, Affine, Resolved
+from jaxattn.notation import Term
 
 
 def axes_of(term: Term) -> list[str]:

@@ -12,8 +12,8 @@ import numpy as np
 from jax import lax
 
 from jaxattn.boundary import fold
+from jaxattn.extents import OUTPUT, Affine, Resolved
 from jaxattn.kernels.gather import axes_of, contract, merge, split
-from jaxattn.notation import OUTPUT, Affine, Resolved
 
 # Slices written out in the program; the windows beyond that are a loop, since the compiler may keep alive at once all
 # that are written out, and takes its time over them.

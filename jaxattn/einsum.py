@@ -12,7 +12,7 @@ from jax import lax
 
 from jaxattn.extents import OUTPUT, Resolved, resolve
 from jaxattn.kernels import convolution
-from jaxattn.kernels.gather import axes_of, contract, expanded_size, gather, merge, split
+from jaxattn.kernels.gather import axes_of, contract, gather, merge, split, unfolded
 from jaxattn.kernels.slices import can_slice, loop_axes, slices
 
 IMPLEMENTATIONS = (None, "reference", "xla")
@@ -91,9 +91,11 @@ def _choose(resolved: Resolved) -> tuple[str, str]:
     conv = convolution.match(resolved)
     if conv is not None:
         return "convolution", f"{LOWERINGS['convolution'][1]}, {conv.describe(resolved)}"
-    # an unfold is built only where the output asks for one at least as large, or the operand already is
-    sizes = [math.prod(resolved.output_shape), *map(math.prod, resolved.shapes)]
-    if expanded_size(resolved) <= max(sizes) or not can_slice(resolved):
+    # an unfold is built only where the output asks for one, and scattered only where an operand holds one
+    asked = math.prod(resolved.output_shape)
+    held = max(map(math.prod, resolved.shapes))
+    free = all(n <= (held if k == len(resolved.shapes) else asked) for k, n in unfolded(resolved).items())
+    if free or not can_slice(resolved):
         return "gather", LOWERINGS["gather"][1]
     places = math.prod(resolved.sizes[axis] for axis in loop_axes(resolved))
     return "slices", f"{LOWERINGS['slices'][1]}, {places} of them"
@@ -102,7 +104,7 @@ def _choose(resolved: Resolved) -> tuple[str, str]:
 def _temporaries(resolved: Resolved, lowering: str, width: int) -> int:
     """Bytes that a lowering holds besides operands and result, as a rule of thumb."""
     if lowering == "gather":
-        return expanded_size(resolved) * width
+        return sum(unfolded(resolved).values()) * width
     if lowering == "plain":
         return 0
     grown = 0

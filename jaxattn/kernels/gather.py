@@ -75,9 +75,6 @@ def gather(resolved: Resolved, operands, precision, accumulate) -> jax.Array:
     return merge(y, resolved)
 
 
-def expanded_size(resolved: Resolved) -> int:
-    """Elements of the largest operand after unfolding, or of the result before scattering."""
-    return max(
-        (math.prod(resolved.sizes[axis] for axis in axes_of(resolved.terms[a.term])) for a in resolved.affine),
-        default=0,
-    )
+def unfolded(resolved: Resolved) -> dict[int, int]:
+    """Elements of each term with affine tokens, written out over all its axes: what `gather` materialises."""
+    return {a.term: math.prod(resolved.sizes[x] for x in axes_of(resolved.terms[a.term])) for a in resolved.affine}

@@ -1,0 +1,45 @@
+"""The examples of the docstrings and of the README run, and say what they print."""
+
+import doctest
+import importlib
+import pathlib
+import pkgutil
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxattn
+
+ROOT = pathlib.Path(__file__).parent.parent
+MODULES = sorted(module.name for module in pkgutil.walk_packages(jaxattn.__path__, "jaxattn."))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstrings(name):
+    module = importlib.import_module(name)
+    found = doctest.testmod(module, extraglobs={"jnp": jnp, "jaxattn": jaxattn}, optionflags=doctest.ELLIPSIS)
+    assert found.failed == 0
+
+
+def test_public_functions_have_examples():
+    public = [getattr(jaxattn, name) for name in dir(jaxattn) if not name.startswith("_")]
+    public = [thing for thing in public if callable(thing) and thing is not jaxattn.Plan]
+    assert len(public) >= 5
+    for thing in public:
+        assert ">>> " in (thing.__doc__ or ""), f"{thing.__name__} has no example"
+
+
+def test_readme(capsys):
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 4
+    scope = {}
+    with jax.enable_x64(False):  # as a reader has it
+        for block in blocks:
+            exec(block, scope)
+    printed = capsys.readouterr().out
+    assert printed.strip()
+    shown = re.sub(r"^    ", "", text, flags=re.MULTILINE)
+    assert printed.strip() in shown, "the README shows another plan than the one that is printed"

@@ -52,14 +52,15 @@ def read_config(run: Path) -> Config:
     """The configuration of a run, checked: it is a run, whole, and of this version."""
     if not run.is_dir():
         raise InputError(f"run (={run}) is not a folder; give one that `jaxattn train` wrote")
-    config = run / "config.json"
-    if not config.is_file():
+    path = run / "config.json"
+    if not path.is_file():
         raise InputError(f"run (={run}) is not a run: config.json is missing")
     try:
-        values = json.loads(config.read_text())
-        return Config(**values)
+        config = Config(**json.loads(path.read_text()))
+        config.check()
     except (TypeError, ValueError) as error:
-        raise InputError(f"{config}: {error}") from error
+        raise InputError(f"{path}: {error}") from error
+    return config
 
 
 def write_config(config: Config, folder: Path):

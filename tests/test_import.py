@@ -1,0 +1,30 @@
+"""`import jaxattn` brings jax, flax, optax, chex and jaxtyping, and nothing else that takes time."""
+
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import sys, jax, flax.nnx, optax, chex
+before = set(sys.modules)
+import jaxattn
+print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))
+print(*sorted(name for name in set(sys.modules) if name.startswith("jaxattn.")))
+"""
+
+
+@pytest.fixture(scope="module")
+def imported():
+    lines = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True).stdout
+    return [line.split() for line in lines.splitlines()]
+
+
+def test_import_brings_no_extra(imported):
+    assert set(imported[0]) <= {"jaxattn", "jaxtyping"}
+
+
+def test_modules_and_training_are_imported_by_those_who_want_them(imported):
+    assert "jaxattn.einsum" in imported[1]
+    for name in ("jaxattn.nn", "jaxattn.models", "jaxattn.train", "jaxattn.plots", "jaxattn.cli"):
+        assert name not in imported[1]

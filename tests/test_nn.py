@@ -234,7 +234,7 @@ def test_conv_input_errors(shape):
 def attention_pair(*args, **kwargs):
     """Our layer and Flax's with the same parameters, drawn at random; copied there and back."""
     zeros = {"kernel_init": nnx.initializers.zeros, "param_dtype": jnp.float64, **kwargs, "rngs": nnx.Rngs(0)}
-    ours, theirs = randomized(Attention(*args, **zeros)), nnx.MultiHeadAttention(*args, **zeros)
+    ours, theirs = randomized(Attention(*args, **zeros)), nnx.MultiHeadAttention(*args, **zeros, decode=False)
     nnx.update(theirs, nnx.state(ours))
     back = Attention(*args, **zeros)
     nnx.update(back, nnx.state(theirs))
@@ -332,18 +332,22 @@ def attention_loop(layer, x):
     return dense(**state["out"], x=outputs, axes=2), weights
 
 
-@pytest.mark.parametrize("key_embedding", [False, True, "shared", "factorized"])
-@pytest.mark.parametrize("relative_bias", [False, True])
+MASKED = Window((3, 2), boundary="mask")
+
+
 @pytest.mark.parametrize(
-    ("window", "grid"),
+    ("window", "grid", "relative_bias", "key_embedding"),
     [
-        (Window((3, 2), boundary="mask"), (5, 4)),
-        (Window((3, 3), stride=(2, 1), boundary="mask"), (5, 4)),
-        (Window((3, 2), dilation=(1, 2)), (4, 5)),
-        (Window(3, stride=2, boundary="valid"), (8,)),
-        (Window((2, 3, 1), block=(2, 1, 1)), (4, 3, 2)),
+        (MASKED, (5, 4), False, False),
+        (MASKED, (5, 4), True, False),
+        (MASKED, (5, 4), False, True),
+        (MASKED, (5, 4), False, "shared"),
+        (MASKED, (5, 4), True, "factorized"),
+        (Window((3, 3), stride=(2, 1), boundary="mask"), (5, 4), True, "factorized"),
+        (Window((3, 2), dilation=(1, 2)), (4, 5), True, True),
+        (Window(3, stride=2, boundary="valid"), (8,), True, True),
+        (Window((2, 3, 1), block=(2, 1, 1)), (4, 3, 2), False, "factorized"),
     ],
-    ids=lambda value: str(value) if isinstance(value, tuple) else f"{value.boundary}{value.size}",
 )
 def test_attention_is_its_formula(window, grid, relative_bias, key_embedding):
     kwargs = {"window": window, "relative_bias": relative_bias, "key_embedding": key_embedding}

@@ -1,0 +1,45 @@
+"""How many parameters each public model and layer has, by name; the table is complete."""
+
+import jax
+import pytest
+from flax import nnx
+
+from jaxattn import models, nn
+
+ATTENTION, SASA = {"mix": "attention"}, {"mix": "attention", "stem_mix": "attention"}
+TABLE = [
+    # torchvision's counts
+    (models.resnet18, {}, 11_689_512),
+    (models.resnet34, {}, 21_797_672),
+    (models.resnet50, {}, 25_557_032),
+    # Ramachandran et al. 2019 give 18.0 M for both; their tables leave out what no query of a window of 7 reads
+    (models.resnet50, ATTENTION, 18_061_288),
+    (models.resnet50, SASA, 18_053_128),
+    (models.resnet18, ATTENTION, 4_415_784),
+    (models.resnet34, ATTENTION, 7_838_376),
+    # stem, three blocks of each stage, head: the CIFAR networks of He et al. (ResNet-20: 0.27 M), with projections
+    (models.ResNet, {"stage_sizes": (3, 3, 3), "block": "basic", "width": 16}, 272_474),
+    (models.tiny, {}, 77_290),
+    (models.tiny, ATTENTION, 29_866),
+    # (3·3·8 / 2)·6 + 6
+    (nn.Conv, {"in_features": 8, "out_features": 6, "kernel_size": (3, 3), "feature_group_count": 2}, 222),
+    # 4·(8·8 + 8), and 2 heads' tables of 13² numbers, and of 13² or 2·13 rows of 4 or 2
+    (nn.Attention, {"num_heads": 2, "in_features": 8}, 288),
+    (nn.Attention, {"num_heads": 2, "in_features": 8, "window": (7, 7), "relative_bias": True}, 288 + 2 * 169),
+    (nn.Attention, {"num_heads": 2, "in_features": 8, "window": (7, 7), "key_embedding": True}, 288 + 2 * 169 * 4),
+    (nn.Attention, {"num_heads": 2, "in_features": 8, "window": (7, 7), "key_embedding": "shared"}, 288 + 169 * 4),
+    (nn.Attention, {"num_heads": 2, "in_features": 8, "window": (7, 7), "key_embedding": "factorized"}, 288 + 104),
+]
+
+
+@pytest.mark.parametrize(("make", "kwargs", "count"), TABLE, ids=lambda value: getattr(value, "__name__", None))
+def test_count(make, kwargs, count):
+    model = nnx.eval_shape(lambda: make(**kwargs, rngs=nnx.Rngs(0)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))) == count
+
+
+@pytest.mark.parametrize("package", [models, nn], ids=lambda package: package.__name__)
+def test_the_table_is_complete(package):
+    public = {name for name, value in vars(package).items() if callable(value) and not name.startswith("_")}
+    assert public, f"{package.__name__} exports nothing"
+    assert public <= {make.__name__ for make, _, _ in TABLE}

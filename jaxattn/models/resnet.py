@@ -304,7 +304,9 @@ class ResNet(nnx.Module):
         return self.head(self.features(images, sow_weights=sow_weights).mean(axis=(-3, -2)))
 
 
-def _stem(stem: str, mix: str, in_features: int, width: int, num_heads: int, **kwargs: Any):
+def _stem(
+    stem: str, mix: str, in_features: int, width: int, num_heads: int, **kwargs: Any
+) -> tuple[Conv | AttentionStem, Any]:
     """The first layer, and the max pool after it: (window, strides, padding), or None."""
     if mix == "attention":
         pool = None if stem == "cifar" else ((4, 4), (4, 4), "SAME")

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.nnx.nn import dtypes
 from jaxtyping import Array, ArrayLike, Float, Num, Shaped
@@ -139,7 +140,7 @@ class Attention(nnx.Module):
         def table(*shape):
             return nnx.Param(init(rngs.params(), shape))
 
-        offsets = () if self.window is None else tuple(2 * k - 1 for k in self.window.size)
+        offsets = () if self.window is None else tuple(int(2 * k - 1) for k in np.atleast_1d(self.window.size))
         self.relative_bias = table(self.num_heads, *offsets) if relative_bias else nnx.data(None)
         if key_embedding == "factorized":
             self.key_embedding = nnx.List([table(self.num_heads, n, self.head_dim // len(offsets)) for n in offsets])
@@ -223,7 +224,7 @@ class Attention(nnx.Module):
     def _project(self, inputs_q, inputs_k, inputs_v):
         if inputs_k is None and inputs_v is not None:
             raise ValueError("Attention: inputs_v is given without inputs_k; give inputs_k alone for both")
-        rank = 1 if self.window is None else len(self.window.size)
+        rank = 1 if self.window is None else self.window.rank
         queries = self._standing(inputs_q, rank) if inputs_k is None else inputs_q
         inputs_k = inputs_q if inputs_k is None else inputs_k
         inputs_v = inputs_k if inputs_v is None else inputs_v
@@ -244,7 +245,7 @@ class Attention(nnx.Module):
             return x
         x = jnp.asarray(x)
         grid = self.window.query_grid(x.shape[-1 - rank : -1])
-        steps = (slice(0, n * s, s) for n, s in zip(grid, self.window.stride, strict=True))
+        steps = (slice(0, n * s, s) for n, s in zip(grid, np.atleast_1d(self.window.stride), strict=True))
         return x[(..., *steps, slice(None))]
 
     def _terms(self, dtype, mask, bias, segment_ids) -> dict[str, Any]:
@@ -285,13 +286,15 @@ class Attention(nnx.Module):
 
 def _weights(query: Array, key: Array, terms: dict[str, Any]) -> Array:
     """[*batch, *query_grid, heads, slots]: `attention` returns no weights, but its normaliser makes them."""
-    normalize, seen = NORMALIZERS.get(terms["normalize"], terms["normalize"]), []
+    seen, normalize = [], terms["normalize"]
+    normalize = NORMALIZERS[normalize] if isinstance(normalize, str) else normalize
 
     def look(scores, mask):
         seen.append(jnp.where(mask, normalize(scores, mask), 0))
         return seen[-1]
 
-    attention(query, key, key, **terms | {"normalize": look}, implementation="reference")
+    looking: dict[str, Any] = {**terms, "normalize": look}
+    attention(query, key, key, **looking, implementation="reference")
     return seen[0].reshape(*query.shape[:-1], -1)
 
 
@@ -308,9 +311,9 @@ def _check(layer: Attention, relative_bias, key_embedding, dropout_rate, out_pro
             f"Attention: relative_bias (={relative_bias}) and key_embedding (={key_embedding!r}) need a window; "
             'for a global layer on a known grid, Window(grid, boundary="shift")'
         )
-    if layer.window is not None and key_embedding == "factorized" and features // heads % len(layer.window.size):
+    if layer.window is not None and key_embedding == "factorized" and features // heads % layer.window.rank:
         raise ValueError(
-            f"Attention: with key_embedding='factorized', the window's {len(layer.window.size)} axes must divide "
+            f"Attention: with key_embedding='factorized', the window's {layer.window.rank} axes must divide "
             f"head_dim (={features // heads})"
         )
     if isinstance(layer.normalize, str) and layer.normalize not in NORMALIZERS:

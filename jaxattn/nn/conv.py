@@ -170,7 +170,7 @@ class Conv(nnx.Module):
         y = y if bias is None else y + bias
         return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
 
-    def _pads(self, spatial: tuple[int, ...]) -> tuple[list[tuple[int, int]], str]:
+    def _pads(self, spatial: tuple[int, ...]) -> tuple[Any, str]:
         """The (low, high) pads of each axis of the input, and what they are filled with."""
         spans = [(k - 1) * d for k, d in zip(self.kernel_size, self.kernel_dilation, strict=True)]
         match self.padding:
@@ -189,7 +189,7 @@ class Conv(nnx.Module):
                 boundary = "wrap" if self.padding == "CIRCULAR" else "reflect"
                 return [(span // 2, span - span // 2) for span in spans], boundary
             case pairs:
-                return list(pairs), "zero"
+                return pairs, "zero"
 
 
 def _check_groups(groups: int, **features: int):
@@ -207,7 +207,7 @@ def _per_axis(name: str, value: int | Sequence[int] | None, rank: int) -> tuple[
     return values
 
 
-def _checked_padding(padding, rank: int) -> str | tuple[tuple[int, int], ...]:
+def _checked_padding(padding: Any, rank: int) -> str | tuple[tuple[int, ...], ...]:
     if isinstance(padding, str) and padding.upper() in PADDINGS:
         if padding.upper() == "CAUSAL" and rank != 1:
             raise ValueError(f"Conv: padding 'CAUSAL' is for one spatial axis, kernel_size has {rank}")

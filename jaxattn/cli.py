@@ -6,14 +6,14 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax import nnx
 
 from jaxattn import plots
 from jaxattn.measure import attention_maps, mean_by_offset
-from jaxattn.nn.attention import Attention
+from jaxattn.models.resnet import Mixer
 from jaxattn.nn.conv import Conv
 from jaxattn.train import evaluate, loop
 from jaxattn.train.checkpoint import load_checkpoint, save_checkpoint
@@ -26,6 +26,14 @@ from jaxattn.train.run import default_folder, new_run, read_config, write_config
 with needs_extra("train"):
     import tyro
     from tyro.conf import OmitArgPrefixes, Positional
+
+
+class Trained(NamedTuple):
+    """What a report says of one run."""
+
+    epochs: list[dict]
+    results: dict[str, Any]
+    figures: dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None):
@@ -59,8 +67,8 @@ def train(config: OmitArgPrefixes[Config], out: Path | None = None, overwrite: b
     print(f"report: {out / 'report.html'}" if config.mix == "both" else f"run: {out}")
 
 
-def train_one(config: Config, data: Dataset, folder: Path) -> tuple[nnx.Module, list[dict], dict[str, Any]]:
-    """Trains one network and writes its run into `folder`. Returns the network, its epochs and its results."""
+def train_one(config: Config, data: Dataset, folder: Path) -> Trained:
+    """Trains one network and writes its run into `folder`."""
     folder.mkdir(exist_ok=True)
     write_config(config, folder)
     start, epochs = time.perf_counter(), []
@@ -68,11 +76,13 @@ def train_one(config: Config, data: Dataset, folder: Path) -> tuple[nnx.Module, 
 
         def log(epoch: dict):
             epochs.append(epoch)
-            print(json.dumps(epoch), file=lines, flush=True)
+            lines.write(json.dumps(epoch) + "\n")
+            lines.flush()
 
         model = loop.train(config, data, log)
     seconds = time.perf_counter() - start
     correct, total = evaluate.evaluate(model, data.test_images, data.test_labels), len(data.test_labels)
+    print(accuracy_line(config.mix, correct, total), flush=True)
     results = {
         "test_accuracy": correct / total,
         "test_correct": correct,
@@ -84,24 +94,21 @@ def train_one(config: Config, data: Dataset, folder: Path) -> tuple[nnx.Module, 
     }
     write_json(folder / "results.json", results)
     save_checkpoint(folder, model)
-    save_figures(
-        folder, {"learning_curves": plots.learning_curves({MIXERS[config.mix]: epochs})} | look_inside(model, data)
-    )
-    print(accuracy_line(config.mix, correct, total), flush=True)
-    return model, epochs, results
+    figures = look_inside(model, data)
+    save_figures(folder, figures | {"learning_curves": plots.learning_curves({MIXERS[config.mix]: epochs})})
+    return Trained(epochs, results, figures)
 
 
 def train_both(config: Config, data: Dataset, folder: Path):
     """Trains by convolution and by local attention, into a folder each, and writes the report of both."""
     write_config(config, folder)
-    runs = {mix: train_one(dataclasses.replace(config, mix=mix), data, folder / mix) for mix in ("conv", "attention")}
-    figures = {"learning_curves": plots.learning_curves({MIXERS[mix]: epochs for mix, (_, epochs, _) in runs.items()})}
-    for model, _, _ in runs.values():
-        figures |= look_inside(model, data)
+    runs = {mix: train_one(dataclasses.replace(config, mix=mix), data, folder / mix) for mix in MIXERS}
+    figures = {"learning_curves": plots.learning_curves({MIXERS[mix]: run.epochs for mix, run in runs.items()})}
+    for run in runs.values():
+        figures |= run.figures
     save_figures(folder, figures)
-    results = {mix: results for mix, (_, _, results) in runs.items()}
     pictures = {name: plots.inline_svg(figure, name) for name, figure in figures.items()}
-    write_report(folder / "report.html", config, data, results, pictures)
+    write_report(folder / "report.html", config, data, {mix: run.results for mix, run in runs.items()}, pictures)
 
 
 def eval_run(run: Positional[Path]):
@@ -111,7 +118,7 @@ def eval_run(run: Positional[Path]):
       run: a folder that `jaxattn train` wrote.
     """
     both = read_config(run).mix == "both"
-    for folder in (run / "conv", run / "attention") if both else (run,):
+    for folder in [run / mix for mix in MIXERS] if both else [run]:
         config = read_config(folder)
         data = load(config.data, config.seed)
         model = loop.build(config, data)
@@ -126,18 +133,16 @@ def accuracy_line(mix: str, correct: int, total: int) -> str:
 
 
 def look_inside(model: nnx.Module, data: Dataset) -> dict[str, Any]:
-    """Figures of the first block's first mixing layer: its kernels, or where its heads look on test images."""
-    layers = [(path, layer) for path, layer in nnx.iter_modules(model) if isinstance(layer, Attention | Conv)]
-    path, layer = next((path, layer) for path, layer in layers if path[0] == "blocks")
+    """Figures of the first mixer: the kernels of its convolution, or where the heads of its attention look."""
+    path, layer = next((path, mixer.layer) for path, mixer in nnx.iter_modules(model) if isinstance(mixer, Mixer))
     if isinstance(layer, Conv):
         return {"kernels": plots.kernels(np.asarray(layer.kernel[...]))}
-    if layer.window is None:  # no offsets to speak of
-        return {}
-    first = [int(np.argmax(data.test_labels == label)) for label in range(len(data.class_names))]  # of each class
+    # one test image of each class, and others for the mean
+    first = [int(np.argmax(data.test_labels == label)) for label in range(len(data.class_names))]
     images = np.concatenate([data.test_images[first], data.test_images[:200]])
-    weights = evaluate.attention_weights(model, images)[path]  # [images, *grid, heads, slots]
+    weights = evaluate.attention_weights(model, images, (*path, "layer"))  # [images, *grid, heads, slots]
     grid = weights.shape[1:3]
-    indices = layer.window.indices(grid)
+    indices = layer.window.indices(grid)  # pyright: ignore[reportOptionalMemberAccess]  a mixer's attention has a window
     pictures = images[: len(first)].mean(-1)
     brightest = [np.unravel_index(picture.argmax(), picture.shape) for picture in pictures]
     queries = np.array(brightest) * grid // pictures.shape[1:]

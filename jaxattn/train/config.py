@@ -19,7 +19,7 @@ class Config:
     """What mixes the pixels: convolution, local attention, or two runs, one with each."""
     data: str = "digits"
     """`digits` (scikit-learn's), or `fashion-mnist:PATH` where PATH holds the idx files."""
-    epochs: int = 40
+    epochs: int = 15
     """Passes over the training images."""
     batch_size: int = 50
     """Images per step."""

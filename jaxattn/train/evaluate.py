@@ -51,16 +51,16 @@ def flops_per_image(model: nnx.Module, image: np.ndarray) -> float:
     return float((compiled.cost_analysis() or {}).get("flops", np.nan))  # not every backend counts
 
 
-def attention_weights(model: nnx.Module, images: np.ndarray) -> dict[tuple, np.ndarray]:
-    """The weights `[images, *query_grid, heads, slots]` of every attention layer, by its path in the model."""
+def attention_weights(model: nnx.Module, images: np.ndarray, path: tuple, batch_size: int = 10) -> np.ndarray:
+    """The weights `[images, *query_grid, heads, slots]` of the attention layer that stands at `path` in the model."""
     model.eval()
     graph, state = nnx.split(model)
 
     @jax.jit
     def forward(state, images):
         _, sown = nnx.capture(nnx.merge(graph, state, copy=True), nnx.Intermediate)(images, sow_weights=True)
-        return {
-            path[:-1]: leaf.get_value()[0] for path, leaf in nnx.to_flat_state(sown) if path[-1] == "attention_weights"
-        }
+        return dict(nnx.to_flat_state(sown))[(*path, "attention_weights")].get_value()[0]
 
-    return jax.tree.map(np.asarray, forward(state, images))
+    # a few at a time, for the weights of large images are large
+    starts = range(0, len(images), batch_size)
+    return np.concatenate([forward(state, images[start : start + batch_size]) for start in starts])

@@ -71,17 +71,19 @@ def train(config: Config, data: Dataset, log: Callable[[dict[str, int | float]],
     optimizer = optax.adamw(rate, weight_decay=config.weight_decay, mask=decaying)
 
     # Split once into structure, weights and the rest (BatchNorm's statistics), so that a step is a pure function of
-    # arrays. It is compiled ahead of the loop, so that images per second measures training alone.
+    # arrays. It is compiled ahead of the epochs, so that images per second measures training alone.
     model.eval()
     predict = make_predict(nnx.graphdef(model))
     model.train()
     graph, weights, rest = nnx.split(model, nnx.Param, ...)
     moments = optimizer.init(weights)
     first = data.train_images[: config.batch_size], data.train_labels[: config.batch_size]
-    step = make_step(graph, optimizer).lower(weights, rest, moments, *first).compile()
 
     rng = np.random.default_rng(config.seed)
-    with tqdm(total=config.epochs * steps, desc=config.mix, unit="step") as bar:
+    with tqdm(total=config.epochs * steps, desc=f"{config.mix}, compiling", unit="step") as bar:
+        step = make_step(graph, optimizer).lower(weights, rest, moments, *first).compile()
+        bar.reset()
+        bar.set_description(config.mix)
         for epoch in range(1, config.epochs + 1):
             start, measured = time.perf_counter(), []
             for images, labels in batches(data.train_images, data.train_labels, config.batch_size, rng, config.shift):

@@ -1,0 +1,228 @@
+"""The commands, from their arguments to the files that they leave."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+
+from jaxattn import cli
+from jaxattn.train import data, loop
+from jaxattn.train.config import Config
+from jaxattn.train.run import read_config
+
+OUT = "digits & <co>"  # a name that HTML and shells would stumble over
+EPOCH_KEYS = {"epoch", "train_loss", "train_accuracy", "validation_accuracy", "images_per_second", "learning_rate"}
+RESULT_KEYS = {
+    "test_accuracy",
+    "test_correct",
+    "test_images",
+    "parameters",
+    "flops_per_image",
+    "train_images_per_second",
+    "seconds",
+}
+
+
+def few(name: str, seed: int = 0) -> data.Dataset:
+    """A part of digits, so that an epoch takes a moment."""
+    digits = data.load(name, seed)
+    sizes = {"train": 200, "validation": 30, "test": 130}
+    return dataclasses.replace(
+        digits,
+        **{
+            f"{part}_{what}": getattr(digits, f"{part}_{what}")[:size]
+            for part, size in sizes.items()
+            for what in ("images", "labels")
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """`jaxattn train` with both mixers, and what `jaxattn eval` says of it: (folder, printed by each)."""
+    folder = tmp_path_factory.mktemp("work")
+    said = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "load", few)
+        patch.chdir(folder)
+        for arguments in (["train", "--epochs", "1", "--out", OUT], ["eval", OUT]):
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                cli.main(arguments)
+            said.append(printed.getvalue().splitlines())
+    return folder / OUT, *said
+
+
+def test_every_file_is_written(both):
+    out, _, _ = both
+    files = {str(path.relative_to(out)) for path in out.rglob("*") if "checkpoint" not in path.parts[:-1]}
+    per_run = {"config.json", "metrics.jsonl", "results.json", "checkpoint", "figures", "figures/learning_curves.png"}
+    inside = {
+        "conv": {"figures/kernels.png"},
+        "attention": {"figures/attention_maps.png", "figures/mean_attention.png"},
+    }
+    expected = {"config.json", "report.html", "conv", "attention", "figures"}
+    for mix, own in inside.items():
+        expected |= {f"{mix}/{name}" for name in per_run | own}
+        expected |= own
+    assert files >= expected
+    assert {path.name for path in out.parent.iterdir()} == {out.name}
+    for path in out.rglob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_files_hold_what_they_promise(both):
+    out, _, _ = both
+    assert read_config(out) == Config(epochs=1)
+    for mix in ("conv", "attention"):
+        assert read_config(out / mix) == Config(epochs=1, mix=mix)
+        (epoch,) = [json.loads(line) for line in (out / mix / "metrics.jsonl").read_text().splitlines()]
+        assert set(epoch) == EPOCH_KEYS
+        assert np.isfinite(list(epoch.values())).all()
+        results = json.loads((out / mix / "results.json").read_text())
+        assert set(results) == RESULT_KEYS
+        assert results["test_accuracy"] == results["test_correct"] / results["test_images"]
+        assert results["test_images"] == 130
+
+
+def test_the_parameters_are_counted_as_the_design_says(both):
+    """3·3 convolutions of widths 32 and 64 and a projection; attention has W_Q, W_K, W_V and (2·5-1)·2 row and column
+    embeddings of half a head in place of each 3·3."""
+    out, _, _ = both
+    counts = {mix: json.loads((out / mix / "results.json").read_text())["parameters"] for mix in ("conv", "attention")}
+    mixers = [(32, 32), (32, 32), (32, 64), (64, 64)]
+    shared = 9 * 32 + 2 * 32 + 2 * 2 * 32 + 2 * 2 * 64 + (32 * 64 + 2 * 64) + 64 * 10 + 10
+    assert counts["conv"] == shared + sum(9 * a * b for a, b in mixers)
+    assert counts["attention"] == shared + sum(3 * a * b + 9 * b for a, b in mixers)
+
+
+def test_eval_prints_what_training_printed(both):
+    out, trained, evaluated = both
+    assert trained[-1] == f"report: {OUT}/report.html"
+    assert evaluated == trained[:-1]
+    for mix, line in zip(("conv", "attention"), evaluated, strict=True):
+        results = json.loads((out / mix / "results.json").read_text())
+        assert line == f"{mix}: test accuracy {results['test_correct'] / 130:.2%} ({results['test_correct']} of 130)"
+
+
+def test_the_report_is_self_contained(both):
+    page = (both[0] / "report.html").read_text()
+    assert "http:" not in page
+    assert "https:" not in page
+    assert "<script" not in page
+    assert "<link" not in page
+    assert "@import" not in page
+    for target in re.findall(r'(?:src|href)="([^"]*)"', page) + re.findall(r"url\(([^)]*)\)", page):
+        assert target.startswith(("#", "data:image/png;base64,"))
+    ids = re.findall(r'\sid="([^"]*)"', page)
+    assert len(ids) == len(set(ids)) > 100
+    assert set(re.findall(r'(?:href="|url\()#([^")]*)', page)) <= set(ids)
+    assert "$" not in page  # no placeholder was left
+    assert page.count("<svg") == page.count("</svg>") == 4
+
+
+def test_the_report_says_what_was_measured(both):
+    out, _, _ = both
+    page = (out / "report.html").read_text()
+    for mix in ("conv", "attention"):
+        results = json.loads((out / mix / "results.json").read_text())
+        assert f"<td>{results['test_accuracy']:.2%}</td>" in page
+        assert f"<td>{results['parameters']:,}</td>" in page
+        assert f"<td>{results['flops_per_image'] / 1e6:.2f}</td>" in page
+        assert f"<td>{results['train_images_per_second']:,.0f}</td>" in page
+    assert "jaxattn train --epochs 1" in page
+    for field in dataclasses.fields(Config):
+        assert f"<dt>{field.name}</dt>" in page
+    for package in ("jaxattn", "jax", "flax"):
+        assert f"<dt>{package}</dt>" in page
+    assert page.count("prefers-color-scheme: dark") == 1
+    assert "@media print" in page
+
+
+# What goes wrong
+
+
+def fails(capsys, *arguments) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code not in (0, None)
+    said = capsys.readouterr()
+    # tyro frames its messages; the frame and the line breaks are left out
+    return " ".join(re.sub(r"[╭╮╰╯│─]", " ", said.out + said.err + str(stopped.value.code)).split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "train, eval"),
+        (["fly"], "fly"),
+        (["train", "--model", "vgg"], "tiny"),
+        (["train", "--mix", "mlp"], "attention"),
+        (["train", "--epochs", "-3"], "jaxattn: epochs (=-3) must be at least 1"),
+        (["train", "--epochs", "many"], "many"),
+        (["train", "--data", "mnist"], "jaxattn: data (='mnist') must be 'digits' or 'fashion-mnist:PATH'"),
+        (["train", "--data", "fashion-mnist:nowhere"], "jaxattn: nowhere: has neither train-images-idx3-ubyte"),
+        (["eval"], "run"),
+        (["eval", "nowhere"], "jaxattn: run (=nowhere) is not a folder"),
+        (["eval", "."], "jaxattn: run (=.) is not a run: config.json is missing"),
+    ],
+)
+def test_a_mistake_is_explained_and_leaves_nothing(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in fails(capsys, *arguments)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_run_without_its_checkpoint(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"mix": "conv"}))
+    assert "is not a whole run: checkpoint is missing" in fails(capsys, "eval", str(tmp_path))
+
+
+def test_an_existing_run_is_not_overwritten(both, capsys):
+    out, _, _ = both
+    before = (out / "report.html").read_bytes()
+    said = fails(capsys, "train", "--epochs", "1", "--out", str(out))
+    assert "holds a run already; replace it with --overwrite" in said
+    assert (out / "report.html").read_bytes() == before
+
+
+def test_an_interrupted_training_leaves_nothing(tmp_path, monkeypatch, capsys):
+    def interrupted(config, data, log):
+        log({"epoch": 1})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "train", interrupted)
+    monkeypatch.chdir(tmp_path)
+    assert "interrupted" in fails(capsys, "train", "--mix", "conv")
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_help_explains_every_flag(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "--help"])
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    for flag in ("model", "mix", "data", "epochs", "seed", "out", "learning-rate", "batch-size", "weight-decay"):
+        assert f"--{flag}" in said
+
+
+@pytest.mark.parametrize(
+    ("module", "using"),
+    [
+        ("sklearn", "from jaxattn.train.data import load; load('digits')"),
+        ("tqdm", "import jaxattn.train.loop"),
+        ("tyro", "import jaxattn.cli"),
+        ("matplotlib", "import jaxattn.plots"),
+        ("orbax", "from jaxattn.train.checkpoint import save_checkpoint; save_checkpoint(None, None)"),
+    ],
+)
+def test_a_missing_extra_names_the_install_that_brings_it(monkeypatch, module, using):
+    for name in [name for name in sys.modules if name.split(".")[0] == module or name.startswith("jaxattn.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)  # so importing it fails
+    with pytest.raises(ImportError, match=re.escape("pip install 'jaxattn[train]'")):
+        exec(using, {})

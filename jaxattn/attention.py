@@ -64,10 +64,10 @@ def attention(
         value: [*batch, *grid, key_heads, value_dim].
         bias: added to the score; broadcasts against [*batch, *query_grid, heads, *k], or without a window against
             [*batch, heads, T, S]. A bias of -inf masks.
-        mask: bool, True attends; broadcasts like `bias`. With a window, a mask whose last axes are the grid, after as many
-            batch axes as the key has (of its sizes, or 1), is a mask of keys, [*batch, *grid].
-        window: which keys a query sees; None: all of them. A slot outside the grid under boundary "zero" is a zero key and
-            a zero value: its score is its bias terms, and neither a mask of keys nor segments apply to it.
+        mask: bool, True attends; broadcasts like `bias`. With a window, a mask whose last axes are the grid, after as
+            many batch axes as the key has (of its sizes, or 1), is a mask of keys, [*batch, *grid].
+        window: which keys a query sees; None: all of them. A slot outside the grid under boundary "zero" is a zero key
+            and a zero value: its score is its bias terms, and neither a mask of keys nor segments apply to it.
         scale: None is head_dim ** -0.5.
         relative_bias: [heads, *(2k-1)], indexed by k - 1 + (key - stride·query) / dilation per axis, where `key` is the
             position of the slot before any folding at the boundary.
@@ -77,13 +77,13 @@ def attention(
             key grid (tuples, one array per axis; a slot outside the grid gives its position there). Not applied to
             extra tokens. A score of -inf masks.
         logits_soft_cap: cap·tanh(s / cap), extra tokens included.
-        normalize: "softmax"; "relu", max(s, 0) / count; "sigmoid", sigma(s - log count), where count is the number of visible
-            slots and extra tokens; "sparsemax"; "none", the scores themselves; or a function `(scores, mask) -> weights`
-            over the last axis, which holds the whole window in order. What is masked is zeroed afterwards.
-        segment_ids: integers [*batch, *grid], or a pair for query [*batch, *query_grid] and key; a query attends to keys of
-            its own segment. From one array, a strided query takes the id of the key it stands on.
-        extra_key, extra_value: [*batch, n, key_heads, head_dim] and [..., value_dim]: tokens that every query sees, always, after
-            its slots. They take no bias.
+        normalize: "softmax"; "relu", max(s, 0) / count; "sigmoid", sigma(s - log count), where count is the number of
+            visible slots and extra tokens; "sparsemax"; "none", the scores themselves; or a function `(scores, mask) ->
+            weights` over the last axis, which holds the whole window in order. What is masked is zeroed afterwards.
+        segment_ids: integers [*batch, *grid], or a pair for query [*batch, *query_grid] and key; a query attends to
+            keys of its own segment. From one array, a strided query takes the id of the key it stands on.
+        extra_key, extra_value: [*batch, n, key_heads, head_dim] and [..., value_dim]: tokens that every query sees,
+            always, after its slots. They take no bias.
         dropout_rate: in [0, 1), of the normalised weights. The same `dropout_key` drops the same weights, in every
             implementation, forward and backward.
         dropout_key: a `jax.random.key`, needed where `dropout_rate` > 0.
@@ -92,9 +92,10 @@ def attention(
         return_residuals: also return lse, the log of the sum of exponentials of the final scores; softmax only.
 
     Returns:
-        [*batch, *query_grid, heads, value_dim] in the promoted dtype of query, key and value (statistics in float32, or float64 for
-        float64). A query with nothing to attend to gives zeros, and zero gradients. With `return_residuals`, a pair with lse
-        [*batch, *query_grid, heads], -inf where there is nothing to attend to; see `merge_attentions`.
+        [*batch, *query_grid, heads, value_dim] in the promoted dtype of query, key and value (statistics in float32, or
+        float64 for float64). A query with nothing to attend to gives zeros, and zero gradients. With
+        `return_residuals`, a pair with lse [*batch, *query_grid, heads], -inf where there is nothing to attend to; see
+        `merge_attentions`.
 
     Raises:
         ValueError: before anything is compiled, naming the argument, what came and what is allowed.
@@ -145,9 +146,10 @@ def attention(
 def merge_attentions(outputs: Sequence[Operand], lses: Sequence[Operand], *, return_residuals: bool = False) -> Any:
     """Join softmax attentions of the same queries over disjoint sets of keys, exactly.
 
-    ``y = sum_n exp(lse_n - lse) y_n`` with ``lse = log sum_n exp(lse_n)``: what one attention over all the keys gives, for outputs
-    [*batch, *grid, heads, value_dim] and lses [*batch, *grid, heads] as `attention(..., return_residuals=True)` returns them. Where
-    every part is empty (its lse is -inf) the result is zeros, with zero gradients. `return_residuals` also returns lse.
+    ``y = sum_n exp(lse_n - lse) y_n`` with ``lse = log sum_n exp(lse_n)``: what one attention over all the keys gives,
+    for outputs [*batch, *grid, heads, value_dim] and lses [*batch, *grid, heads] as `attention(...,
+    return_residuals=True)` returns them. Where every part is empty (its lse is -inf) the result is zeros, with zero
+    gradients. `return_residuals` also returns lse.
 
     >>> q, k, v = (jnp.full((4, 1, 2), 0.1 * n) for n in range(3))
     >>> half = [attention(q, k[s], v[s], return_residuals=True) for s in (slice(0, 1), slice(1, 4))]
@@ -161,7 +163,7 @@ def merge_attentions(outputs: Sequence[Operand], lses: Sequence[Operand], *, ret
     for output, lse in zip(outputs, lses, strict=True):
         if output.shape != outputs[0].shape or lse.shape != outputs[0].shape[:-1]:
             raise ValueError(
-                f"merge_attentions: an output of shape {output.shape} with an lse of shape {lse.shape}: every output is "
+                f"merge_attentions: an output of shape {output.shape}, its lse of shape {lse.shape}: every output is "
                 f"{outputs[0].shape}, as the first, and its lse {outputs[0].shape[:-1]}"
             )
     scores = jnp.stack([jnp.asarray(lse) for lse in lses], axis=-1)
@@ -213,9 +215,8 @@ def _geometry(query: Array, key: Array, value: Array, window: Window | None) -> 
     else:
         axes = window.axes(keys)
         if queries != window.query_grid(keys):
-            raise ValueError(
-                f"attention: query has the grid {queries}, and {window} makes {window.query_grid(keys)} of key's grid {keys}"
-            )
+            made = window.query_grid(keys)
+            raise ValueError(f"attention: query has the grid {queries}; of key's grid {keys}, {window} makes {made}")
     slots = tuple(axis.size for axis in axes)
     return _Geometry(window, axes, batch, queries, keys, slots, heads, key_heads, query.shape[-1], query.dtype)
 
@@ -339,7 +340,7 @@ def _scalar(name: str, value: Any, dtype: Any) -> Array:
 
 
 def _soft_cap(value: Any, dtype: Any) -> Array:
-    if isinstance(value, numbers.Real) and not (value > 0 and math.isfinite(value)):
+    if isinstance(value, numbers.Real) and not 0 < float(value) < math.inf:
         raise ValueError(f"attention: logits_soft_cap is {value}; allowed: None or a finite number > 0")
     return _scalar("logits_soft_cap", value, dtype)
 

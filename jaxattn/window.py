@@ -79,7 +79,7 @@ class Window:
     block: int | Sequence[int] = 1
     causal: bool | Sequence[bool] = False
     boundary: str | Sequence[str] = "shift"
-    offset: int | None | Sequence[int | None] = None
+    offset: int | Sequence[int | None] | None = None
 
     def __post_init__(self) -> None:
         size = self.size if isinstance(self.size, Sequence | np.ndarray) else (self.size,)
@@ -122,8 +122,8 @@ class Window:
     def indices(self, shape: Sequence[int]) -> np.ndarray:
         """The key in each slot, int [*query_grid, *size, rank]; -1 throughout where the slot is outside the grid.
 
-        A slot that only causality excludes keeps its key here, and is False in `mask`. Slots outside the grid under "zero" are
-        -1 here and True in `mask`: they hold a zero vector.
+        A slot that only causality excludes keeps its key here, and is False in `mask`. Slots outside the grid under
+        "zero" are -1 here and True in `mask`: they hold a zero vector.
         """
         axes = self.axes(shape)
         keys = np.stack(outer([axis.keys() for axis in axes]), axis=-1)

@@ -79,7 +79,8 @@ def apply(normalize: Normalizer, scores: Array, mask: Array) -> Array:
 def dropout_factors(
     operands: Operands, options: Options, query: Array, shape: tuple[int, ...], dtype: DTypeLike
 ) -> Array:
-    """What multiplies the weights of the query of flat index `query`, 0 or 1 / (1 - rate): `shape` is [*batch, heads, slots].
+    """What multiplies the weights of the query of flat index `query`, 0 or 1 / (1 - rate): `shape` is [*batch, heads,
+    slots].
 
     One stream of bits for each query: so the bits, `N × window` of them, never exist at once, and do not depend on how
     queries are tiled.

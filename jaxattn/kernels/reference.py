@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxattn.kernels import problem
-from jaxattn.kernels.problem import Operands, Options
+from jaxattn.kernels.problem import Operands, Options, ScoreMod
 from jaxattn.normalize import logsumexp
 from jaxattn.position import by_slot
 from jaxattn.window import outer
@@ -49,7 +49,7 @@ def masked_scores(operands: Operands, options: Options) -> tuple[Array, Array]:
     scores, mask = problem.without_infinity(scores, mask)
     scores = problem.cap(scores, operands.soft_cap)
     if options.score_mod is not None:
-        scores = _modify(scores, options)
+        scores = _modify(options.score_mod, scores, options)
     scores, mask = problem.without_infinity(scores, mask)
     if operands.extra_key is not None:
         extra = jnp.expand_dims(operands.extra_key, -4)  # the same for every query
@@ -100,12 +100,12 @@ def _mask(operands: Operands, options: Options) -> Array:
     return mask
 
 
-def _modify(scores: Array, options: Options) -> Array:
+def _modify(score_mod: ScoreMod, scores: Array, options: Options) -> Array:
     """score_mod, with indices that broadcast against the scores [..., n, heads, w]."""
     shape = _inside(options).shape
     query = np.unravel_index(np.arange(shape[0]), tuple(len(axis.start) for axis in options.axes))
     position = outer([axis.named_keys() for axis in options.axes])
-    modified = options.score_mod(
+    modified = score_mod(
         scores,
         jnp.arange(scores.shape[-2])[:, None],
         tuple(jnp.asarray(index)[:, None, None] for index in query),

@@ -1,8 +1,8 @@
 """How a grid is cut into tiles of queries, and which keys each tile needs. Static, per axis, for every kind of window.
 
-A tile holds queries of one residue class modulo the dilation, so the keys it needs lie one dilation apart: its *columns*.
-Slot u of query q is column u + shift[q]. That is all a kernel has to know: positions are not folded, so no key is twice a
-slot of one query, and edge, reflect and wrap need nothing of their own.
+A tile holds queries of one residue class modulo the dilation, so the keys it needs lie one dilation apart: its
+*columns*. Slot u of query q is column u + shift[q]. That is all a kernel has to know: positions are not folded, so no
+key is twice a slot of one query, and edge, reflect and wrap need nothing of their own.
 """
 
 import math
@@ -53,13 +53,13 @@ def cut(axis: Axis, t: int) -> AxisTiles:
 def tile_sizes(axes: Sequence[Axis], lanes: int, size: int) -> list[int]:
     """Queries per tile along each axis: about a window's worth, at least 8 (16 in 1-D), and a multiple of the block.
 
-    Halved while a tile's scores, for each of `lanes` heads and batch entries, exceed the budget: `BUDGET`, or the `size` of
-    the query where that is more, so that memory stays in proportion to the operands.
+    Halved while a tile's scores, for each of `lanes` heads and batch entries, exceed the budget: `BUDGET`, or the
+    `size` of the query where that is more, so that memory stays in proportion to the operands.
     """
     least = 16 if len(axes) == 1 else 8
     sizes = []
     for axis in axes:
-        members = max(np.unique(axis.query % axis.dilation, return_counts=True)[1])
+        members = int(np.unique(axis.query % axis.dilation, return_counts=True)[1].max())
         t = max(axis.size, least)
         t = members if members <= 2 * t else math.ceil(members / math.ceil(members / t))
         sizes.append(_blocks(t, axis))

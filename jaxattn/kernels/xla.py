@@ -137,8 +137,7 @@ def _mask(operands: Operands, options: Options, rows: Rows, tables: Tables) -> A
     for axis, row in enumerate(rows):
         slot = np.arange(len(row.keys)) - row.shift[:, None]
         visible = (row.low[:, None] <= slot) & (slot < row.high[:, None])
-        visible = jnp.reshape(visible, (len(visible), *[1] * (rank - 1), -1, *[1] * (rank - axis - 1)))
-        mask = mask & visible
+        mask = mask & visible.reshape(len(visible), *[1] * (rank - 1), -1, *[1] * (rank - axis - 1))
         inside = inside & _along(row.keys >= 0, rank - axis - 1)
     if operands.key_mask is not None:
         of_keys = jnp.expand_dims(operands.key_mask, range(-2 * rank - 2, -rank))
@@ -189,7 +188,8 @@ def _to_slots(x: Array, options: Options, rows: Rows, tables: Tables) -> Array:
 def _shear(x: Array, start: Array | np.ndarray, starts: np.ndarray, size: int, rank: int, axis: int) -> Array:
     """Query q's row of the result is its row of x from `start[q]` on, `size` long, zero outside x.
 
-    `x` ends in `rank` axes of queries and `rank` more; `starts` holds the starts of every tile, which bound the padding.
+    `x` ends in `rank` axes of queries and `rank` more; `starts` holds the starts of every tile, which bound the
+    padding.
     """
     along, low, high = x.ndim - rank + axis, starts.min(), starts.max()
     query = along - rank
@@ -245,7 +245,7 @@ def _flat(x: Array, rank: int) -> Array:
 
 def _along(x: Array | np.ndarray, after: int) -> Array:
     """A vector, to be broadcast along the axis that `after` others follow."""
-    return jnp.reshape(x, (-1, *[1] * after))
+    return jnp.asarray(x).reshape(-1, *[1] * after)
 
 
 def _cut_queries(operands: Operands, options: Options, tables: Tables) -> dict[str, Array]:

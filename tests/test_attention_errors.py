@@ -1,0 +1,85 @@
+"""What `attention` refuses, by its messages."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxattn.attention import attention, merge_attentions
+from jaxattn.window import Window
+
+X = jnp.zeros((2, 6, 4, 8))
+
+
+def zeros(*shape, dtype=jnp.float64):
+    return jnp.zeros(shape, dtype)
+
+
+@pytest.mark.parametrize(
+    ("operands", "arguments", "message"),
+    [
+        ((zeros(2, 6, 4, 8, dtype=int), X, X), {}, "query is int64[2, 6, 4, 8]; expected a floating-point array"),
+        ((X, X, zeros(2, 6, 4, 8, dtype=bool)), {}, "value is bool[2, 6, 4, 8]; expected a floating-point array"),
+        ((zeros(4, 8), X, X), {}, "query is float64[4, 8]; expected [*batch, *grid, heads, head_dim] with a grid of rank 1"),
+        ((X, X, X), {"window": Window((3, 3, 3))}, "query is float64[2, 6, 4, 8]; expected"),
+        ((X, zeros(3, 6, 4, 8), X), {}, "key is float64[3, 6, 4, 8]; expected the batch axes of query, (2,)"),
+        ((X, zeros(6, 4, 8), zeros(6, 4, 8)), {}, "key is float64[6, 4, 8]; expected the batch axes of query, (2,)"),
+        ((X, X, zeros(2, 5, 4, 8)), {}, "value is float64[2, 5, 4, 8]; expected (2, 6, 4, 'value_dim'), like key"),
+        ((X, zeros(2, 6, 3, 8), zeros(2, 6, 3, 8)), {}, "key has 3 heads and query 4: query's heads must be a multiple"),
+        ((X, zeros(2, 6, 4, 7), X), {}, "key has head_dim 7 and query 8: they must be equal"),
+        ((X, X, X), {"window": Window(3, stride=2)}, "query has the grid (6,); of key's grid (6,), Window(size=(3,)"),
+        ((X, X, X), {"window": 3}, "window is 3; allowed: None or a jaxattn.Window"),
+        ((X, X, X), {"window": Window(7)}, "6 tokens along axis 0, where size is 7"),
+        ((X, X, X), {"bias": zeros(3, 6, 6)}, "bias is float64[3, 6, 6]; expected what broadcasts against [*batch, heads, T, S] = (2, 4, 6, 6)"),
+        ((X, X, X), {"bias": zeros(6, 6, dtype=int)}, "bias is int64[6, 6]; expected a floating-point array"),
+        ((X, X, X), {"bias": zeros(5), "window": Window(3)}, "bias is float64[5]; expected what broadcasts against [*batch, *query_grid, heads, *k] = (2, 6, 4, 3)"),
+        ((X, X, X), {"mask": zeros(6, 6)}, "mask is float64[6, 6]; expected a bool array, True where a query attends"),
+        ((X, X, X), {"mask": zeros(2, 6), "window": Window(3)}, "mask is float64[2, 6]; expected a bool array"),
+        ((X, X, X), {"mask": zeros(5, dtype=bool), "window": Window(3)}, "mask is bool[5]; expected what broadcasts against [*batch, *query_grid, heads, *k] = (2, 6, 4, 3), or a mask of keys (2, 6)"),
+        ((X, X, X), {"relative_bias": zeros(4, 5)}, "relative_bias needs a window"),
+        ((X, X, X), {"key_embedding": zeros(4, 5, 8)}, "key_embedding needs a window"),
+        ((X, X, X), {"relative_bias": zeros(4, 3), "window": Window(3)}, "relative_bias is float64[4, 3]; expected floating point, (4, 5) for the window of size (3,)"),
+        ((X, X, X), {"relative_bias": zeros(1, 5), "window": Window(3)}, "relative_bias is float64[1, 5]; expected"),
+        ((X, X, X), {"key_embedding": zeros(4, 5, 7), "window": Window(3)}, "key_embedding is float64[4, 5, 7]; expected floating point, (4, 5, 8) or (1, 5, 8)"),
+        ((X, X, X), {"relative_bias": zeros(4, 5), "window": Window(3, boundary="mask", offset=1)}, "offset 1 puts keys"),
+        ((X, X, X), {"relative_bias": zeros(4, 5), "window": Window(3, boundary="mask", dilation=2, offset=-3)}, "offset -3 puts keys"),
+        ((X, X, X), {"normalize": "soft"}, "normalize is 'soft'; allowed: 'softmax', 'relu', 'sigmoid', 'sparsemax', 'none' or a function"),
+        ((X, X, X), {"normalize": "relu", "return_residuals": True}, "return_residuals with normalize='relu': only softmax"),
+        ((X, X, X), {"implementation": "cuda"}, "implementation is 'cuda'; allowed: None, 'reference', 'xla'"),
+        ((X, X, X), {"dropout_rate": 1.0}, "dropout_rate is 1.0; allowed: a number >= 0 and < 1"),
+        ((X, X, X), {"dropout_rate": -0.1}, "dropout_rate is -0.1; allowed"),
+        ((X, X, X), {"dropout_rate": 0.1}, "dropout_key is missing with dropout_rate 0.1"),
+        ((X, X, X), {"extra_key": zeros(2, 1, 4, 8)}, "extra_value is missing: give both or neither"),
+        ((X, X, X), {"extra_value": zeros(2, 1, 4, 8)}, "extra_key is missing: give both or neither"),
+        ((X, X, X), {"extra_key": zeros(1, 1, 4, 8), "extra_value": zeros(1, 1, 4, 8)}, "extra_key is float64[1, 1, 4, 8]; expected floating point, (2, 1, 4, 8)"),
+        ((X, X, X), {"extra_key": zeros(2, 1, 4, 8), "extra_value": zeros(2, 3, 4, 8)}, "extra_value is float64[2, 3, 4, 8]; expected floating point, (2, 1, 4, 8)"),
+        ((X, X, X), {"segment_ids": zeros(2, 6)}, "segment_ids is float64[2, 6]; expected integers (2, 6)"),
+        ((X, X, X), {"segment_ids": zeros(6, dtype=int)}, "segment_ids is int64[6]; expected integers (2, 6)"),
+        ((X, X, X), {"segment_ids": [zeros(2, 6, dtype=int)]}, "segment_ids is a sequence of 1; allowed: one array, or a pair"),
+        ((X, zeros(2, 5, 4, 8), zeros(2, 5, 4, 8)), {"segment_ids": zeros(2, 6, dtype=int)}, "segment_ids is int64[2, 6]; expected integers (2, 5)"),
+        ((X, X, X), {"logits_soft_cap": 0.0}, "logits_soft_cap is 0.0; allowed: None or a finite number > 0"),
+        ((X, X, X), {"scale": zeros(4)}, "allowed: one real number"),
+    ],
+)  # fmt: skip
+def test_refused(operands, arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        attention(*operands, **arguments)
+
+
+def test_it_is_refused_before_anything_is_compiled():
+    """Under jit, at trace time; and from shapes alone."""
+    shape = jax.ShapeDtypeStruct((2, 6, 4, 8), jnp.float32)
+    with pytest.raises(ValueError, match="query's heads must be a multiple of key's"):
+        jax.eval_shape(attention, shape, *[jax.ShapeDtypeStruct((2, 6, 3, 8), jnp.float32)] * 2)
+
+
+def test_merging_what_does_not_fit():
+    output, lse = np.zeros((6, 2, 4)), np.zeros((6, 2))
+    with pytest.raises(ValueError, match="1 outputs and 2 lses"):
+        merge_attentions([output], [lse, lse])
+    with pytest.raises(ValueError, match="0 outputs and 0 lses"):
+        merge_attentions([], [])
+    with pytest.raises(ValueError, match=re.escape("an output of shape (6, 2, 4), its lse of shape (6,)")):
+        merge_attentions([output, output], [lse, lse[:, 0]])

@@ -232,8 +232,12 @@ def test_conv_input_errors(shape):
 
 
 def attention_pair(*args, **kwargs):
-    """Our layer and Flax's with the same parameters, drawn at random; copied there and back."""
-    zeros = {"kernel_init": nnx.initializers.zeros, "param_dtype": jnp.float64, **kwargs, "rngs": nnx.Rngs(0)}
+    """Our layer and Flax's with the same parameters, drawn at random; copied there and back.
+
+    Only where it has a dropout rate does Flax keep float64 scores in float64, hence the rate, which never acts.
+    """
+    zeros = {"kernel_init": nnx.initializers.zeros, "param_dtype": jnp.float64, "dropout_rate": 0.5} | kwargs
+    zeros |= {"deterministic": True, "keep_rngs": False, "rngs": nnx.Rngs(0)}
     ours, theirs = randomized(Attention(*args, **zeros)), nnx.MultiHeadAttention(*args, **zeros, decode=False)
     nnx.update(theirs, nnx.state(ours))
     back = Attention(*args, **zeros)
@@ -377,6 +381,13 @@ def test_attention_gradients():
     check_grads(run, (params, normal(7, 1, 4, 4, 3)), order=1, eps=1e-4, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("layer", [(Conv, 3, 4, (3, 3)), (Attention, 1, 3, None, 4)])
+def test_numpy_arrays_are_inputs(layer):
+    make, *args = layer
+    layer, x = make(*args, rngs=nnx.Rngs(0)), np.ones((2, 5, 5, 3), np.float32)
+    np.testing.assert_array_equal(layer(x), layer(jnp.asarray(x)))
+
+
 def test_window_may_be_a_size():
     assert Attention(2, 4, window=5, rngs=nnx.Rngs(0)).window == Window(5)
     assert Attention(2, 4, window=(3, 5), rngs=nnx.Rngs(0)).window == Window((3, 5))
@@ -400,7 +411,7 @@ def test_arguments_reach_the_primitive():
 
 
 @pytest.mark.parametrize("normalize", ["softmax", "relu", "sigmoid", "sparsemax", "none", lambda s, mask: mask * s**2])
-@pytest.mark.parametrize("window", [None, Window((3,), boundary="mask")])
+@pytest.mark.parametrize("window", [None, Window(3, boundary="mask")], ids=["global", "local"])
 def test_weights_make_the_output(normalize, window):
     layer = randomized(Attention(2, 4, 6, window=window, normalize=normalize, out_projection=False, rngs=nnx.Rngs(0)))
     x, mask = normal(7, 2, 6, 4, dtype=jnp.float32), jnp.arange(6) != 2

@@ -82,7 +82,7 @@ def torch_like_forward(state, images, *, block, strides):
     def norm(x, s):
         return (x - s["mean"]) / np.sqrt(s["var"] + 1e-5) * s["scale"] + s["bias"]
 
-    x = np.maximum(norm(conv(images, state["stem"]["kernel"], 1, 1), state["stem_norm"]), 0)
+    x = jnp.maximum(norm(conv(images, state["stem"]["kernel"], 1, 1), state["stem_norm"]), 0)
     for n, stride in enumerate(strides):
         b, y = state["blocks"][n], x
         for m in range(len(b["layers"])):
@@ -90,10 +90,10 @@ def torch_like_forward(state, images, *, block, strides):
             kernel = b["layers"][m]["layer"]["kernel"] if spatial else b["layers"][m]["kernel"]
             # v1.5: the stride is the first 3 × 3's
             y = norm(conv(y, kernel, stride if m == (block == "bottleneck") else 1, int(spatial)), b["norms"][m])
-            y = np.maximum(y, 0) if m + 1 < len(b["layers"]) else y
+            y = jnp.maximum(y, 0) if m + 1 < len(b["layers"]) else y
         if "shortcut" in b:
             x = norm(conv(x, b["shortcut"]["kernel"], stride, 0), b["shortcut_norm"])
-        x = np.maximum(x + y, 0)
+        x = jnp.maximum(x + y, 0)
     return x.mean(axis=(1, 2)) @ state["head"]["kernel"] + state["head"]["bias"]
 
 
@@ -107,7 +107,8 @@ def test_forward_is_a_resnet(block):
     model = nnx.merge(graphdef, jax.tree.unflatten(structure, leaves))
     model.eval()
     images = normal(0, 2, 7, 6, 3, dtype=jnp.float64)
-    expected = torch_like_forward(state_of(model), images, block=block, strides=(1, 2, 1))
+    reference = partial(torch_like_forward, state_of(model), block=block, strides=(1, 2, 1))
+    expected = jax.jit(reference, compiler_options=FAST_COMPILATION)(images)
     np.testing.assert_allclose(run(model, images), expected, rtol=1e-10)
 
 
@@ -131,14 +132,14 @@ def test_grids(mix, stem_mix):
     ],
 )
 def test_the_mix_is_chosen_by_stage(kwargs, kinds):
-    model = tiny(**kwargs, rngs=nnx.Rngs(0))
+    model = nnx.eval_shape(lambda: tiny(**kwargs, rngs=nnx.Rngs(0)))
     assert [type(layer.layer).__name__ for block in model.blocks for layer in block.layers] == kinds
-    assert model(jnp.ones((2, 8, 8, 1), jnp.float32)).shape == (2, 10)
+    assert nnx.eval_shape(lambda model, x: model(x), model, normal(0, 2, 8, 8, 1)).shape == (2, 10)
 
 
 def test_attention_is_sasas():
     """Row and column embeddings, no bias, no projection out, the border left out; pooling where the stage strides."""
-    first, second = tiny(mix="attention", rngs=nnx.Rngs(0)).blocks
+    first, second = nnx.eval_shape(lambda: tiny(mix="attention", rngs=nnx.Rngs(0))).blocks
     layer = first.layers[0].layer
     assert layer.window.boundary == ("mask", "mask")
     assert [table.shape for table in layer.key_embedding] == [(4, 9, 4), (4, 9, 4)]
@@ -156,6 +157,7 @@ def test_bfloat16(mix):
     )
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(half))} == {jnp.dtype("float32")}
     a, b = run(single, images), run(half, images)
+    half.eval()
     assert jax.eval_shape(half.blocks[0], jax.nn.relu(half.stem(images))).dtype == jnp.bfloat16
     assert b.dtype == jnp.float32
     # ten roundings to 8 bits of numbers of order one, normalised by BatchNorm

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, ArrayLike, Float, Num
 
 from jaxattn.attention import attention, merge_attentions
 from jaxattn.einsum import einsum
@@ -280,9 +280,10 @@ class ResNet(nnx.Module):
         self.head = nnx.Linear(features, num_classes, param_dtype=param_dtype, rngs=rngs)
 
     def features(
-        self, images: Num[Array, "*batch height width channels"], *, sow_weights: bool = False
-    ) -> Float[Array, "*batch height2 width2 features"]:
+        self, images: Num[ArrayLike, "..."], *, sow_weights: bool = False
+    ) -> Float[Array, "*batch height width features"]:
         """The last block's output, before the mean over the grid."""
+        images = jnp.asarray(images)
         if images.ndim < 3 or images.shape[-1] != self.in_features:
             raise ValueError(
                 f"ResNet: images must be [*batch, height, width, in_features (={self.in_features})], got {images.shape}"
@@ -293,9 +294,7 @@ class ResNet(nnx.Module):
             x = block(x, sow_weights=sow_weights)
         return x
 
-    def __call__(
-        self, images: Num[Array, "*batch height width channels"], *, sow_weights: bool = False
-    ) -> Float[Array, "*batch classes"]:
+    def __call__(self, images: Num[ArrayLike, "..."], *, sow_weights: bool = False) -> Float[Array, "*batch classes"]:
         """Logits of `images` `[*batch, height, width, in_features]`.
 
         With `sow_weights`, each attention's weights are stored for `nnx.capture`:

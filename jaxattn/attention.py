@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Shaped
 
 from jaxattn.kernels import reference, xla
@@ -139,7 +140,7 @@ def attention(
         dropout_rate=float(dropout_rate),
         precision=precision,
     )
-    output, lse = _choose(implementation, options)(operands, options)
+    output, lse = _under_mesh(_choose(implementation, options), query)(operands, options)
     return (output, lse) if return_residuals else output
 
 
@@ -375,6 +376,17 @@ def _choose(implementation: str | None, options: Options) -> Callable[[Operands,
 @functools.cache
 def _compiled(attend: Callable) -> Callable:
     return jax.jit(attend, static_argnums=1)
+
+
+def _under_mesh(attend: Callable, query: Array) -> Callable:
+    """Under Explicit mesh axes, let the compiler propagate shardings inside; the output is sharded as the query is."""
+    sharding = jax.typeof(query).sharding
+    if not sharding.mesh.explicit_axes:
+        return attend
+    spec = PartitionSpec(*sharding.spec[:-1])
+    return lambda operands, options: jax.sharding.auto_axes(
+        lambda operands: attend(operands, options), out_sharding=(spec, spec)
+    )(operands)
 
 
 def _broadcasts(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:

@@ -38,8 +38,13 @@ def test_every_dtype(dtype, implementation):
     expected, expected_lse = oracle.attention(**rounded, **theirs)
     with jax.numpy_dtype_promotion("strict"):
         run = lambda operands: attention(**operands, **ours, implementation=implementation, return_residuals=True)
-        (output, lse), pullback = jax.vjp(jax.jit(run, compiler_options=quick), operands)
-        gradients = pullback((jnp.ones_like(output), jnp.ones_like(lse)))[0]
+
+        @functools.partial(jax.jit, compiler_options=quick)
+        def value_and_gradient(operands):
+            result, pullback = jax.vjp(run, operands)
+            return *result, pullback(jax.tree.map(jnp.ones_like, result))[0]
+
+        output, lse, gradients = value_and_gradient(operands)
     assert output.dtype == dtype
     assert lse.dtype == (jnp.float64 if dtype == jnp.float64 else jnp.float32)
     np.testing.assert_allclose(np.asarray(output, np.float64), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
@@ -138,20 +143,22 @@ def test_against_jax_nn(causal, implementation):
 
 
 def test_dropout_drops_the_same_weights_everywhere():
-    operands, ours, theirs = problem(grid=(8, 6))
-    shape = operands["bias"].shape[:-2]
-    run = lambda operands, implementation: attention(
-        **operands, **ours, dropout_rate=0.4, dropout_key=jax.random.key(7), implementation=implementation
-    )
+    operands, ours, _ = problem(grid=(8, 6))
+    key = jax.random.key(7)
+
+    def run(operands, implementation):
+        return attention(**operands, **ours, dropout_rate=0.4, dropout_key=key, implementation=implementation)
+
+    @functools.partial(jax.jit, compiler_options=quick)
+    def linear_in_value(operands):
+        values = {name: operands[name] for name in ("value", "extra_value")}
+        return jax.jvp(lambda values: run(operands | values, "xla"), (values,), (values,))
+
     reference = run(operands, "reference")
     with tiling("many"):
-        output, tangent = jax.jvp(
-            lambda v: run(operands | {"value": v}, "xla"), (operands["value"],), (operands["value"],)
-        )
-        extra = jax.jvp(lambda v: run(operands | {"extra_value": v}, "xla"), *[(operands["extra_value"],)] * 2)[1]
+        output, tangent = linear_in_value(operands)
     np.testing.assert_allclose(output, reference, rtol=1e-10)
-    np.testing.assert_allclose(tangent + extra, output, rtol=1e-10)  # linear in the values: the same weights
-    assert shape == output.shape[:-1]
+    np.testing.assert_allclose(tangent, output, rtol=1e-10)  # linear in the values, if the weights are the same
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -163,7 +170,7 @@ def test_dropout_is_unbiased_and_zeroes_its_share(implementation):
     np.testing.assert_allclose(jnp.unique(weights), [0, 1 / (n * (1 - rate))], rtol=1e-12)
     kept = np.asarray(weights > 0)
     assert abs(kept.mean() - (1 - rate)) < 5 * (rate * (1 - rate) / kept.size) ** 0.5  # five standard deviations
-    assert len(np.unique(kept.reshape(-1, n), axis=0)) > 900  # 1024 rows of 16 bits: queries do not share theirs
+    assert (kept[:, 1:] == kept[:, :-1]).mean() < 0.7  # neighbouring queries agree by chance alone: 0.625
     again = attention(q, q, v, dropout_rate=rate, dropout_key=jax.random.key(1), implementation=implementation)
     assert (weights != again).any()
 
@@ -273,10 +280,10 @@ def test_sharded_over_batch_and_heads_it_gathers_neither(kind):
 
 
 def test_inside_shard_map():
-    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, 2, 4))
     run = lambda x: attention(x, x, x, window=Window((3, 3)))
     mapped = jax.shard_map(run, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
     np.testing.assert_allclose(jax.jit(mapped)(x), run(x), rtol=1e-12)
-    gradient = lambda f: jax.grad(lambda x: (f(x) ** 2).sum())(x)
+    gradient = lambda f: jax.jit(jax.grad(lambda x: (f(x) ** 2).sum()))(x)
     np.testing.assert_allclose(gradient(mapped), gradient(run), rtol=1e-10)

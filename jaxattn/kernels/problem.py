@@ -55,9 +55,9 @@ class Options:
         return self.window.axes(self.keys)
 
 
-def statistics_dtype(dtype: DTypeLike) -> DTypeLike:
+def statistics_dtype(dtype: DTypeLike) -> jnp.dtype:
     """Scores, maxima and sums are held in float32, or in float64 where the operands are."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def cap(scores: Array, soft_cap: Array | None) -> Array:

@@ -154,6 +154,26 @@ def test_shard_map_over_the_batch(name):
         np.testing.assert_allclose(mine, want, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("axis_type", [jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto])
+def test_a_sharded_batch_stays_sharded(name, axis_type):
+    """Under a mesh the batch is not gathered: each device holds its own half of the result."""
+    equation, shapes, options = CASES[name]
+    mesh = jax.make_mesh((2,), ("batch",), axis_types=(axis_type,), devices=jax.devices()[:2])
+    run = functools.partial(jaxattn.einsum, equation, **options)
+    specs = [P("batch") if term.split()[0] in "bn" else P() for term in equation.split("->")[0].split(",")]
+    local = arrays(shapes)
+    with jax.set_mesh(mesh):
+        operands = [jax.device_put(x, spec) for x, spec in zip(local, specs, strict=True)]
+        y = jax.jit(run)(*operands)
+        grads = jax.jit(jax.grad(lambda *xs: (run(*xs) ** 2).sum(), range(len(shapes))))(*operands)
+    assert y.sharding.spec[0] == "batch"
+    np.testing.assert_allclose(np.asarray(y), run(*local), rtol=1e-12, atol=1e-12)
+    wanted = jax.grad(lambda *xs: (run(*xs) ** 2).sum(), range(len(shapes)))(*local)
+    for mine, want in zip(grads, wanted, strict=True):
+        np.testing.assert_allclose(np.asarray(mine), want, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("unroll", [1, 4])
 def test_long_windows_are_a_loop(monkeypatch, unroll):
     """Windows too large to write out: the same sums, forward and backward, through a loop."""

@@ -55,7 +55,7 @@ def texts(config: Config, data: Dataset, results: Mapping[str, Mapping[str, Any]
         "over the epochs, without compilation and evaluation; the time is all of the training, with both.",
         "attention_caption": "One test image of each class. The red square is the query, the image's brightest pixel. "
         "Below, where each head of the first attention layer looks from there: every map has its own scale, from zero "
-        "(dark) to its largest weight (yellow).",
+        "(dark, as is all outside the window) to its largest weight (yellow).",
         "kernels_caption": "<b>Convolution.</b> The first block's first layer: for each output channel, of its kernels "
         "the one whose norm is largest. Red is positive, blue negative; one scale for all.",
         "mean_caption": "<b>Local attention,</b> in the same place: each head's mean weight at each offset from the "

@@ -108,6 +108,15 @@ def attention(
         >>> x = jnp.ones((1, 8, 8, 2, 16))  # batch 1, grid 8 × 8, 2 heads of 16
         >>> attention(x, x, x, window=Window((3, 3))).shape
         (1, 8, 8, 2, 16)
+
+        Queries coarser than the keys are a stride. Queries finer than the keys are heads: those that stand on one key
+        are folded into a group, which shares that key's window (and has a relative_bias for each of its members).
+
+        >>> fine, keys = jnp.ones((8, 2, 16)), jnp.ones((4, 2, 16))  # two queries on each key
+        >>> folded = fine.reshape(4, 2, 2, 16).swapaxes(1, 2).reshape(4, 4, 16)  # [keys, heads · 2, head_dim]
+        >>> output = attention(folded, keys, keys, window=Window(3))
+        >>> output.reshape(4, 2, 2, 16).swapaxes(1, 2).reshape(8, 2, 16).shape
+        (8, 2, 16)
     """
     query, key, value = _floating(query=query, key=key, value=value)
     geometry = _geometry(query, key, value, window)

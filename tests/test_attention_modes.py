@@ -242,6 +242,15 @@ def test_numpy_operands_any_number_of_batch_axes_and_empty_ones():
     np.testing.assert_array_equal(attention(x, x[:, :, :0], x[:, :, :0]), np.zeros_like(x))
 
 
+def test_a_finer_query_grid_is_folded_into_heads():
+    fine, keys = jax.random.normal(jax.random.key(0), (8, 2, 3)), jax.random.normal(jax.random.key(1), (4, 2, 3))
+    folded = fine.reshape(4, 2, 2, 3).swapaxes(1, 2).reshape(4, 4, 3)
+    output = attention(folded, keys, keys, window=Window(3)).reshape(4, 2, 2, 3).swapaxes(1, 2).reshape(8, 2, 3)
+    for parity in range(2):
+        each = attention(fine[parity::2], keys, keys, window=Window(3))
+        np.testing.assert_allclose(output[parity::2], each, rtol=1e-12)
+
+
 def test_scale_none_is_not_scale_zero():
     x = jax.random.normal(jax.random.key(0), (6, 2, 4))
     np.testing.assert_allclose(attention(x, x, x, scale=0.0), jnp.broadcast_to(x.mean(0), x.shape), rtol=1e-12)
@@ -268,7 +277,7 @@ def test_sharded_over_batch_and_heads_it_gathers_neither(kind):
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, 2, 4))
     run = lambda x: attention(x, x, x, window=Window((3, 3)))
     expected = run(x), jax.grad(lambda x: (run(x) ** 2).sum())(x)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), tiling("many"):
         sharded = jax.device_put(x, NamedSharding(mesh, P("data", None, None, "model")))
         step = jax.jit(lambda x: (run(x), jax.grad(lambda x: (run(x) ** 2).sum())(x)))
         compiled = step.lower(sharded).compile()

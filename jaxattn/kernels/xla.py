@@ -22,10 +22,6 @@ from jaxattn.normalize import NORMALIZERS, logsumexp
 Tables = tuple[AxisTiles, ...]  # an axis each, in NumPy; with one row for each of its tiles,
 Rows = tuple[AxisTiles, ...]  # or with the row of one tile, perhaps traced
 
-COPIES = (
-    8  # times that the keys may be copied into tiles before the loop; beyond that, each tile takes its own within it
-)
-
 
 def attend(operands: Operands, options: Options) -> tuple[Array, Array]:
     """The output [*batch, *queries, heads, value_dim], and lse [*batch, *queries, heads]."""
@@ -39,12 +35,10 @@ def attend(operands: Operands, options: Options) -> tuple[Array, Array]:
     grid = tuple(len(table.queries) for table in tables)
     tile = np.unravel_index(np.arange(math.prod(grid)), grid)
     rows = tuple(AxisTiles(*(field[t] for field in table)) for table, t in zip(tables, tile, strict=True))
-    copies = math.prod(table.keys.size / max(axis.length, 1) for table, axis in zip(tables, axes, strict=True))
-    own = _cut_queries(operands, options, tables) | (_cut_keys(operands, tables) if copies <= COPIES else {})
+    own = _cut_queries(operands, options, tables)
 
     def run(own: dict[str, Array], rows: Rows) -> tuple[Array, Array]:
-        if "key" not in own:
-            own = own | _own_keys(operands, rows, tables)
+        own = own | _take_keys(operands, rows, tables)
         return _attend_tile(operands._replace(**own), options, rows, tables)
 
     pairs = lanes * math.prod(table.queries.shape[1] * table.keys.shape[1] for table in tables)
@@ -263,25 +257,15 @@ def _cut_queries(operands: Operands, options: Options, tables: Tables) -> dict[s
     return own
 
 
-def _cut_keys(operands: Operands, tables: Tables) -> dict[str, Array]:
-    """What belongs to the keys, by tile: [tiles, *batch, *columns, ...]."""
-    batch, index = operands.query.ndim - len(tables) - 2, [table.keys for table in tables]
-    return {name: _cut(x, index, batch) for name, x in _of_keys(operands).items()}
-
-
-def _own_keys(operands: Operands, rows: Rows, tables: Tables) -> dict[str, Array]:
-    """What belongs to one tile's keys: [*batch, *columns, ...]."""
+def _take_keys(operands: Operands, rows: Rows, tables: Tables) -> dict[str, Array]:
+    """What belongs to the keys of one tile: [*batch, *columns, ...]."""
     batch = operands.query.ndim - len(rows) - 2
-    own = _of_keys(operands)
+    names = ("key", "value", "key_mask", "key_segments")
+    taken = {name: getattr(operands, name) for name in names if getattr(operands, name) is not None}
     for axis, (row, table) in enumerate(zip(rows, tables, strict=True), batch):
         index = table.keys[0] if (table.keys == table.keys[0]).all() else row.keys
-        own = {name: _take(x, index, axis) for name, x in own.items()}
-    return own
-
-
-def _of_keys(operands: Operands) -> dict[str, Array]:
-    names = ("key", "value", "key_mask", "key_segments")
-    return {name: getattr(operands, name) for name in names if getattr(operands, name) is not None}
+        taken = {name: _take(x, index, axis) for name, x in taken.items()}
+    return taken
 
 
 def _cut(x: Array, index: Sequence[np.ndarray], batch: int) -> Array:

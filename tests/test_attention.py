@@ -135,13 +135,13 @@ FEATURES = [
 
 
 @pytest.mark.parametrize("tiled", TILINGS)
-@hypothesis.settings(max_examples=15, phases=[hypothesis.Phase.generate])
+@hypothesis.settings(max_examples=10, phases=[hypothesis.Phase.generate])
 @hypothesis.given(data=st.data())
 def test_xla_is_the_definition(tiled, data):
     drawn(data, "xla", tiled)
 
 
-@hypothesis.settings(max_examples=15, phases=[hypothesis.Phase.generate])
+@hypothesis.settings(max_examples=10, phases=[hypothesis.Phase.generate])
 @hypothesis.given(data=st.data())
 def test_reference_is_the_definition(data):
     drawn(data, "reference", "few")

@@ -1,0 +1,1 @@
+"""How attention over windows is computed: each module here is one way, on the same operands and options."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxattn.window import Axis
 
-BUDGET = 2**20  # scores in flight, at least: 4 MB, about a core's cache
+BUDGET = 2**20  # scores in flight: 4 MB, about a core's cache
 
 
 class AxisTiles(NamedTuple):
@@ -51,19 +51,22 @@ def cut(axis: Axis, t: int) -> AxisTiles:
 
 
 def tile_sizes(axes: Sequence[Axis], lanes: int, size: int) -> list[int]:
-    """Queries per tile along each axis: about a window's worth, at least 8 (16 in 1-D), and a multiple of the block.
+    """Queries per tile along each axis, a multiple of the block; `lanes` counts batch entries times heads.
 
-    Halved while a tile's scores, for each of `lanes` heads and batch entries, exceed the budget: `BUDGET`, or the
-    `size` of the query where that is more, so that memory stays in proportion to the operands.
+    All queries (of a residue class) where they are few: then one tile needs no loop, and is worth some waste. Otherwise
+    about a window's worth, at least 8 (16 in 1-D), and halved while a tile has more scores than the budget.
     """
+    members = [int(np.unique(axis.query % axis.dilation, return_counts=True)[1].max()) for axis in axes]
+    everyone = [_blocks(m, axis) for m, axis in zip(members, axes, strict=True)]
+    slots = math.prod(t * axis.size for axis, t in zip(axes, everyone, strict=True))
+    if lanes * scores(axes, everyone) <= BUDGET and scores(axes, everyone) <= 16 * slots:
+        return everyone
     least = 16 if len(axes) == 1 else 8
     sizes = []
-    for axis in axes:
-        members = int(np.unique(axis.query % axis.dilation, return_counts=True)[1].max())
+    for axis, m in zip(axes, members, strict=True):
         t = max(axis.size, least)
-        t = members if members <= 2 * t else math.ceil(members / math.ceil(members / t))
-        sizes.append(_blocks(t, axis))
-    while lanes * scores(axes, sizes) > max(BUDGET, size):
+        sizes.append(_blocks(m if m <= 2 * t else math.ceil(m / math.ceil(m / t)), axis))
+    while lanes * scores(axes, sizes) > budget(size):
         blocks = [t // axis.block for t, axis in zip(sizes, axes, strict=True)]
         longest = int(np.argmax(blocks))
         if blocks[longest] == 1:
@@ -74,9 +77,14 @@ def tile_sizes(axes: Sequence[Axis], lanes: int, size: int) -> list[int]:
 
 def tiles_at_once(tiles: int, scores: int, size: int) -> int:
     """How many tiles a step of the loop takes: what the budget allows, preferably a divisor of their number."""
-    most = min(tiles, max(1, max(BUDGET, size) // scores))
+    most = min(tiles, max(1, budget(size) // scores))
     even = max(n for n in range(1, most + 1) if tiles % n == 0)
     return even if 2 * even > most else most
+
+
+def budget(size: int) -> int:
+    """Scores in flight: in proportion to the `size` of the query where that is large, so that memory is O(N)."""
+    return max(BUDGET, size // 2)
 
 
 def scores(axes: Sequence[Axis], sizes: Sequence[int]) -> int:

@@ -40,9 +40,11 @@ def new_run(out: Path, overwrite: bool) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
+        replaced = partial.with_suffix(partial.suffix + ".replaced")
         if out.exists():
-            shutil.rmtree(out)
+            out.rename(replaced)  # until the new run stands in its place, the old one is not removed
         partial.rename(out)
+        shutil.rmtree(replaced, ignore_errors=True)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

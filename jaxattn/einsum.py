@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxattn.extents import OUTPUT, Resolved, resolve
+from jaxattn.extents import OUTPUT, Resolved, check_options, resolve
 from jaxattn.kernels import convolution
 from jaxattn.kernels.gather import axes_of, contract, gather, merge, split, unfolded
 from jaxattn.kernels.slices import can_slice, loop_axes, slices
@@ -118,10 +118,8 @@ def _temporaries(resolved: Resolved, lowering: str, width: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(equation, shapes, dtypes, padding, boundary, sizes, implementation) -> Plan:
-    given = {axis: size for axis, size, _ in sizes}
-    resolved = resolve(equation, shapes, tuple(map(str, dtypes)), padding, boundary, given)
-    dtype = jnp.result_type(*dtypes)
+def _plan(equation, shapes, dtypes, dtype, padding, boundary, sizes, implementation) -> Plan:
+    resolved = resolve(equation, shapes, tuple(map(str, dtypes)), padding, boundary, dict(sizes))
     if implementation == "reference":
         lowering, detail = "gather", LOWERINGS["gather"][1]
     else:
@@ -131,32 +129,40 @@ def _plan(equation, shapes, dtypes, padding, boundary, sizes, implementation) ->
     flops = products * (max(len(shapes) - 1, 0) + int(summed))
     moved = sum(math.prod(s) * d.itemsize for s, d in zip(shapes, dtypes, strict=True))
     moved += math.prod(resolved.output_shape) * dtype.itemsize
-    temporaries = _temporaries(resolved, lowering, dtype.itemsize)
+    temporaries = _temporaries(resolved, lowering, max(d.itemsize for d in (dtype, *dtypes)))
     return Plan(resolved, dtypes, dtype, lowering, detail, flops, moved, temporaries)
 
 
-def _hashable(value):
-    return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
-
-
-def _make_plan(equation, operands, padding, boundary, implementation, sizes) -> Plan:
+def _make_plan(equation, operands, padding, boundary, preferred_element_type, implementation, sizes) -> Plan:
+    """Check what the cache can't tell apart (1 == 1.0 == True) or can't hold (lists), then look the plan up."""
     if not isinstance(equation, str):
         raise ValueError(f"einsum: the equation must be a string, got {type(equation).__name__}")
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"einsum: implementation={implementation!r} must be one of {IMPLEMENTATIONS}")
     shapes = tuple(tuple(x.shape) for x in operands)
     dtypes = tuple(np.dtype(x.dtype) for x in operands)
-    given = tuple((axis, size, type(size)) for axis, size in sorted(sizes.items()))  # 1 == True, but not here
-    return _plan(equation, shapes, dtypes, _hashable(padding), _hashable(boundary), given, implementation)
+    pads, edges, extents = check_options(equation, shapes, tuple(map(str, dtypes)), padding, boundary, sizes)
+    dtype = np.dtype(preferred_element_type or jnp.result_type(*operands))
+    return _plan(equation, shapes, dtypes, dtype, pads, edges, extents, implementation)
 
 
-def plan(equation: str, *operands, padding=None, boundary=None, implementation=None, **sizes) -> Plan:
+def plan(
+    equation: str,
+    /,
+    *operands,
+    padding=None,
+    boundary=None,
+    precision: lax.PrecisionLike = None,
+    preferred_element_type=None,
+    implementation: str | None = None,
+    **sizes,
+) -> Plan:
     """What `einsum` does with an equation: extents, lowering and cost, without computing anything.
 
     Args:
       equation: as for `einsum`.
       *operands: arrays, anything with a shape and a dtype, or shapes (tuples of ints, taken as float32).
-      padding, boundary, implementation, **sizes: as for `einsum`.
+      padding, boundary, precision, preferred_element_type, implementation, **sizes: as for `einsum`.
 
     Raises:
       ValueError: as `einsum` does.
@@ -171,12 +177,14 @@ def plan(equation: str, *operands, padding=None, boundary=None, implementation=N
       lowering  convolution: lax.conv_general_dilated, strides (1,), padding ((0, 0),), dilation (1,), groups 1
       cost      3.07 kFLOP, 1.22 kB in and out, 0 B temporaries
     """
-    described = [jax.ShapeDtypeStruct(x, jnp.float32) if isinstance(x, tuple) else x for x in operands]
-    return _make_plan(equation, described, padding, boundary, implementation, sizes)
+    del precision  # it changes neither the lowering nor its cost
+    described = [jax.ShapeDtypeStruct(x, jnp.float32) if isinstance(x, tuple | list) else x for x in operands]
+    return _make_plan(equation, described, padding, boundary, preferred_element_type, implementation, sizes)
 
 
 def einsum(
     equation: str,
+    /,
     *operands,
     padding=None,
     boundary=None,
@@ -226,11 +234,12 @@ def einsum(
     (2, 9, 10, 8)
     """
     arrays = [jnp.asarray(x) for x in operands]
-    chosen = _make_plan(equation, arrays, padding, boundary, implementation, sizes)
-    dtype = np.dtype(preferred_element_type or chosen.dtype)
-    small = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
-    accumulate = np.dtype(jnp.float32) if small else dtype
-    # a convolution of one dtype into another has no transpose in JAX: widen the operands, which loses nothing
-    widened = jnp.promote_types(chosen.dtype, dtype) if chosen.lowering == "convolution" else chosen.dtype
-    arrays = [x.astype(widened) for x in arrays]
-    return LOWERINGS[chosen.lowering][0](chosen.resolved, arrays, precision, accumulate).astype(dtype)
+    chosen = _make_plan(equation, arrays, padding, boundary, preferred_element_type, implementation, sizes)
+    small = jnp.issubdtype(chosen.dtype, jnp.floating) and chosen.dtype.itemsize < 4
+    accumulate = np.dtype(jnp.float32) if small else chosen.dtype
+    dtype = np.dtype(jnp.result_type(*arrays))
+    if chosen.lowering == "convolution" and dtype.itemsize < chosen.dtype.itemsize:
+        dtype = chosen.dtype  # a convolution of one dtype into another has no transpose in JAX; widening loses nothing
+    arrays = [x.astype(dtype) for x in arrays]
+    run = LOWERINGS[chosen.lowering][0]
+    return run(chosen.resolved, arrays, precision, accumulate).astype(chosen.dtype)

@@ -24,6 +24,7 @@ from jaxattn.notation import (
 )
 
 OUTPUT = -1  # the output among the terms: the last
+Shapes = tuple[tuple[int, ...], ...]
 Padding = Literal["VALID", "SAME"] | tuple[int, int]  # (low, high)
 
 
@@ -95,16 +96,19 @@ class Resolved:
         return {a.dim: a for a in self.affine if a.term == term % len(self.terms)}
 
 
+def describe(shapes: Shapes, dtypes: tuple[str, ...]) -> str:
+    """The operands for an error: `operand 0: float32[2,9]; operand 1: float32[3]`."""
+    rows = zip(dtypes, shapes, strict=True)
+    return "; ".join(f"operand {k}: {dtype}[{','.join(map(str, shape))}]" for k, (dtype, shape) in enumerate(rows))
+
+
 class _Resolver:
     """The state of one `resolve`: the equation, its operands' shapes, and the extents known so far."""
 
     def __init__(self, parsed: Parsed, shapes: tuple[tuple[int, ...], ...], dtypes: tuple[str, ...]):
         self.parsed = parsed
         self.shapes = shapes
-        self.described = "; ".join(
-            f"operand {k}: {dtype}[{','.join(map(str, shape))}]"
-            for k, (dtype, shape) in enumerate(zip(dtypes, shapes, strict=True))
-        )
+        self.described = describe(shapes, dtypes)
         self.sizes: dict[str, int] = {}
         self.origin: dict[str, tuple[str, range]] = {}
 
@@ -145,16 +149,23 @@ class _Resolver:
 
         return tuple(tuple(itertools.chain.from_iterable(map(spell, term))) for term in parsed.terms)
 
-    def read_sizes(self, terms: tuple[Term, ...], given: Mapping[str, int]) -> None:
-        """Extents from keywords and from bare axes."""
+    def check_sizes(self, given: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
+        """Extents given by keyword, as ints."""
         named = {axis: token for term in self.parsed.terms for token in term for axis in token.axes}
         for axis, size in given.items():
             if axis not in named:
                 message = f"keyword {axis}={size!r} names no axis of the equation (its axes: {', '.join(named)})"
                 raise self.fail(NotationError, message)
-            if isinstance(size, bool) or not isinstance(size, numbers.Integral) or size < 1:
-                raise self.fail(ExtentError, f"keyword {axis}={size!r} must be a positive int")
-            self.learn(axis, int(size), "by keyword", named[axis].columns(axis))
+            if not _is_int(size) or size < 1:
+                message = f"keyword {axis}={size!r} must be a positive int"
+                raise self.fail(ExtentError, message, named[axis].columns(axis))
+        return tuple(sorted((axis, int(size)) for axis, size in given.items()))
+
+    def read_sizes(self, terms: tuple[Term, ...], given: Mapping[str, int]) -> None:
+        """Extents from keywords and from bare axes."""
+        named = {axis: token for term in self.parsed.terms for token in term for axis in token.axes}
+        for axis, size in given.items():
+            self.learn(axis, size, "by keyword", named[axis].columns(axis))
         for k, (term, shape) in enumerate(zip(terms, self.shapes, strict=False)):
             for token, length in zip(term, shape, strict=True):
                 if not token.affine and len(token.axes) == 1:
@@ -164,7 +175,7 @@ class _Resolver:
         """Extents from a composed axis `(g c)`; False while two of them are unknown."""
         unknown = [axis for axis in token.axes if axis not in self.sizes]
         product = math.prod(self.sizes[axis] for axis in token.axes if axis in self.sizes)
-        if len(set(unknown)) > 1 or len(unknown) > 1:
+        if len(unknown) > 1:
             return False
         if (unknown and (product == 0 or length % product)) or (not unknown and length != product):
             parts = " ".join(f"{axis}={self.sizes.get(axis, '?')}" for axis in token.axes)
@@ -194,6 +205,10 @@ class _Resolver:
     def span(self, token: Token) -> tuple[int, int]:
         """How far the windows of a token reach in all, and how much of that is below the position."""
         assert token.coefficients is not None
+        empty = [axis for axis in token.axes[1:] if self.sizes[axis] == 0]
+        if empty:
+            message = f"the window '{empty[0]}' of '{token.text}' has extent 0"
+            raise self.fail(ExtentError, message, token.columns(empty[0]))
         pairs = zip(token.coefficients[1:], token.axes[1:], strict=True)
         reach = [d * (self.sizes[axis] - 1) for d, axis in pairs]
         return sum(map(abs, reach)), -sum(min(r, 0) for r in reach)
@@ -245,7 +260,7 @@ class _Resolver:
         return found
 
     def _check_range(self, token: Token, found: Affine) -> None:
-        if found.length < 1:
+        if found.length < 1 and found.term == len(self.shapes):
             message = f"'{token.text}' gives the output an axis of {found.length} tokens: its padding crops everything"
             raise self.fail(IndexRangeError, message, token.columns())
         if found.boundary is None and (found.lowest < 0 or found.highest >= found.length):
@@ -268,28 +283,52 @@ class _Resolver:
         return self.fail(ExtentError, f"nothing gives the extent of {names}: give {wanted}", columns)
 
 
+def _state(equation: str, shapes: Shapes, dtypes: tuple[str, ...]) -> _Resolver:
+    """The equation read and ready to be fitted; from here on an error shows the operands."""
+    try:
+        parsed = parse(equation)
+    except NotationError as error:
+        raise NotationError(f"{error}\n    {describe(shapes, dtypes)}") from None
+    state = _Resolver(parsed, shapes, dtypes)
+    if len(shapes) != len(parsed.operands):
+        raise state.fail(ExtentError, f"the number of operands is {len(parsed.operands)}, {len(shapes)} were given")
+    return state
+
+
+def check_options(
+    equation: str, shapes: Shapes, dtypes: tuple[str, ...], padding, boundary, sizes: Mapping[str, int]
+) -> tuple[tuple[Padding, ...], tuple[str | None, ...], tuple[tuple[str, int], ...]]:
+    """`padding` and `boundary` with an entry for each affine token, and the extents given by keyword; hashable."""
+    state = _state(equation, shapes, dtypes)
+    sums = [token for term in state.parsed.terms for token in term if token.affine]
+    try:
+        pads = tuple(normalize_padding(padding, [token.text for token in sums]))
+        edges = tuple(normalize_boundary(boundary, [token.text for token in sums]))
+    except ValueError as error:
+        columns = [column for token in sums for column in token.columns()]
+        raise state.fail(NotationError, str(error), columns) from None
+    return pads, edges, state.check_sizes(sizes)
+
+
 def resolve(
     equation: str,
-    shapes: tuple[tuple[int, ...], ...],
+    shapes: Shapes,
     dtypes: tuple[str, ...],
-    padding,
-    boundary,
+    padding: tuple[Padding, ...],
+    boundary: tuple[str | None, ...],
     sizes: Mapping[str, int],
 ) -> Resolved:
-    """Fit an equation to its operands' shapes: the extent of every axis and the index of every affine token."""
-    parsed = parse(equation)
-    if len(shapes) != len(parsed.operands):
-        message = f"the equation has {len(parsed.operands)} operands, {len(shapes)} were given"
-        raise parsed.error(ExtentError, message)
-    state = _Resolver(parsed, shapes, dtypes)
+    """Fit an equation to its operands' shapes: the extent of every axis and the index of every affine token.
+
+    The options are those that `check_options` returns.
+    """
+    state = _state(equation, shapes, dtypes)
     terms = state.spell_out_ellipsis()
     state.read_sizes(terms, sizes)
     lengths = [*shapes, [None] * len(terms[OUTPUT])]
     places = [(k, dim, token) for k, term in enumerate(terms) for dim, token in enumerate(term)]
     sums = [(k, dim) for k, dim, token in places if token.affine]
-    written = [terms[k][dim].text for k, dim in sums]
-    pads = dict(zip(sums, normalize_padding(padding, written), strict=True))
-    edges = dict(zip(sums, normalize_boundary(boundary, written), strict=True))
+    pads, edges = dict(zip(sums, padding, strict=True)), dict(zip(sums, boundary, strict=True))
     found: dict[tuple[int, int], Affine] = {}
 
     composed = [place for place in places if len(place[2].axes) > 1 and not place[2].affine and place[0] < len(shapes)]
@@ -325,7 +364,7 @@ def normalize_padding(padding, sums: list[str]) -> list[Padding]:
             if len(pair) == 2 and all(map(_is_int, pair)):
                 return int(pair[0]), int(pair[1])
         raise ValueError(
-            f"einsum: padding={padding!r} must be 'VALID', 'SAME', an int, a pair (low, high), "
+            f"padding={padding!r} must be 'VALID', 'SAME', an int, a pair (low, high), "
             f"or one of these for each affine token"
         )
 
@@ -348,7 +387,7 @@ def normalize_boundary(boundary, sums: list[str]) -> list[str | None]:
     for entry in [boundary] if one else entries:
         if entry is not None and entry not in BOUNDARIES:
             raise ValueError(
-                f"einsum: boundary={boundary!r} must be one of {', '.join(BOUNDARIES)}, or one for each affine token"
+                f"boundary={boundary!r} must be one of {', '.join(BOUNDARIES)}, or one for each affine token"
             )
     if len(entries) != len(sums):
         raise _miscounted("boundary", entries, sums)
@@ -361,6 +400,4 @@ def _is_int(value) -> bool:
 
 def _miscounted(name: str, entries: list, sums: list[str]) -> ValueError:
     tokens = ", ".join(sums) or "none"
-    return ValueError(
-        f"einsum: {name} has {len(entries)} entries, but the equation has {len(sums)} affine tokens ({tokens})"
-    )
+    return ValueError(f"{name} has {len(entries)} entries, but the equation has {len(sums)} affine tokens ({tokens})")

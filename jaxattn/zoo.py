@@ -61,8 +61,13 @@ def conv(
             f"[*batch, *spatial, features], at least {rank + 1} dimensions"
         )
     for name, length in (("features of x", np.shape(x)[-1]), ("out_features of kernel", np.shape(kernel)[-1])):
-        if not isinstance(groups, numbers.Integral) or groups < 1 or length % groups:
+        if not _int(groups) or groups < 1 or length % groups:
             raise ValueError(f"conv: groups (={groups}) must be a positive int that divides the {name} (={length})")
+    if np.shape(kernel)[-2] * groups != np.shape(x)[-1]:
+        raise ValueError(
+            f"conv: kernel has shape {list(np.shape(kernel))}, but with groups (={groups}) the {np.shape(x)[-1]} "
+            f"features of x take [*window, {np.shape(x)[-1] // groups}, out_features]"
+        )
     every = range(rank)
     sums = [
         f"{s}*i{k}+{d}*r{k}"
@@ -82,22 +87,27 @@ def conv(
     )
 
 
+def _int(value) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def _each(value, rank: int, name: str) -> tuple[int, ...]:
     """A positive int for each spatial axis."""
-    values = (value,) * rank if isinstance(value, numbers.Integral) else tuple(value)
-    if len(values) != rank or not all(isinstance(v, numbers.Integral) and int(v) >= 1 for v in values):
+    values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,) * rank
+    if len(values) != rank or not all(_int(v) and int(v) >= 1 for v in values):
         raise ValueError(f"conv: {name}={value!r} must be a positive int, or one for each of the {rank} spatial axes")
     return tuple(map(int, values))
 
 
 def _pads(padding, rank: int):
     """`padding` with ints of a sequence spelled out as pairs, which `einsum` would read as one pair for all."""
-    if isinstance(padding, str | numbers.Integral):
+    if padding is None or isinstance(padding, str) or _int(padding):
         return padding
-    entries = [(p, p) if isinstance(p, numbers.Integral) else tuple(p) for p in padding]
-    if len(entries) != rank or any(len(p) != 2 for p in entries):
-        raise ValueError(
-            f"conv: padding={padding!r} must be 'SAME', 'VALID', an int, or an int or pair for each of the "
-            f"{rank} spatial axes"
-        )
-    return entries
+    if isinstance(padding, Sequence) and len(padding) == rank:
+        entries = [(p, p) if _int(p) else p for p in padding]
+        if all(isinstance(p, Sequence) and len(p) == 2 and all(map(_int, p)) for p in entries):
+            return entries
+    raise ValueError(
+        f"conv: padding={padding!r} must be 'SAME', 'VALID', an int, or an int or pair for each of the "
+        f"{rank} spatial axes"
+    )

@@ -207,7 +207,11 @@ def test_conv_takes_any_number_of_batch_axes(batch):
         (((2, 5, 3), (3, 3, 4)), {"dilation": -1}, r"conv: dilation=-1"),
         (((2, 5, 3), (3, 3, 4)), {"padding": [(1, 1), (1, 1)]}, r"conv: padding=\[\(1, 1\), \(1, 1\)\]"),
         (((2, 5, 3), (3, 3, 4)), {"padding": "FULL"}, r"padding='FULL' must be 'VALID', 'SAME'"),
-        (((2, 5, 3), (3, 2, 4)), {}, r"axis 'c' has size 3 in operand 0 but 2 in operand 1|size 3"),
+        (((2, 5, 3), (3, 2, 4)), {}, r"kernel has shape \[3, 2, 4\], but with groups \(=1\) the 3 features of x"),
+        (((2, 5, 3), (3, 3, 4)), {"strides": None}, r"conv: strides=None must be a positive int"),
+        (((2, 5, 3), (3, 3, 4)), {"strides": True}, r"conv: strides=True must be a positive int"),
+        (((2, 5, 3), (3, 3, 4)), {"groups": True}, r"groups \(=True\)"),
+        (((2, 5, 3), (3, 3, 4)), {"padding": 1.5}, r"conv: padding=1.5 must be"),
         (((2, 2, 3), (3, 3, 4)), {"padding": "VALID"}, r"reaches over 3 tokens, its axis has 2"),
     ],
 )

@@ -70,6 +70,52 @@ def test_half_precision_accumulates_in_float32(lowering, equation, batch, implem
     assert jaxattn.einsum(equation, x, w, implementation=implementation).item() == 4096
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("equation", "shapes", "options"),
+    [
+        ("n i+r -> n i r", [(2, 400)], {"r": 100}),
+        ("n i+r -> n i", [(2, 400)], {"r": 100}),
+        ("b i h d, b i+u h d -> b i h u", [(1, 200, 2, 3), (1, 200, 2, 3)], {"u": 101, "padding": "SAME"}),
+        ("n i c, r c o -> n i+r o", [(2, 200, 4), (301, 4, 2)], {"padding": 225, "boundary": "edge"}),
+        ("n i+r c, r c o -> n i o", [(2, 200, 4), (101, 4, 2)], {"padding": 100, "boundary": "edge"}),
+        ("n i+r c k, r c o -> n i o", [(1, 6, 2, 1000), (3, 2, 4)], {}),
+    ],
+)
+def test_half_precision_accumulates_in_float32_backward_too(equation, shapes, options, dtype):
+    """Transposes are sums as well: each operand's gradient is right to the rounding of the operands and the result."""
+    operands = [jnp.asarray(np.random.default_rng(0).uniform(size=s), dtype) for s in shapes]
+    run = functools.partial(jaxattn.einsum, equation, **options)
+
+    def both(*xs):
+        y, back = jax.vjp(run, *xs)
+        return y, *back(jnp.ones_like(y))
+
+    for mine, want in zip(both(*operands), both(*[x.astype(jnp.float32) for x in operands]), strict=True):
+        assert mine.dtype == dtype
+        np.testing.assert_allclose(np.asarray(mine, float), want, atol=0.006 * float(abs(want).max()))
+
+
+def test_weak_types_promote_as_in_jax():
+    x = jnp.ones(3, jnp.bfloat16)
+    assert jaxattn.einsum("a, -> a", x, 2.0).dtype == jnp.bfloat16
+    assert jaxattn.einsum("a, -> a", x, np.float32(2)).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(("dtype", "wider"), [("bfloat16", "float32"), ("int8", "int32")])
+def test_preferred_element_type_under_strict_promotion(case, dtype, wider):
+    run, shapes, _ = case
+    with jax.numpy_dtype_promotion("strict"):
+        operands = [jnp.ones(s, dtype) for s in shapes]
+        assert run(*operands, preferred_element_type=wider).dtype == wider
+
+
+def test_a_plan_takes_what_einsum_takes():
+    equation, shapes, options = CASES["convolution"]
+    plan = jaxattn.plan(equation, *shapes, **options, precision="highest", preferred_element_type=jnp.bfloat16)
+    assert plan.dtype == jnp.bfloat16
+
+
 @pytest.mark.parametrize("dtype", ["int8", "int32", "uint8", "int64"])
 def test_integers(case, dtype):
     run, shapes, oracle = case

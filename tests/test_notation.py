@@ -5,7 +5,6 @@ import pytest
 
 import jaxattn
 from jaxattn.boundary import fold
-from jaxattn.extents import resolve
 from jaxattn.notation import EquationError, ExtentError, IndexRangeError, NotationError, parse
 
 
@@ -60,7 +59,7 @@ def test_malformed_equations(equation, message):
 
 
 MISFITS = [
-    ("i, j -> i j", [(2,)], {}, ExtentError, "has 2 operands, 1 were given"),
+    ("i, j -> i j", [(2,)], {}, ExtentError, "the number of operands is 2, 1 were given"),
     ("i j -> i", [(2, 3, 4)], {}, ExtentError, "operand 0 has 3 dimensions but its term names 2"),
     ("... i j -> ... i", [(2,)], {}, ExtentError, "operand 0 has 1 dimensions but its term names at least 2"),
     ("... i, ... j -> ... i j", [(2, 3), (4, 3)], {}, ExtentError,
@@ -108,7 +107,7 @@ def test_misfits(equation, shapes, options, kind, message):
         ({"padding": "FULL"}, "padding='FULL' must be 'VALID', 'SAME'"),
         ({"padding": 1.5}, "padding=1.5 must be 'VALID', 'SAME'"),
         ({"padding": [(1, 1)]}, r"padding has 1 entries, but the equation has 2 affine tokens \(i\+r, j\+s\)"),
-        ({"padding": [(1, 1), (1, 2, 3)]}, r"padding=\(\(1, 1\), \(1, 2, 3\)\) must be"),
+        ({"padding": [(1, 1), (1, 2, 3)]}, r"padding=\[\(1, 1\), \(1, 2, 3\)\] must be"),
         ({"boundary": "mirror"}, "boundary='mirror' must be one of zero, edge, reflect, wrap"),
         ({"boundary": ["zero"]}, "boundary has 1 entries, but the equation has 2 affine tokens"),
         ({"boundary": 3}, "boundary=3 must be one of zero, edge"),
@@ -116,8 +115,11 @@ def test_misfits(equation, shapes, options, kind, message):
     ],
 )
 def test_bad_options(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         jaxattn.einsum("i+r j+s, r s -> i j", *zeros((6, 6), (3, 3)), **options)
+    if "implementation" not in options:
+        lines = ["    i+r j+s, r s -> i j", "    ^^^ ^^^", "    operand 0: float32[6,6]; operand 1: float32[3,3]"]
+        assert str(caught.value).splitlines()[1:] == lines
 
 
 def test_the_equation_must_be_a_string():
@@ -199,5 +201,25 @@ def test_fold_is_numpy_pad(boundary, mode, length):
 
 def test_resolve_takes_what_operands_say_before_what_padding_implies():
     """`(i p)` gives i, though `i+r` is written first and would give more."""
-    resolved = resolve("i+r, (i p), r -> i p", ((20,), (12,), (3,)), ("float32",) * 3, None, None, {"p": 2})
-    assert resolved.sizes["i"] == 6
+    assert jaxattn.plan("i+r, (i p), r -> i p", (20,), (12,), (3,), p=2).resolved.sizes["i"] == 6
+
+
+def test_what_was_allowed_before_does_not_let_its_equals_in():
+    """1 == 1.0 == True, also as keys of a cache."""
+    operands = zeros((6, 6), (3, 3))
+    for one in (1.0, True, np.float32(1), [1.0, 1.0], {"i": 1}):
+        jaxattn.einsum("i+r j+s, r s -> i j", *operands, padding=1)
+        with pytest.raises(NotationError, match=r"padding=.* must be 'VALID', 'SAME'|affine tokens"):
+            jaxattn.einsum("i+r j+s, r s -> i j", *operands, padding=one)
+    assert jaxattn.einsum("i+r j+s, r s -> i j", *operands, padding=np.array([1, 1])).shape == (6, 6)
+    with pytest.raises(ExtentError, match=r"keyword r=\[3\] must be a positive int"):
+        jaxattn.einsum("i+r j -> i j r", operands[0], r=[3])
+
+
+def test_a_window_of_no_taps():
+    with pytest.raises(ExtentError, match=r"the window 'r' of 'i.r' has extent 0"):
+        jaxattn.einsum("i+r, r -> i", *zeros((6,), (0,)))
+
+
+def test_an_axis_may_have_any_name():
+    assert jaxattn.einsum("equation+r -> equation", *zeros((6,)), r=2, equation=3).shape == (3,)

@@ -115,7 +115,9 @@ def _spatial(index: Affine, p: str, q: str, scattered: bool) -> Spatial:
 
 def _arrange(names: list[str], groups: list[tuple[str, ...]]) -> list[int]:
     """The order of `groups` in which they are side by side in `names`, so that nothing moves; else their own order."""
-    order = sorted(range(len(groups)), key=lambda g: names.index(groups[g][0]) if groups[g] else (g and len(names)))
+    # a group of no axes becomes a dimension of 1: the batch (the first group) in front, others behind
+    empty = lambda g: len(names) if g else 0
+    order = sorted(range(len(groups)), key=lambda g: names.index(groups[g][0]) if groups[g] else empty(g))
     return order if [a for g in order for a in groups[g]] == names else list(range(len(groups)))
 
 
@@ -130,14 +132,17 @@ def _grouped(x: jax.Array, names: list[str], groups: list[tuple[str, ...]]) -> t
     ]
 
 
-def convolve(resolved: Resolved, operands, precision, _accumulate) -> jax.Array:
-    """Evaluate an equation for which `match` finds a convolution; XLA accumulates half precision in float32."""
+def convolve(resolved: Resolved, operands, precision, accumulate) -> jax.Array:
+    """Evaluate an equation for which `match` finds a convolution.
+
+    XLA accumulates half precision in float32; the sums beside the convolution are made in `accumulate`.
+    """
     conv = match(resolved)
     assert conv is not None
     x, w = operands[conv.x], operands[1 - conv.x]
     for s in conv.spatial:
         if not s.scattered and s.index.boundary not in (None, "zero"):
-            x = extend(x, s.index.dim, s.index)
+            x = extend(x.astype(accumulate), s.index.dim, s.index).astype(x.dtype)  # its transpose is a sum
     ps, qs = [s.p for s in conv.spatial], [s.q for s in conv.spatial]
     p_of = {s.index.dim: s.p for s in conv.spatial if not s.scattered}
     x_names = [a for d, token in enumerate(resolved.terms[conv.x]) for a in ([p_of[d]] if d in p_of else token.axes)]
@@ -145,6 +150,8 @@ def convolve(resolved: Resolved, operands, precision, _accumulate) -> jax.Array:
     x = split(x, resolved.terms[conv.x], resolved.sizes)
     w = split(w, resolved.terms[1 - conv.x], resolved.sizes)
 
+    if {*x_names, *w_names} > {*ps, *qs, *conv.batch, *conv.group, *conv.contracted, *conv.features}:
+        x, w = x.astype(accumulate), w.astype(accumulate)
     x, x_names = _sum_out(x, x_names, {*ps, *conv.batch, *conv.group, *conv.contracted})
     w, w_names = _sum_out(w, w_names, {*qs, *conv.group, *conv.contracted, *conv.features})
     x = _flip(x, [x_names.index(s.p) for s in conv.spatial if s.scattered and s.flip_p])
@@ -177,7 +184,7 @@ def convolve(resolved: Resolved, operands, precision, _accumulate) -> jax.Array:
     y = _flip(y, [y_names.index(s.p) for s in conv.spatial if not s.scattered and s.flip_p])
     for s in conv.spatial:
         if s.scattered and s.index.boundary not in (None, "zero"):
-            y = fold_back(y, y_names.index(s.p), s.index)
+            y = fold_back(y.astype(accumulate), y_names.index(s.p), s.index)
     return merge(y, resolved)
 
 

@@ -63,8 +63,10 @@ def gather(resolved: Resolved, operands, precision, accumulate) -> jax.Array:
     """Evaluate a resolved equation; the result has the dtype `accumulate`."""
     expanded = []
     for k, (x, term) in enumerate(zip(operands, resolved.operands, strict=True)):
+        dtype, x = x.dtype, x.astype(accumulate)  # the transpose of a gather is a sum
         for dim, index in sorted(resolved.of_term(k).items(), reverse=True):
             x = unfold(x, dim, index)
+        x = x.astype(dtype)
         expanded.append(x.reshape([resolved.sizes[axis] for axis in axes_of(term)]))
     y = contract(
         expanded, [axes_of(term) for term in resolved.operands], axes_of(resolved.output), precision, accumulate

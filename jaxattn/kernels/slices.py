@@ -110,12 +110,14 @@ def multiply(arrays, names: list[list[str]], output: list[str], precision, accum
 class _Places:
     """The terms of the sum over a window: `term(at)` is the one where the loop axes have the values `at`."""
 
-    def __init__(self, resolved: Resolved, precision, accumulate):
-        self.resolved, self.precision, self.accumulate = resolved, precision, accumulate
+    def __init__(self, resolved: Resolved, precision, accumulate, dtype):
+        self.resolved, self.precision, self.accumulate, self.dtype = resolved, precision, accumulate, dtype
         self.loops = loop_axes(resolved)
 
     def prepare(self, x: jax.Array, k: int) -> jax.Array:
-        """Operand k with its affine axes extended and its composed axes split."""
+        """Operand k with its affine axes extended and its composed axes split, in the dtype that sums are made in: the
+        transpose of cutting slices is a sum."""
+        x = x.astype(self.accumulate)
         for dim, index in self.resolved.of_term(k).items():
             x = extend(x, dim, index)
         return split(x, self.resolved.operands[k], self.resolved.sizes)
@@ -144,7 +146,9 @@ class _Places:
         """The product of the operands at one place, put where the output's affine tokens say."""
         output = [axis for axis in axes_of(self.resolved.output) if axis not in at]
         sliced = [self.operand(x, k, at) for k, x in enumerate(operands)]
-        y = multiply([x for x, _ in sliced], [n for _, n in sliced], output, self.precision, self.accumulate)
+        y = multiply(
+            [x.astype(self.dtype) for x, _ in sliced], [n for _, n in sliced], output, self.precision, self.accumulate
+        )
         for index in self.resolved.of_term(OUTPUT).values():
             pairs = zip(index.axes, index.coefficients, strict=True)
             start = index.offset - index.lowest + sum(c * at[a] for a, c in pairs if a in at)
@@ -179,7 +183,7 @@ class _Places:
 
 def slices(resolved: Resolved, operands, precision, accumulate) -> jax.Array:
     """Evaluate a resolved equation; the result has the dtype `accumulate`."""
-    places = _Places(resolved, precision, accumulate)
+    places = _Places(resolved, precision, accumulate, operands[0].dtype)
     traced = traced_loops(resolved)
     loops = [*traced, *(axis for axis in places.loops if axis not in traced)]
 

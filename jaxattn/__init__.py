@@ -9,3 +9,12 @@ from .window import Window as Window
 from .zoo import conv as conv
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    """`jaxattn.nn` and `jaxattn.models`, imported when first asked for."""
+    if name in ("nn", "models"):
+        import importlib
+
+        return importlib.import_module(f"jaxattn.{name}")
+    raise AttributeError(f"module 'jaxattn' has no attribute {name!r}")

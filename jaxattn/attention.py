@@ -96,7 +96,8 @@ def attention(
         [*batch, *query_grid, heads, value_dim] in the promoted dtype of query, key and value (statistics in float32, or
         float64 for float64). A query with nothing to attend to gives zeros, and zero gradients. With
         `return_residuals`, a pair with lse [*batch, *query_grid, heads], -inf where there is nothing to attend to; see
-        `merge_attentions`.
+        `merge_attentions`. Keys and values are expected to be finite: one that is not may reach queries nearby that do
+        not see it, as in dense attention under a mask (0 · NaN); "reference" keeps it to those that do.
 
     Raises:
         ValueError: before anything is compiled, naming the argument, what came and what is allowed.
@@ -166,21 +167,23 @@ def merge_attentions(outputs: Sequence[Operand], lses: Sequence[Operand], *, ret
     >>> jnp.allclose(merge_attentions(*zip(*half)), attention(q, k, v)).item()
     True
     """
+    outputs, lses = list(outputs), list(lses)
     if len(outputs) == 0 or len(outputs) != len(lses):
         raise ValueError(
             f"merge_attentions: {len(outputs)} outputs and {len(lses)} lses: give as many of each, at least one"
         )
+    outputs, lses = [jnp.asarray(output) for output in outputs], [jnp.asarray(lse) for lse in lses]
     for output, lse in zip(outputs, lses, strict=True):
         if output.shape != outputs[0].shape or lse.shape != outputs[0].shape[:-1]:
             raise ValueError(
                 f"merge_attentions: an output of shape {output.shape}, its lse of shape {lse.shape}: every output is "
                 f"{outputs[0].shape}, as the first, and its lse {outputs[0].shape[:-1]}"
             )
-    scores = jnp.stack([jnp.asarray(lse) for lse in lses], axis=-1)
+    scores = jnp.stack(lses, axis=-1)
     present = scores != -jnp.inf
     scores = jnp.where(present, scores, 0)
     weights = NORMALIZERS["softmax"](scores, present)
-    stacked = jnp.stack([jnp.asarray(output) for output in outputs], axis=-1)
+    stacked = jnp.where(present[..., None, :], jnp.stack(outputs, axis=-1), 0)
     merged = (stacked.astype(weights.dtype) * weights[..., None, :]).sum(-1).astype(stacked.dtype)
     return (merged, logsumexp(scores, present)) if return_residuals else merged
 
@@ -266,6 +269,12 @@ def _relative(name: str, table: Operand | None, geometry: _Geometry) -> Array | 
     embedding = name == "key_embedding"
     shape = (geometry.heads, *offsets, *([geometry.head_dim] if embedding else []))
     allowed = [shape, (1, *shape[1:])] if embedding else [shape]
+    if len(geometry.slots) == 1 < table.ndim - 1 - embedding:
+        axes = table.ndim - 1 - embedding
+        raise ValueError(
+            f"attention: {name} has shape {table.shape}, a table over {axes} axes, and the window has one, of size "
+            f"{geometry.slots[0]}: for this size along every axis, write Window({geometry.slots * axes})"
+        )
     if not jnp.issubdtype(table.dtype, jnp.floating) or table.shape not in allowed:
         _refuse(
             name, table, f"floating point, {' or '.join(map(str, allowed))} for the window of size {geometry.slots}"
@@ -297,9 +306,11 @@ def _masks(mask: Operand | None, geometry: _Geometry) -> tuple[Array | None, Arr
     of_keys = (*geometry.batch, *geometry.keys)
     if mask is None or geometry.window is None:
         return None, _slotwise("mask", mask, geometry)
+    mask = jnp.asarray(mask)
+    if mask.shape == geometry.keys and not _broadcasts(mask.shape, (geometry.heads, *geometry.slots)):
+        mask = mask.reshape((1,) * len(geometry.batch) + mask.shape)  # the same keys in every batch entry
     same_grid = mask.shape[len(geometry.batch) :] == geometry.keys
     if mask.ndim == len(of_keys) and same_grid and _broadcasts(mask.shape, of_keys):
-        mask = jnp.asarray(mask)
         return (
             (mask, None)
             if mask.dtype == jnp.bool_
@@ -322,7 +333,8 @@ def _segments(ids: Operand | Sequence[Operand] | None, geometry: _Geometry) -> t
         query = key = jnp.asarray(ids)
         if key.shape == of_keys and (geometry.window is not None or of_queries == of_keys):
             for axis, along in enumerate(geometry.axes, len(geometry.batch)):
-                query = jnp.take(query, along.query, axis=axis)  # the id of the key that the query stands on
+                if not np.array_equal(along.query, np.arange(along.length)):
+                    query = jnp.take(query, along.query, axis=axis)  # the id of the key that the query stands on
     for x, shape in ((query, of_queries), (key, of_keys)):
         if x.shape != shape or not jnp.issubdtype(x.dtype, jnp.integer):
             _refuse(
@@ -338,19 +350,27 @@ def _dropout(rate: float, key: Operand | None) -> Array | None:
         raise ValueError(f"attention: dropout_rate is {rate!r}; allowed: a number >= 0 and < 1")
     if rate > 0 and key is None:
         raise ValueError(f"attention: dropout_key is missing with dropout_rate {rate}: give a jax.random.key")
-    return jnp.asarray(key) if rate > 0 else None
+    if rate == 0 or key is None:
+        return None
+    raw = isinstance(key, np.ndarray | jax.Array) and key.dtype == jnp.uint32 and key.ndim == 1
+    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0
+    if not (raw or typed):
+        raise ValueError(f"attention: dropout_key is {key!r}; allowed: one jax.random.key")
+    return jnp.asarray(key)
 
 
 def _scalar(name: str, value: Any, dtype: Any) -> Array:
-    if np.shape(value) != () or not (
-        isinstance(value, numbers.Real) or jnp.issubdtype(jnp.result_type(value), jnp.floating)
-    ):
+    kinds = (jnp.floating, jnp.integer)
+    array = isinstance(value, np.ndarray | jax.Array) and any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
+    if np.shape(value) != () or not (array or isinstance(value, numbers.Real)):
         raise ValueError(f"attention: {name} is {value!r}; allowed: one real number")
     return jnp.asarray(value, statistics_dtype(dtype))
 
 
 def _soft_cap(value: Any, dtype: Any) -> Array:
-    if isinstance(value, numbers.Real) and not 0 < float(value) < math.inf:
+    traced = isinstance(value, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]
+    number = isinstance(value, numbers.Real) or (isinstance(value, np.ndarray | jax.Array) and value.shape == ())
+    if number and not traced and not 0 < float(value) < math.inf:
         raise ValueError(f"attention: logits_soft_cap is {value}; allowed: None or a finite number > 0")
     return _scalar("logits_soft_cap", value, dtype)
 
@@ -374,7 +394,7 @@ def _normalizer(normalize: str | Normalizer, return_residuals: bool) -> Normaliz
 
 
 def _choose(implementation: str | None, options: Options) -> Callable[[Operands, Options], tuple[Array, Array]]:
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
+    if implementation is not None and implementation not in tuple(IMPLEMENTATIONS):
         allowed = ", ".join(map(repr, IMPLEMENTATIONS))
         raise ValueError(f"attention: implementation is {implementation!r}; allowed: None, {allowed}")
     attend = IMPLEMENTATIONS["xla" if implementation is None else implementation]
@@ -394,7 +414,7 @@ def _under_mesh(attend: Callable, query: Array) -> Callable:
         return attend
     spec = PartitionSpec(*sharding.spec[:-1])
     return lambda operands, options: jax.sharding.auto_axes(
-        lambda operands: attend(operands, options), out_sharding=(spec, spec)
+        lambda operands: attend(operands, options), axes=sharding.mesh.explicit_axes, out_sharding=(spec, spec)
     )(operands)
 
 

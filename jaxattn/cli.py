@@ -53,7 +53,7 @@ def train(config: OmitArgPrefixes[Config], out: Path | None = None, overwrite: b
 
     Args:
       config: what is trained.
-      out: the folder of the run; by default one under runs/, named after what differs from the defaults.
+      out: the folder of the run; by default one under runs/, named after data, network, mix and seed.
       overwrite: replace the run that `out` holds.
     """
     config.check()

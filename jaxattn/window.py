@@ -82,7 +82,7 @@ class Window:
     offset: int | Sequence[int | None] | None = None
 
     def __post_init__(self) -> None:
-        size = self.size if isinstance(self.size, Sequence | np.ndarray) else (self.size,)
+        size: Any = self.size if _has_axes(self.size) else (self.size,)
         if len(size) == 0:
             raise ValueError("Window: size is empty, and a window has at least one axis")
         for name in ("size", "stride", "dilation", "block"):
@@ -106,7 +106,8 @@ class Window:
 
     def axes(self, shape: Sequence[int]) -> tuple["Axis", ...]:
         """The slots of every query along each axis of a grid of keys."""
-        shape = tuple(shape)
+        lengths: Any = shape if _has_axes(shape) else (shape,)
+        shape = tuple(_integer("grid", axis, n, "an integer") for axis, n in enumerate(lengths))
         if len(shape) != self.rank:
             raise ValueError(f"Window: {_rank_advice(self.sizes, shape)}")
         return tuple(_axis(self, axis, length) for axis, length in enumerate(shape))
@@ -244,8 +245,12 @@ def _rank_advice(size: tuple[int, ...], shape: tuple[int, ...]) -> str:
     return f"{given}: a window has one size for each axis of the grid"
 
 
+def _has_axes(value: Any) -> bool:
+    return isinstance(value, Sequence) or (isinstance(value, np.ndarray) and value.ndim > 0)
+
+
 def _per_axis(name: str, value: Any, rank: int) -> tuple:
-    if isinstance(value, str) or not isinstance(value, Sequence | np.ndarray):
+    if isinstance(value, str) or not _has_axes(value):
         return (value,) * rank
     if len(value) != rank:
         raise ValueError(

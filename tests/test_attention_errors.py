@@ -143,3 +143,41 @@ def test_merging_what_does_not_fit():
         merge_attentions([], [])
     with pytest.raises(ValueError, match=re.escape("an output of shape (6, 2, 4), its lse of shape (6,)")):
         merge_attentions([output, output], [lse, lse[:, 0]])
+
+
+X = jnp.ones((2, 8, 2, 4))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(scale="a"), "scale is 'a'; allowed: one real number"),
+        (dict(logits_soft_cap=jnp.array(-1.0)), "logits_soft_cap is -1.0; allowed: None or a finite number > 0"),
+        (dict(dropout_rate=0.5, dropout_key=3), "dropout_key is 3; allowed: one jax.random.key"),
+        (dict(dropout_rate=0.5, dropout_key=jax.random.split(jax.random.key(0))), "allowed: one jax.random.key"),
+        (dict(implementation=["xla"]), r"implementation is \['xla'\]"),
+        (dict(relative_bias=jnp.ones((2, 5, 5))), r"a table over 2 axes, .* write Window\(\(3, 3\)\)"),
+        (dict(normalize=lambda s, m: s.sum(-1, keepdims=True)), "normalize returned shape"),
+    ],
+)
+def test_more_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        attention(X, X, X, window=Window(3), **arguments)
+
+
+def test_numbers_and_lists_are_taken_as_arrays():
+    """A scale may be an integer or traced, a mask a list, sizes NumPy scalars, and a mask of keys needs no batch."""
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6)
+    want = attention(X, X, X, scale=2.0, window=Window(3))
+    close(jax.jit(lambda s: attention(X, X, X, scale=s, window=Window(np.array(3))))(2), want)
+    keys = [True] * 5 + [False] * 3
+    want = attention(X, X, X, mask=np.array([keys] * 2), window=Window(3))
+    close(attention(X, X, X, mask=[keys] * 2, window=Window(3)), want)
+    close(attention(X, X, X, mask=keys, window=Window(3)), want)
+    assert Window(7).query_grid(10) == (10,)
+
+
+def test_merging_leaves_out_what_an_empty_part_holds():
+    empty, full = jnp.full((3, 1, 2), jnp.nan), jnp.ones((3, 1, 2))
+    lses = [jnp.full((3, 1), -jnp.inf), jnp.zeros((3, 1))]
+    np.testing.assert_array_equal(merge_attentions(iter([empty, full]), lses), full)

@@ -28,3 +28,12 @@ def test_modules_and_training_are_imported_by_those_who_want_them(imported):
     assert "jaxattn.einsum" in imported[1]
     for name in ("jaxattn.nn", "jaxattn.models", "jaxattn.train", "jaxattn.plots", "jaxattn.cli"):
         assert name not in imported[1]
+
+
+def test_the_rest_is_an_attribute_away():
+    import jaxattn
+
+    assert jaxattn.nn.Conv.__module__ == "jaxattn.nn.conv"
+    assert callable(jaxattn.models.resnet18)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = jaxattn.nothing

@@ -73,7 +73,12 @@ def without_infinity(scores: Array, mask: Array) -> tuple[Array, Array]:
 
 def apply(normalize: Normalizer, scores: Array, mask: Array) -> Array:
     """Weights, zero where masked, whatever the normaliser makes of it."""
-    return jnp.where(mask, normalize(scores, mask), 0).astype(scores.dtype)
+    weights = normalize(scores, mask)
+    if jnp.shape(weights) != scores.shape:
+        raise ValueError(
+            f"attention: normalize returned shape {jnp.shape(weights)}; allowed: the scores' own, {scores.shape}"
+        )
+    return jnp.where(mask, weights, 0).astype(scores.dtype)
 
 
 def dropout_factors(

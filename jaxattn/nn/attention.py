@@ -113,7 +113,8 @@ class Attention(nnx.Module):
         self.in_features = in_features
         self.in_kv_features = in_features if in_kv_features is None else in_kv_features
         self.qkv_features = in_features if qkv_features is None else qkv_features
-        self.out_features = out_features or (in_features if out_projection else self.qkv_features)
+        default = in_features if out_projection else self.qkv_features
+        self.out_features = default if out_features is None else out_features
         self.window = window if window is None or isinstance(window, Window) else Window(window)
         self.normalize, self.logits_soft_cap, self.scale = normalize, logits_soft_cap, scale
         _check(self, relative_bias, key_embedding, dropout_rate, out_projection)
@@ -278,7 +279,9 @@ class Attention(nnx.Module):
                 f"Attention: with dropout_rate (={self.dropout_rate}), deterministic must be given to the constructor "
                 "or the call, or set by train() or eval(); got None"
             )
-        stream = rngs.dropout if isinstance(rngs, nnx.Rngs) else rngs or self.rngs
+        stream = self.rngs if rngs is None else rngs.dropout if isinstance(rngs, nnx.Rngs) else rngs
+        if stream is not None and not isinstance(stream, nnx.RngStream):
+            raise ValueError(f"Attention: rngs must be nnx.Rngs or one of its streams, got {type(rngs).__name__}")
         if stream is None:
             raise ValueError("Attention: with keep_rngs=False, a call that drops must be given rngs; got None")
         return stream()

@@ -1,6 +1,7 @@
 """What is trained: the fields of a run, which are also the flags of the command."""
 
 import dataclasses
+import math
 from typing import Literal, get_args
 
 from jaxattn.train.extras import InputError
@@ -48,8 +49,13 @@ class Config:
             "shift": 0,
             "seed": 0,
         }
+        if not isinstance(self.data, str):
+            raise InputError(f"data (={self.data!r}) must be a string, such as 'digits'")
         for name, low in least.items():
-            if not getattr(self, name) >= low:
-                raise InputError(f"{name} (={getattr(self, name)}) must be at least {low}")
+            value, real = getattr(self, name), name in ("learning_rate", "warmup", "weight_decay")
+            if isinstance(value, bool) or not isinstance(value, int | float if real else int):
+                raise InputError(f"{name} (={value!r}) must be {'a number' if real else 'an int'}")
+            if not low <= value < math.inf:
+                raise InputError(f"{name} (={getattr(self, name)}) must be at least {low}, and finite")
         if self.warmup > 1:
             raise InputError(f"warmup (={self.warmup}) is a share of all steps: at most 1")

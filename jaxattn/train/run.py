@@ -16,7 +16,8 @@ from jaxattn.train.extras import InputError
 
 
 def default_folder(config: Config) -> Path:
-    """`runs/` and what differs from the default command: `runs/digits`, `runs/digits-resnet18-conv-seed1`."""
+    """`runs/`, the data, and the network, mix and seed where they are not the default command's: `runs/digits`,
+    `runs/digits-resnet18-conv-seed1`."""
     parts = [config.data.partition(":")[0]]
     parts += [config.model] if config.model != Config.model else []
     parts += [config.mix] if config.mix != Config.mix else []

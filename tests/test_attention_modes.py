@@ -162,6 +162,38 @@ def test_dropout_drops_the_same_weights_everywhere():
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_dropout_is_the_definition(implementation):
+    """Values and gradients against the loops. Which weights are dropped is read off where all scores are equal and the
+    values are one-hot: it depends on the key and the shapes alone."""
+    n, k, rate, window = 6, 3, 0.4, Window(3, boundary="mask")
+    rng = np.random.default_rng(0)
+    operands = {name: rng.normal(size=(2, n, 2, 4)) for name in ("query", "key", "value")}
+    run = functools.partial(
+        attention, window=window, dropout_rate=rate, dropout_key=jax.random.key(3), implementation=implementation
+    )
+    zeros = np.zeros((2, n, 2, 4))
+    shown = np.asarray(run(zeros, zeros, np.broadcast_to(np.eye(n)[:, None], (2, n, 2, n))))
+    keys = np.maximum(window.indices((n,))[..., 0], 0)  # outside, where the weight is zero whatever the factor
+    factors = np.stack([shown[:, i][..., keys[i]] > 0 for i in range(n)], axis=1) / (1 - rate)
+    visible = np.broadcast_to(window.mask((n,))[:, None], factors.shape)
+    assert factors.shape == (2, n, 2, k)
+    assert 0.3 < (factors[visible] > 0).mean() < 0.9
+    weights = rng.normal(size=(2, n, 2, 4))
+
+    def definition(**operands):
+        geometry = dict(stride=(1,), dilation=(1,), block=(1,), causal=(False,), boundary=("mask",), offset=(None,))
+        return oracle.attention(**operands, size=(k,), geometry=geometry, dropout=factors)[0]
+
+    np.testing.assert_allclose(run(**operands), definition(**operands), rtol=1e-10, atol=1e-12)
+    gradients = jax.grad(lambda operands: (run(**operands) * weights).sum())(operands)
+    for name in operands:
+        direction = rng.normal(size=operands[name].shape)
+        loss = lambda **operands: (definition(**operands) * weights).sum()
+        numeric = oracle.directional(loss, operands, name, direction)
+        np.testing.assert_allclose((gradients[name] * direction).sum(), numeric, rtol=1e-6, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_dropout_is_unbiased_and_zeroes_its_share(implementation):
     """With uniform weights and one-hot values, the output shows the weights: 0, or 1 / (n (1 - rate))."""
     n, rate = 16, 0.25

@@ -56,6 +56,6 @@ class Config:
             if isinstance(value, bool) or not isinstance(value, int | float if real else int):
                 raise InputError(f"{name} (={value!r}) must be {'a number' if real else 'an int'}")
             if not low <= value < math.inf:
-                raise InputError(f"{name} (={getattr(self, name)}) must be at least {low}, and finite")
+                raise InputError(f"{name} (={value}) must be at least {low}{', and finite' if real else ''}")
         if self.warmup > 1:
             raise InputError(f"warmup (={self.warmup}) is a share of all steps: at most 1")

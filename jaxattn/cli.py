@@ -1,4 +1,4 @@
-"""Convolution, attention, and everything between: train a network, evaluate a run."""
+"""Convolution, attention, and everything between: train a network, evaluate a run, measure the speed."""
 
 import dataclasses
 import json
@@ -6,12 +6,13 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from flax import nnx
 
 from jaxattn import plots
+from jaxattn.bench.run import run as run_benchmark
 from jaxattn.measure import attention_maps, mean_by_offset
 from jaxattn.models.resnet import Mixer
 from jaxattn.nn.conv import Conv
@@ -40,12 +41,12 @@ def main(arguments: Sequence[str] | None = None):
     """Runs the command that `arguments` give, by default the process's own."""
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"train": train, "eval": eval_run}, prog="jaxattn", description=__doc__, args=arguments
+            {"train": train, "eval": eval_run, "bench": bench}, prog="jaxattn", description=__doc__, args=arguments
         )
     except InputError as error:
         sys.exit(f"jaxattn: {error}")
     except KeyboardInterrupt:
-        sys.exit("jaxattn: interrupted; no run was written")
+        sys.exit("jaxattn: interrupted; nothing was written")
 
 
 def train(config: OmitArgPrefixes[Config], out: Path | None = None, overwrite: bool = False):
@@ -125,6 +126,27 @@ def eval_run(run: Positional[Path]):
         load_checkpoint(folder, model)
         correct = evaluate.evaluate(model, data.test_images, data.test_labels)
         print(accuracy_line(config.mix, correct, len(data.test_labels)))
+
+
+def bench(
+    what: Positional[Literal["attention", "conv", "all"]],
+    quick: bool = False,
+    cases: tuple[str, ...] = (),
+    json: Path | None = None,
+    out: Path = Path("runs/bench"),
+):
+    """Measure this library against its peers: time, temporaries and compile time, in one run.
+
+    Peers that are not installed (torch, NATTEN) are left out; `taskset -c 0,1 jaxattn bench ...` chooses the cores.
+
+    Args:
+      what: which cases.
+      quick: small shapes and few rounds, to see that everything works; the numbers say little.
+      cases: names of cases, in which * stands for anything; all of them by default.
+      json: a file for everything that was measured.
+      out: a folder for the figures, which replace those of an earlier run.
+    """
+    run_benchmark(what, quick, cases, out, json)
 
 
 def accuracy_line(mix: str, correct: int, total: int) -> str:

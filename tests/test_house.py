@@ -23,7 +23,7 @@ FLOOR = {
     "models": 6,
     "train": 7,
     "plots": 7,
-    "bench": 7,
+    "bench": 8,
     "study": 8,
     "cli": 9,
 }

@@ -1,0 +1,1 @@
+"""This library against its peers, in one run, on this machine."""

@@ -1,0 +1,237 @@
+"""What is measured: the cases of attention and of convolution, each with a small one of its kind for `--quick`."""
+
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxattn.train.extras import InputError
+from jaxattn.window import Window
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionCase:
+    """One attention: query, key and value [batch, *grid, heads, head_dim] and, with `bias`, a relative bias."""
+
+    name: str
+    shape: tuple[int, ...]
+    window: Window | None
+    dtype: str = "float32"
+    bias: bool = False
+    series: str = ""  # the axis of a scaling plot that it is a point of
+
+    kind = "attention"
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        return self.shape[1:-2]
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.grid)
+
+    @property
+    def slots(self) -> int:
+        return self.tokens if self.window is None else math.prod(self.window.sizes)
+
+    @property
+    def visible(self) -> int:
+        """The pairs of a query and a key that it sees, of one batch entry and head."""
+        if self.window is None:
+            return self.tokens**2
+        return math.prod(int(axis.visible().sum()) for axis in self.window.axes(self.grid))
+
+    def operands(self) -> tuple[list[np.ndarray], np.ndarray]:
+        """The inputs and the cotangent of the output."""
+        shapes = [self.shape] * 3
+        if self.bias and self.window is not None:
+            shapes.append((self.shape[-2], *(2 * k - 1 for k in self.window.sizes)))
+        *inputs, cotangent = normal([*shapes, self.shape], self.dtype)
+        return inputs, cotangent
+
+    def flops(self, mode: str) -> int:
+        """Scores and mix forward; backward the two derivatives of each. What is computed again does not count."""
+        products = {"forward": 2, "both": 6}[mode]
+        return products * 2 * self.shape[0] * self.shape[-2] * self.shape[-1] * self.visible
+
+    def bytes(self, mode: str) -> int:
+        """Every input read and every output written, once: q, k, v, o, and backward do, dq, dk, dv."""
+        arrays = {"forward": 4, "both": 8}[mode]
+        return arrays * math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
+
+    def thin(self) -> tuple["AttentionCase", int]:
+        """One head of one batch entry, and how many of them the case is."""
+        batch, *_, heads, head_dim = self.shape
+        return dataclasses.replace(self, shape=(1, *self.grid, 1, head_dim)), batch * heads
+
+    def __str__(self) -> str:
+        text = f"{self.dtype}[{','.join(map(str, self.shape))}]"
+        if self.window is None:
+            return f"{text}, every key"
+        default = Window(self.window.sizes)
+        options = [
+            f"{field.name} {value[0] if len(set(value)) == 1 else value}"
+            for field in dataclasses.fields(Window)[1:]
+            if (value := getattr(self.window, field.name)) != getattr(default, field.name) or field.name == "boundary"
+        ]
+        size = "×".join(map(str, self.window.sizes))
+        return ", ".join([text, f"window {size}", *options, *(["relative bias"] if self.bias else [])])
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvCase:
+    """One convolution, in `einsum`'s notation and as `lax` describes it: x [batch, *grid, features], kernel
+    [*size, features / groups, out]."""
+
+    name: str
+    equation: str
+    shape: tuple[int, ...]
+    kernel: tuple[int, ...]
+    pads: tuple[tuple[int, int], ...]
+    stride: int = 1
+    groups: int = 1
+    dtype: str = "float32"
+
+    kind = "conv"
+    series = ""
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape) - 2
+
+    @property
+    def output(self) -> tuple[int, ...]:
+        lengths = [
+            (n + low + high - k) // self.stride + 1
+            for n, k, (low, high) in zip(self.shape[1:-1], self.kernel, self.pads, strict=False)
+        ]
+        return (self.shape[0], *lengths, self.kernel[-1])
+
+    def operands(self) -> tuple[list[np.ndarray], np.ndarray]:
+        """The inputs and the cotangent of the output."""
+        x, kernel, cotangent = normal([self.shape, self.kernel, self.output], self.dtype)
+        return [x, kernel], cotangent
+
+    def flops(self, mode: str) -> int:
+        """A product for every tap of every output; backward one for each of the two derivatives."""
+        products = {"forward": 1, "both": 3}[mode]
+        return products * 2 * math.prod(self.output) * math.prod(self.kernel[:-1])
+
+    def bytes(self, mode: str) -> int:
+        """Every input read and every output written, once."""
+        once = math.prod(self.shape) + math.prod(self.kernel) + math.prod(self.output)
+        return {"forward": 1, "both": 2}[mode] * once * jnp.dtype(self.dtype).itemsize
+
+    def thin(self) -> tuple["ConvCase", int]:
+        """One batch entry, and how many of them the case is."""
+        return dataclasses.replace(self, shape=(1, *self.shape[1:])), self.shape[0]
+
+    def __str__(self) -> str:
+        shapes = ", ".join(f"[{','.join(map(str, shape))}]" for shape in (self.shape, self.kernel))
+        return f"{self.dtype}{shapes}, {self.equation}"
+
+
+Case = AttentionCase | ConvCase
+
+
+def normal(shapes: Sequence[tuple[int, ...]], dtype: str) -> list[np.ndarray]:
+    """The same numbers every time."""
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal(shape, np.float32).astype(jnp.dtype(dtype)) for shape in shapes]
+
+
+def both_boundaries(name: str, shape: tuple[int, ...], size: Any, **options) -> list[AttentionCase]:
+    """A case whose windows are cut at the border, and one where they move inward."""
+    return [
+        AttentionCase(f"{name}-{boundary}", shape, Window(size, boundary=boundary), **options)
+        for boundary in ("mask", "shift")
+    ]
+
+
+def depthwise(name: str, shape: tuple[int, ...], k: int) -> ConvCase:
+    pads = ((k // 2, k // 2),) * 2
+    return ConvCase(name, "n i+r j+s c, r s c -> n i j c", shape, (k, k, 1, shape[-1]), pads, groups=shape[-1])
+
+
+def attention_cases(quick: bool) -> list[AttentionCase]:
+    """The list; with `quick`, some of it in small."""
+    if quick:
+        small = (1, 14, 14, 2, 8)
+        return [
+            *both_boundaries("2d", small, (3, 3)),
+            AttentionCase("2d-bf16-mask", small, Window((3, 3), boundary="mask"), dtype="bfloat16"),
+            AttentionCase("3d-mask", (1, 4, 6, 6, 2, 8), Window((3, 3, 3), boundary="mask")),
+            AttentionCase("1d-shift", (1, 128, 2, 8), Window(15)),
+            AttentionCase("1d-causal", (1, 128, 2, 8), Window(15, causal=True, boundary="mask")),
+            AttentionCase("2d-dilated", small, Window((3, 3), dilation=2, boundary="mask")),
+            AttentionCase("2d-bias", small, Window((3, 3), boundary="mask"), bias=True),
+            AttentionCase("swin", (1, 16, 16, 2, 8), Window((8, 8), block=8)),
+            AttentionCase("global", (1, 128, 2, 8), None),
+        ]
+    grid, seven = (4, 56, 56, 4, 32), Window((7, 7), boundary="mask")
+    return [
+        *both_boundaries("2d", grid, (7, 7)),
+        *both_boundaries("2d-bf16", grid, (7, 7), dtype="bfloat16"),
+        *both_boundaries("2d-large", (1, 64, 64, 8, 64), (13, 13)),
+        *both_boundaries("3d", (1, 16, 28, 28, 4, 32), (3, 7, 7)),
+        *both_boundaries("1d", (1, 4096, 8, 64), 255),
+        AttentionCase("1d-causal", (1, 4096, 8, 64), Window(255, causal=True, boundary="mask")),
+        AttentionCase("2d-head128", (2, 32, 32, 4, 128), seven),
+        AttentionCase("2d-dilated", grid, dataclasses.replace(seven, dilation=2)),
+        AttentionCase("2d-bias", grid, seven, bias=True),
+        AttentionCase("swin", (4, 64, 64, 4, 32), Window((8, 8), block=8)),
+        AttentionCase("global", (1, 4096, 4, 64), None),
+    ]
+
+
+def series_cases(quick: bool) -> list[AttentionCase]:
+    """How time and temporaries grow: in the tokens at 7×7, and in the volume of the window at 64×64."""
+    sides, at, sizes, grid = (
+        ((8, 16), 3, (3, 5), 16) if quick else ((56, 112, 224, 448), 7, (3, 5, 7, 9, 13, 19, 31), 64)
+    )
+
+    def point(series: str, length: int, n: int, k: int) -> AttentionCase:
+        return AttentionCase(f"{series}-{length}", (1, n, n, 4, 32), Window((k, k), boundary="mask"), series=series)
+
+    return [*(point("tokens", n, n, at) for n in sides), *(point("volume", k, grid, k) for k in sizes)]
+
+
+def conv_cases(quick: bool) -> list[ConvCase]:
+    """The list; with `quick`, the same kinds in small."""
+    pick: Callable[[Any, Any], Any] = lambda full, small: small if quick else full
+    grid = pick((8, 56, 56, 64), (1, 12, 12, 16))
+    c = grid[-1]
+    dense, one, three = "n i+r j+s c, r s c o -> n i j o", ((1, 1),) * 2, ((3, 3),) * 2
+    line = pick((8, 2048, 256), (1, 64, 16))
+    return [
+        ConvCase("dense-3x3", dense, grid, (3, 3, c, c), one),
+        ConvCase("dense-7x7", dense, grid, (7, 7, c, c), three),
+        ConvCase("dense-3x3-stride2", "n 2*i+r 2*j+s c, r s c o -> n i j o", grid, (3, 3, c, 2 * c), one, stride=2),
+        ConvCase("dense-1x1", "n i j c, c o -> n i j o", grid, (1, 1, c, 4 * c), ((0, 0),) * 2),
+        ConvCase("grouped-3x3", "n i+r j+s (g c), r s c (g o) -> n i j (g o)", grid, (3, 3, c // 8, c), one, groups=8),
+        depthwise("depthwise-7x7", pick((8, 56, 56, 96), (1, 12, 12, 16)), 7),
+        depthwise("depthwise-3x3", pick((8, 112, 112, 32), (1, 12, 12, 16)), 3),
+        ConvCase("depthwise-1d-causal", "n i+r c, r c -> n i c", line, (4, 1, line[-1]), ((3, 0),), groups=line[-1]),
+    ]
+
+
+def select(what: str, quick: bool, patterns: Sequence[str]) -> list[Case]:
+    """The cases of "attention", "conv" or "all" whose name matches one of `patterns`; without patterns, all of them.
+
+    >>> [case.name for case in select("all", True, ["*bf16*", "global"])]
+    ['2d-bf16-mask', 'global']
+    """
+    cases: list[Case] = []
+    if what in ("attention", "all"):
+        cases += [*attention_cases(quick), *series_cases(quick)]
+    if what in ("conv", "all"):
+        cases += conv_cases(quick)
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(case.name, pattern) for case in cases):
+            names = ", ".join(case.name for case in cases)
+            raise InputError(f"cases (={pattern}) names none of `bench {what}`; allowed, * and ? included: {names}")
+    return [case for case in cases if not patterns or any(fnmatch.fnmatchcase(case.name, p) for p in patterns)]

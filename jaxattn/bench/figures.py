@@ -1,0 +1,104 @@
+"""Figures of a benchmark: bars of every way in every case, and how time and temporaries grow."""
+
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from jaxattn.bench.programs import MODES
+from jaxattn.bench.report import NAMES, Result
+from jaxattn.plots import COLORS, INK, STYLE
+
+OURS, THEIRS, FASTER = COLORS[0], "#b8bcc4", COLORS[1]
+
+
+def bars(results: Sequence[Result], caption: str) -> Figure:
+    """Every way that computed a case, a bar each; the number is its time over ours.
+
+    A peer that is faster than ours is drawn in another colour.
+    """
+    counts = [max(len(drawn(r, mode)) for mode in MODES) for r in results]
+    height = 0.17 * (sum(counts) + 2 * len(counts)) + 1.0
+    with matplotlib.rc_context(STYLE | {"font.size": 8, "axes.titlesize": 10}):  # pyright: ignore[reportArgumentType]
+        figure = Figure(figsize=(11, height), layout="constrained")
+        figure.set_label("Horizontal bars: the time of every way in every case")
+        for axes, mode in zip(figure.subplots(1, len(MODES)), MODES, strict=True):
+            draw_bars(axes, results, counts, mode)
+        figure.supxlabel(caption, fontsize=7, color=INK)
+    return figure
+
+
+def drawn(result: Result, mode: str):
+    """The measurements that have a bar: ours first, then the fastest."""
+    ours = [m for m in result.measurements if m.mode == mode and m.ours and m.status == "ok"]
+    return [*ours, *result.peers(mode)]
+
+
+def draw_bars(axes, results: Sequence[Result], counts: Sequence[int], mode: str):
+    y, ticks = 0, []
+    for result, count in zip(results, counts, strict=True):
+        axes.text(0, y, result.case.name, transform=axes.get_yaxis_transform(), va="center", weight="bold", color=INK)
+        for row, m in enumerate(drawn(result, mode)):
+            color = OURS if m.ours else FASTER if result.mark(m) else THEIRS
+            low, middle, high = (1e3 * x for x in m.quartiles)
+            axes.barh(y + row + 1, middle, 0.8, color=color, xerr=[[middle - low], [high - middle]], ecolor=INK)
+            ratio = result.ratio(m)
+            axes.annotate(
+                "" if ratio is None or m.ours else f"{ratio:.3g} ×",
+                (high, y + row + 1),
+                (3, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7,
+            )
+            ticks.append((y + row + 1, m.way))
+        y += count + 2
+    axes.set(xscale="log", xlabel="ms", title=NAMES[mode], ylim=(y - 1, -1))
+    axes.set_yticks([at for at, _ in ticks], [name for _, name in ticks])
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", color=INK, alpha=0.2, linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def scaling(results: Sequence[Result], series: str) -> Figure:
+    """Time and temporaries of every way along one series, both axes logarithmic, with the linear slope dashed."""
+    label = {"tokens": "tokens", "volume": "tokens in a window"}[series]
+    size = lambda result: result.case.tokens if series == "tokens" else result.case.slots
+    ways = list(dict.fromkeys(m.way for r in results for m in r.measurements))
+    panels = [(mode, what) for what in ("ms", "MB of temporaries") for mode in MODES]
+    with matplotlib.rc_context(STYLE):  # pyright: ignore[reportArgumentType]
+        figure = Figure(figsize=(9, 6.5), layout="constrained")
+        figure.set_label(f"Lines: time and temporaries by {label}")
+        for axes, (mode, what) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+            for way, color in zip(ways, COLORS, strict=False):
+                draw_line(
+                    axes,
+                    [
+                        (size(r), value(m, what))
+                        for r in results
+                        for m in r.measurements
+                        if (m.way, m.mode, m.status) == (way, mode, "ok")
+                    ],
+                    way,
+                    color,
+                )
+            axes.set(xscale="log", yscale="log", xlabel=label, ylabel=what, title=NAMES[mode])
+            axes.grid(color=INK, alpha=0.2, linewidth=0.6)
+            axes.legend()
+    return figure
+
+
+def value(m, what: str) -> float:
+    """In the unit of a panel; NaN, which is not drawn, where it is not known."""
+    if what == "ms":
+        return 1e3 * m.median
+    return np.nan if m.temporaries is None else m.temporaries / 1e6
+
+
+def draw_line(axes, points, way: str, color: str):
+    if not points:
+        return
+    x, y = np.array(points, float).T
+    axes.plot(x, y, marker="o", color=color, label=way)
+    axes.plot(x, y[0] * x / x[0], color=color, linestyle="--", linewidth=0.8)

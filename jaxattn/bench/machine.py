@@ -1,0 +1,100 @@
+"""The machine: what it is, and the two limits that no program on it can beat, measured."""
+
+import importlib.metadata
+import os
+import platform
+import time
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+PACKAGES = ("jaxattn", "jax", "jaxlib", "flax", "numpy", "torch", "natten")
+
+
+class Limits(NamedTuple):
+    """What the machine reaches: FLOP/s of a matrix product by dtype, and bytes/s of a copy, reading and writing."""
+
+    flops: dict[str, float]
+    bandwidth: float
+
+    def seconds(self, case, mode: str) -> float:
+        """The least time in which a case can be computed: its products at the rate of products, or its inputs and
+        outputs moved once."""
+        return max(case.flops(mode) / self.flops[case.dtype], case.bytes(mode) / self.bandwidth)
+
+
+def measure_limits(dtypes: Iterable[str]) -> Limits:
+    """Matrix products of 2048² (8192² on an accelerator), and a copy of an array that no cache holds."""
+    cpu = jax.default_backend() == "cpu"
+    n, length = (2048, 2**26) if cpu else (8192, 2**28)
+    flops = {}
+    for dtype in dtypes:
+        x = jnp.ones((n, n), dtype)
+        flops[dtype] = 2 * n**3 / best_seconds(jax.jit(jnp.matmul), x, x)
+    x = jnp.ones(length, jnp.float32)
+    return Limits(flops, 2 * x.nbytes / best_seconds(jax.jit(lambda x: x + 1), x))
+
+
+def best_seconds(function, *arguments, times: int = 5) -> float:
+    """The shortest of a few runs: a limit is what is reached when nothing disturbs."""
+    jax.block_until_ready(function(*arguments))
+    samples = []
+    for _ in range(times):
+        start = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        samples.append(time.perf_counter() - start)
+    return min(samples)
+
+
+def describe() -> dict[str, Any]:
+    """The device, its threads, its load before anything is measured, and the versions."""
+    device = jax.devices()[0]
+    return {
+        "device": f"{device.platform}: {processor() if device.platform == 'cpu' else device.device_kind}",
+        "threads": threads(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "python": platform.python_version(),
+        "versions": {name: version for name in PACKAGES if (version := installed(name))},
+    }
+
+
+def threads() -> int:
+    """The processors that this process may use; `taskset` gives it fewer."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processor() -> str:
+    """The CPU's name where the system tells."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def free_memory() -> int:
+    """Bytes that the device can still give."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except OSError:
+        return 8 * 2**30  # no system that says: a guess that most can give
+
+
+def load_warning(load: float | None) -> str | None:
+    """What to print where others use the machine too."""
+    if load is None or load < 0.3 * threads():
+        return None
+    return f"warning: the load was {load:.1f} before the run; what else runs here disturbs the times"

@@ -1,0 +1,167 @@
+"""Ways compared: each is checked, and then all of them take turns, so that what disturbs one disturbs all."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxattn.bench.cases import Case
+from jaxattn.bench.programs import MODES, Program, make_program
+from jaxattn.bench.ways import CannotError, Way
+
+# Relative norm by which two results of a dtype may differ.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 4e-2, "float16": 1e-2}
+
+
+class Effort(NamedTuple):
+    """How long is measured."""
+
+    rounds: int  # turns that each program gets,
+    seconds: float  # unless its turns have taken as long as this
+    patience: float  # a program expected to take longer is not run
+    memory: int  # bytes that a program may take
+
+
+@dataclasses.dataclass
+class Measurement:
+    """One way in one mode. `status` is "ok", or why there is nothing to compare: "cannot", "skipped" for what would
+    take too much time or memory, "differs" for a wrong result, "failed" for an exception."""
+
+    way: str
+    mode: str
+    ours: bool = False
+    status: str = "ok"
+    note: str = ""
+    samples: list[float] = dataclasses.field(default_factory=list)  # seconds
+    compile_seconds: float | None = None
+    temporaries: int | None = None
+    difference: float | None = None  # of the result from the first way's, in relative norm
+
+    @property
+    def quartiles(self) -> tuple[float, float, float]:
+        """Lower quartile, median, upper quartile of the samples.
+
+        >>> Measurement("a", "forward", samples=[1.0, 2.0, 3.0, 4.0, 5.0]).quartiles
+        (2.0, 3.0, 4.0)
+        """
+        if len(self.samples) == 1:
+            return (self.samples[0],) * 3
+        low, middle, high = statistics.quantiles(self.samples, n=4, method="inclusive")
+        return low, middle, high
+
+    @property
+    def median(self) -> float:
+        return self.quartiles[1]
+
+    def refuse(self, status: str, note: str):
+        self.status, self.note = status, note
+
+
+class SkippedError(Exception):
+    """A program was not run; the message says what it would have taken."""
+
+
+def compare(case: Case, ways: Sequence[Way], effort: Effort, say: Callable[[str], None]) -> list[Measurement]:
+    """Measures every way in both modes. The first way that computes the case is what the others are checked against."""
+    inputs, cotangent = case.operands()
+    found: list[Measurement] = []
+    for mode in MODES:
+        ready, truth = [], None
+        for way in ways:
+            say(f"{case.name}: {way.name}, {mode}")
+            measured = Measurement(way.name, mode, way.ours)
+            found.append(measured)
+            try:
+                refuse_if_hopeless(way, case, mode, effort, found)
+                program = make_program(way, case, mode, inputs, cotangent)
+                result = first_run(program, measured, effort)
+            except CannotError as error:
+                measured.refuse("cannot", str(error))
+            except SkippedError as error:
+                measured.refuse("skipped", str(error))
+            except Exception as error:  # a peer that fails is a line of the table
+                measured.refuse("failed", f"{type(error).__name__}: {error}".splitlines()[0])
+            else:
+                truth = truth or result
+                check(measured, result, truth, case.dtype)
+                if measured.status == "ok":
+                    ready.append((program, measured))
+        say(f"{case.name}: {len(ready)} ways take turns, {mode}")
+        take_turns(ready, effort)
+    return found
+
+
+def refuse_if_hopeless(way: Way, case: Case, mode: str, effort: Effort, found: Sequence[Measurement]):
+    """Skips what would take too long or too much memory, before anything is compiled at full size."""
+    if way.needs(case) > effort.memory:
+        raise SkippedError(f"would need {way.needs(case) / 1e9:.1f} GB, and {effort.memory / 1e9:.1f} GB may be used")
+    forward = next((m for m in found if (m.way, m.mode, m.status) == (way.name, "forward", "ok")), None)
+    if mode == "forward" or forward is None:
+        return
+    if 3 * forward.median > effort.patience:
+        raise SkippedError(f"would take more than {3 * forward.median:.0f} s")
+    if forward.median * 60 > effort.patience:  # some backward passes are far slower than their forward pass
+        small, times = case.thin()
+        program = make_program(way, small, mode, *small.operands())
+        program.run()
+        start = time.perf_counter()
+        program.run()
+        expected = times * (time.perf_counter() - start)
+        if expected > effort.patience:
+            raise SkippedError(f"would take about {expected:.0f} s, {times} times what a thin case takes")
+
+
+def first_run(program: Program, measured: Measurement, effort: Effort) -> list[np.ndarray]:
+    """Runs a program for its result; where that takes long already, it is the sample too."""
+    measured.compile_seconds, measured.temporaries = program.compile_seconds, program.temporaries
+    if program.temporaries is not None and program.temporaries > effort.memory:
+        wanted, allowed = program.temporaries / 1e9, effort.memory / 1e9
+        raise SkippedError(f"would need {wanted:.1f} GB of temporaries, and {allowed:.1f} GB may be used")
+    start = time.perf_counter()
+    outputs = program.run()
+    seconds = time.perf_counter() - start
+    if program.compile_seconds is not None and seconds > effort.seconds:
+        measured.samples.append(seconds)
+    return program.numpy(outputs)
+
+
+def check(measured: Measurement, result: Sequence[np.ndarray], truth: Sequence[np.ndarray], dtype: str):
+    """Marks a result that is not the first way's."""
+    measured.difference = max(difference(a, b) for a, b in zip(result, truth, strict=True))
+    if not measured.difference <= TOLERANCE[dtype]:
+        measured.refuse("differs", f"differs by {measured.difference:.1e} in norm; allowed: {TOLERANCE[dtype]:.0e}")
+
+
+def difference(x: np.ndarray, truth: np.ndarray) -> float:
+    """Relative norm of the difference; infinite where the shapes differ.
+
+    >>> difference(np.array([3.0, 4.5]), np.array([3.0, 4.0]))
+    0.1
+    """
+    if x.shape != truth.shape:
+        return float("inf")
+    x, truth = np.asarray(x, np.float64), np.asarray(truth, np.float64)
+    return float(np.linalg.norm(x - truth) / (np.linalg.norm(truth) or 1.0))
+
+
+def take_turns(programs: Sequence[tuple[Program, Measurement]], effort: Effort):
+    """In every round each program runs once; one whose time is used up sits the rest out."""
+    for _ in range(effort.rounds):
+        for program, measured in programs:
+            if sum(measured.samples) < effort.seconds:
+                measured.samples.append(sample(program.run))
+
+
+def sample(run: Callable[[], object], short: float = 0.2) -> float:
+    """Seconds of one run; a short run comes after one that is not timed, so that it finds its data in cache."""
+    start = time.perf_counter()
+    run()
+    seconds = time.perf_counter() - start
+    if seconds > short:
+        return seconds
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start

@@ -1,5 +1,7 @@
 """Convolution, the ways a user of JAX has. Each takes x [batch, *grid, features] and the kernel [*size, in, out]."""
 
+from typing import Any
+
 import jax
 from flax import nnx
 from jax import lax
@@ -12,7 +14,7 @@ from jaxattn.zoo import conv
 
 def ours(case: ConvCase) -> Function:
     """`einsum`, with the case's equation; axes of size one, which the equation leaves out, are taken off the kernel."""
-    sizes = {"g": case.groups} if "(g c)" in case.equation else {}
+    sizes: dict[str, Any] = {"g": case.groups} if "(g c)" in case.equation else {}
     padding = case.pads if "+" in case.equation else None
 
     def convolve(x, kernel):
@@ -22,7 +24,8 @@ def ours(case: ConvCase) -> Function:
 
 
 def zoo(case: ConvCase) -> Function:
-    return Function(lambda x, kernel: conv(x, kernel, strides=case.stride, padding=case.pads, groups=case.groups))
+    padding: Any = case.pads
+    return Function(lambda x, kernel: conv(x, kernel, strides=case.stride, padding=padding, groups=case.groups))
 
 
 def general(case: ConvCase) -> Function:

@@ -1,7 +1,6 @@
 """Ways compared: each is checked, and then all of them take turns, so that what disturbs one disturbs all."""
 
 import dataclasses
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -47,10 +46,8 @@ class Measurement:
         >>> Measurement("a", "forward", samples=[1.0, 2.0, 3.0, 4.0, 5.0]).quartiles
         (2.0, 3.0, 4.0)
         """
-        if len(self.samples) == 1:
-            return (self.samples[0],) * 3
-        low, middle, high = statistics.quantiles(self.samples, n=4, method="inclusive")
-        return low, middle, high
+        low, middle, high = np.quantile(self.samples, (0.25, 0.5, 0.75))
+        return float(low), float(middle), float(high)
 
     @property
     def median(self) -> float:

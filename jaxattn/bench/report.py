@@ -117,10 +117,9 @@ def summary(results: Sequence[Result]) -> str:
             if ours is None or not peers:
                 continue
             best = peers[0]
-            times = [f"{1e3 * m.median:.3g}" for m in (ours, best)]
-            rows.append(
-                (result.case.name, NAMES[mode], *times, f"{result.ratio(best):.2f}", result.mark(best), best.way)
-            )
+            mine, its = (f"{1e3 * m.median:.3g}" for m in (ours, best))
+            ratio = f"{result.ratio(best):.2f}"
+            rows.append((result.case.name, NAMES[mode], mine, its, ratio, result.mark(best), best.way))
     faster = sorted({r.case.name for r in results for m in r.measurements if r.mark(m) == "<"})
     wrong = [f"{m.way} at {r.case.name}" for r in results for m in r.measurements if m.status == "differs"]
     lines = ["the fastest peer of each case", *aligned(rows, left=(0, 1, 5, 6))]

@@ -39,6 +39,11 @@ class AttentionCase:
         return self.tokens if self.window is None else math.prod(self.window.sizes)
 
     @property
+    def place(self) -> int:
+        """Where it stands in its series."""
+        return {"": 0, "tokens": self.tokens, "volume": self.slots}[self.series]
+
+    @property
     def visible(self) -> int:
         """The pairs of a query and a key that it sees, of one batch entry and head."""
         if self.window is None:
@@ -96,8 +101,7 @@ class ConvCase:
     groups: int = 1
     dtype: str = "float32"
 
-    kind = "conv"
-    series = ""
+    kind, series, place = "conv", "", 0
 
     @property
     def rank(self) -> int:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
@@ -45,18 +46,20 @@ def general(case: ConvCase) -> Function:
 
 
 def flax(case: ConvCase) -> Function:
-    layer = nnx.Conv(
-        case.shape[-1],
-        case.kernel[-1],
-        case.kernel[: case.rank],
-        case.stride,
-        padding=case.pads,
-        feature_group_count=case.groups,
-        use_bias=False,
-        dtype=case.dtype,
-        rngs=nnx.Rngs(0),
-    )
-    graph, state = nnx.split(layer, nnx.Param)
+    def layer() -> nnx.Conv:
+        return nnx.Conv(
+            case.shape[-1],
+            case.kernel[-1],
+            case.kernel[: case.rank],
+            case.stride,
+            padding=case.pads,
+            feature_group_count=case.groups,
+            use_bias=False,
+            dtype=jnp.dtype(case.dtype),
+            rngs=nnx.Rngs(0),
+        )
+
+    graph, state = nnx.split(nnx.eval_shape(layer), nnx.Param)
 
     def convolve(x, kernel):
         return nnx.merge(graph, jax.tree.map(lambda _: kernel, state))(x)  # the kernel is the only parameter

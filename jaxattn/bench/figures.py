@@ -2,14 +2,17 @@
 
 from collections.abc import Sequence
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
 from jaxattn.bench.programs import MODES
 from jaxattn.bench.report import NAMES, Result
 from jaxattn.plots import COLORS, INK, STYLE
+from jaxattn.train.extras import needs_extra
+
+with needs_extra("train"):
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
 OURS, THEIRS, FASTER = COLORS[0], "#b8bcc4", COLORS[1]
 
@@ -27,9 +30,8 @@ def bars(results: Sequence[Result], caption: str) -> Figure:
         for axes, mode in zip(figure.subplots(1, len(MODES)), MODES, strict=True):
             draw_bars(axes, results, counts, mode)
         names = {OURS: "jaxattn", THEIRS: "a peer, and its time / jaxattn's", FASTER: "a peer that is faster"}
-        figure.legend(
-            [Patch(color=color) for color in names], list(names.values()), loc="outside upper center", ncols=3
-        )
+        keys = [Patch(color=color, label=name) for color, name in names.items()]
+        figure.legend(handles=keys, loc="outside upper center", ncols=3)
         figure.supxlabel(caption, fontsize=7, color=INK)
     return figure
 
@@ -45,7 +47,7 @@ def draw_bars(axes, results: Sequence[Result], counts: Sequence[int], mode: str)
     for result, count in zip(results, counts, strict=True):
         axes.text(0, y, result.case.name, transform=axes.get_yaxis_transform(), va="center", weight="bold", color=INK)
         for row, m in enumerate(drawn(result, mode)):
-            color = OURS if m.ours else FASTER if result.mark(m) else THEIRS
+            color = OURS if m.ours else FASTER if result.mark(m) == "<" else THEIRS
             low, middle, high = (1e3 * x for x in m.quartiles)
             axes.barh(y + row + 1, middle, 0.8, color=color, xerr=[[middle - low], [high - middle]], ecolor=INK)
             ratio = result.ratio(m)
@@ -71,7 +73,7 @@ def draw_bars(axes, results: Sequence[Result], counts: Sequence[int], mode: str)
 def scaling(results: Sequence[Result], series: str) -> Figure:
     """Time and temporaries of every way along one series, both axes logarithmic; dashed, what grows in proportion."""
     label = {"tokens": "tokens", "volume": "tokens in a window"}[series]
-    sizes = [r.case.tokens if series == "tokens" else r.case.slots for r in results]
+    sizes = [r.case.place for r in results]
     ways = list(dict.fromkeys(m.way for r in results for m in r.measurements))
     panels = [(mode, what) for what in ("ms", "MB of temporaries") for mode in MODES]
     with matplotlib.rc_context(STYLE):  # pyright: ignore[reportArgumentType]

@@ -138,7 +138,7 @@ def as_json(header: dict[str, Any], limits: Limits, results: Sequence[Result]) -
                 "kind": r.case.kind,
                 "case": str(r.case),
                 "series": r.case.series,
-                "size": getattr(r.case, "tokens" if r.case.series == "tokens" else "slots", None),
+                "place": r.case.place,
                 "dtype": r.case.dtype,
                 "bound_seconds": r.bounds,
                 "measurements": [measurement_json(r, m) for m in r.measurements],

@@ -333,7 +333,9 @@ def test_wrong_results_make_the_command_fail(tmp_path, monkeypatch, capsys):
 def test_the_load_of_others_is_told():
     assert machine.load_warning(0.0) is None
     assert machine.load_warning(None) is None
-    assert "the load was 9.0" in (machine.load_warning(9.0 * machine.threads()) or "") or machine.threads() > 1
+    busy = machine.load_warning(9.0 * machine.threads())
+    assert busy is not None
+    assert f"the load was {9.0 * machine.threads():.1f}" in busy
 
 
 def test_the_command(tmp_path):

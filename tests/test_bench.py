@@ -25,7 +25,7 @@ HAS_TORCH, HAS_NATTEN = (importlib.util.find_spec(name) is not None for name in 
 
 def case(name, grid, size=None, bias=False, **geometry):
     window = None if size is None else Window(size, **geometry)
-    return AttentionCase(name, (2, *grid, 2, 4), window, bias=bias), size, geometry
+    return AttentionCase(name, (2, *grid, 2, 8), window, bias=bias), size, geometry
 
 
 # each with those ways, other than ours, that can compute it
@@ -36,7 +36,7 @@ CASES = [
     (case("shift", (5, 6), (3, 4), boundary="shift"), DENSE | {"gather + einsum", "NATTEN"}),
     (case("dilated", (6, 5), (3, 2), boundary="mask", dilation=2), DENSE | OFFSETS | {"gather + einsum"}),
     (case("shift-dilated", (7, 6), (3, 3), dilation=2), DENSE | {"gather + einsum", "NATTEN"}),
-    (case("causal", (9,), (4,), boundary="mask", causal=True), DENSE | OFFSETS | {"gather + einsum", "NATTEN"}),
+    (case("causal", (9,), (4,), boundary="mask", causal=True), DENSE | OFFSETS | {"gather + einsum"}),
     (case("bias", (5, 4), (3, 3), boundary="mask", bias=True), DENSE | OFFSETS | {"gather + einsum"}),
     (case("bias-shift", (5, 4), (3, 3), bias=True), DENSE | {"gather + einsum"}),
     (case("3d", (3, 4, 3), (3, 3, 1), boundary="mask"), DENSE | OFFSETS | {"gather + einsum"}),
@@ -67,6 +67,7 @@ def run_once(way, of, mode="forward"):
     return program.numpy(program.run()), inputs, cotangent
 
 
+@pytest.mark.filterwarnings("ignore:.*(return_lse|torch.compile):")  # NATTEN's own use of torch
 @pytest.mark.parametrize("name", ATTENTION)
 @pytest.mark.parametrize(("described", "able"), CASES, ids=lambda x: x[0].name if isinstance(x, tuple) else "")
 def test_every_way_of_attention_is_attention(name, described, able):
@@ -131,9 +132,9 @@ def test_work_is_counted_by_pair():
     of, size, geometry = CASES[0][0]
     pairs = oracle.indices_and_mask(of.grid, size, **geometry)[1].sum()
     assert of.visible == pairs
-    assert of.flops("forward") == 2 * 2 * 2 * 2 * 4 * pairs  # 2 products of batch 2, heads 2, head_dim 4, as 2 FLOPs
+    assert of.flops("forward") == 2 * 2 * 2 * 2 * 8 * pairs  # 2 products of batch 2, heads 2, head_dim 8, as 2 FLOPs
     assert of.flops("both") == 3 * of.flops("forward")
-    assert of.bytes("forward") == 4 * 4 * 2 * 30 * 2 * 4  # 4 arrays of float32
+    assert of.bytes("forward") == 4 * 4 * 2 * 30 * 2 * 8  # 4 arrays of float32
     conv = ConvCase("c", "n i+r c, r c o -> n i o", (2, 10, 3), (3, 3, 5), ((1, 0),), stride=2)
     assert conv.output == (2, 5, 5)
     assert conv.flops("forward") == 2 * (2 * 5 * 5) * (3 * 3)

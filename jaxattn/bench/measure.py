@@ -76,17 +76,15 @@ def compare(case: Case, ways: Sequence[Way], effort: Effort, say: Callable[[str]
                 refuse_if_hopeless(way, case, mode, effort, found)
                 program = make_program(way, case, mode, inputs, cotangent)
                 result = first_run(program, measured, effort)
+                truth = truth or result
+                check(measured, result, truth, case.dtype)
+                ready.append((program, measured))
             except CannotError as error:
                 measured.refuse("cannot", str(error))
             except SkippedError as error:
                 measured.refuse("skipped", str(error))
-            except Exception as error:  # a peer that fails is a line of the table
-                measured.refuse("failed", f"{type(error).__name__}: {error}".splitlines()[0])
-            else:
-                truth = truth or result
-                check(measured, result, truth, case.dtype)
-                if measured.status == "ok":
-                    ready.append((program, measured))
+            except Exception as error:  # a way that fails is a line of the table
+                measured.refuse("failed", one_line(error))
         say(f"{case.name}: {len(ready)} ways take turns, {mode}")
         take_turns(ready, effort)
     return found
@@ -146,11 +144,19 @@ def difference(x: np.ndarray, truth: np.ndarray) -> float:
 
 
 def take_turns(programs: Sequence[tuple[Program, Measurement]], effort: Effort):
-    """In every round each program runs once; one whose time is used up sits the rest out."""
+    """In every round each program runs once; one whose time is used up, or whose result is wrong, sits out."""
     for _ in range(effort.rounds):
         for program, measured in programs:
-            if sum(measured.samples) < effort.seconds:
-                measured.samples.append(sample(program.run))
+            if measured.status == "ok" and sum(measured.samples) < effort.seconds:
+                try:
+                    measured.samples.append(sample(program.run))
+                except Exception as error:
+                    measured.refuse("failed", one_line(error))
+
+
+def one_line(error: Exception) -> str:
+    """What an exception says, for a table."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def sample(run: Callable[[], object], short: float = 0.2) -> float:

@@ -60,7 +60,7 @@ def torch_program(function: Function, mode: str, inputs, cotangent) -> Program:
 
     def tensor(x, index: int) -> Any:
         dtype = getattr(torch, str(x.dtype))
-        tensor = torch.from_numpy(np.asarray(x, np.float32)).to(place, dtype)
+        tensor = torch.from_numpy(np.array(x, np.float32)).to(place, dtype)
         return function.layout(index).enter(tensor).detach().requires_grad_(mode == "both")
 
     tensors = [tensor(x, index) for index, x in enumerate(inputs)]

@@ -1,6 +1,7 @@
 """What is printed and written: a table for each case, a summary, and JSON."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -150,6 +151,8 @@ def as_json(header: dict[str, Any], limits: Limits, results: Sequence[Result]) -
 
 def measurement_json(result: Result, m: Measurement) -> dict[str, Any]:
     values = dataclasses.asdict(m) | {"ratio": result.ratio(m), "mark": result.mark(m)}
+    if m.difference is not None and not math.isfinite(m.difference):
+        values["difference"] = None  # JSON has no infinity
     if m.status == "ok":
         low, middle, high = m.quartiles
         values |= {"lower_quartile": low, "median": middle, "upper_quartile": high}

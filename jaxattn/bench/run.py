@@ -37,7 +37,7 @@ def run(what: str, quick: bool, patterns: Sequence[str], out: Path, json_file: P
         print(f"\n{report.table(results[-1])}", flush=True)
     print(f"\n{report.summary(results)}")
     if json_file:
-        json_file.write_text(json.dumps(report.as_json(header, limits, results), indent=1) + "\n")
+        json_file.write_text(json.dumps(report.as_json(header, limits, results), indent=1, allow_nan=False) + "\n")
     for path in draw(results, header, out):
         print(f"figure: {path}")
     if any(m.status == "differs" or (m.ours and m.status == "failed") for r in results for m in r.measurements):

@@ -31,6 +31,10 @@ def test_dtypes(geometry, arguments, dtype, implementation):
     check(problem(geometry, arguments, head_dim=8, value_dim=8), implementation, dtype)
 
 
+def test_float16():
+    check(problem("halo", "everything", head_dim=8, value_dim=8), SMALL, jnp.float16)
+
+
 @pytest.mark.parametrize("implementation", ["reference", SMALL])
 @pytest.mark.parametrize(
     "shape",

@@ -1,0 +1,163 @@
+"""`attention` over devices: jit under a mesh of either kind, and shard_map, sharded over batch and heads."""
+
+import functools
+import math
+import re
+
+import jax
+import pytest
+from contract import (
+    IMPLEMENTATIONS,
+    SMALL,
+    agree,
+    bias,
+    extra_tokens,
+    key_embedding,
+    mask_of_keys,
+    problem,
+    quicker,
+    relative_bias,
+    residuals,
+    scale,
+)
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+APART = [bias, mask_of_keys, extra_tokens, residuals]  # every part of it is one device's alone
+SHARED = [*APART, relative_bias, key_embedding, scale]  # what the batch shares: its gradient is a sum over devices
+BOTH, BATCH, HEADS = ("data", "model"), ("data", None), (None, "model")
+NAMES = {str(APART): "apart", str(SHARED): "shared", str(BOTH): "both", str(BATCH): "batch", str(HEADS): "heads"}
+
+
+def mesh_of(kind, shape=(2, 2)):
+    return jax.make_mesh(shape, ("data", "model"), axis_types=(kind, kind), devices=jax.devices()[: math.prod(shape)])
+
+
+def sharded(made, over):
+    """What `attention` is given, with the mask, and its specs: the batch over `over[0]`, heads over `over[1]`."""
+    data, model = over
+    grid, window = [None] * len(made.grid), made.window is not None
+    specs = dict(
+        **dict.fromkeys(("query", "key", "value"), P(data, *grid, model)),
+        **dict.fromkeys(("extra_key", "extra_value"), P(data, None, model)),
+        **dict.fromkeys(("relative_bias", "key_embedding"), P(model)),
+        bias=P(data, *(grid if window else []), model),
+        mask=P(data),
+        scale=P(),
+    )
+    given = made.operands | dict(mask=made.options["mask"])
+    return given, {name: specs[name] for name in given}
+
+
+def gradients_of(call, made, cotangents):
+    """Of operands and mask: values, and the gradient of each operand."""
+
+    def run(given):
+        operands = {name: given[name] for name in made.operands}
+        result, pullback = jax.vjp(lambda operands: call(given | operands), operands)
+        return result, pullback(cotangents)[0]
+
+    return run
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    ("implementation", "geometry", "over", "arguments"),
+    [
+        *((SMALL, geometry, BOTH, APART) for geometry in ("wrap and mask", "257 of 600", "global, more keys")),
+        ("xla", "257 of 600", BOTH, APART),
+        ("xla", "Swin, ragged", BOTH, APART),
+        (SMALL, "dilated", BATCH, APART),
+        (SMALL, "causal and not", HEADS, APART),
+        (SMALL, "3-D, all at once", BOTH, SHARED),
+        ("reference", "halo", BOTH, APART),
+    ],
+    ids=lambda x: NAMES.get(str(x), str(x)),
+)
+def test_under_a_mesh(implementation, geometry, over, arguments, kind):
+    """No device asks another for an operand: at most, the gradient of what the batch shares is summed."""
+    made = problem(geometry, arguments, batch=(2,))
+    cotangents = made.cotangents()
+    given, specs = sharded(made, over)
+    call = functools.partial(made.call, implementation)
+    with jax.set_mesh(mesh := mesh_of(kind)):
+        place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+        placed = {name: place(x, specs[name]) for name, x in given.items()}
+        weights = place(cotangents[0], specs["query"]), place(cotangents[1], P(*specs["query"]))
+        run = jax.jit(lambda given, weights: gradients_of(call, made, weights)(given))
+        compiled = run.lower(placed, weights).compile(quicker)
+        (output, lse), gradients = compiled(placed, weights)
+    agree(((output, lse), gradients), made.expected(cotangents), "under a mesh")
+    assert output.sharding.is_equivalent_to(placed["query"].sharding, output.ndim)
+    for name, x in gradients.items():
+        assert x.sharding.is_equivalent_to(placed[name].sharding, x.ndim), name
+    shared = max((given[name].size for name in ("relative_bias", "key_embedding", "scale") if name in given), default=0)
+    communicates(compiled.as_text(), shared)
+
+
+def communicates(text, most):
+    """At most in sums of `most` numbers at once."""
+    for line in text.splitlines():
+        for name in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter", "collective-broadcast"):
+            assert not re.search(rf" {name}(-start)?\(", line), line
+        if " all-reduce(" in line or " all-reduce-start(" in line:
+            shapes = re.findall(r"\w+\[([\d,]*)\]", line.split(" all-reduce")[0])
+            sizes = [math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes]
+            assert max(sizes) <= most, line
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("geometry", "over"),
+    [("wrap and mask", BOTH), ("global, more keys", BATCH), ("257 of 600", HEADS)],
+    ids=lambda x: NAMES.get(str(x), str(x)),
+)
+def test_inside_shard_map(geometry, over, implementation):
+    """With the gradient taken outside, through the shard_map, and inside it."""
+    made = problem(geometry, APART)
+    cotangents = made.cotangents()
+    expected = made.expected(cotangents)
+    given, specs = sharded(made, over)
+    one, two = specs["query"], P(*specs["query"])
+    options = dict(mesh=mesh_of(AxisType.Auto))
+    call = functools.partial(made.call, implementation)
+    outside = gradients_of(jax.shard_map(call, in_specs=(specs,), out_specs=(one, two), **options), made, cotangents)
+    inside = jax.shard_map(
+        lambda given, weights: gradients_of(call, made, weights)(given),
+        in_specs=(specs, (one, two)),
+        out_specs=((one, two), {name: specs[name] for name in made.operands}),
+        **options,
+    )
+    agree(jax.jit(outside, compiler_options=quicker)(given), expected, "outside")
+    agree(jax.jit(inside, compiler_options=quicker)(given, cotangents), expected, "inside")
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_inside_shard_map_over_one_axis_of_two(implementation, kind):
+    """The batch by hand, and the other axis as the mesh has it."""
+    made = problem("wrap and mask", APART)
+    cotangents = made.cotangents()
+    given, specs = sharded(made, BATCH)
+    results = specs["query"], P(*specs["query"])
+    with jax.set_mesh(mesh_of(kind)):
+        inside = jax.shard_map(
+            lambda given, weights: gradients_of(functools.partial(made.call, implementation), made, weights)(given),
+            in_specs=(specs, results),
+            out_specs=(results, {name: specs[name] for name in made.operands}),
+            axis_names={"data"},
+        )
+        result = jax.jit(inside, compiler_options=quicker)(given, cotangents)
+    agree(result, made.expected(cotangents), "inside")
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_vmap_over_a_sharded_axis(implementation):
+    """Named to vmap, the axis stays where it is."""
+    made = problem("wrap and mask", batch=(2,))
+    one = lambda *x: made.call(implementation, dict(zip(("query", "key", "value"), x, strict=True)))
+    with jax.set_mesh(mesh := mesh_of(AxisType.Auto, (2, 1))):
+        x = [jax.device_put(y, NamedSharding(mesh, P("data"))) for y in made.operands.values()]
+        compiled = jax.jit(jax.vmap(one, spmd_axis_name="data")).lower(*x).compile(quicker)
+        agree(compiled(*x), made.expected(made.cotangents())[0][0], "vmap")
+    communicates(compiled.as_text(), 0)

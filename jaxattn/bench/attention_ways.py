@@ -47,10 +47,9 @@ def dense_offsets(case: AttentionCase) -> tuple[np.ndarray, ...]:
     Keys beyond the window get an entry too; the mask hides them.
     """
     places = np.indices(case.grid).reshape(len(case.grid), -1)
-    window = windowed(case)
     return tuple(
-        np.clip(k - 1 + (x[None, :] - x[:, None]) // d, 0, 2 * k - 2)
-        for x, k, d in zip(places, window.sizes, window.dilation, strict=True)  # pyright: ignore[reportArgumentType]
+        np.clip(axis.size - 1 + (x[None, :] - x[:, None]) // axis.dilation, 0, 2 * axis.size - 2)
+        for x, axis in zip(places, windowed(case).axes(case.grid), strict=True)
     )
 
 
@@ -90,8 +89,8 @@ def cudnn(case: AttentionCase) -> Function:
 def by_hand(case: AttentionCase) -> Function:
     """Swin's partition: the blocks become batch entries, and each attends to itself."""
     window, rank = windowed(case), len(case.grid)
-    tiled = all(n % k == 0 for n, k in zip(case.grid, window.sizes, strict=True))
-    cannot_unless(window.block == window.sizes and set(window.dilation) == {1} and tiled, "the windows overlap")  # pyright: ignore[reportArgumentType]
+    apart = [z.block == z.size and z.dilation == 1 and z.length % z.size == 0 for z in window.axes(case.grid)]
+    cannot_unless(all(apart), "the windows overlap")
     split = [length for n, k in zip(case.grid, window.sizes, strict=True) for length in (n // k, k)]
     blocks = [0, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2), 2 * rank + 1, 2 * rank + 2]
 
@@ -109,10 +108,10 @@ def by_hand(case: AttentionCase) -> Function:
 
 def fixed_offsets(case: AttentionCase) -> list[np.ndarray]:
     """For each axis the offset from the query of each slot, where it is the same for every query."""
-    window = windowed(case)
-    cannot_unless(set(window.boundary) == {"mask"}, "the slots of a moved window stand at no fixed offset")
-    cannot_unless(set(window.block) == {1}, "the slots of a block's window stand at no fixed offset")  # pyright: ignore[reportArgumentType]
-    return [axis.positions()[0] - axis.query[0] for axis in window.axes(case.grid)]
+    axes = windowed(case).axes(case.grid)
+    fixed = all(axis.boundary == "mask" and axis.block == 1 for axis in axes)
+    cannot_unless(fixed, "a slot of windows that move inward, or of blocks, has no one offset")
+    return [axis.positions()[0] - axis.query[0] for axis in axes]
 
 
 def padding(offsets: list[np.ndarray]) -> list[tuple[int, int]]:
@@ -123,9 +122,8 @@ def slot_bias(bias, offsets: list[np.ndarray], case: AttentionCase):
     """[heads, slots] of a table over offsets."""
     if not bias:
         return 0
-    window = windowed(case)
-    steps = zip(offsets, window.sizes, window.dilation, strict=True)  # pyright: ignore[reportArgumentType]
-    entries = np.ix_(*(k - 1 + o // d for o, k, d in steps))
+    axes = windowed(case).axes(case.grid)
+    entries = np.ix_(*(axis.size - 1 + o // axis.dilation for o, axis in zip(offsets, axes, strict=True)))
     return bias[0][(slice(None), *entries)].reshape(case.shape[-2], -1)
 
 
@@ -159,6 +157,7 @@ def slices(case: AttentionCase) -> Function:
 def patches(case: AttentionCase) -> Function:
     """The keys and values of every window by `lax.conv_general_dilated_patches`, then two einsums."""
     window, offsets = windowed(case), fixed_offsets(case)
+    dilation = [axis.dilation for axis in window.axes(case.grid)]
     seen = window.mask(case.grid).reshape(*case.grid, 1, -1)
     letters = "xyz"[: len(case.grid)]
     layout = (f"N{letters}C", f"{letters}IO", f"N{letters}C")
@@ -171,7 +170,7 @@ def patches(case: AttentionCase) -> Function:
                 window.sizes,
                 (1,) * len(case.grid),
                 padding(offsets),
-                rhs_dilation=window.dilation,
+                rhs_dilation=dilation,
                 dimension_numbers=layout,
             )
             return x.reshape(*q.shape, -1)

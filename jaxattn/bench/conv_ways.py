@@ -1,6 +1,9 @@
 """Convolution, the ways a user of JAX has. Each takes x [batch, *grid, features] and the kernel [*size, in, out]."""
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
@@ -12,7 +15,7 @@ from jaxattn.zoo import conv
 
 def ours(case: ConvCase) -> Function:
     """`einsum`, with the case's equation; axes of size one, which the equation leaves out, are taken off the kernel."""
-    sizes = {"g": case.groups} if "(g c)" in case.equation else {}
+    sizes: dict[str, Any] = {"g": case.groups} if "(g c)" in case.equation else {}
     padding = case.pads if "+" in case.equation else None
 
     def convolve(x, kernel):
@@ -22,7 +25,8 @@ def ours(case: ConvCase) -> Function:
 
 
 def zoo(case: ConvCase) -> Function:
-    return Function(lambda x, kernel: conv(x, kernel, strides=case.stride, padding=case.pads, groups=case.groups))
+    padding: Any = case.pads
+    return Function(lambda x, kernel: conv(x, kernel, strides=case.stride, padding=padding, groups=case.groups))
 
 
 def general(case: ConvCase) -> Function:
@@ -42,18 +46,20 @@ def general(case: ConvCase) -> Function:
 
 
 def flax(case: ConvCase) -> Function:
-    layer = nnx.Conv(
-        case.shape[-1],
-        case.kernel[-1],
-        case.kernel[: case.rank],
-        case.stride,
-        padding=case.pads,
-        feature_group_count=case.groups,
-        use_bias=False,
-        dtype=case.dtype,
-        rngs=nnx.Rngs(0),
-    )
-    graph, state = nnx.split(layer, nnx.Param)
+    def layer() -> nnx.Conv:
+        return nnx.Conv(
+            case.shape[-1],
+            case.kernel[-1],
+            case.kernel[: case.rank],
+            case.stride,
+            padding=case.pads,
+            feature_group_count=case.groups,
+            use_bias=False,
+            dtype=jnp.dtype(case.dtype),
+            rngs=nnx.Rngs(0),
+        )
+
+    graph, state = nnx.split(nnx.eval_shape(layer), nnx.Param)
 
     def convolve(x, kernel):
         return nnx.merge(graph, jax.tree.map(lambda _: kernel, state))(x)  # the kernel is the only parameter

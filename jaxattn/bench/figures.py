@@ -2,13 +2,17 @@
 
 from collections.abc import Sequence
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 
 from jaxattn.bench.programs import MODES
 from jaxattn.bench.report import NAMES, Result
 from jaxattn.plots import COLORS, INK, STYLE
+from jaxattn.train.extras import needs_extra
+
+with needs_extra("train"):
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
 OURS, THEIRS, FASTER = COLORS[0], "#b8bcc4", COLORS[1]
 
@@ -25,6 +29,9 @@ def bars(results: Sequence[Result], caption: str) -> Figure:
         figure.set_label("Horizontal bars: the time of every way in every case")
         for axes, mode in zip(figure.subplots(1, len(MODES)), MODES, strict=True):
             draw_bars(axes, results, counts, mode)
+        names = {OURS: "jaxattn", THEIRS: "a peer, and its time / jaxattn's", FASTER: "a peer that is faster"}
+        keys = [Patch(color=color, label=name) for color, name in names.items()]
+        figure.legend(handles=keys, loc="outside upper center", ncols=3)
         figure.supxlabel(caption, fontsize=7, color=INK)
     return figure
 
@@ -38,9 +45,10 @@ def drawn(result: Result, mode: str):
 def draw_bars(axes, results: Sequence[Result], counts: Sequence[int], mode: str):
     y, ticks = 0, []
     for result, count in zip(results, counts, strict=True):
-        axes.text(0, y, result.case.name, transform=axes.get_yaxis_transform(), va="center", weight="bold", color=INK)
+        title = str(result.case) if mode == "both" else result.case.name
+        axes.text(0, y, title, transform=axes.get_yaxis_transform(), va="center", weight="bold", color=INK)
         for row, m in enumerate(drawn(result, mode)):
-            color = OURS if m.ours else FASTER if result.mark(m) else THEIRS
+            color = OURS if m.ours else FASTER if result.mark(m) == "<" else THEIRS
             low, middle, high = (1e3 * x for x in m.quartiles)
             axes.barh(y + row + 1, middle, 0.8, color=color, xerr=[[middle - low], [high - middle]], ecolor=INK)
             ratio = result.ratio(m)
@@ -54,51 +62,49 @@ def draw_bars(axes, results: Sequence[Result], counts: Sequence[int], mode: str)
             )
             ticks.append((y + row + 1, m.way))
         y += count + 2
+    axes.margins(x=0.12)
     axes.set(xscale="log", xlabel="ms", title=NAMES[mode], ylim=(y - 1, -1))
     axes.set_yticks([at for at, _ in ticks], [name for _, name in ticks])
     axes.tick_params(axis="y", length=0)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.grid(axis="x", color=INK, alpha=0.2, linewidth=0.6)
     axes.set_axisbelow(True)
 
 
 def scaling(results: Sequence[Result], series: str) -> Figure:
-    """Time and temporaries of every way along one series, both axes logarithmic, with the linear slope dashed."""
+    """Time and temporaries of every way along one series, both axes logarithmic; dashed, what grows in proportion."""
     label = {"tokens": "tokens", "volume": "tokens in a window"}[series]
-    size = lambda result: result.case.tokens if series == "tokens" else result.case.slots
+    sizes = [r.case.place for r in results]
     ways = list(dict.fromkeys(m.way for r in results for m in r.measurements))
     panels = [(mode, what) for what in ("ms", "MB of temporaries") for mode in MODES]
     with matplotlib.rc_context(STYLE):  # pyright: ignore[reportArgumentType]
         figure = Figure(figsize=(9, 6.5), layout="constrained")
         figure.set_label(f"Lines: time and temporaries by {label}")
         for axes, (mode, what) in zip(figure.subplots(2, 2).flat, panels, strict=True):
-            for way, color in zip(ways, COLORS, strict=False):
-                draw_line(
-                    axes,
-                    [
-                        (size(r), value(m, what))
-                        for r in results
-                        for m in r.measurements
-                        if (m.way, m.mode, m.status) == (way, mode, "ok")
-                    ],
-                    way,
-                    color,
-                )
             axes.set(xscale="log", yscale="log", xlabel=label, ylabel=what, title=NAMES[mode])
+            for way, color in zip(ways, COLORS, strict=False):
+                draw_line(axes, sizes, [value(r, way, mode, what) for r in results], way, color)
+            axes.set_xticks(sizes, [f"{size:,}" for size in sizes], rotation=30)
+            axes.minorticks_off()
+            axes.yaxis.set_major_formatter("{x:g}")
             axes.grid(color=INK, alpha=0.2, linewidth=0.6)
-            axes.legend()
+        figure.axes[0].legend()
     return figure
 
 
-def value(m, what: str) -> float:
-    """In the unit of a panel; NaN, which is not drawn, where it is not known."""
-    if what == "ms":
-        return 1e3 * m.median
-    return np.nan if m.temporaries is None else m.temporaries / 1e6
+def value(result: Result, way: str, mode: str, what: str) -> float:
+    """In the unit of a panel; NaN, which is not drawn, where there is none."""
+    m = next((m for m in result.measurements if (m.way, m.mode, m.status) == (way, mode, "ok")), None)
+    if m is None or (what != "ms" and m.temporaries is None):
+        return np.nan
+    return 1e3 * m.median if what == "ms" else (m.temporaries or 0) / 1e6
 
 
-def draw_line(axes, points, way: str, color: str):
-    if not points:
-        return
-    x, y = np.array(points, float).T
+def draw_line(axes, sizes: Sequence[int], values: Sequence[float], way: str, color: str):
+    """One way, and a line from its first point as if it grew in proportion."""
+    x, y = np.array(sizes, float), np.array(values)
     axes.plot(x, y, marker="o", color=color, label=way)
-    axes.plot(x, y[0] * x / x[0], color=color, linestyle="--", linewidth=0.8)
+    known = np.flatnonzero(np.isfinite(y))
+    if len(known) > 1:
+        x, first = x[known], known[0]
+        axes.plot(x, y[first] * x / x[0], color=color, linestyle="--", linewidth=0.8)

@@ -1,11 +1,11 @@
 """Ways compared: each is checked, and then all of them take turns, so that what disturbs one disturbs all."""
 
 import dataclasses
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from jaxattn.bench.cases import Case
@@ -47,10 +47,8 @@ class Measurement:
         >>> Measurement("a", "forward", samples=[1.0, 2.0, 3.0, 4.0, 5.0]).quartiles
         (2.0, 3.0, 4.0)
         """
-        if len(self.samples) == 1:
-            return (self.samples[0],) * 3
-        low, middle, high = statistics.quantiles(self.samples, n=4, method="inclusive")
-        return low, middle, high
+        low, middle, high = np.quantile(self.samples, (0.25, 0.5, 0.75))
+        return float(low), float(middle), float(high)
 
     @property
     def median(self) -> float:
@@ -66,7 +64,7 @@ class SkippedError(Exception):
 
 def compare(case: Case, ways: Sequence[Way], effort: Effort, say: Callable[[str], None]) -> list[Measurement]:
     """Measures every way in both modes. The first way that computes the case is what the others are checked against."""
-    inputs, cotangent = case.operands()
+    inputs, cotangent = jax.device_put(case.operands())  # once, for all
     found: list[Measurement] = []
     for mode in MODES:
         ready, truth = [], None
@@ -78,17 +76,15 @@ def compare(case: Case, ways: Sequence[Way], effort: Effort, say: Callable[[str]
                 refuse_if_hopeless(way, case, mode, effort, found)
                 program = make_program(way, case, mode, inputs, cotangent)
                 result = first_run(program, measured, effort)
+                truth = truth or result
+                check(measured, result, truth, case.dtype)
+                ready.append((program, measured))
             except CannotError as error:
                 measured.refuse("cannot", str(error))
             except SkippedError as error:
                 measured.refuse("skipped", str(error))
-            except Exception as error:  # a peer that fails is a line of the table
-                measured.refuse("failed", f"{type(error).__name__}: {error}".splitlines()[0])
-            else:
-                truth = truth or result
-                check(measured, result, truth, case.dtype)
-                if measured.status == "ok":
-                    ready.append((program, measured))
+            except Exception as error:  # a way that fails is a line of the table
+                measured.refuse("failed", one_line(error))
         say(f"{case.name}: {len(ready)} ways take turns, {mode}")
         take_turns(ready, effort)
     return found
@@ -148,11 +144,19 @@ def difference(x: np.ndarray, truth: np.ndarray) -> float:
 
 
 def take_turns(programs: Sequence[tuple[Program, Measurement]], effort: Effort):
-    """In every round each program runs once; one whose time is used up sits the rest out."""
+    """In every round each program runs once; one whose time is used up, or whose result is wrong, sits out."""
     for _ in range(effort.rounds):
         for program, measured in programs:
-            if sum(measured.samples) < effort.seconds:
-                measured.samples.append(sample(program.run))
+            if measured.status == "ok" and sum(measured.samples) < effort.seconds:
+                try:
+                    measured.samples.append(sample(program.run))
+                except Exception as error:
+                    measured.refuse("failed", one_line(error))
+
+
+def one_line(error: Exception) -> str:
+    """What an exception says, for a table."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def sample(run: Callable[[], object], short: float = 0.2) -> float:

@@ -25,7 +25,7 @@ class Program(NamedTuple):
     temporaries: int | None = None
 
 
-def make_program(way: Way, case, mode: str, inputs: Sequence[np.ndarray], cotangent: np.ndarray) -> Program:
+def make_program(way: Way, case, mode: str, inputs: Sequence, cotangent) -> Program:
     """Compiles the way's function of a case, and for mode "both" its derivative, from scratch."""
     function = way.make(case)
     build = {"jax": jax_program, "torch": torch_program}[way.framework]
@@ -58,9 +58,9 @@ def torch_program(function: Function, mode: str, inputs, cotangent) -> Program:
     torch = optional("torch")
     place = device(torch)
 
-    def tensor(x: np.ndarray, index: int) -> Any:
+    def tensor(x, index: int) -> Any:
         dtype = getattr(torch, str(x.dtype))
-        tensor = torch.from_numpy(np.asarray(x, np.float32)).to(place, dtype)
+        tensor = torch.from_numpy(np.array(x, np.float32)).to(place, dtype)
         return function.layout(index).enter(tensor).detach().requires_grad_(mode == "both")
 
     tensors = [tensor(x, index) for index, x in enumerate(inputs)]

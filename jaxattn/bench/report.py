@@ -1,6 +1,7 @@
 """What is printed and written: a table for each case, a summary, and JSON."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -117,10 +118,9 @@ def summary(results: Sequence[Result]) -> str:
             if ours is None or not peers:
                 continue
             best = peers[0]
-            times = [f"{1e3 * m.median:.3g}" for m in (ours, best)]
-            rows.append(
-                (result.case.name, NAMES[mode], *times, f"{result.ratio(best):.2f}", result.mark(best), best.way)
-            )
+            mine, its = (f"{1e3 * m.median:.3g}" for m in (ours, best))
+            ratio = f"{result.ratio(best):.2f}"
+            rows.append((result.case.name, NAMES[mode], mine, its, ratio, result.mark(best), best.way))
     faster = sorted({r.case.name for r in results for m in r.measurements if r.mark(m) == "<"})
     wrong = [f"{m.way} at {r.case.name}" for r in results for m in r.measurements if m.status == "differs"]
     lines = ["the fastest peer of each case", *aligned(rows, left=(0, 1, 5, 6))]
@@ -139,7 +139,7 @@ def as_json(header: dict[str, Any], limits: Limits, results: Sequence[Result]) -
                 "kind": r.case.kind,
                 "case": str(r.case),
                 "series": r.case.series,
-                "size": getattr(r.case, "tokens" if r.case.series == "tokens" else "slots", None),
+                "place": r.case.place,
                 "dtype": r.case.dtype,
                 "bound_seconds": r.bounds,
                 "measurements": [measurement_json(r, m) for m in r.measurements],
@@ -151,6 +151,8 @@ def as_json(header: dict[str, Any], limits: Limits, results: Sequence[Result]) -
 
 def measurement_json(result: Result, m: Measurement) -> dict[str, Any]:
     values = dataclasses.asdict(m) | {"ratio": result.ratio(m), "mark": result.mark(m)}
+    if m.difference is not None and not math.isfinite(m.difference):
+        values["difference"] = None  # JSON has no infinity
     if m.status == "ok":
         low, middle, high = m.quartiles
         values |= {"lower_quartile": low, "median": middle, "upper_quartile": high}

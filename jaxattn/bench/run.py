@@ -29,7 +29,7 @@ def run(what: str, quick: bool, patterns: Sequence[str], out: Path, json_file: P
     header = machine.describe() | {"missing": [name for name in PEERS if machine.installed(name) is None]}
     limits = machine.measure_limits(dict.fromkeys(case.dtype for case in cases))
     memory = int(0.6 * machine.free_memory())
-    effort = Effort(3, 0.3, 5, memory) if quick else Effort(15, 4, 60, memory)
+    effort = Effort(3, 0.3, 5, memory) if quick else Effort(15, 4, 20, memory)
     print(report.header_text(header, limits), flush=True)
     results = []
     for case in cases:
@@ -37,7 +37,7 @@ def run(what: str, quick: bool, patterns: Sequence[str], out: Path, json_file: P
         print(f"\n{report.table(results[-1])}", flush=True)
     print(f"\n{report.summary(results)}")
     if json_file:
-        json_file.write_text(json.dumps(report.as_json(header, limits, results), indent=1) + "\n")
+        json_file.write_text(json.dumps(report.as_json(header, limits, results), indent=1, allow_nan=False) + "\n")
     for path in draw(results, header, out):
         print(f"figure: {path}")
     if any(m.status == "differs" or (m.ours and m.status == "failed") for r in results for m in r.measurements):

@@ -45,10 +45,9 @@ def seen_along(axis: int, case: AttentionCase):
     """Whether a query at x sees the key at y along one axis: Window's definition in arithmetic, on tensors of ints."""
     torch = optional("torch")
     window, n = windowed(case), case.grid[axis]
-    k, d, s, causal, boundary = (
-        getattr(window, name)[axis] for name in ("size", "dilation", "block", "causal", "boundary")
-    )
-    cannot_unless(window.stride[axis] == 1 and boundary in ("mask", "shift"), f"its mask has no boundary {boundary}")  # pyright: ignore[reportIndexIssue]
+    names = ("size", "stride", "dilation", "block", "causal", "boundary")
+    k, stride, d, s, causal, boundary = (getattr(window, name)[axis] for name in names)
+    cannot_unless(stride == 1 and boundary in ("mask", "shift"), "its mask is written for mask and shift")
 
     def seen(x, y):
         j, members = x // d, (n - x % d + d - 1) // d
@@ -69,6 +68,7 @@ def flex(case: AttentionCase) -> Function:
     """Compiled `flex_attention` under the window's block mask."""
     torch = optional("torch")
     module = optional("torch.nn.attention.flex_attention")
+    torch.compiler.reset()  # it stops compiling a function that has failed once, as the backward pass on a CPU does
     attend = torch.compile(module.flex_attention)
     if case.window is None:
         return Function(attend, heads_first(case))
@@ -88,10 +88,12 @@ def flex(case: AttentionCase) -> Function:
 
     mask = module.create_block_mask(seen, None, None, case.tokens, case.tokens, device=device(torch))
 
+    steps = [(axis.size, axis.dilation) for axis in windowed(case).axes(case.grid)]
+
     def biased(q, k, v, table):
         def add(score, batch, head, x, y):
-            at = zip(places(x), places(y), windowed(case).sizes, windowed(case).dilation, strict=True)  # pyright: ignore[reportArgumentType]
-            entry = [torch.clamp(size - 1 + (b - a) // d, 0, 2 * size - 2) for a, b, size, d in at]
+            at = zip(places(x), places(y), steps, strict=True)
+            entry = [torch.clamp(size - 1 + (b - a) // d, 0, 2 * size - 2) for a, b, (size, d) in at]
             return score + table[(head, *entry)]
 
         return attend(q, k, v, score_mod=add, block_mask=mask)
@@ -103,11 +105,8 @@ def natten(case: AttentionCase) -> Function:
     """NATTEN's neighbourhood attention, whose windows move inward at the border."""
     library = optional("natten")
     window = windowed(case)
-    cannot_unless(not case.bias, "NATTEN has no relative bias")
-    cannot_unless(
-        all(b == "shift" or c for b, c in zip(window.boundary, window.causal, strict=True)),  # pyright: ignore[reportArgumentType]
-        "NATTEN's windows move inward at the border",
-    )
+    cannot_unless(not case.bias, "it has no relative bias")
+    cannot_unless(set(window.boundary) == {"shift"}, "its windows move inward at the border")
     attend = (library.na1d, library.na2d, library.na3d)[window.rank - 1]
     options: dict[str, Any] = {
         "kernel_size": window.size,

@@ -4,8 +4,6 @@ import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from jaxattn.bench.cases import Case
-
 
 class CannotError(Exception):
     """This way cannot compute this case; the message says why, and stands in the table."""
@@ -52,7 +50,3 @@ def optional(module: str) -> Any:
 def cannot_unless(condition: Any, reason: str):
     if not condition:
         raise CannotError(reason)
-
-
-def of(case: Case, ways: dict[str, Sequence[Way]]) -> Sequence[Way]:
-    return ways[case.kind]

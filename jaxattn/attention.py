@@ -91,8 +91,8 @@ def attention(
         dropout_key: a `jax.random.key`, needed where `dropout_rate` > 0.
         precision: as in `jax.lax.dot_general`.
         implementation: None chooses; "reference" is the readable one, which gathers `N × window` keys; "xla" tiles.
-        tile: queries per tile along each axis of the grid, multiples of the window's block, for "xla"; an int serves all
-            axes. None chooses by a model of the cost, from shapes and backend. It changes speed and memory only.
+        tile: queries per tile along each axis of the grid, multiples of the window's block, for "xla"; an int serves
+            all axes. None chooses by a model of the cost, from shapes and backend. It changes speed and memory only.
         return_residuals: also return lse, the log of the sum of exponentials of the final scores; softmax only.
 
     Returns:
@@ -403,9 +403,9 @@ def _tile(tile: Any, geometry: _Geometry) -> tuple[int, ...] | None:
         return None
     sizes = tuple(tile) if isinstance(tile, Sequence) else (tile,) * len(geometry.axes)
     blocks = tuple(axis.block for axis in geometry.axes)
-    if len(sizes) == len(blocks) and all(isinstance(t, int | np.integer) for t in sizes):
-        if all(t >= 1 and t % block == 0 for t, block in zip(sizes, blocks, strict=True)):
-            return tuple(int(min(t, n + -n % b)) for t, n, b in zip(sizes, geometry.queries, blocks, strict=True))
+    integers = len(sizes) == len(blocks) and all(isinstance(t, int | np.integer) for t in sizes)
+    if integers and all(t >= 1 and t % block == 0 for t, block in zip(sizes, blocks, strict=True)):
+        return tuple(int(min(t, n + -n % b)) for t, n, b in zip(sizes, geometry.queries, blocks, strict=True))
     raise ValueError(
         f"attention: tile is {tile!r}; allowed: None, or an int or {len(blocks)} ints, positive multiples of the "
         f"window's block {blocks}"
@@ -431,9 +431,11 @@ def _under_mesh(attend: Callable, query: Array) -> Callable:
     sharding = jax.typeof(query).sharding
     if not sharding.mesh.explicit_axes:
         return attend
-    spec = PartitionSpec(*sharding.spec[:-1])
+    specs = (PartitionSpec(*sharding.spec[:-1]),)
     return lambda operands, options: jax.sharding.auto_axes(
-        lambda operands: attend(operands, options), axes=sharding.mesh.explicit_axes, out_sharding=(spec,) * (1 + options.residuals)
+        lambda operands: attend(operands, options),
+        axes=sharding.mesh.explicit_axes,
+        out_sharding=specs * (1 + options.residuals),
     )(operands)
 
 

@@ -21,7 +21,7 @@ from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
 from jaxattn.kernels import plain, xla
-from jaxattn.kernels.problem import Operands, Options
+from jaxattn.kernels.problem import Operands, Options, statistics_dtype
 from jaxattn.normalize import NORMALIZERS
 
 
@@ -82,7 +82,9 @@ def _mine(call: Call, operands: Sequence[Array]) -> tuple[Array, ...]:
 
 def _with(call: Call, operands: Sequence[Array], *mine: Array) -> tuple[Array, ...]:
     """Plain attention as a function of the wanted operands."""
-    return _plainly(call, *(dict(zip(call.names, operands, strict=True)) | dict(zip(call.wanted, mine, strict=True))).values())
+    return _plainly(
+        call, *(dict(zip(call.names, operands, strict=True)) | dict(zip(call.wanted, mine, strict=True))).values()
+    )
 
 
 def _shapes_of_attention(call: Call, *arrays: Array) -> tuple[Array, ...]:
@@ -91,15 +93,11 @@ def _shapes_of_attention(call: Call, *arrays: Array) -> tuple[Array, ...]:
     query, value = operands.query, operands.value
     lse = query.sum(-1)
     output = jnp.broadcast_to(lse[..., None], (*lse.shape, value.shape[-1]))
-    return (output, lse.astype(_statistics(query)))[: 1 + call.options.residuals]
+    return (output, lse.astype(statistics_dtype(query.dtype)))[: 1 + call.options.residuals]
 
 
 def _shapes_of_cotangent(call: Call, *arrays: Array) -> tuple[Array, ...]:
     return _mine(call, arrays)
-
-
-def _statistics(query: Array) -> Any:
-    return jnp.promote_types(query.dtype, jnp.float32)
 
 
 def _vmapped(function: Callable, call: Call) -> Callable:
@@ -151,7 +149,9 @@ def _merged(call: Call, arrays: list[Array], mapped: tuple[bool, ...], reverse: 
         return None
     size = arrays[call.names.index("query")].shape[0]
     merged = []
-    for name, x, is_mapped in zip([*call.names, *(call.wanted if not reverse else [""] * len(rest))], arrays, mapped, strict=True):
+    for name, x, is_mapped in zip(
+        [*call.names, *(call.wanted if not reverse else [""] * len(rest))], arrays, mapped, strict=True
+    ):
         if is_mapped or name in shared:
             merged.append(x)
         else:
@@ -176,7 +176,9 @@ def _attend_jvp(primals: Sequence[Array], tangents: Sequence[Any], *, call: Call
     return output, tangent_p.bind(*primals, *(tangents[k] for k in there), call=call)
 
 
-def _linear_jvp(primitive: Primitive, plainly: Callable, primals: Sequence[Array], tangents: Sequence[Any], *, call: Call) -> tuple:
+def _linear_jvp(
+    primitive: Primitive, plainly: Callable, primals: Sequence[Array], tangents: Sequence[Any], *, call: Call
+) -> tuple:
     """Of a primitive that is linear in what follows its operands."""
     n = len(call.names)
     terms = []

@@ -6,10 +6,8 @@ boundary puts a key (or a zero) outside the grid.
 """
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from jaxattn.kernels.tiles import AxisTiles, cut

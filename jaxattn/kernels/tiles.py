@@ -88,7 +88,8 @@ def best_sizes(axes: Sequence[Axis], heads: int, dims: tuple[int, int], backend:
     best, least = None, math.inf
     for choice in itertools.product(*choices):
         rows, columns = (math.prod(x[k] for x in choice) for k in (0, 1))
-        waste = math.prod(count(axis, t) * t / max(1, len(axis.start)) for axis, (t, _) in zip(axes, choice, strict=True))
+        places = math.prod(count(axis, t) * t for axis, (t, _) in zip(axes, choice, strict=True))
+        waste = places / math.prod(len(axis.start) for axis in axes)
         cost = _cost(rows, columns, sum(dims), backend) * waste
         if cost < least and (best is None or heads * rows * columns <= room(backend)):
             best, least = tuple(t for t, _ in choice), cost

@@ -2,8 +2,8 @@
 
 Arrays are arranged as [entries, chunks, *places, ...]: the batch in chunks where a step has no room for all of it (the
 axis is absent where there is one), then the grid in the order of its tiles. A chunk is every so many entries, so that
-a batch cut over devices is not gathered by the loop. A step takes queries as [tiles, entries, *queries, ...] and keys as
-[tiles, entries, *columns, ...].
+a batch cut over devices is not gathered by the loop. A step takes queries as [tiles, entries, *queries, ...] and keys
+as [tiles, entries, *columns, ...].
 """
 
 import functools
@@ -220,7 +220,8 @@ def add_columns(x: Array, tile: Array, walk: Walk, step: Step) -> Array:
         table = lambda x, place=place, static=axis.steps == 1: (x if static else jnp.asarray(x))[place][0]
         begin.append(table(axis.band))
         meeting = table(axis.overlap)  # [keys, n]
-        tile = sum(take(tile, meeting[:, n], rank) for n in range(meeting.shape[1]))
+        terms = [take(tile, meeting[:, n], rank) for n in range(meeting.shape[1])]
+        tile = functools.reduce(jnp.add, terms)
     return put(x, tile, tuple(begin), walk, step, add=True)
 
 

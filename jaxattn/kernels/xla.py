@@ -83,11 +83,11 @@ class _Tile(NamedTuple):
 def _attend(tile: _Tile) -> tuple[Array, ...]:
     query, key, value = _matrices(tile.arrays, tile.options)
     scores = _add_term(_product("kd,qd->kq", key, query, tile.options), _additive(tile.arrays, tile))
-    scores = _add_term(problem.cap(scores, tile.arrays.get("soft_cap")), _hidden(tile, scores.dtype))
+    scores = _add_term(_capped(scores, tile.arrays.get("soft_cap")), _hidden(tile, scores.dtype))
     if tile.options.normalize is softmax:  # divided last, where there is least to divide
         weights, total, most = _exponential(scores)
     else:
-        weights, total, most = _normalized(scores, tile.options), jnp.ones((), scores.dtype), jnp.zeros(())
+        weights, total, most = _normalized(scores, tile.options), jnp.ones((1, 1), scores.dtype), jnp.zeros(())
     if (kept := _kept(tile)) is not None:
         weights = weights * kept
     weights = lax.optimization_barrier(jnp.swapaxes(weights, -1, -2))  # a transposed copy costs less than the product
@@ -106,7 +106,7 @@ def _pull(tile: _Tile, cotangents: list[Array], needed: list[str]) -> Arrays:
     (query, key, value), pull_matrices = jax.vjp(lambda x: _matrices(arrays | x, options), mine(MATRICES))
     additive, pull_terms = jax.vjp(lambda x: _additive(arrays | x, tile), mine(TERMS))
     scores = _add_term(_product("kd,qd->kq", key, query, options), additive)
-    scores, pull_cap = jax.vjp(lambda s, cap: problem.cap(s, cap), scores, arrays.get("soft_cap"))
+    scores, pull_cap = jax.vjp(_capped, scores, arrays.get("soft_cap"))
     scores = _add_term(scores, _hidden(tile, scores.dtype))
     given, kept = _grouped(cotangents[0], key.shape[2]).astype(query.dtype), _kept(tile)
     of_weights = _product("kd,qd->kq", value, given, options)
@@ -123,7 +123,11 @@ def _pull(tile: _Tile, cotangents: list[Array], needed: list[str]) -> Arrays:
         (of_scores,) = pull_weights(of_weights)
     of_scores, of_cap = pull_cap(of_scores)
     weights = (weights if kept is None else weights * kept).astype(value.dtype)
-    found = pull_terms(of_scores)[0] if additive is not None else {}
+    found = {}
+    if additive is not None:  # its sum over what it was broadcast along
+        found = pull_terms(
+            jax.linear_transpose(lambda x: jnp.broadcast_to(x, of_scores.shape), additive)(of_scores)[0]
+        )[0]
     of_scores = of_scores.astype(key.dtype)
     of_query = _product("qk,kd->qd", lax.optimization_barrier(jnp.swapaxes(of_scores, -1, -2)), key, options)
     of_key = _product("kq,qd->kd", of_scores, query, options)
@@ -180,6 +184,14 @@ def _exponential(scores: Array) -> tuple[Array, Array, Array]:
 
 def _or_one(total: Array) -> Array:
     return jnp.where(total == 0, 1, total)
+
+
+def _capped(scores: Array, soft_cap: Array | None) -> Array:
+    """cap·tanh(s / cap); a score of -inf, which a bias may make, stays."""
+    if soft_cap is None:
+        return scores
+    seen = scores != -jnp.inf
+    return jnp.where(seen, problem.cap(jnp.where(seen, scores, 0), soft_cap), -jnp.inf)
 
 
 def _normalized(scores: Array, options: Options) -> Array:

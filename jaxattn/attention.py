@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Shaped
 
-from jaxattn.kernels import reference, xla
+from jaxattn.kernels import derivative, reference
 from jaxattn.kernels.problem import Operands, Options, ScoreMod, statistics_dtype
 from jaxattn.normalize import NORMALIZERS, Normalizer, logsumexp
 from jaxattn.window import Axis, Window
@@ -20,9 +20,9 @@ from jaxattn.window import Axis, Window
 Operand = Shaped[
     Array | np.ndarray, "..."
 ]  # loose on purpose: a wrong shape is a ValueError that says what was expected
-IMPLEMENTATIONS: dict[str, Callable[[Operands, Options], tuple[Array, Array]]] = {
+IMPLEMENTATIONS: dict[str, Callable[[Operands, Options], tuple[Array, ...]]] = {
     "reference": reference.attend,
-    "xla": xla.attend,
+    "xla": derivative.attend,
 }
 
 
@@ -47,6 +47,7 @@ def attention(
     dropout_key: Operand | None = None,
     precision: jax.lax.PrecisionLike = None,
     implementation: str | None = None,
+    tile: int | Sequence[int] | None = None,
     return_residuals: bool = False,
 ) -> Any:
     """Multi-head attention, each query over its own window of keys.
@@ -90,6 +91,8 @@ def attention(
         dropout_key: a `jax.random.key`, needed where `dropout_rate` > 0.
         precision: as in `jax.lax.dot_general`.
         implementation: None chooses; "reference" is the readable one, which gathers `N × window` keys; "xla" tiles.
+        tile: queries per tile along each axis of the grid, multiples of the window's block, for "xla"; an int serves
+            all axes. None chooses by a model of the cost, from shapes and backend. It changes speed and memory only.
         return_residuals: also return lse, the log of the sum of exponentials of the final scores; softmax only.
 
     Returns:
@@ -149,9 +152,11 @@ def attention(
         score_mod=_callable_or_none("score_mod", score_mod),
         dropout_rate=float(dropout_rate),
         precision=precision,
+        residuals=bool(return_residuals),
+        tile=_tile(tile, geometry),
     )
-    output, lse = _under_mesh(_choose(implementation, options), query)(operands, options)
-    return (output, lse) if return_residuals else output
+    found = _under_mesh(_choose(implementation, options), query)(operands, options)
+    return found if return_residuals else found[0]
 
 
 def merge_attentions(outputs: Sequence[Operand], lses: Sequence[Operand], *, return_residuals: bool = False) -> Any:
@@ -393,7 +398,21 @@ def _normalizer(normalize: str | Normalizer, return_residuals: bool) -> Normaliz
     return normalize
 
 
-def _choose(implementation: str | None, options: Options) -> Callable[[Operands, Options], tuple[Array, Array]]:
+def _tile(tile: Any, geometry: _Geometry) -> tuple[int, ...] | None:
+    if tile is None:
+        return None
+    sizes = tuple(tile) if isinstance(tile, Sequence) else (tile,) * len(geometry.axes)
+    blocks = tuple(axis.block for axis in geometry.axes)
+    integers = len(sizes) == len(blocks) and all(isinstance(t, int | np.integer) for t in sizes)
+    if integers and all(t >= 1 and t % block == 0 for t, block in zip(sizes, blocks, strict=True)):
+        return tuple(int(min(t, n + -n % b)) for t, n, b in zip(sizes, geometry.queries, blocks, strict=True))
+    raise ValueError(
+        f"attention: tile is {tile!r}; allowed: None, or an int or {len(blocks)} ints, positive multiples of the "
+        f"window's block {blocks}"
+    )
+
+
+def _choose(implementation: str | None, options: Options) -> Callable[[Operands, Options], tuple[Array, ...]]:
     if implementation is not None and implementation not in tuple(IMPLEMENTATIONS):
         allowed = ", ".join(map(repr, IMPLEMENTATIONS))
         raise ValueError(f"attention: implementation is {implementation!r}; allowed: None, {allowed}")
@@ -412,9 +431,11 @@ def _under_mesh(attend: Callable, query: Array) -> Callable:
     sharding = jax.typeof(query).sharding
     if not sharding.mesh.explicit_axes:
         return attend
-    spec = PartitionSpec(*sharding.spec[:-1])
+    specs = (PartitionSpec(*sharding.spec[:-1]),)
     return lambda operands, options: jax.sharding.auto_axes(
-        lambda operands: attend(operands, options), axes=sharding.mesh.explicit_axes, out_sharding=(spec, spec)
+        lambda operands: attend(operands, options),
+        axes=sharding.mesh.explicit_axes,
+        out_sharding=specs * (1 + options.residuals),
     )(operands)
 
 

@@ -46,6 +46,8 @@ class Options:
     score_mod: ScoreMod | None = None
     dropout_rate: float = 0.0
     precision: jax.lax.PrecisionLike = None
+    residuals: bool = False  # whether lse is wanted
+    tile: tuple[int, ...] | None = None  # queries per tile along each axis
 
     @property
     def axes(self) -> tuple[Axis, ...]:

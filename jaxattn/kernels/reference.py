@@ -16,8 +16,8 @@ from jaxattn.position import by_slot
 from jaxattn.window import outer
 
 
-def attend(operands: Operands, options: Options) -> tuple[Array, Array]:
-    """The output [*batch, *queries, heads, value_dim], and lse [*batch, *queries, heads]."""
+def attend(operands: Operands, options: Options) -> tuple[Array, ...]:
+    """The output [*batch, *queries, heads, value_dim]; with `options.residuals` also lse [*batch, *queries, heads]."""
     weight = weights(operands, options)
     value = _gather(operands.value, options)
     if operands.extra_value is not None:
@@ -25,9 +25,10 @@ def attend(operands: Operands, options: Options) -> tuple[Array, Array]:
     rows = _flat(operands.query, options).shape[:-1]
     weight = weight.reshape(*rows[:-1], value.shape[-2], -1, weight.shape[-1]).astype(value.dtype)
     output = _einsum("...nkgw,...nwkd->...nkgd", weight, value, options).astype(value.dtype)
-    lse = logsumexp(*masked_scores(operands, options))
     grid = operands.query.shape[:-1]
-    return output.reshape(*grid, -1), lse.reshape(grid)
+    if not options.residuals:
+        return (output.reshape(*grid, -1),)
+    return output.reshape(*grid, -1), logsumexp(*masked_scores(operands, options)).reshape(grid)
 
 
 def weights(operands: Operands, options: Options) -> Array:

@@ -5,6 +5,7 @@ A tile holds queries of one residue class modulo the dilation, so the keys it ne
 key is twice a slot of one query, and edge, reflect and wrap need nothing of their own.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -20,6 +21,7 @@ class AxisTiles(NamedTuple):
     """One row for each tile along an axis; ragged tiles repeat their last query."""
 
     queries: np.ndarray  # [tiles, t]
+    start: np.ndarray  # [tiles], the position of column 0
     keys: np.ndarray  # [tiles, columns], the key in each column; -1 for none
     named_keys: np.ndarray  # [tiles, columns], the same, with the position itself for none
     shift: np.ndarray  # [tiles, t], slot u is in column u + shift
@@ -47,7 +49,7 @@ def cut(axis: Axis, t: int) -> AxisTiles:
     keys = axis.fold(position)
     shift = (start - first[:, None]) // axis.dilation
     relative = (start - axis.query[queries]) // axis.dilation + axis.size - 1 - shift
-    return AxisTiles(queries, keys, np.where(keys < 0, position, keys), shift, relative, low, high)
+    return AxisTiles(queries, first, keys, np.where(keys < 0, position, keys), shift, relative, low, high)
 
 
 def tile_sizes(axes: Sequence[Axis], lanes: int, size: int) -> list[int]:
@@ -73,6 +75,46 @@ def tile_sizes(axes: Sequence[Axis], lanes: int, size: int) -> list[int]:
             break
         sizes[longest] = _blocks(sizes[longest] // 2, axes[longest])
     return sizes
+
+
+def best_sizes(axes: Sequence[Axis], heads: int, dims: tuple[int, int], backend: str) -> tuple[int, ...]:
+    """Queries per tile along each axis, multiples of the block: what costs least by the model of `_cost`, which depends
+    on the windows and the features only, and holds at most `room` scores for all heads."""
+    choices = []
+    for axis in axes:
+        longest = int(np.unique(axis.query % axis.dilation, return_counts=True)[1].max())
+        few = {_blocks(min(2**n, longest), axis) for n in range(longest.bit_length() + 1) if 2**n <= 256}
+        choices.append([(t, _columns(axis, t)) for t in sorted(few)])
+    best, least = None, math.inf
+    for choice in itertools.product(*choices):
+        rows, columns = (math.prod(x[k] for x in choice) for k in (0, 1))
+        places = math.prod(count(axis, t) * t for axis, (t, _) in zip(axes, choice, strict=True))
+        waste = places / math.prod(len(axis.start) for axis in axes)
+        cost = _cost(rows, columns, sum(dims), backend) * waste
+        if cost < least and (best is None or heads * rows * columns <= room(backend)):
+            best, least = tuple(t for t, _ in choice), cost
+    assert best is not None
+    return best
+
+
+def _cost(rows: int, columns: int, dims: int, backend: str) -> float:
+    """Nanoseconds a query, of a tile of so many queries and columns: products, exponentials, and keys moved."""
+    del backend
+    return columns * (0.05 * dims * (1 + 4 / rows) + 1 + (0.5 * dims + 4) / rows)
+
+
+def room(backend: str) -> int:
+    """Scores that a step holds: on a CPU what its caches hold."""
+    return 2**19 if backend == "cpu" else 2**24
+
+
+def count(axis: Axis, t: int) -> int:
+    """How many tiles an axis is cut into."""
+    return sum(-(-n // t) for n in np.unique(axis.query % axis.dilation, return_counts=True)[1].tolist())
+
+
+def _columns(axis: Axis, t: int) -> int:
+    return cut(axis, t).keys.shape[1]
 
 
 def tiles_at_once(tiles: int, scores: int, size: int) -> int:

@@ -1,301 +1,374 @@
-"""Windowed attention in tiles of queries, each with the keys its windows reach: `dot_general` on every backend.
+"""Windowed attention in tiles: `dot_general` on every backend, memory O(N), and a reverse derivative of its own.
 
-A loop takes a few tiles at a time, so that neither the `N × window` weights nor gathered keys ever exist at once, and
-forgets each tile's scores: the derivative computes them again (`jax.checkpoint`). Memory is O(N) in both directions.
-Within a tile, scores are [*batch, key_heads, group, *queries, *columns]; what is given by slot (bias, masks, relative
-tables, dropout) is sheared into columns, since slot u of query q is column u + shift[q].
+A step of the loop takes some tiles of queries, slices the keys that each can see, and writes what it computes in place.
+The reverse derivative takes the same steps, computes the weights again, and adds up what overlapping tiles send to a
+key. Within a step scores are [tiles, batch, key_heads, columns, rows]: keys come first, which makes four of the
+backward pass's five products need no transposition; rows are the queries of a tile times the heads that share a key.
+What is masked has the score -inf.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array
 
-from jaxattn.kernels import problem
+from jaxattn.kernels import plain, problem
+from jaxattn.kernels import walk as walking
 from jaxattn.kernels.problem import Operands, Options
-from jaxattn.kernels.tiles import AxisTiles, cut, tile_sizes, tiles_at_once
-from jaxattn.normalize import NORMALIZERS, logsumexp
+from jaxattn.kernels.walk import Rows, Step, Walk
+from jaxattn.normalize import softmax
 
-Tables = tuple[AxisTiles, ...]  # an axis each, in NumPy; with one row for each of its tiles,
-Rows = tuple[AxisTiles, ...]  # or with the row of one tile, perhaps traced
+Arrays = dict[str, Array]
+BY_QUERY = ("query", "unscaled", "query_segments")
+BY_KEY = ("key", "value", "key_mask", "key_segments")
+BY_SLOT = ("bias", "slot_mask")  # by query too, or the same for all of them
+OF_BATCH = ("extra_key", "extra_value")
+MATRICES = ("query", "key", "value", *OF_BATCH)
+TERMS = ("unscaled", "bias", "relative_bias", "key_embedding")
+FLOATING = (*MATRICES, *TERMS, "soft_cap")
 
 
-def attend(operands: Operands, options: Options) -> tuple[Array, Array]:
-    """The output [*batch, *queries, heads, value_dim], and lse [*batch, *queries, heads]."""
-    query, axes = operands.query, options.axes
-    if query.size == 0:  # no queries, or an empty batch
-        shape, dtype = query.shape[:-1], problem.statistics_dtype(query.dtype)
-        return jnp.zeros((*shape, operands.value.shape[-1]), query.dtype), jnp.zeros(shape, dtype)
-    batch = query.ndim - len(axes) - 2
-    lanes = math.prod(query.shape[:batch]) * query.shape[-2]
-    tables = tuple(cut(axis, t) for axis, t in zip(axes, tile_sizes(axes, lanes, query.size), strict=True))
-    grid = tuple(len(table.queries) for table in tables)
-    tile = np.unravel_index(np.arange(math.prod(grid)), grid)
-    rows = tuple(AxisTiles(*(field[t] for field in table)) for table, t in zip(tables, tile, strict=True))
-    own = _cut_queries(operands, options, tables)
+def forward(operands: Operands, options: Options) -> tuple[Array, ...]:
+    """The output [*batch, *queries, heads, value_dim]; with `options.residuals` also lse [*batch, *queries, heads]."""
+    walk = walking.plan(operands, options)
+    work = _prepare(operands, options, walk)
+    shape, dtype = work["query"].shape[:-1], operands.query.dtype
+    output = [_zeros((*shape, operands.value.shape[-1]), dtype, operands)]
+    if options.residuals:
+        output.append(_zeros(shape, problem.statistics_dtype(dtype), operands))
 
-    def run(own: dict[str, Array], rows: Rows) -> tuple[Array, Array]:
-        own = own | _take_keys(operands, rows, tables)
-        return _attend_tile(operands._replace(**own), options, rows, tables)
+    def body(step: Step, output: list[Array]) -> list[Array]:
+        tile = _attend(_Tile(_taken(work, walk, step), options, walk, step))
+        return [walking.put_queries(x, y, walk, step) for x, y in zip(output, tile, strict=False)]
 
-    pairs = lanes * math.prod(table.queries.shape[1] * table.keys.shape[1] for table in tables)
-    at_once = tiles_at_once(math.prod(grid), pairs, query.size)
-    if math.prod(grid) == 1:  # nothing to loop over, and a static place
-        output, lse = jax.tree.map(lambda x: x[None], run(*jax.tree.map(lambda x: x[0], (own, rows))))
-    elif at_once == math.prod(grid):
-        output, lse = jax.vmap(run)(own, rows)
+    return tuple(walking.restore(x, operands, walk) for x in walking.loop(body, output, walk))
+
+
+def backward(operands: Operands, cotangents: tuple[Array, ...], options: Options, wanted: tuple[str, ...]) -> Arrays:
+    """The cotangents of the operands in `wanted`, from those of what `forward` returns."""
+    walk = walking.plan(operands, options)
+    mine = {name: getattr(operands, name) for name in wanted}
+    work, pull = jax.vjp(lambda mine: _prepare(operands._replace(**mine), options, walk), mine)
+    given = [walking.arrange_queries(x, operands, walk) for x in cotangents]
+    needed = [name for name in FLOATING if name in work and _sources(name) & set(wanted)]
+    total = {name: _zeros(work[name].shape, _sum_dtype(name, work[name].dtype), operands) for name in needed}
+
+    def body(step: Step, total: Arrays) -> Arrays:
+        tile = _Tile(_taken(work, walk, step), options, walk, step)
+        found = _pull(tile, [walking.take_queries(x, walk, step) for x in given], needed)
+        return {name: _add(x, found[name], name, walk, step) for name, x in total.items()}
+
+    total = walking.loop(body, total, walk)
+    return pull({name: total[name].astype(x.dtype) if name in total else _no(x) for name, x in work.items()})[0]
+
+
+class _Tile(NamedTuple):
+    """The tiles of one step: their arrays, and where they are."""
+
+    arrays: Arrays
+    options: Options
+    walk: Walk
+    step: Step
+
+    @property
+    def rows(self) -> Rows:
+        return walking.rows(self.walk, self.step)
+
+
+def _attend(tile: _Tile) -> tuple[Array, ...]:
+    query, key, value = _matrices(tile.arrays, tile.options)
+    scores = _add_term(_product("kd,qd->kq", key, query, tile.options), _additive(tile.arrays, tile))
+    scores = _add_term(_capped(scores, tile.arrays.get("soft_cap")), _hidden(tile, scores.dtype))
+    if tile.options.normalize is softmax:  # divided last, where there is least to divide
+        weights, total, most = _exponential(scores)
     else:
-        output, lse = jax.lax.map(lambda tile: jax.checkpoint(run)(*tile), (own, rows), batch_size=at_once)
-    return _restore(output, tables, batch), _restore(lse, tables, batch)
+        weights, total, most = _normalized(scores, tile.options), jnp.ones((1, 1), scores.dtype), jnp.zeros(())
+    if (kept := _kept(tile)) is not None:
+        weights = weights * kept
+    weights = lax.optimization_barrier(jnp.swapaxes(weights, -1, -2))  # a transposed copy costs less than the product
+    output = _product("qk,kd->qd", weights.astype(value.dtype), value, tile.options)
+    output = _by_query(output / jnp.swapaxes(_or_one(total), -1, -2), tile.arrays)
+    if not tile.options.residuals:
+        return (output,)
+    lse = jnp.where(total == 0, -jnp.inf, jnp.log(_or_one(total)) + most)
+    return output, _by_query(jnp.swapaxes(lse, -1, -2), tile.arrays)[..., 0]
 
 
-def _attend_tile(operands: Operands, options: Options, rows: Rows, tables: Tables) -> tuple[Array, Array]:
-    """One tile, whose queries and columns are the grids of `operands`: [*batch, *queries, heads, ...]."""
-    rank = len(rows)
-    scores, mask = _scores(operands, options, rows, tables)
-    in_slots = options.normalize not in NORMALIZERS.values()  # a function of the caller's sees a window in order
-    if in_slots:
-        scores, mask = (_to_slots(x, options, rows, tables) for x in (scores, mask))
-    shape = scores.shape  # [*batch, key_heads, group, *queries, *columns or *slots]
-    scores, mask = _flat(scores, rank), _flat(mask, rank)
-    width = scores.shape[-1]
-    if operands.extra_key is not None:
-        extra = problem.cap(_products(operands, operands.extra_key, options), operands.soft_cap)
-        scores = jnp.concatenate([scores, extra], -1)
-        mask = jnp.concatenate([mask, jnp.ones_like(extra, bool)], -1)
-    weights = problem.apply(options.normalize, scores, mask)
-    lse = jnp.moveaxis(logsumexp(scores, mask), -1, -3)
-    weights, extra = weights[..., :width].reshape(shape), weights[..., width:]
-    if in_slots:
-        weights = _to_columns(weights, options, rows, tables)
-    if options.dropout_rate > 0:
-        kept, kept_extra = _dropout(operands, options, rows, tables)
-        weights, extra = weights * kept, extra * kept_extra
-    output = _mix(_flat(weights, rank), _flat_grid(operands.value, rank), options)
-    if operands.extra_value is not None:
-        output = output + _mix(extra, operands.extra_value, options)
-    grid = operands.query.shape[:-1]
-    return output.reshape(*grid, -1).astype(operands.value.dtype), lse.reshape(grid)
+def _pull(tile: _Tile, cotangents: list[Array], needed: list[str]) -> Arrays:
+    """The cotangents of the arrays of a tile, from those of its output (and lse)."""
+    arrays, options = tile.arrays, tile.options
+    mine = lambda names: {name: arrays[name] for name in names if name in needed}
+    (query, key, value), pull_matrices = jax.vjp(lambda x: _matrices(arrays | x, options), mine(MATRICES))
+    additive, pull_terms = jax.vjp(lambda x: _additive(arrays | x, tile), mine(TERMS))
+    scores = _add_term(_product("kd,qd->kq", key, query, options), additive)
+    scores, pull_cap = jax.vjp(_capped, scores, arrays.get("soft_cap"))
+    scores = _add_term(scores, _hidden(tile, scores.dtype))
+    given, kept = _grouped(cotangents[0], key.shape[2]).astype(query.dtype), _kept(tile)
+    of_weights = _product("kd,qd->kq", value, given, options)
+    of_weights = of_weights if kept is None else of_weights * kept
+    if options.normalize is softmax:
+        exponential, total, _ = _exponential(scores)
+        weights = exponential / _or_one(total)
+        inner = (weights * of_weights).sum(-2, keepdims=True)
+        if options.residuals:
+            inner = inner - jnp.swapaxes(_grouped(cotangents[1][..., None], key.shape[2]), -1, -2)
+        of_scores = weights * (of_weights - inner)
+    else:
+        weights, pull_weights = jax.vjp(lambda s: _normalized(s, options), scores)
+        (of_scores,) = pull_weights(of_weights)
+    of_scores, of_cap = pull_cap(of_scores)
+    weights = (weights if kept is None else weights * kept).astype(value.dtype)
+    found = {}
+    if additive is not None:  # its sum over what it was broadcast along
+        found = pull_terms(
+            jax.linear_transpose(lambda x: jnp.broadcast_to(x, of_scores.shape), additive)(of_scores)[0]
+        )[0]
+    of_scores = of_scores.astype(key.dtype)
+    of_query = _product("qk,kd->qd", lax.optimization_barrier(jnp.swapaxes(of_scores, -1, -2)), key, options)
+    of_key = _product("kq,qd->kd", of_scores, query, options)
+    of_value = _product("kq,qd->kd", weights, given, options)
+    matrices = of_query.astype(query.dtype), of_key.astype(key.dtype), of_value.astype(value.dtype)
+    return found | pull_matrices(matrices)[0] | {"soft_cap": of_cap}
 
 
-def _scores(operands: Operands, options: Options, rows: Rows, tables: Tables) -> tuple[Array, Array]:
-    """The final scores of the slots and who takes part, [*batch, key_heads, group, *queries, *columns]."""
-    rank = len(rows)
-    scores = _products(operands, _flat_grid(operands.key, rank), options)
-    grid = tuple(len(row.shift) for row in rows) + tuple(len(row.keys) for row in rows)
-    scores = scores.reshape(*scores.shape[:-2], *grid)
-    if operands.relative_bias is not None or operands.key_embedding is not None:
-        scores = scores + _relative(operands, options, rows, tables, scores.dtype)
-    if operands.bias is not None:
-        bias = _split_heads(operands.bias, operands, rank)
-        scores = scores + _to_columns(bias, options, rows, tables).astype(scores.dtype)
-    mask = jnp.broadcast_to(_mask(operands, options, rows, tables), scores.shape)
-    scores, mask = problem.without_infinity(scores, mask)
-    scores = problem.cap(scores, operands.soft_cap)
-    if options.score_mod is not None:
-        heads = jnp.arange(operands.query.shape[-2]).reshape(*scores.shape[-2 * rank - 2 : -2 * rank], *[1] * 2 * rank)
-        query = tuple(_along(row.queries, 2 * rank - axis - 1) for axis, row in enumerate(rows))
-        key = tuple(_along(row.named_keys, rank - axis - 1) for axis, row in enumerate(rows))
-        modified = options.score_mod(scores, heads, query, key)
-        scores = jnp.broadcast_to(modified, scores.shape).astype(scores.dtype)
-    return problem.without_infinity(scores, mask)
+# The parts of a tile's attention
 
 
-def _relative(operands: Operands, options: Options, rows: Rows, tables: Tables, dtype: jnp.dtype) -> Array:
-    """q·r[j-i] + relative_bias[j-i]: first for every offset of the tables, then sheared into columns."""
-    rank = len(rows)
-    key_heads = operands.key.shape[-2]
-    logits = jnp.zeros((), dtype)
-    if operands.key_embedding is not None:
-        table = operands.key_embedding
-        grid = tuple(len(row.shift) for row in rows)
-        offsets, heads = table.shape[1:-1], "kg" if table.shape[0] > 1 else ""
-        table = table.reshape(*([key_heads, -1] if heads else []), math.prod(offsets), table.shape[-1])
-        logits = _einsum(f"...kgqd,{heads}md->...kgqm", _grouped(operands, rank), table, options)
-        logits = logits.reshape(*logits.shape[:-2], *grid, *offsets)
-    if operands.relative_bias is not None:
-        table = operands.relative_bias
-        logits = logits + table.reshape(key_heads, -1, *[1] * rank, *table.shape[1:]).astype(dtype)
-    for axis, (row, table) in enumerate(zip(rows, tables, strict=True)):
-        logits = _shear(logits, row.relative, table.relative, table.keys.shape[1], rank, axis)
-    return logits
+def _matrices(arrays: Arrays, options: Options) -> tuple[Array, Array, Array]:
+    """Query [tiles, batch, key_heads, rows, head_dim], key and value [tiles, batch, key_heads, columns, ...]."""
+    rank = len(options.queries)
+    flat = lambda x: x.reshape(*x.shape[:2], math.prod(x.shape[2 : 2 + rank]), *x.shape[2 + rank :])
+    key, value = flat(arrays["key"]), flat(arrays["value"])
+    if "extra_key" in arrays:  # as further columns
+        spread = lambda x: jnp.broadcast_to(x, (key.shape[0], *x.shape))
+        key = jnp.concatenate([key, spread(arrays["extra_key"])], 2)
+        value = jnp.concatenate([value, spread(arrays["extra_value"])], 2)
+    half = key.dtype.itemsize < 4 and jax.default_backend() == "cpu"  # which has no fast product in half precision
+    dtype = jnp.float32 if half else key.dtype
+    query = _grouped(arrays["query"], key.shape[-2])
+    return query.astype(dtype), jnp.swapaxes(key, 2, 3).astype(dtype), jnp.swapaxes(value, 2, 3).astype(dtype)
 
 
-def _mask(operands: Operands, options: Options, rows: Rows, tables: Tables) -> Array:
-    """Who takes part. What stands outside under "zero" has no key, so no key mask and no segment."""
-    rank = len(rows)
-    mask = inside = jnp.ones((), bool)
-    for axis, row in enumerate(rows):
-        slot = np.arange(len(row.keys)) - row.shift[:, None]
-        visible = (row.low[:, None] <= slot) & (slot < row.high[:, None])
-        mask = mask & visible.reshape(len(visible), *[1] * (rank - 1), -1, *[1] * (rank - axis - 1))
-        inside = inside & _along(row.keys >= 0, rank - axis - 1)
-    if operands.key_mask is not None:
-        of_keys = jnp.expand_dims(operands.key_mask, range(-2 * rank - 2, -rank))
-        mask = mask & (of_keys | ~inside)
-    if operands.query_segments is not None and operands.key_segments is not None:
-        query = operands.query_segments.reshape(*operands.query_segments.shape, *[1] * rank)
-        key = jnp.expand_dims(operands.key_segments, range(-2 * rank, -rank))
-        mask = mask & (jnp.expand_dims(query == key, (-2 * rank - 1, -2 * rank - 2)) | ~inside)
-    if operands.slot_mask is not None:
-        mask = mask & _to_columns(_split_heads(operands.slot_mask, operands, rank), options, rows, tables)
-    return mask
+def _grouped(x: Array, key_heads: int) -> Array:
+    """[tiles, batch, *queries, heads, ...] as [tiles, batch, key_heads, rows, ...]."""
+    x = x.reshape(*x.shape[:2], math.prod(x.shape[2:-2]), key_heads, -1, x.shape[-1])
+    return jnp.moveaxis(x, 2, 4).reshape(*x.shape[:2], key_heads, -1, x.shape[-1])
 
 
-def _dropout(operands: Operands, options: Options, rows: Rows, tables: Tables) -> tuple[Array, Array]:
-    """What multiplies the weights of the columns, and of the extra tokens [*batch, key_heads, group, n, extra]."""
-    rank, slots = len(rows), tuple(axis.size for axis in options.axes)
-    query, key_heads = operands.query, operands.key.shape[-2]
-    index = jnp.zeros((), int)
-    for axis, row in enumerate(rows):
-        index = index * options.queries[axis] + _along(row.queries, rank - axis - 1)
-    extra = 0 if operands.extra_key is None else operands.extra_key.shape[-3]
-    shape, dtype = (
-        (*query.shape[: -rank - 2], query.shape[-2], math.prod(slots) + extra),
-        problem.statistics_dtype(query.dtype),
-    )
-    kept = jax.vmap(lambda i: problem.dropout_factors(operands, options, i, shape, dtype))(index.reshape(-1))
-    kept = jnp.moveaxis(kept, 0, -2)
-    kept = kept.reshape(*shape[:-2], key_heads, -1, *kept.shape[-2:])
-    of_slots = kept[..., : math.prod(slots)].reshape(*kept.shape[:-2], *index.shape, *slots)
-    return _to_columns(of_slots, options, rows, tables), kept[..., math.prod(slots) :]
+def _by_query(x: Array, arrays: Arrays) -> Array:
+    """`_grouped`, undone."""
+    *grid, heads, _ = arrays["query"].shape
+    x = x.reshape(*x.shape[:3], heads // x.shape[2], -1, x.shape[-1])
+    return jnp.moveaxis(x, 4, 2).reshape(*grid, heads, x.shape[-1])
 
 
-def _to_columns(x: Array, options: Options, rows: Rows, tables: Tables) -> Array:
-    """[..., *queries|1, *slots|1] by column; zero, or False, in a column that is none of a query's slots."""
-    for axis, (row, table) in enumerate(zip(rows, tables, strict=True)):
-        if x.shape[axis - len(rows)] > 1 or options.axes[axis].size == 1:  # else the same in every slot
-            x = _shear(x, -row.shift, -table.shift, table.keys.shape[1], len(rows), axis)
-    return x
-
-
-def _to_slots(x: Array, options: Options, rows: Rows, tables: Tables) -> Array:
-    """[..., *queries, *columns] by slot; zero, or False, where a slot has no column."""
-    for axis, (row, table) in enumerate(zip(rows, tables, strict=True)):
-        x = _shear(x, row.shift, table.shift, options.axes[axis].size, len(rows), axis)
-    return x
-
-
-def _shear(x: Array, start: Array | np.ndarray, starts: np.ndarray, size: int, rank: int, axis: int) -> Array:
-    """Query q's row of the result is its row of x from `start[q]` on, `size` long, zero outside x.
-
-    `x` ends in `rank` axes of queries and `rank` more; `starts` holds the starts of every tile, which bound the
-    padding.
-    """
-    along, low, high = x.ndim - rank + axis, starts.min(), starts.max()
-    query = along - rank
-    padding = [(0, 0)] * x.ndim
-    padding[along] = max(-low, 0), max(high + size - x.shape[along], 0)
-    x, before = jnp.pad(x, padding), padding[along][0]
-    if low == high:
-        return jax.lax.slice_in_dim(x, low + before, low + before + size, axis=along)
-    row = lambda x, first: jax.lax.dynamic_slice_in_dim(x, first, size, along - 1)
-    if x.shape[query] == 1:
-        return jax.vmap(row, (None, 0), query)(jnp.squeeze(x, query), start + before)
-    return jax.vmap(row, (query, 0), query)(x, start + before)
-
-
-def _products(operands: Operands, key: Array, options: Options) -> Array:
-    """scale·(q·k), [*batch, key_heads, group, queries, keys], for keys [*batch, keys, key_heads, head_dim]."""
-    return operands.scale * _einsum("...kgqd,...wkd->...kgqw", _grouped(operands, len(options.axes)), key, options)
-
-
-def _mix(weights: Array, value: Array, options: Options) -> Array:
-    """sum_j A_ij v_j, [*batch, queries, key_heads, group, value_dim]."""
-    return _einsum("...kgqw,...wkd->...qkgd", weights.astype(value.dtype), value, options)
-
-
-def _einsum(equation: str, left: Array, right: Array, options: Options) -> Array:
+def _product(equation: str, left: Array, right: Array, options: Options) -> Array:
+    """A product of matrices, summed in float32 at least."""
+    ours, theirs, output = equation.replace("->", ",").split(",")
     dtype = problem.statistics_dtype(left.dtype)
+    equation = f"...{ours},...{theirs}->...{output}"
     return jnp.einsum(equation, left, right, precision=options.precision, preferred_element_type=dtype)
 
 
-def _grouped(operands: Operands, rank: int) -> Array:
-    """The query, [*batch, key_heads, group, queries, head_dim]."""
-    query = _flat_grid(operands.query, rank)
-    query = query.reshape(*query.shape[:-2], operands.key.shape[-2], -1, query.shape[-1])
-    return jnp.moveaxis(query, -4, -2)
+def _exponential(scores: Array) -> tuple[Array, Array, Array]:
+    """exp(s - max), its sum, and max."""
+    most = jnp.maximum(scores.max(-2, keepdims=True), jnp.finfo(scores.dtype).min)  # finite where all is masked
+    exponential = jnp.exp(scores - most)
+    return exponential, exponential.sum(-2, keepdims=True), most
 
 
-def _split_heads(x: Array, operands: Operands, rank: int) -> Array:
-    """[..., *queries, heads|1, *slots] with its heads in two axes before the queries."""
-    x = jnp.moveaxis(x, -rank - 1, -2 * rank - 1)
-    heads = (1, 1) if x.shape[-2 * rank - 1] == 1 else (operands.key.shape[-2], -1)
-    return x.reshape(*x.shape[: -2 * rank - 1], *heads, *x.shape[-2 * rank :])
+def _or_one(total: Array) -> Array:
+    return jnp.where(total == 0, 1, total)
 
 
-def _flat_grid(x: Array, rank: int) -> Array:
-    """[*batch, *grid, heads, head_dim] with one axis for the grid."""
-    return x.reshape(*x.shape[: -rank - 2], math.prod(x.shape[-rank - 2 : -2]), *x.shape[-2:])
+def _capped(scores: Array, soft_cap: Array | None) -> Array:
+    """cap·tanh(s / cap); a score of -inf, which a bias may make, stays."""
+    if soft_cap is None:
+        return scores
+    seen = scores != -jnp.inf
+    return jnp.where(seen, problem.cap(jnp.where(seen, scores, 0), soft_cap), -jnp.inf)
 
 
-def _flat(x: Array, rank: int) -> Array:
-    """[..., *queries, *columns] with one axis for each."""
-    return x.reshape(*x.shape[: -2 * rank], math.prod(x.shape[-2 * rank : -rank]), math.prod(x.shape[-rank:]))
+def _normalized(scores: Array, options: Options) -> Array:
+    scores = jnp.swapaxes(scores, -1, -2)
+    mask = scores != -jnp.inf
+    return jnp.swapaxes(problem.apply(options.normalize, jnp.where(mask, scores, 0), mask), -1, -2)
 
 
-def _along(x: Array | np.ndarray, after: int) -> Array:
-    """A vector, to be broadcast along the axis that `after` others follow."""
-    return jnp.asarray(x).reshape(-1, *[1] * after)
+def _add_term(scores: Array, term: Array | None) -> Array:
+    return scores if term is None else scores + term
 
 
-def _cut_queries(operands: Operands, options: Options, tables: Tables) -> dict[str, Array]:
-    """What differs from query to query, by tile: [tiles, *batch, *queries, ...]."""
-    rank = len(tables)
-    batch, index = operands.query.ndim - rank - 2, [table.queries for table in tables]
-    own = {"query": _cut(operands.query, index, batch)}
-    if operands.query_segments is not None:
-        own["query_segments"] = _cut(operands.query_segments, index, batch)
-    for name in ("bias", "slot_mask"):
-        x = getattr(operands, name)
-        if x is not None and math.prod(x.shape[batch : batch + rank]) > 1:
-            full = jnp.broadcast_to(x, (*x.shape[:batch], *options.queries, *x.shape[batch + rank :]))
-            own[name] = _cut(full, index, batch)
-    return own
+def _additive(arrays: Arrays, tile: _Tile) -> Array | None:
+    """What is added to q·k: bias, relative_bias[j-i] and q·r[j-i], [tiles, batch|1, key_heads|1, columns, rows]."""
+    if not any(name in arrays for name in TERMS[1:]):
+        return None
+    dtype, rank = problem.statistics_dtype(arrays["query"].dtype), len(tile.walk.axes)
+
+    def one(arrays: Arrays, rows: Rows) -> Array:
+        operands, term = _operands(arrays), jnp.zeros((1,) * (2 * rank + 3), dtype)
+        if operands.relative_bias is not None or operands.key_embedding is not None:
+            term = term + plain.relative(operands, tile.options, rows, tile.walk.tables, dtype)
+        if operands.bias is not None:
+            bias = plain.split_heads(operands.bias, operands, rank)
+            term = term + plain.to_columns(bias, tile.options, rows, tile.walk.tables).astype(dtype)
+        return term
+
+    return _flat(_over_tiles(one, arrays, tile), arrays)
 
 
-def _take_keys(operands: Operands, rows: Rows, tables: Tables) -> dict[str, Array]:
-    """What belongs to the keys of one tile: [*batch, *columns, ...]."""
-    batch = operands.query.ndim - len(rows) - 2
-    names = ("key", "value", "key_mask", "key_segments")
-    taken = {name: getattr(operands, name) for name in names if getattr(operands, name) is not None}
-    for axis, (row, table) in enumerate(zip(rows, tables, strict=True), batch):
-        index = table.keys[0] if (table.keys == table.keys[0]).all() else row.keys
-        taken = {name: _take(x, index, axis) for name, x in taken.items()}
+def _hidden(tile: _Tile, dtype: Any) -> Array | None:
+    """0 where a query sees, -inf where it does not, [tiles, batch|1, key_heads|1, columns, rows]."""
+    arrays, rank = tile.arrays, len(tile.walk.axes)
+    if any(name in arrays for name in ("key_mask", "slot_mask", "key_segments")):
+        mask = lambda arrays, rows: plain.visible(_operands(arrays), tile.options, rows, tile.walk.tables)
+        seen = _over_tiles(mask, arrays, tile)
+        seen = jnp.expand_dims(seen, range(1, 5 + 2 * rank - seen.ndim))
+        return _flat(jnp.where(seen, 0, -jnp.inf).astype(dtype), arrays)
+    if all(axis.everyone for axis in tile.walk.axes):
+        return None
+    return _flat(_hidden_by_geometry(tile, dtype), arrays)
+
+
+def _hidden_by_geometry(tile: _Tile, dtype: Any) -> Array:
+    """The same, of the window alone, [tiles, 1, 1, 1, *queries, *columns]. There are few patterns, mostly: then every
+    combination is made beforehand."""
+    axes, rank = tile.walk.axes, len(tile.walk.axes)
+    number = [walking.of_tiles(axis.pattern, tile.walk, tile.step, a) for a, axis in enumerate(axes)]
+    spread = [_spread(axis.patterns, a, rank) for a, axis in enumerate(axes)]
+    hide = lambda seen: jnp.where(seen, 0, -jnp.inf).astype(dtype)
+    if math.prod(axis.patterns.size for axis in axes) <= 2**22:
+        table, combined = np.ones((1,) * (1 + 2 * rank), bool), 0
+        for seen, n in zip(spread, number, strict=True):
+            table = (table[:, None] & seen).reshape(-1, *np.broadcast_shapes(table.shape[1:], seen.shape[1:]))
+            combined = combined * len(seen) + n
+        return hide(table)[combined][:, None, None, None]
+    seen = [jnp.asarray(seen)[n] for seen, n in zip(spread, number, strict=True)]
+    return sum(hide(x) for x in seen)[:, None, None, None]  # pyright: ignore
+
+
+def _spread(patterns: np.ndarray, a: int, rank: int) -> np.ndarray:
+    """[patterns, queries, columns] of one axis as [patterns, *queries|1, *columns|1]."""
+    shape = [1] * (2 * rank)
+    shape[a], shape[rank + a] = patterns.shape[1:]
+    return patterns.reshape(len(patterns), *shape)
+
+
+def _flat(x: Array, arrays: Arrays) -> Array:
+    """[tiles, batch|1, key_heads|1, group|1, *queries|1, *columns|1] as [tiles, batch|1, key_heads|1, columns, rows];
+    0 for extra tokens."""
+    rank = (x.ndim - 4) // 2
+    group = arrays["query"].shape[-2] // arrays["key"].shape[-2]
+    queries, columns = arrays["query"].shape[2 : 2 + rank], arrays["key"].shape[2 : 2 + rank]
+    x = jnp.broadcast_to(x, (*x.shape[:3], group, *queries, *columns))
+    x = jnp.swapaxes(x.reshape(*x.shape[:3], group * math.prod(queries), math.prod(columns)), -1, -2)
+    extra = arrays["extra_key"].shape[1] if "extra_key" in arrays else 0
+    return jnp.pad(x, [(0, 0)] * 3 + [(0, extra), (0, 0)]) if extra else x
+
+
+def _kept(tile: _Tile) -> Array | None:
+    """What dropout multiplies the weights with."""
+    if tile.options.dropout_rate == 0:
+        return None
+    rank = len(tile.walk.axes)
+    dropout = lambda arrays, rows: plain.dropout(_operands(arrays), tile.options, rows, tile.walk.tables)
+    kept, extra = _over_tiles(dropout, tile.arrays, tile)
+    kept = kept.reshape(*kept.shape[: -2 * rank], math.prod(kept.shape[-2 * rank : -rank]), -1)
+    kept = jnp.concatenate([kept, extra], -1)
+    return jnp.swapaxes(kept.reshape(*kept.shape[:3], -1, kept.shape[-1]), -1, -2)
+
+
+def _operands(arrays: Arrays) -> Operands:
+    """One tile as a problem of its own, for what `plain` makes of it."""
+    rest = {name: x for name, x in arrays.items() if name not in ("query", "unscaled")}
+    return Operands(query=arrays.get("unscaled", arrays["query"]), scale=jnp.ones(()), **rest)
+
+
+def _over_tiles(function: Callable, arrays: Arrays, tile: _Tile) -> Any:
+    rank = len(tile.walk.axes)
+    by_tile = lambda name, x: name in (*BY_QUERY, *BY_KEY) or (name in BY_SLOT and x.ndim == 2 * rank + 3)
+    return jax.vmap(function, ({name: 0 if by_tile(name, x) else None for name, x in arrays.items()}, 0))(
+        arrays, tile.rows
+    )
+
+
+# What a step takes, and what becomes of its results
+
+
+def _prepare(operands: Operands, options: Options, walk: Walk) -> Arrays:
+    """Every operand, arranged as the loop wants it; the query scaled."""
+    rank, dtype = len(walk.axes), operands.query.dtype
+    batch = operands.query.ndim - rank - 2
+    work = {name: x for name, x in operands._asdict().items() if x is not None and name != "scale"}
+    work["query"] = (operands.query.astype(problem.statistics_dtype(dtype)) * operands.scale).astype(dtype)
+    if operands.key_embedding is not None:
+        work["unscaled"] = operands.query
+    for name, x in work.items():
+        if name in BY_SLOT and math.prod(x.shape[batch : batch + rank]) > 1:
+            x = jnp.broadcast_to(x, (*x.shape[:batch], *options.queries, *x.shape[batch + rank :]))
+            work[name] = walking.arrange_queries(x, operands, walk)
+        elif name in BY_QUERY:
+            work[name] = walking.arrange_queries(x, operands, walk)
+        elif name in BY_KEY:
+            work[name] = walking.arrange_keys(x, operands, walk)
+        elif name in (*BY_SLOT, *OF_BATCH):
+            work[name] = walking.chunked(x, operands, walk)
+    return work
+
+
+def _by_place(name: str, x: Array, walk: Walk) -> bool:
+    """Whether an arranged array differs from query to query."""
+    of_grid = x.shape[walk.lead : walk.lead + len(walk.axes)]
+    return name in BY_QUERY or (name in BY_SLOT and math.prod(of_grid) > 1)
+
+
+def _taken(work: Arrays, walk: Walk, step: Step) -> Arrays:
+    """What a step takes of every array: [tiles, entries, *queries or *columns, ...], [entries, ...], or all."""
+    taken = {}
+    for name, x in work.items():
+        if _by_place(name, x, walk):
+            taken[name] = walking.take_queries(x, walk, step)
+        elif name in BY_KEY:
+            taken[name] = walking.take_columns(x, walk, step)
+        else:
+            taken[name] = walking.take_chunk(x, walk, step) if name in (*BY_SLOT, *OF_BATCH) else x
     return taken
 
 
-def _cut(x: Array, index: Sequence[np.ndarray], batch: int) -> Array:
-    """[*batch, *grid, ...] by tile, [tiles, *batch, *tile, ...]."""
-    rank = len(index)
-    for axis, table in enumerate(index, batch):
-        x = _take(x, table.ravel(), axis)
-    x = x.reshape(*x.shape[:batch], *(n for table in index for n in table.shape), *x.shape[batch + rank :])
-    x = jnp.moveaxis(x, range(batch, batch + 2 * rank, 2), range(rank))
-    return x.reshape(-1, *x.shape[rank:])
+def _add(x: Array, found: Array, name: str, walk: Walk, step: Step) -> Array:
+    """The sum so far, and what a step found."""
+    if _by_place(name, x, walk):
+        return walking.put_queries(x, found, walk, step, add=walk.chunks > 1 and x.shape[1] == 1)
+    if name in BY_KEY:
+        return walking.add_columns(x, found.astype(x.dtype), walk, step)
+    if name in (*BY_SLOT, *OF_BATCH):
+        return walking.put(x, found, (), walk, step, add=True)
+    return x + found.astype(x.dtype)
 
 
-def _restore(x: Array, tables: Tables, batch: int) -> Array:
-    """[tiles, *batch, *tile, ...] as [*batch, *queries, ...]: what `_cut` did, undone."""
-    rank = len(tables)
-    x = x.reshape(*(len(table.queries) for table in tables), *x.shape[1:])
-    x = jnp.moveaxis(x, range(rank), range(batch, batch + 2 * rank, 2))
-    x = x.reshape(*x.shape[:batch], *(table.queries.size for table in tables), *x.shape[batch + 2 * rank :])
-    for axis, table in enumerate(tables, batch):
-        place = np.unique(table.queries, return_index=True)[1]  # where each query came first
-        in_order = np.array_equal(place, np.arange(len(place)))
-        x = jax.lax.slice_in_dim(x, 0, len(place), axis=axis) if in_order else _take(x, place, axis)
-    return x
+def _sources(name: str) -> set[str]:
+    """The operands that an arranged array is made of."""
+    return {"query": {"query", "scale"}, "unscaled": {"query"}}.get(name, {name})
 
 
-def _take(x: Array, index: np.ndarray | Array, axis: int) -> Array:
-    """Along one axis, zeros where the index is -1."""
-    n = x.shape[axis]
-    if isinstance(index, np.ndarray) and np.array_equal(index, np.arange(n)):
-        return x
-    if n == 0:
-        return jnp.zeros((*x.shape[:axis], len(index), *x.shape[axis + 1 :]), x.dtype)
-    return jnp.take(x, jnp.where(index < 0, n, index), axis=axis, mode="fill", fill_value=0)
+def _sum_dtype(name: str, dtype: Any) -> Any:
+    """What several steps add to is held in float32 at least."""
+    return dtype if name in BY_QUERY else problem.statistics_dtype(dtype)
+
+
+def _no(x: Array) -> Array | np.ndarray:
+    """A cotangent of zero."""
+    floating = jnp.issubdtype(x.dtype, jnp.floating)
+    return jnp.zeros_like(x) if floating else np.zeros(x.shape, jax.dtypes.float0)
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any, operands: Operands) -> Array:
+    """Zeros that vary over the mesh axes that the operands vary over, as a loop under shard_map must be given."""
+    zeros = jnp.zeros(shape, dtype)
+    varying = tuple(jax.typeof(operands.query).manual_axis_type.varying)
+    return lax.pcast(zeros, varying, to="varying") if varying else zeros

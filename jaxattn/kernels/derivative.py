@@ -1,0 +1,223 @@
+"""Tiled attention as primitives, closed under differentiation of any order and under vmap.
+
+`attend_p` is attention. Its tangent, `tangent_p`, is linear in the tangents; the transpose of that is `cotangent_p`,
+the reverse derivative that `xla` writes out, which is linear in the cotangents, and whose transpose is `tangent_p`. So
+reverse mode, forward mode and either over the other's linear part need no derivative of a loop. Only a derivative of
+these with respect to the operands, which second derivatives ask for, goes through `plain`, whose tiles JAX itself can
+differentiate as often as it likes.
+
+A `vmap` over query, key and value is one more batch axis; any other is kept as a parameter, and made at the end.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jaxtyping import Array
+
+from jaxattn.kernels import plain, xla
+from jaxattn.kernels.problem import Operands, Options, statistics_dtype
+from jaxattn.normalize import NORMALIZERS
+
+
+class Call(NamedTuple):
+    """What a primitive is about: the operands that are there, those of which there are tangents (or cotangents are
+    wanted), and the vmaps, the outermost first: for every argument whether its leading axis is mapped."""
+
+    names: tuple[str, ...]
+    options: Options
+    wanted: tuple[str, ...] = ()
+    vmaps: tuple[tuple[bool, ...], ...] = ()
+
+    def operands(self, arrays: Sequence[Any]) -> Operands:
+        """The first arguments, as operands."""
+        return Operands(**dict(zip(self.names, arrays, strict=False)))
+
+
+def attend(operands: Operands, options: Options) -> tuple[Array, ...]:
+    """The output [*batch, *queries, heads, value_dim]; with `options.residuals` also lse [*batch, *queries, heads]."""
+    given = {name: x for name, x in operands._asdict().items() if x is not None}
+    ours = options.score_mod is None and options.normalize in NORMALIZERS.values()
+    if not ours or any(x.size == 0 for x in given.values()):
+        return plain.attend(operands, options)  # a function of the caller's may close over what is differentiated
+    varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in given.values()))
+    for name, x in given.items():  # inside a shard_map all of them vary where one does
+        missing = tuple(sorted(varying - jax.typeof(x).manual_axis_type.varying))
+        given[name] = lax.pcast(x, missing, to="varying") if missing else x
+    return tuple(attend_p.bind(*given.values(), call=Call(tuple(given), options)))
+
+
+def _attend(call: Call, *arrays: Array) -> tuple[Array, ...]:
+    return xla.forward(call.operands(arrays), call.options)
+
+
+def _plainly(call: Call, *arrays: Array) -> tuple[Array, ...]:
+    return plain.attend(call.operands(arrays), call.options)
+
+
+def _tangent(call: Call, *arrays: Array) -> tuple[Array, ...]:
+    operands, tangents = arrays[: len(call.names)], arrays[len(call.names) :]
+    return jax.jvp(functools.partial(_with, call, operands), _mine(call, operands), tangents)[1]
+
+
+def _cotangent(call: Call, *arrays: Array) -> tuple[Array, ...]:
+    operands, cotangents = arrays[: len(call.names)], arrays[len(call.names) :]
+    found = xla.backward(call.operands(operands), tuple(cotangents), call.options, call.wanted)
+    return tuple(found[name] for name in call.wanted)
+
+
+def _cotangent_plainly(call: Call, *arrays: Array) -> tuple[Array, ...]:
+    operands, cotangents = arrays[: len(call.names)], arrays[len(call.names) :]
+    return jax.vjp(functools.partial(_with, call, operands), *_mine(call, operands))[1](tuple(cotangents))
+
+
+def _mine(call: Call, operands: Sequence[Array]) -> tuple[Array, ...]:
+    return tuple(operands[call.names.index(name)] for name in call.wanted)
+
+
+def _with(call: Call, operands: Sequence[Array], *mine: Array) -> tuple[Array, ...]:
+    """Plain attention as a function of the wanted operands."""
+    return _plainly(
+        call, *(dict(zip(call.names, operands, strict=True)) | dict(zip(call.wanted, mine, strict=True))).values()
+    )
+
+
+def _shapes_of_attention(call: Call, *arrays: Array) -> tuple[Array, ...]:
+    """Anything of the shapes, dtypes and varying mesh axes that attention has."""
+    operands = call.operands(arrays)
+    query, value = operands.query, operands.value
+    lse = query.sum(-1)
+    output = jnp.broadcast_to(lse[..., None], (*lse.shape, value.shape[-1]))
+    return (output, lse.astype(statistics_dtype(query.dtype)))[: 1 + call.options.residuals]
+
+
+def _shapes_of_cotangent(call: Call, *arrays: Array) -> tuple[Array, ...]:
+    return _mine(call, arrays)
+
+
+def _vmapped(function: Callable, call: Call) -> Callable:
+    function = functools.partial(function, call)
+    for axes in reversed(call.vmaps):
+        function = jax.vmap(function, tuple(0 if mapped else None for mapped in axes))
+    return function
+
+
+def _primitive(name: str, function: Callable, shapes: Callable) -> Primitive:
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    run = lambda *arrays, call: _vmapped(function, call)(*arrays)
+    primitive.def_impl(lambda *arrays, call: jax.jit(run, static_argnames="call")(*arrays, call=call))
+    mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=True))
+    batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)
+
+    @functools.lru_cache(maxsize=1024)
+    def abstract(*avals: Any, call: Call) -> Any:
+        return jax.make_jaxpr(_vmapped(shapes, call))(*avals).out_avals
+
+    primitive.def_abstract_eval(abstract)
+    return primitive
+
+
+def _batch(primitive: Primitive, arrays: Sequence[Array], dims: Sequence[int | None], *, call: Call) -> tuple:
+    arrays = [x if dim is None else jnp.moveaxis(x, dim, 0) for x, dim in zip(arrays, dims, strict=True)]
+    mapped = tuple(dim is not None for dim in dims)
+    merged = _merged(call, arrays, mapped, primitive is cotangent_p)
+    if merged is not None:
+        found = primitive.bind(*merged, call=call)
+    else:
+        found = primitive.bind(*arrays, call=call._replace(vmaps=(mapped, *call.vmaps)))
+    return found, [0] * len(found)
+
+
+def _merged(call: Call, arrays: list[Array], mapped: tuple[bool, ...], reverse: bool) -> list[Array] | None:
+    """The arguments with what is mapped as a batch axis; None where that would not be the same."""
+    of = dict(zip(call.names, mapped, strict=False))
+    batched = {"query", "key", "value", "extra_key", "extra_value"}
+    broadcast = {"bias", "slot_mask", "key_mask"}  # [*batch|1, ...]
+    shared = set(call.names) - batched - broadcast - {"query_segments", "key_segments"}
+    if call.vmaps or "dropout_key" in of or not all(of[name] for name in batched & set(of)):
+        return None
+    if any(of[name] for name in shared) or (reverse and not all(of[name] for name in call.wanted)):
+        return None
+    rest = mapped[len(call.names) :]
+    if not reverse and any(is_mapped != of[name] for name, is_mapped in zip(call.wanted, rest, strict=True)):
+        return None
+    size = arrays[call.names.index("query")].shape[0]
+    merged = []
+    for name, x, is_mapped in zip(
+        [*call.names, *(call.wanted if not reverse else [""] * len(rest))], arrays, mapped, strict=True
+    ):
+        if is_mapped or name in shared:
+            merged.append(x)
+        else:
+            merged.append(x[None] if name in broadcast else jnp.broadcast_to(x, (size, *x.shape)))
+    return merged
+
+
+attend_p = _primitive("windowed_attention", _attend, _shapes_of_attention)
+tangent_p = _primitive("windowed_attention_tangent", _tangent, _shapes_of_attention)
+cotangent_p = _primitive("windowed_attention_cotangent", _cotangent, _shapes_of_cotangent)
+
+
+def _attend_jvp(primals: Sequence[Array], tangents: Sequence[Any], *, call: Call) -> tuple:
+    output = attend_p.bind(*primals, call=call)
+    there = [k for k, tangent in enumerate(tangents) if not isinstance(tangent, ad.Zero)]
+    if not there:
+        return output, [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in output]
+    call = call._replace(
+        wanted=tuple(call.names[k] for k in there),
+        vmaps=tuple((*axes, *(axes[k] for k in there)) for axes in call.vmaps),
+    )
+    return output, tangent_p.bind(*primals, *(tangents[k] for k in there), call=call)
+
+
+def _linear_jvp(
+    primitive: Primitive, plainly: Callable, primals: Sequence[Array], tangents: Sequence[Any], *, call: Call
+) -> tuple:
+    """Of a primitive that is linear in what follows its operands."""
+    n = len(call.names)
+    terms = []
+    if any(not isinstance(tangent, ad.Zero) for tangent in tangents[n:]):
+        linear = [ad.instantiate_zeros(tangent) for tangent in tangents[n:]]
+        terms.append(primitive.bind(*primals[:n], *linear, call=call))
+    there = [k for k, tangent in enumerate(tangents[:n]) if not isinstance(tangent, ad.Zero)]
+    if there:
+
+        def function(*mine: Array) -> tuple[Array, ...]:
+            arrays = list(primals)
+            for k, x in zip(there, mine, strict=True):
+                arrays[k] = x
+            return tuple(_vmapped(plainly, call)(*arrays))
+
+        terms.append(jax.jvp(function, tuple(primals[k] for k in there), tuple(tangents[k] for k in there))[1])
+    return primitive.bind(*primals, call=call), [sum(parts[1:], parts[0]) for parts in zip(*terms, strict=True)]
+
+
+def _transpose(other: Primitive, cotangents: Sequence[Any], *arrays: Any, call: Call) -> list:
+    """Of `tangent_p`, into `cotangent_p`, and back."""
+    n = len(call.names)
+    given = [ad.instantiate_zeros(cotangent) for cotangent in cotangents]
+    vmaps = tuple((*axes[:n], *[True] * len(given)) for axes in call.vmaps)
+    found = other.bind(*arrays[:n], *given, call=call._replace(vmaps=vmaps))
+    summed = []
+    for k, x in enumerate(found, n):
+        axis = 0
+        for axes in call.vmaps:
+            if axes[k]:
+                axis += 1
+            else:
+                x = x.sum(axis)
+        summed.append(x if ad.is_undefined_primal(arrays[k]) else None)
+    return [None] * n + summed
+
+
+ad.primitive_jvps[attend_p] = _attend_jvp
+ad.primitive_jvps[tangent_p] = functools.partial(_linear_jvp, tangent_p, _tangent)
+ad.primitive_jvps[cotangent_p] = functools.partial(_linear_jvp, cotangent_p, _cotangent_plainly)
+ad.primitive_transposes[tangent_p] = functools.partial(_transpose, cotangent_p)
+ad.primitive_transposes[cotangent_p] = functools.partial(_transpose, tangent_p)

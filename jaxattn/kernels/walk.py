@@ -1,0 +1,243 @@
+"""How the tiles of a problem are walked: what a step of the loop takes of every array, and how it leaves its results.
+
+Arrays are arranged as [entries, chunks, *places, ...]: the batch in chunks where a step has no room for all of it (the
+axis is absent where there is one), then the grid in the order of its tiles. A chunk is every so many entries, so that
+a batch cut over devices is not gathered by the loop. A step takes queries as [tiles, entries, *queries, ...] and keys
+as [tiles, entries, *columns, ...].
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array
+
+from jaxattn.kernels import tiles
+from jaxattn.kernels.layout import AxisLayout, lay_out
+from jaxattn.kernels.problem import Operands, Options
+from jaxattn.kernels.tiles import AxisTiles
+
+Rows = tuple[AxisTiles, ...]  # an axis each, with a row for each tile of a step
+
+
+class Walk(NamedTuple):
+    """The steps of a loop: `chunks` of the batch times the steps of every axis."""
+
+    axes: tuple[AxisLayout, ...]
+    chunks: int
+
+    @property
+    def tables(self) -> Rows:
+        """The tiles of every axis, all of them."""
+        return tuple(axis.tiles for axis in self.axes)
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """How many there are: of chunks, and along each axis."""
+        return (self.chunks, *(axis.steps for axis in self.axes))
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        """The tiles of a step along each axis."""
+        return tuple(axis.run for axis in self.axes)
+
+    @property
+    def lead(self) -> int:
+        """The axes of an arranged array before its places."""
+        return 1 + (self.chunks > 1)
+
+
+class Step(NamedTuple):
+    """Where the loop is: an int where there is nothing to walk, else traced."""
+
+    chunk: Any
+    axes: tuple[Any, ...]
+
+
+def plan(operands: Operands, options: Options) -> Walk:
+    """Choose tiles, runs and chunks, from shapes, dtype and backend."""
+    batch = math.prod(operands.query.shape[: -len(options.queries) - 2])
+    heads, head_dim = operands.query.shape[-2:]
+    return _plan(options, batch, heads, (head_dim, operands.value.shape[-1]), jax.default_backend())
+
+
+@functools.lru_cache(maxsize=128)
+def _plan(options: Options, batch: int, heads: int, dims: tuple[int, int], backend: str) -> Walk:
+    axes = options.axes
+    sizes = options.tile or tiles.best_sizes(axes, heads, dims, backend)
+    pairs = heads * tiles.scores(axes, sizes)
+    room = max(1, tiles.room(backend) // pairs)
+    entries = max(n for n in range(1, batch + 1) if batch % n == 0 and n <= room)
+    room, runs = max(1, room // entries), []
+    for axis, t in zip(reversed(axes), reversed(sizes), strict=True):
+        count = tiles.count(axis, t)
+        run = math.ceil(count / math.ceil(count / min(count, room)))
+        room = max(1, room // run)
+        runs.insert(0, run)
+    layouts = tuple(lay_out(axis, t, run) for axis, t, run in zip(axes, sizes, runs, strict=True))
+    return Walk(layouts, batch // entries)
+
+
+# Arrangement
+
+
+def chunked(x: Array, operands: Operands, walk: Walk) -> Array:
+    """[*batch|1, ...] as [entries|1, chunks|1, ...]."""
+    batch = operands.query.shape[: operands.query.ndim - len(walk.axes) - 2]
+    rest = x.shape[len(batch) :]
+    if math.prod(x.shape[: len(batch)]) == 1:
+        return x.reshape(*[1] * walk.lead, *rest)
+    x = jnp.broadcast_to(x, (*batch, *rest))
+    return x.reshape(-1, *([walk.chunks] if walk.chunks > 1 else []), *rest)
+
+
+def arrange_queries(x: Array, operands: Operands, walk: Walk) -> Array:
+    """[*batch, *queries, ...] in the order of the tiles; zeros where a tile has no query."""
+    return _at_places(chunked(x, operands, walk), [axis.queries for axis in walk.axes], walk)
+
+
+def arrange_keys(x: Array, operands: Operands, walk: Walk) -> Array:
+    """[*batch, *keys, ...], regrouped and extended, so that the columns of every tile are a slice."""
+    return _at_places(chunked(x, operands, walk), [axis.keys for axis in walk.axes], walk)
+
+
+def restore(x: Array, operands: Operands, walk: Walk) -> Array:
+    """`arrange_queries`, undone."""
+    for axis, layout in enumerate(walk.axes, walk.lead):
+        place = layout.place
+        if place is not None and np.array_equal(place, np.arange(len(place))):
+            x = lax.slice_in_dim(x, 0, len(place), axis=axis)
+        elif place is not None:
+            x = jnp.take(x, place, axis=axis)
+    return x.reshape(*operands.query.shape[: operands.query.ndim - len(walk.axes) - 2], *x.shape[walk.lead :])
+
+
+def _at_places(x: Array, index: Sequence[np.ndarray | None], walk: Walk) -> Array:
+    for axis, places in enumerate(index, walk.lead):
+        x = x if places is None else take(x, places, axis)
+    return x
+
+
+def take(x: Array, index: np.ndarray | Array, axis: int) -> Array:
+    """Along one axis, zeros where the index is -1."""
+    n = x.shape[axis]
+    if isinstance(index, np.ndarray) and np.array_equal(index, np.arange(n)):
+        return x
+    if n == 0:
+        return jnp.zeros((*x.shape[:axis], len(index), *x.shape[axis + 1 :]), x.dtype)
+    if isinstance(index, np.ndarray) and index.min() >= 0:
+        return jnp.take(x, index, axis=axis, mode="clip")
+    return jnp.take(x, jnp.where(index < 0, n, index), axis=axis, mode="fill", fill_value=0)
+
+
+# The loop
+
+
+def loop(body: Callable[[Step, Any], Any], carry: Any, walk: Walk) -> Any:
+    """Take every step."""
+    count = math.prod(walk.steps)
+    if count == 1:
+        return body(Step(0, (0,) * len(walk.axes)), carry)
+
+    def take_step(i: Array, carry: Any) -> Any:
+        at = []
+        for steps in reversed(walk.steps):
+            at.insert(0, 0 if steps == 1 else i % steps)
+            i = i // steps
+        return body(Step(at[0], tuple(at[1:])), carry)
+
+    return lax.fori_loop(0, count, take_step, carry)
+
+
+def rows(walk: Walk, step: Step) -> Rows:
+    """The tables of the tiles of a step."""
+    return tuple(AxisTiles(*(of_tiles(x, walk, step, a) for x in axis.tiles)) for a, axis in enumerate(walk.axes))
+
+
+def of_tiles(table: np.ndarray, walk: Walk, step: Step, a: int) -> Any:
+    """The rows, for the tiles of a step, of a table with one for each tile along axis a."""
+    tile = np.unravel_index(np.arange(math.prod(walk.runs)), walk.runs)[a]
+    if walk.axes[a].steps == 1:
+        return table[tile]
+    return jnp.asarray(table)[step.axes[a] * walk.axes[a].run + tile]
+
+
+def take_chunk(x: Array, walk: Walk, step: Step) -> Array:
+    """[entries, chunks, ...] as [entries, ...]."""
+    if walk.chunks == 1:
+        return x
+    return x[:, 0] if x.shape[1] == 1 else lax.dynamic_index_in_dim(x, step.chunk, 1, keepdims=False)
+
+
+def take_queries(x: Array, walk: Walk, step: Step) -> Array:
+    """[entries, chunks, *places, ...] as [tiles, entries, *queries, ...]."""
+    x, rank = take_chunk(x, walk, step), len(walk.axes)
+    corner, sizes = _corner(walk, step)
+    for axis, (begin, run, t) in enumerate(zip(corner, walk.runs, sizes, strict=True), 1):
+        if run * t < x.shape[axis]:
+            x = lax.dynamic_slice_in_dim(x, begin, run * t, axis)
+    pairs = (n for pair in zip(walk.runs, sizes, strict=True) for n in pair)
+    x = jnp.moveaxis(x.reshape(x.shape[0], *pairs, *x.shape[1 + rank :]), range(1, 1 + 2 * rank, 2), range(rank))
+    return x.reshape(-1, *x.shape[rank:])
+
+
+def put_queries(x: Array, tile: Array, walk: Walk, step: Step, add: bool = False) -> Array:
+    """`take_queries`, undone: write, or add, in place."""
+    rank = len(walk.axes)
+    corner, sizes = _corner(walk, step)
+    tile = jnp.moveaxis(tile.reshape(*walk.runs, *tile.shape[1:]), range(rank), range(1, 1 + 2 * rank, 2))
+    places = [run * t for run, t in zip(walk.runs, sizes, strict=True)]
+    return put(x, tile.reshape(tile.shape[0], *places, *tile.shape[1 + 2 * rank :]), corner, walk, step, add)
+
+
+def take_columns(x: Array, walk: Walk, step: Step) -> Array:
+    """[entries, chunks, *keys, ...] as [tiles, entries, *columns, ...]."""
+    x, rank = take_chunk(x, walk, step), len(walk.axes)
+    sizes = (x.shape[0], *(axis.tiles.keys.shape[1] for axis in walk.axes), *x.shape[1 + rank :])
+    if sizes == x.shape:
+        return jnp.broadcast_to(x, (math.prod(walk.runs), *x.shape))
+    starts = [of_tiles(axis.start, walk, step, a) for a, axis in enumerate(walk.axes)]
+    one = lambda *start: lax.dynamic_slice(x, (0, *start, *[0] * (x.ndim - 1 - rank)), sizes)
+    return jax.vmap(one)(*(jnp.asarray(start) for start in starts))
+
+
+def add_columns(x: Array, tile: Array, walk: Walk, step: Step) -> Array:
+    """The transpose of `take_columns`: what the tiles of a step send to the keys that they share, added in place."""
+    rank, begin = len(walk.axes), []
+    tile = tile.reshape(*walk.runs, *tile.shape[1:])
+    for a, axis in enumerate(walk.axes):
+        tile = jnp.moveaxis(tile, 0, rank)  # [runs to come, entries, keys so far, run, columns, ...]
+        tile = tile.reshape(*tile.shape[:rank], -1, *tile.shape[rank + 2 :])
+        if axis.run == 1:
+            begin.append(of_tiles(axis.start, walk, step, a)[0])
+            continue
+        place = slice(0, 1) if axis.steps == 1 else step.axes[a][None]
+        table = lambda x, place=place, static=axis.steps == 1: (x if static else jnp.asarray(x))[place][0]
+        begin.append(table(axis.band))
+        meeting = table(axis.overlap)  # [keys, n]
+        terms = [take(tile, meeting[:, n], rank) for n in range(meeting.shape[1])]
+        tile = functools.reduce(jnp.add, terms)
+    return put(x, tile, tuple(begin), walk, step, add=True)
+
+
+def put(x: Array, tile: Array, at: tuple, walk: Walk, step: Step, add: bool) -> Array:
+    """Write, or add, [entries, ...] to the step's chunk of [entries, chunks, ...] in place; `at` is where, from axis 1
+    of the tile on."""
+    tile = tile.astype(x.dtype)
+    if walk.chunks > 1:
+        tile, at = tile[:, None], (0 if x.shape[1] == 1 else step.chunk, *at)
+    if tile.shape == x.shape:
+        return x + tile if add else tile
+    at = (0, *at, *[0] * (x.ndim - 1 - len(at)))
+    return lax.dynamic_update_slice(x, lax.dynamic_slice(x, at, tile.shape) + tile if add else tile, at)
+
+
+def _corner(walk: Walk, step: Step) -> tuple[tuple, list[int]]:
+    """The first place of a step, and the queries of a tile, along each axis."""
+    sizes = [axis.tiles.queries.shape[1] for axis in walk.axes]
+    return tuple(s * run * t for s, run, t in zip(step.axes, walk.runs, sizes, strict=True)), sizes

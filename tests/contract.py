@@ -17,7 +17,7 @@ import oracle_gradients
 
 from jaxattn.attention import IMPLEMENTATIONS as REGISTRY
 from jaxattn.attention import attention
-from jaxattn.kernels import tiles, xla
+from jaxattn.kernels import derivative, tiles
 from jaxattn.window import Window
 
 SMALL = "xla in small tiles"
@@ -44,9 +44,9 @@ quicker = known(quick | {"xla_cpu_use_fusion_emitters": False})
 
 def small_tiles(operands, options):
     """The xla implementation in tiles of about three queries along each axis, a few at a time."""
-    three = lambda axes, lanes, size: [math.ceil(3 / axis.block) * axis.block for axis in axes]
-    with mock.patch.object(xla, "tile_sizes", three), mock.patch.object(tiles, "BUDGET", 1):
-        return xla.attend(operands, options)
+    three = tuple(math.ceil(3 / axis.block) * axis.block for axis in options.axes)
+    with mock.patch.object(tiles, "room", return_value=1000):
+        return derivative.attend(operands, dataclasses.replace(options, tile=three))
 
 
 GEOMETRIES = {

@@ -219,6 +219,14 @@ def test_a_backward_pass_beyond_patience_is_not_run(monkeypatch):
     assert found["jaxattn", "both"].note == "would take more than 24 s"
 
 
+def test_a_slow_backward_pass_is_tried_on_one_head_first(monkeypatch):
+    monkeypatch.setattr("jaxattn.bench.measure.sample", lambda run: 3.0)
+    found, _ = measured([attention_ways.WAYS[0]], EFFORT._replace(patience=10))
+    assert found["jaxattn", "both"].note == "would take about 12 s, 4 times what a thin case takes"
+    found, _ = measured([attention_ways.WAYS[0]], EFFORT._replace(patience=13))
+    assert found["jaxattn", "both"].status == "ok"
+
+
 def results(*peers, ours=(2.0, 2.1, 2.2)):
     """A result of made-up samples, in both modes."""
     of = CASES[0][0][0]

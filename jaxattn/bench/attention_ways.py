@@ -147,7 +147,7 @@ def slices(case: AttentionCase) -> Function:
                 inside = [slice(b, b + n) for b, n in zip(begin, case.grid, strict=True)]
                 yield x[(slice(None), *inside)]
 
-        scores = jnp.stack([(q * key).sum(-1) for key in places(k)], axis=-1) * q.shape[-1] ** -0.5
+        scores = jnp.stack([jnp.einsum("...d,...d->...", q, key) for key in places(k)], axis=-1) * q.shape[-1] ** -0.5
         weights = softmax(scores + slot_bias(bias, offsets, case), seen, q.dtype)
         return sum(weights[..., u : u + 1] * value for u, value in enumerate(places(v)))
 

@@ -15,6 +15,9 @@ from jaxattn.bench.ways import CannotError, Way
 # Relative norm by which two results of a dtype may differ.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 4e-2, "float16": 1e-2}
 
+# Bytes; what holds more is tried on a thin case first.
+LARGE = 10**9
+
 
 class Effort(NamedTuple):
     """How long is measured."""
@@ -95,23 +98,22 @@ def refuse_if_hopeless(way: Way, case: Case, mode: str, effort: Effort, found: S
     if way.needs(case) > effort.memory:
         raise SkippedError(f"would need {way.needs(case) / 1e9:.1f} GB, and {effort.memory / 1e9:.1f} GB may be used")
     forward = next((m for m in found if (m.way, m.mode, m.status) == (way.name, "forward", "ok")), None)
-    if mode == "forward" or forward is None:
-        return
-    if 3 * forward.median > effort.patience:
-        raise SkippedError(f"would take more than {3 * forward.median:.0f} s")
-    if forward.median * 60 > effort.patience:  # some backward passes are far slower than their forward pass
+    if mode == "both" and forward is not None:
+        if 3 * forward.median > effort.patience:
+            raise SkippedError(f"would take more than {3 * forward.median:.0f} s")
+        doubtful = 60 * forward.median > effort.patience  # backward passes 40 times slower than forward have been seen
+    else:
+        doubtful = way.needs(case) > LARGE
+    if doubtful:
         small, times = case.thin()
         program = make_program(way, small, mode, *small.operands())
-        program.run()
-        start = time.perf_counter()
-        program.run()
-        expected = times * (time.perf_counter() - start)
+        expected = times * sample(program.run)
         if expected > effort.patience:
             raise SkippedError(f"would take about {expected:.0f} s, {times} times what a thin case takes")
 
 
 def first_run(program: Program, measured: Measurement, effort: Effort) -> list[np.ndarray]:
-    """Runs a program for its result; where that takes long already, it is the sample too."""
+    """Runs a program for its result; only where that has taken all patience does its time count."""
     measured.compile_seconds, measured.temporaries = program.compile_seconds, program.temporaries
     if program.temporaries is not None and program.temporaries > effort.memory:
         wanted, allowed = program.temporaries / 1e9, effort.memory / 1e9
@@ -119,7 +121,7 @@ def first_run(program: Program, measured: Measurement, effort: Effort) -> list[n
     start = time.perf_counter()
     outputs = program.run()
     seconds = time.perf_counter() - start
-    if program.compile_seconds is not None and seconds > effort.seconds:
+    if seconds > effort.patience:
         measured.samples.append(seconds)
     return program.numpy(outputs)
 

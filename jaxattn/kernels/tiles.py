@@ -84,28 +84,33 @@ def best_sizes(axes: Sequence[Axis], heads: int, dims: tuple[int, int], backend:
     for axis in axes:
         longest = int(np.unique(axis.query % axis.dilation, return_counts=True)[1].max())
         few = {_blocks(min(2**n, longest), axis) for n in range(longest.bit_length() + 1) if 2**n <= 256}
-        choices.append([(t, _columns(axis, t)) for t in sorted(few)])
+        choices.append([(t, reach(axis, t)) for t in sorted(few)])
     best, least = None, math.inf
     for choice in itertools.product(*choices):
         rows, columns = (math.prod(x[k] for x in choice) for k in (0, 1))
         places = math.prod(count(axis, t) * t for axis, (t, _) in zip(axes, choice, strict=True))
         waste = places / math.prod(len(axis.start) for axis in axes)
-        cost = _cost(rows, columns, sum(dims), backend) * waste
-        if cost < least and (best is None or heads * rows * columns <= room(backend)):
+        cost = _cost(rows, columns, sum(dims)) * waste
+        if cost < least and (best is None or heads * size(rows, columns, dims) <= room(backend)):
             best, least = tuple(t for t, _ in choice), cost
     assert best is not None
     return best
 
 
-def _cost(rows: int, columns: int, dims: int, backend: str) -> float:
-    """Nanoseconds a query, of a tile of so many queries and columns: products, exponentials, and keys moved."""
-    del backend
-    return columns * (0.05 * dims * (1 + 4 / rows) + 1 + (0.5 * dims + 4) / rows)
+def _cost(rows: int, columns: int, dims: int) -> float:
+    """Of a query, for a tile of so many queries and columns: products (small ones are slower), exponentials, and the
+    keys that are moved. About nanoseconds, on two cores."""
+    return columns * (0.07 * dims * (1 + 4 / rows) + 1 + 1.2 * dims / rows)
+
+
+def size(rows: int, columns: int, dims: Sequence[int]) -> int:
+    """The numbers that a tile holds for a head: scores, keys and values, queries."""
+    return rows * columns + (rows + columns) * sum(dims)
 
 
 def room(backend: str) -> int:
-    """Scores that a step holds: on a CPU what its caches hold."""
-    return 2**19 if backend == "cpu" else 2**24
+    """The numbers that a step may hold: on a CPU what its caches do."""
+    return 2**20 if backend == "cpu" else 2**24
 
 
 def count(axis: Axis, t: int) -> int:
@@ -113,15 +118,22 @@ def count(axis: Axis, t: int) -> int:
     return sum(-(-n // t) for n in np.unique(axis.query % axis.dilation, return_counts=True)[1].tolist())
 
 
-def _columns(axis: Axis, t: int) -> int:
+def reach(axis: Axis, t: int) -> int:
+    """The keys that a tile of `t` queries needs along an axis."""
     return cut(axis, t).keys.shape[1]
 
 
 def tiles_at_once(tiles: int, scores: int, size: int) -> int:
-    """How many tiles a step of the loop takes: what the budget allows, preferably a divisor of their number."""
-    most = min(tiles, max(1, budget(size) // scores))
-    even = max(n for n in range(1, most + 1) if tiles % n == 0)
-    return even if 2 * even > most else most
+    """How many tiles a step of the loop takes: what the budget allows."""
+    return run(tiles, max(1, budget(size) // scores))
+
+
+def run(tiles: int, most: int) -> int:
+    """About as many tiles as there may be in a step: what divides their number leaves nothing to pad."""
+    divisors = [n for n in range(1, tiles + 1) if tiles % n == 0 and most <= 2 * n <= 3 * most]
+    if divisors:
+        return min(divisors, key=lambda n: abs(n - most))
+    return tiles if tiles <= most else math.ceil(tiles / math.ceil(tiles / most))
 
 
 def budget(size: int) -> int:

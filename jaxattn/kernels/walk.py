@@ -70,15 +70,15 @@ def plan(operands: Operands, options: Options) -> Walk:
 def _plan(options: Options, batch: int, heads: int, dims: tuple[int, int], backend: str) -> Walk:
     axes = options.axes
     sizes = options.tile or tiles.best_sizes(axes, heads, dims, backend)
-    pairs = heads * tiles.scores(axes, sizes)
-    room = max(1, tiles.room(backend) // pairs)
+    held = heads * tiles.size(
+        math.prod(sizes), math.prod(tiles.reach(a, t) for a, t in zip(axes, sizes, strict=True)), dims
+    )
+    room = max(1, tiles.room(backend) // held)
     entries = max(n for n in range(1, batch + 1) if batch % n == 0 and n <= room)
     room, runs = max(1, room // entries), []
     for axis, t in zip(reversed(axes), reversed(sizes), strict=True):
-        count = tiles.count(axis, t)
-        run = math.ceil(count / math.ceil(count / min(count, room)))
-        room = max(1, room // run)
-        runs.insert(0, run)
+        runs.insert(0, tiles.run(tiles.count(axis, t), room))
+        room = max(1, room // runs[0])
     layouts = tuple(lay_out(axis, t, run) for axis, t, run in zip(axes, sizes, runs, strict=True))
     return Walk(layouts, batch // entries)
 

@@ -215,6 +215,8 @@ def dense_bytes(case: AttentionCase) -> int:
 
 def window_bytes(case: AttentionCase) -> int:
     """The keys and the values of every window."""
+    if case.window is None:
+        return 0
     return 2 * math.prod(case.shape) * case.slots * jnp.dtype(case.dtype).itemsize
 
 

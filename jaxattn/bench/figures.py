@@ -45,8 +45,8 @@ def drawn(result: Result, mode: str):
 def draw_bars(axes, results: Sequence[Result], counts: Sequence[int], mode: str):
     y, ticks = 0, []
     for result, count in zip(results, counts, strict=True):
-        title = str(result.case) if mode == "both" else result.case.name
-        axes.text(0, y, title, transform=axes.get_yaxis_transform(), va="center", weight="bold", color=INK)
+        title, weight = (result.case.name, "bold") if mode == "forward" else (str(result.case), "normal")
+        axes.text(0, y, title, transform=axes.get_yaxis_transform(), va="center", weight=weight, color=INK)
         for row, m in enumerate(drawn(result, mode)):
             color = OURS if m.ours else FASTER if result.mark(m) == "<" else THEIRS
             low, middle, high = (1e3 * x for x in m.quartiles)

@@ -55,9 +55,9 @@ def lay_out(axis: Axis, t: int, run: int) -> AxisLayout:
     place = np.argsort(np.where(queries < 0, n, queries), kind="stable")[:n]
     as_they_are = np.array_equal(queries, np.arange(n))
     band, overlap = _overlap(start.reshape(steps, run), columns, count, axis.length if keys is None else len(keys))
-    slot = np.arange(columns) - tiles.shift[..., None]
-    sees = (tiles.low[..., None] <= slot) & (slot < tiles.high[..., None])
-    patterns, pattern = np.unique(sees, axis=0, return_inverse=True)
+    seen, pattern = np.unique(np.hstack([tiles.low, tiles.high]) + np.tile(tiles.shift, 2), axis=0, return_inverse=True)
+    low, high = np.split(seen[..., None], 2, axis=1)  # the columns that a query sees
+    patterns = (low <= np.arange(columns)) & (np.arange(columns) < high)
     return AxisLayout(
         tiles,
         run,
@@ -112,6 +112,8 @@ def _overlap(start: np.ndarray, columns: int, count: int, keys: int) -> tuple[np
     """For each step: where its keys begin, and which columns of its run meet at each place from there on."""
     steps, run = start.shape
     band = start.min(1)
+    if run == 1:  # nothing meets
+        return band, np.zeros((steps, 0, 0), int)
     length = int((start.max(1) - band).max()) + columns
     band = np.minimum(band, keys - length)
     flat = np.arange(columns) + columns * np.arange(run)[:, None]

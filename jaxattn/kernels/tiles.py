@@ -32,6 +32,22 @@ class AxisTiles(NamedTuple):
 
 def cut(axis: Axis, t: int) -> AxisTiles:
     """Cut the queries of an axis into tiles of `t`."""
+    queries, first, columns = _spans(axis, t)
+    start, low, high = axis.start[queries], axis.low[queries], axis.high[queries]
+    position = first[:, None] + axis.dilation * np.arange(columns)
+    keys = axis.fold(position)
+    shift = (start - first[:, None]) // axis.dilation
+    relative = (start - axis.query[queries]) // axis.dilation + axis.size - 1 - shift
+    return AxisTiles(queries, first, keys, np.where(keys < 0, position, keys), shift, relative, low, high)
+
+
+def reach(axis: Axis, t: int) -> int:
+    """The keys that a tile of `t` queries needs along an axis."""
+    return _spans(axis, t)[2]
+
+
+def _spans(axis: Axis, t: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """The queries of every tile, [tiles, t], the position of its first column, and the columns that each has."""
     residue = axis.query % axis.dilation
     rows = []
     for r in np.unique(residue):
@@ -44,12 +60,7 @@ def cut(axis: Axis, t: int) -> AxisTiles:
     first = np.where(seeing, start + axis.dilation * low, np.iinfo(int).max).min(1)
     first = np.where(seeing.any(1), first, start[:, 0])
     last = np.where(seeing, start + axis.dilation * (high - 1), first[:, None]).max(1)
-    columns = (last - first).max() // axis.dilation + 1
-    position = first[:, None] + axis.dilation * np.arange(columns)
-    keys = axis.fold(position)
-    shift = (start - first[:, None]) // axis.dilation
-    relative = (start - axis.query[queries]) // axis.dilation + axis.size - 1 - shift
-    return AxisTiles(queries, first, keys, np.where(keys < 0, position, keys), shift, relative, low, high)
+    return queries, first, int((last - first).max() // axis.dilation + 1)
 
 
 def tile_sizes(axes: Sequence[Axis], lanes: int, size: int) -> list[int]:
@@ -78,23 +89,22 @@ def tile_sizes(axes: Sequence[Axis], lanes: int, size: int) -> list[int]:
 
 
 def best_sizes(axes: Sequence[Axis], heads: int, dims: tuple[int, int], backend: str) -> tuple[int, ...]:
-    """Queries per tile along each axis, multiples of the block: what costs least by the model of `_cost`, which depends
-    on the windows and the features only, and holds at most `room` scores for all heads."""
+    """Queries per tile along each axis, multiples of the block: what costs least by the model of `_cost`, of what fits
+    into a step, or is at most twice the size of the smallest tile where the keys of a window alone do not fit."""
     choices = []
     for axis in axes:
         longest = int(np.unique(axis.query % axis.dilation, return_counts=True)[1].max())
         few = {_blocks(min(2**n, longest), axis) for n in range(longest.bit_length() + 1) if 2**n <= 256}
         choices.append([(t, reach(axis, t)) for t in sorted(few)])
-    best, least = None, math.inf
+    found = []
     for choice in itertools.product(*choices):
         rows, columns = (math.prod(x[k] for x in choice) for k in (0, 1))
         places = math.prod(count(axis, t) * t for axis, (t, _) in zip(axes, choice, strict=True))
         waste = places / math.prod(len(axis.start) for axis in axes)
-        cost = _cost(rows, columns, sum(dims)) * waste
-        if cost < least and (best is None or heads * size(rows, columns, dims) <= room(backend)):
-            best, least = tuple(t for t, _ in choice), cost
-    assert best is not None
-    return best
+        held = heads * size(rows, columns, dims)
+        found.append((_cost(rows, columns, sum(dims)) * waste, held, tuple(t for t, _ in choice)))
+    limit = max(room(backend), 2 * min(held for _, held, _ in found))
+    return min((cost, sizes) for cost, held, sizes in found if held <= limit)[1]
 
 
 def _cost(rows: int, columns: int, dims: int) -> float:
@@ -116,11 +126,6 @@ def room(backend: str) -> int:
 def count(axis: Axis, t: int) -> int:
     """How many tiles an axis is cut into."""
     return sum(-(-n // t) for n in np.unique(axis.query % axis.dilation, return_counts=True)[1].tolist())
-
-
-def reach(axis: Axis, t: int) -> int:
-    """The keys that a tile of `t` queries needs along an axis."""
-    return cut(axis, t).keys.shape[1]
 
 
 def tiles_at_once(tiles: int, scores: int, size: int) -> int:

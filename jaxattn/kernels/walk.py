@@ -63,18 +63,20 @@ def plan(operands: Operands, options: Options) -> Walk:
     """Choose tiles, runs and chunks, from shapes, dtype and backend."""
     batch = math.prod(operands.query.shape[: -len(options.queries) - 2])
     heads, head_dim = operands.query.shape[-2:]
-    return _plan(options, batch, heads, (head_dim, operands.value.shape[-1]), jax.default_backend())
+    dims = head_dim, operands.value.shape[-1]
+    return _plan(options, batch, heads, dims, jax.default_backend(), jax.device_count())
 
 
 @functools.lru_cache(maxsize=128)
-def _plan(options: Options, batch: int, heads: int, dims: tuple[int, int], backend: str) -> Walk:
+def _plan(options: Options, batch: int, heads: int, dims: tuple[int, int], backend: str, devices: int) -> Walk:
     axes = options.axes
     sizes = options.tile or tiles.best_sizes(axes, heads, dims, backend)
     held = heads * tiles.size(
         math.prod(sizes), math.prod(tiles.reach(a, t) for a, t in zip(axes, sizes, strict=True)), dims
     )
     room = max(1, tiles.room(backend) // held)
-    entries = max(n for n in range(1, batch + 1) if batch % n == 0 and n <= room)
+    least = math.gcd(batch, devices)  # so that a batch that is cut over devices stays where it is
+    entries = max(n for n in range(least, batch + 1, least) if batch % n == 0 and n <= max(room, least))
     room, runs = max(1, room // entries), []
     for axis, t in zip(reversed(axes), reversed(sizes), strict=True):
         runs.insert(0, tiles.run(tiles.count(axis, t), room))

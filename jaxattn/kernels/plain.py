@@ -26,10 +26,8 @@ Rows = tuple[AxisTiles, ...]  # or with the row of one tile, perhaps traced
 def attend(operands: Operands, options: Options) -> tuple[Array, ...]:
     """The output [*batch, *queries, heads, value_dim]; with `options.residuals` also lse [*batch, *queries, heads]."""
     query, axes = operands.query, options.axes
-    if query.size == 0:  # no queries, or an empty batch
-        shape, dtype = query.shape[:-1], problem.statistics_dtype(query.dtype)
-        empty = jnp.zeros((*shape, operands.value.shape[-1]), query.dtype), jnp.zeros(shape, dtype)
-        return empty[: 1 + options.residuals]
+    if query.size == 0:
+        return problem.nothing(operands, options)
     batch = query.ndim - len(axes) - 2
     lanes = math.prod(query.shape[:batch]) * query.shape[-2]
     tables = tuple(cut(axis, t) for axis, t in zip(axes, tile_sizes(axes, lanes, query.size), strict=True))

@@ -62,6 +62,13 @@ def statistics_dtype(dtype: DTypeLike) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
+def nothing(operands: Operands, options: Options) -> tuple[Array, ...]:
+    """What attention makes of no queries, or of an empty batch."""
+    shape, dtype = operands.query.shape[:-1], operands.query.dtype
+    output = jnp.zeros((*shape, operands.value.shape[-1]), dtype)
+    return (output, jnp.zeros(shape, statistics_dtype(dtype)))[: 1 + options.residuals]
+
+
 def cap(scores: Array, soft_cap: Array | None) -> Array:
     """cap·tanh(s / cap)."""
     return scores if soft_cap is None else soft_cap * jnp.tanh(scores / soft_cap)

@@ -18,6 +18,8 @@ from jaxattn.window import outer
 
 def attend(operands: Operands, options: Options) -> tuple[Array, ...]:
     """The output [*batch, *queries, heads, value_dim]; with `options.residuals` also lse [*batch, *queries, heads]."""
+    if operands.query.size == 0:
+        return problem.nothing(operands, options)
     weight = weights(operands, options)
     value = _gather(operands.value, options)
     if operands.extra_value is not None:
@@ -127,9 +129,11 @@ def _gather(x: Array, options: Options, trailing: int = 2) -> Array:
     index = np.ravel_multi_index(
         outer([np.maximum(axis.keys(), 0) for axis in options.axes]), tuple(axis.length for axis in options.axes)
     )
-    x = _flat(x, options, trailing)
-    picked = jnp.take(x, index.reshape(inside.shape), axis=x.ndim - trailing - 1)
-    return jnp.where(inside.reshape(*inside.shape, *[1] * trailing), picked, jnp.zeros((), x.dtype))
+    x, dtype = _flat(x, options, trailing), x.dtype
+    if jnp.issubdtype(dtype, jnp.floating):
+        x = x.astype(problem.statistics_dtype(dtype))  # the transpose of gathering is a sum
+    picked = jnp.take(x, index.reshape(inside.shape), axis=x.ndim - trailing - 1).astype(dtype)
+    return jnp.where(inside.reshape(*inside.shape, *[1] * trailing), picked, jnp.zeros((), dtype))
 
 
 def _flat(x: Array, options: Options, trailing: int = 2) -> Array:

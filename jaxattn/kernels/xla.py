@@ -148,10 +148,14 @@ def _matrices(arrays: Arrays, options: Options) -> tuple[Array, Array, Array]:
         spread = lambda x: jnp.broadcast_to(x, (key.shape[0], *x.shape))
         key = jnp.concatenate([key, spread(arrays["extra_key"])], 2)
         value = jnp.concatenate([value, spread(arrays["extra_value"])], 2)
-    half = key.dtype.itemsize < 4 and jax.default_backend() == "cpu"  # which has no fast product in half precision
-    dtype = jnp.float32 if half else key.dtype
+    dtype = _product_dtype(key.dtype)
     query = _grouped(arrays["query"], key.shape[-2])
     return query.astype(dtype), jnp.swapaxes(key, 2, 3).astype(dtype), jnp.swapaxes(value, 2, 3).astype(dtype)
+
+
+def _product_dtype(dtype: Any) -> Any:
+    """A CPU has no fast product in half precision."""
+    return problem.statistics_dtype(dtype) if jax.default_backend() == "cpu" else dtype
 
 
 def _grouped(x: Array, key_heads: int) -> Array:
@@ -305,7 +309,9 @@ def _prepare(operands: Operands, options: Options, walk: Walk) -> Arrays:
     rank, dtype = len(walk.axes), operands.query.dtype
     batch = operands.query.ndim - rank - 2
     work = {name: x for name, x in operands._asdict().items() if x is not None and name != "scale"}
-    work["query"] = (operands.query.astype(problem.statistics_dtype(dtype)) * operands.scale).astype(dtype)
+    work["query"] = (operands.query.astype(problem.statistics_dtype(dtype)) * operands.scale).astype(
+        _product_dtype(dtype)
+    )
     if operands.key_embedding is not None:
         work["unscaled"] = operands.query
     for name, x in work.items():

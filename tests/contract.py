@@ -313,12 +313,12 @@ PER_TOKEN = ("query", "key", "value", "extra_key", "extra_value")
 
 
 def problem(geometry, arguments="plain", *, batch=None, heads=4, key_heads=2, head_dim=3, value_dim=2, seed=0):
-    """The problem of a geometry and arguments, named or given: a batch of two, or of one with many scores."""
+    """The problem of a geometry and arguments, named or given: a batch of three, or of one with many scores."""
     grid, given = GEOMETRIES[geometry] if isinstance(geometry, str) else geometry
     window = None if given is None else Window(**given)
     queries, grid = (grid[:1], grid[1:]) if window is None else (window.query_grid(grid), grid)
     slots = grid if window is None else window.sizes
-    batch = (2 if math.prod(queries + slots) < 1e5 else 1,) if batch is None else batch
+    batch = (3 if math.prod(queries + slots) < 1e5 else 1,) if batch is None else batch
     rng = np.random.default_rng(seed)
     operands = dict(
         query=rng.normal(size=(*batch, *queries, heads, head_dim)),

@@ -13,8 +13,8 @@ from jaxattn.bench.programs import MODES
 LEGEND = """\
 ms: median (lower quartile - upper quartile). fwd+bwd: the output, and the gradients by every input.
 ratio: its time / jaxattn's; < marks a peer that is faster, ~ one that is faster by less than the spread (their
-quartiles overlap). limit: the least time that this machine could take / its time. MB: temporaries, as the compiler
-counts them. compile s: the seconds that it took over fwd+bwd."""
+quartiles overlap). limit: what it would take at the rate of XLA's large matrix products, or of a copy / its time.
+MB: temporaries, as the compiler counts them. compile s: the seconds that it took over fwd+bwd."""
 
 
 @dataclasses.dataclass

@@ -25,7 +25,7 @@ from contract import (
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
     ("geometry", "arguments"),
-    [("5 x 3", "everything"), ("dilated", "plain"), ("257 of 600", "plain"), ("global, 700", "plain")],
+    [("5 x 3", "everything"), ("dilated", "plain"), ("257 of 600", "plain"), ("global, 700", "everything")],
 )
 def test_dtypes(geometry, arguments, dtype, implementation):
     check(problem(geometry, arguments, head_dim=8, value_dim=8), implementation, dtype)
@@ -70,7 +70,7 @@ WINDOWED, GLOBAL = problem("stride 2").full, problem("global, more keys").full
     ("geometry", "of_bias", "of_mask"),
     [
         *(("stride 2", *shapes) for shapes in broadcasts(WINDOWED)),
-        *(("global, more keys", *shapes) for shapes in list(broadcasts(GLOBAL))[::3]),
+        *(("global, more keys", *shapes) for shapes in broadcasts(GLOBAL)),
         *(("5 x 5, mask", shape, shape) for shape in [(13, 1, 1, 5, 1), (1, 12, 4, 1, 5), (2, 13, 12, 1, 1, 5)]),
     ],
 )

@@ -180,3 +180,14 @@ def test_memory_is_not_the_window_times_the_keys():
     for function, share in ((f, 0.3), (backward, 0.6)):
         temporaries = jax.jit(function).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
         assert temporaries < share * gathered, f"{temporaries / 1e6:.0f} MB"
+
+
+def test_a_batch_in_chunks_drops_what_the_definition_drops():
+    shape = (64, 4, 4, 4, 64)  # more than a step of the loop holds
+    query, key, value = (np.random.default_rng(i).normal(size=shape) for i in range(3))
+
+    def attend(implementation):
+        options = dict(window=Window((3, 3)), dropout_rate=0.5, dropout_key=jax.random.key(7))
+        return jax.jit(lambda *x: attention(*x, **options, implementation=implementation))(query, key, value)
+
+    np.testing.assert_allclose(attend("xla"), attend("reference"), atol=1e-12)

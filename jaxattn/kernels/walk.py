@@ -76,6 +76,8 @@ def _plan(options: Options, batch: int, heads: int, dims: tuple[int, int], backe
     )
     room = max(1, tiles.room(backend) // held)
     least = math.gcd(batch, devices)  # so that a batch that is cut over devices stays where it is
+    if options.dropout_rate > 0:
+        least = batch  # its bits are drawn for the whole batch at once
     entries = max(n for n in range(least, batch + 1, least) if batch % n == 0 and n <= max(room, least))
     room, runs = max(1, room // entries), []
     for axis, t in zip(reversed(axes), reversed(sizes), strict=True):

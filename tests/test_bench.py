@@ -6,6 +6,7 @@ import itertools
 import json
 import subprocess
 import sys
+import time
 
 import numpy as np
 import oracle
@@ -147,6 +148,14 @@ def test_the_limit_is_the_larger_of_products_and_memory():
     assert fast.seconds(of, "forward") == 2.0
     narrow = machine.Limits({"float32": of.flops("forward") / 3}, 1e30)
     assert narrow.seconds(of, "forward") == 3.0
+
+
+def test_a_step_is_timed_from_what_the_last_one_returned():
+    def halve(x):
+        time.sleep(0.05 * x)
+        return x / 2
+
+    assert 0.025 <= machine.best_seconds(halve, 4.0, times=3) < 0.1  # sleeps of 0.2 first, then of 0.1, 0.05, 0.025
 
 
 def fake(name, log, seconds=0.0):
@@ -298,7 +307,7 @@ def test_a_scaling_figure_draws_every_size():
     axes = figures.scaling(points, "tokens").axes
     assert len(axes) == 4
     for panel in axes:
-        measured, linear = panel.lines
+        measured, linear = panel.lines[:2]
         np.testing.assert_allclose(measured.get_xdata(), [16, 64])
         np.testing.assert_allclose(measured.get_ydata(), [4, 8])
         np.testing.assert_allclose(linear.get_ydata(), [4, 16])

@@ -88,6 +88,7 @@ def scaling(results: Sequence[Result], series: str) -> Figure:
             axes.minorticks_off()
             axes.yaxis.set_major_formatter("{x:g}")
             axes.grid(color=INK, alpha=0.2, linewidth=0.6)
+        figure.axes[0].plot([], color=INK, linestyle="--", linewidth=0.8, label="in proportion")
         figure.axes[0].legend()
     return figure
 

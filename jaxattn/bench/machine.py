@@ -4,7 +4,7 @@ import importlib.metadata
 import os
 import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ PACKAGES = ("jaxattn", "jax", "jaxlib", "flax", "numpy", "torch", "natten")
 
 
 class Limits(NamedTuple):
-    """What the machine reaches: FLOP/s of a matrix product by dtype, and bytes/s of a copy, reading and writing."""
+    """What the machine reaches: FLOP/s of a matrix product by dtype, and bytes/s of memory, read and written."""
 
     flops: dict[str, float]
     bandwidth: float
@@ -26,24 +26,26 @@ class Limits(NamedTuple):
 
 
 def measure_limits(dtypes: Iterable[str]) -> Limits:
-    """Matrix products of 2048² (8192² on an accelerator), and a copy of an array that no cache holds."""
+    """Matrix products of 2048² (8192² on an accelerator), and one pass over an array that no cache holds.
+
+    The pass writes where it has read: new memory would measure how fast the system hands out pages.
+    """
     cpu = jax.default_backend() == "cpu"
     n, length = (2048, 2**26) if cpu else (8192, 2**28)
-    flops = {}
-    for dtype in dtypes:
-        x = jnp.ones((n, n), dtype)
-        flops[dtype] = 2 * n**3 / best_seconds(jax.jit(jnp.matmul), x, x)
-    x = jnp.ones(length, jnp.float32)
-    return Limits(flops, 2 * x.nbytes / best_seconds(jax.jit(lambda x: x + 1), x))
+    square = jax.jit(lambda x: x @ x)  # of a matrix that is its own square
+    flops = {dtype: 2 * n**3 / best_seconds(square, jnp.full((n, n), 1 / n, dtype)) for dtype in dtypes}
+    array = jnp.ones(length, jnp.float32)
+    moved = 2 * array.nbytes
+    return Limits(flops, moved / best_seconds(jax.jit(lambda x: x + 1, donate_argnums=0), array))
 
 
-def best_seconds(function, *arguments, times: int = 5) -> float:
-    """The shortest of a few runs: a limit is what is reached when nothing disturbs."""
-    jax.block_until_ready(function(*arguments))
+def best_seconds(step: Callable[[jax.Array], jax.Array], x: jax.Array, times: int = 5) -> float:
+    """The shortest of a few steps, each from what the last one returned: a limit is what is reached undisturbed."""
+    x = jax.block_until_ready(step(x))
     samples = []
     for _ in range(times):
         start = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
+        x = jax.block_until_ready(step(x))
         samples.append(time.perf_counter() - start)
     return min(samples)
 

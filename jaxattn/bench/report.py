@@ -13,7 +13,7 @@ from jaxattn.bench.programs import MODES
 LEGEND = """\
 ms: median (lower quartile - upper quartile). fwd+bwd: the output, and the gradients by every input.
 ratio: its time / jaxattn's; < marks a peer that is faster, ~ one that is faster by less than the spread (their
-quartiles overlap). limit: what it would take at the rate of XLA's large matrix products, or of a copy / its time.
+quartiles overlap). limit: what it would take at the rate of XLA's large matrix products, or of memory / its time.
 MB: temporaries, as the compiler counts them. compile s: the seconds that it took over fwd+bwd."""
 
 
@@ -57,7 +57,7 @@ def header_text(header: dict[str, Any], limits: Limits) -> str:
     rates = ", ".join(f"{rate / 1e9:.0f} GFLOP/s {dtype}" for dtype, rate in limits.flops.items())
     lines = [
         f"{header['device']}, {header['threads']} threads",
-        f"limits: products {rates}; copy {limits.bandwidth / 1e9:.1f} GB/s",
+        f"limits: products {rates}; memory {limits.bandwidth / 1e9:.1f} GB/s",
         "versions: " + ", ".join(f"{name} {version}" for name, version in header["versions"].items()),
         "not installed, so not compared: " + (", ".join(header["missing"]) or "nothing"),
         load_warning(header["load"]) or f"load before the run: {header['load']}",

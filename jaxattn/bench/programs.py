@@ -82,4 +82,5 @@ def torch_program(function: Function, mode: str, inputs, cotangent) -> Program:
         return [f(x).detach().float().cpu().numpy() for f, x in zip(leave, outputs, strict=False)]
 
     cannot_unless(place == "cpu" or tensors[0].is_cuda, "torch sees no GPU")
+    run()  # what is compiled is compiled now
     return Program(run, to_numpy)

@@ -403,12 +403,14 @@ def _tile(tile: Any, geometry: _Geometry) -> tuple[int, ...] | None:
         return None
     sizes = tuple(tile) if isinstance(tile, Sequence) else (tile,) * len(geometry.axes)
     blocks = tuple(axis.block for axis in geometry.axes)
-    integers = len(sizes) == len(blocks) and all(isinstance(t, int | np.integer) for t in sizes)
+    integers = len(sizes) == len(blocks) and all(
+        isinstance(t, int | np.integer) and not isinstance(t, bool) for t in sizes
+    )
     if integers and all(t >= 1 and t % block == 0 for t, block in zip(sizes, blocks, strict=True)):
         return tuple(int(min(t, n + -n % b)) for t, n, b in zip(sizes, geometry.queries, blocks, strict=True))
     raise ValueError(
-        f"attention: tile is {tile!r}; allowed: None, or an int or {len(blocks)} ints, positive multiples of the "
-        f"window's block {blocks}"
+        f"attention: tile is {tile!r}; allowed: None, an int, or an int for each of the {len(blocks)} axes; positive "
+        f"multiples of the window's block {blocks}"
     )
 
 

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import oracle_gradients
 
-from jaxattn.attention import IMPLEMENTATIONS as REGISTRY
 from jaxattn.attention import attention
-from jaxattn.kernels import derivative, tiles
-from jaxattn.window import Window
+from jaxattn.kernels import plain, tiles, walk
+from jaxattn.kernels.problem import Options
+from jaxattn.window import Axis, Window
 
 SMALL = "xla in small tiles"
 IMPLEMENTATIONS = ["reference", "xla", SMALL]
@@ -42,11 +42,30 @@ quick = {"xla_backend_optimization_level": 0}
 quicker = known(quick | {"xla_cpu_use_fusion_emitters": False})
 
 
-def small_tiles(operands, options):
-    """The xla implementation in tiles of about three queries along each axis, a few at a time."""
-    three = tuple(math.ceil(3 / axis.block) * axis.block for axis in options.axes)
-    with mock.patch.object(tiles, "room", return_value=1000):
-        return derivative.attend(operands, dataclasses.replace(options, tile=three))
+def small_tile(axes):
+    """About three queries along each axis."""
+    return tuple(math.ceil(3 / axis.block) * axis.block for axis in axes)
+
+
+def in_little_room(function):
+    """The same, with a step of one entry's tile, or of a few, where the tile is given: so that little problems are
+    loops. Patched for good, since what a primitive does is traced when whatever called it has returned."""
+
+    @functools.wraps(function)
+    def wrapped(*arguments):
+        options = next(x for x in arguments if isinstance(x, Options))
+        if options.tile is None:
+            return function(*arguments)
+        few = 1 if sum(options.keys) % 2 else 6
+        rows, columns = math.prod(options.tile), math.prod(map(tiles.reach, options.axes, options.tile))
+        room = few * 4 * tiles.size(rows, columns, (3, 2))
+        with mock.patch.object(tiles, "room", return_value=room):
+            return function(*arguments)
+
+    return wrapped
+
+
+walk._plan, plain.attend = in_little_room(walk._plan), in_little_room(plain.attend)
 
 
 GEOMETRIES = {
@@ -148,8 +167,11 @@ class Problem:
 
     def call(self, implementation, operands):
         """`attention`, of operands that a transformation may have in hand, and which may stand for options as well."""
-        with mock.patch.dict(REGISTRY, {SMALL: small_tiles}):
-            return attention(**(self.options | operands), window=self.window, implementation=implementation)
+        given = self.options | operands | dict(window=self.window, implementation=implementation)
+        if implementation == SMALL:
+            axes = (Axis.everything(*self.queries, *self.grid),) if self.window is None else self.window.axes(self.grid)
+            given |= dict(implementation="xla", tile=small_tile(axes))
+        return attention(**given)
 
     def cast(self, dtype):
         """The same in another dtype, rounded here, before the oracle sees it."""
@@ -287,12 +309,12 @@ PER_TOKEN = ("query", "key", "value", "extra_key", "extra_value")
 
 
 def problem(geometry, arguments="plain", *, batch=None, heads=4, key_heads=2, head_dim=3, value_dim=2, seed=0):
-    """The problem of a geometry and arguments, named or given: a batch of two, or of one with many scores."""
+    """The problem of a geometry and arguments, named or given: a batch of three, or of one with many scores."""
     grid, given = GEOMETRIES[geometry] if isinstance(geometry, str) else geometry
     window = None if given is None else Window(**given)
     queries, grid = (grid[:1], grid[1:]) if window is None else (window.query_grid(grid), grid)
     slots = grid if window is None else window.sizes
-    batch = (2 if math.prod(queries + slots) < 1e5 else 1,) if batch is None else batch
+    batch = (3 if math.prod(queries + slots) < 1e5 else 1,) if batch is None else batch
     rng = np.random.default_rng(seed)
     operands = dict(
         query=rng.normal(size=(*batch, *queries, heads, head_dim)),
@@ -461,6 +483,10 @@ def with_(function, *arguments):
     return lambda p: function(p, *arguments)
 
 
+EVERYTHING = [
+    *(bias, relative_bias, key_embedding, mask_of_keys, segments, extra_tokens),
+    *(soft_cap, scale, residuals),
+]
 ARGUMENTS = {
     "plain": [],
     "residuals": [residuals],
@@ -492,8 +518,10 @@ ARGUMENTS = {
     "dropout": [dropout],
     "dropout, extra": [extra_tokens, dropout, mask_by_slot, with_(normalize, "sigmoid")],
     "precision": [precision, soft_cap],
-    "everything": [
-        *(bias, relative_bias, key_embedding, mask_of_keys, segments, extra_tokens),
-        *(score_mod, soft_cap, scale, residuals),
+    "everything": EVERYTHING,
+    "everything, modified": [*EVERYTHING, score_mod],
+    "everything by slot": [
+        *(bias, relative_bias, with_(key_embedding, 1), mask_by_slot, extra_tokens, soft_cap),
+        *(with_(normalize, "relu"), dropout),
     ],
 }

@@ -8,7 +8,7 @@ import pytest
 from contract import IMPLEMENTATIONS, SMALL, agree, problem, quicker, scalar
 
 compiled = functools.partial(jax.jit, compiler_options=quicker)
-few = dict(batch=(1,), heads=2, key_heads=1)
+few = dict(heads=2, key_heads=1)
 NORMALIZERS = ["relu", "sigmoid", "none", "sparsemax", "a function normalizes"]
 
 

@@ -93,6 +93,10 @@ def zeros(*shape, dtype=jnp.float64):
         ),
         ((X, X, X), {"implementation": "cuda"}, "implementation is 'cuda'; allowed: None, 'reference', 'xla'"),
         ((X, X, X), {"dropout_rate": 1.0}, "dropout_rate is 1.0; allowed: a number >= 0 and < 1"),
+        ((X, X, X), {"tile": 0}, "tile is 0; allowed: None, an int, or an int for each of the"),
+        ((X, X, X), {"tile": True}, "tile is True; allowed"),
+        ((X, X, X), {"tile": 2.0}, "tile is 2.0; allowed"),
+        ((X, X, X), {"tile": (1, 2, 3, 4)}, "tile is (1, 2, 3, 4); allowed"),
         ((X, X, X), {"dropout_rate": -0.1}, "dropout_rate is -0.1; allowed"),
         ((X, X, X), {"dropout_rate": 0.1}, "dropout_key is missing with dropout_rate 0.1"),
         ((X, X, X), {"extra_key": zeros(2, 1, 4, 8)}, "extra_value is missing: give both or neither"),
@@ -181,3 +185,10 @@ def test_merging_leaves_out_what_an_empty_part_holds():
     empty, full = jnp.full((3, 1, 2), jnp.nan), jnp.ones((3, 1, 2))
     lses = [jnp.full((3, 1), -jnp.inf), jnp.zeros((3, 1))]
     np.testing.assert_array_equal(merge_attentions(iter([empty, full]), lses), full)
+
+
+def test_tiles_are_whole_blocks():
+    window = Window(4, block=4)
+    x = jnp.ones((8, 1, 2))
+    with pytest.raises(ValueError, match=r"tile is 6; .* positive multiples of the window's block \(4,\)"):
+        attention(x, x, x, window=window, tile=6)

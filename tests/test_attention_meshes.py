@@ -76,7 +76,7 @@ def gradients_of(call, made, cotangents):
 )
 def test_under_a_mesh(implementation, geometry, over, arguments, kind):
     """No device asks another for an operand: at most, the gradient of what the batch shares is summed."""
-    made = problem(geometry, arguments, batch=(2,))
+    made = problem(geometry, arguments, batch=(6,))  # two devices, perhaps three steps
     cotangents = made.cotangents()
     given, specs = sharded(made, over)
     call = functools.partial(made.call, implementation)
@@ -114,7 +114,7 @@ def communicates(text, most):
 )
 def test_inside_shard_map(geometry, over, implementation):
     """With the gradient taken outside, through the shard_map, and inside it."""
-    made = problem(geometry, APART)
+    made = problem(geometry, APART, batch=(2,))
     cotangents = made.cotangents()
     expected = made.expected(cotangents)
     given, specs = sharded(made, over)
@@ -136,7 +136,7 @@ def test_inside_shard_map(geometry, over, implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_inside_shard_map_over_one_axis_of_two(implementation, kind):
     """The batch by hand, and the other axis as the mesh has it."""
-    made = problem("wrap and mask", APART)
+    made = problem("wrap and mask", APART, batch=(2,))
     cotangents = made.cotangents()
     given, specs = sharded(made, BATCH)
     results = specs["query"], P(*specs["query"])
@@ -154,7 +154,7 @@ def test_inside_shard_map_over_one_axis_of_two(implementation, kind):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_vmap_over_a_sharded_axis(implementation):
     """Named to vmap, the axis stays where it is."""
-    made = problem("wrap and mask", batch=(2,))
+    made = problem("wrap and mask", batch=(6,))
     one = lambda *x: made.call(implementation, dict(zip(("query", "key", "value"), x, strict=True)))
     with jax.set_mesh(mesh := mesh_of(AxisType.Auto, (2, 1))):
         x = [jax.device_put(y, NamedSharding(mesh, P("data"))) for y in made.operands.values()]

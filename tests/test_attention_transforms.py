@@ -9,7 +9,7 @@ import pytest
 from contract import IMPLEMENTATIONS, SMALL, agree, bias, extra_tokens, problem, quicker, scalar
 
 compiled = functools.partial(jax.jit, compiler_options=quicker)
-few = dict(batch=(1,), heads=2, key_heads=1)
+few = dict(heads=2, key_heads=1)
 # Each operand of the problem that has everything, and the options that are arrays.
 MAPPED = [
     *("query", "key", "value", "bias", "relative_bias", "key_embedding", "extra_key", "extra_value"),

@@ -6,7 +6,8 @@ from contract import ARGUMENTS, GEOMETRIES, SMALL, check, problem
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize(
-    ("implementation", "arguments"), [("xla", "plain"), (SMALL, "everything"), ("reference", "everything")]
+    ("implementation", "arguments"),
+    [("xla", "plain"), (SMALL, "plain"), (SMALL, "everything"), ("reference", "everything")],
 )
 def test_geometries(geometry, arguments, implementation):
     check(problem(geometry, arguments), implementation)

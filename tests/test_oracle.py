@@ -4,14 +4,14 @@ import jax
 import numpy as np
 import oracle
 import pytest
-from contract import ARGUMENTS, problem
+from contract import ARGUMENTS, dropout, problem
 
 
 @pytest.mark.parametrize("arguments", ARGUMENTS)
 @pytest.mark.parametrize("geometry", ["edge and reflect", "zero and valid", "block 3, dilation 2", "global, one query"])
 def test_the_oracle_itself(geometry, arguments):
     """Its values against loops over queries and slots, its gradients against central differences of them."""
-    if "dropout" in arguments and geometry == "edge and reflect":
+    if dropout in ARGUMENTS[arguments] and geometry == "edge and reflect":
         geometry = "all at once"  # where no window holds a key twice
     made = problem(geometry, arguments, batch=(1,), heads=2, key_heads=1)
     cotangents = made.cotangents()

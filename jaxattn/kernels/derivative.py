@@ -82,9 +82,8 @@ def _mine(call: Call, operands: Sequence[Array]) -> tuple[Array, ...]:
 
 def _with(call: Call, operands: Sequence[Array], *mine: Array) -> tuple[Array, ...]:
     """Plain attention as a function of the wanted operands."""
-    return _plainly(
-        call, *(dict(zip(call.names, operands, strict=True)) | dict(zip(call.wanted, mine, strict=True))).values()
-    )
+    arrays = dict(zip(call.names, operands, strict=True)) | dict(zip(call.wanted, mine, strict=True))
+    return _plainly(call, *arrays.values())
 
 
 def _shapes_of_attention(call: Call, *arrays: Array) -> tuple[Array, ...]:
@@ -148,10 +147,8 @@ def _merged(call: Call, arrays: list[Array], mapped: tuple[bool, ...], reverse: 
     if not reverse and any(is_mapped != of[name] for name, is_mapped in zip(call.wanted, rest, strict=True)):
         return None
     size = arrays[call.names.index("query")].shape[0]
-    merged = []
-    for name, x, is_mapped in zip(
-        [*call.names, *(call.wanted if not reverse else [""] * len(rest))], arrays, mapped, strict=True
-    ):
+    names, merged = [*call.names, *([""] * len(rest) if reverse else call.wanted)], []
+    for name, x, is_mapped in zip(names, arrays, mapped, strict=True):
         if is_mapped or name in shared:
             merged.append(x)
         else:

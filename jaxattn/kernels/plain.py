@@ -1,4 +1,7 @@
-"""Windowed attention in tiles of queries, each with the keys its windows reach: `dot_general` on every backend.
+"""Windowed attention in tiles of queries that JAX itself can differentiate, as often as it likes.
+
+It computes what `xla` computes, in the same tiles, and more slowly: second derivatives go through it, and functions of
+the caller's (score_mod, a normaliser), which may close over what is differentiated. `xla` takes its terms from here.
 
 A loop takes a few tiles at a time, so that neither the `N × window` weights nor gathered keys ever exist at once, and
 forgets each tile's scores: the derivative computes them again (`jax.checkpoint`). Memory is O(N) in both directions.
@@ -14,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxattn.kernels import problem
+from jaxattn.kernels import problem, tiles
 from jaxattn.kernels.problem import Operands, Options
-from jaxattn.kernels.tiles import AxisTiles, cut, tile_sizes, tiles_at_once
+from jaxattn.kernels.tiles import AxisTiles
+from jaxattn.kernels.walk import take
 from jaxattn.normalize import NORMALIZERS, logsumexp
 
 Tables = tuple[AxisTiles, ...]  # an axis each, in NumPy; with one row for each of its tiles,
@@ -26,11 +30,12 @@ Rows = tuple[AxisTiles, ...]  # or with the row of one tile, perhaps traced
 def attend(operands: Operands, options: Options) -> tuple[Array, ...]:
     """The output [*batch, *queries, heads, value_dim]; with `options.residuals` also lse [*batch, *queries, heads]."""
     query, axes = operands.query, options.axes
-    if query.size == 0:
+    if 0 in query.shape[:-1]:
         return problem.nothing(operands, options)
-    batch = query.ndim - len(axes) - 2
-    lanes = math.prod(query.shape[:batch]) * query.shape[-2]
-    tables = tuple(cut(axis, t) for axis, t in zip(axes, tile_sizes(axes, lanes, query.size), strict=True))
+    batch, heads, dims = query.ndim - len(axes) - 2, query.shape[-2], (query.shape[-1], operands.value.shape[-1])
+    backend = jax.default_backend()
+    sizes = options.tile or tiles.best_sizes(axes, heads, dims, backend)
+    tables = tuple(tiles.cut(axis, t) for axis, t in zip(axes, sizes, strict=True))
     grid = tuple(len(table.queries) for table in tables)
     tile = np.unravel_index(np.arange(math.prod(grid)), grid)
     rows = tuple(AxisTiles(*(field[t] for field in table)) for table, t in zip(tables, tile, strict=True))
@@ -40,8 +45,9 @@ def attend(operands: Operands, options: Options) -> tuple[Array, ...]:
         own = own | _take_keys(operands, rows, tables)
         return _attend_tile(operands._replace(**own), options, rows, tables)
 
-    pairs = lanes * math.prod(table.queries.shape[1] * table.keys.shape[1] for table in tables)
-    at_once = tiles_at_once(math.prod(grid), pairs, query.size)
+    columns = math.prod(table.keys.shape[1] for table in tables)
+    held = math.prod(query.shape[:batch]) * heads * tiles.size(math.prod(sizes), columns, dims)
+    at_once = tiles.run(math.prod(grid), max(1, tiles.room(backend) // held))
     if math.prod(grid) == 1:  # nothing to loop over, and a static place
         output, lse = jax.tree.map(lambda x: x[None], run(*jax.tree.map(lambda x: x[0], (own, rows))))
     elif at_once == math.prod(grid):
@@ -263,7 +269,7 @@ def _take_keys(operands: Operands, rows: Rows, tables: Tables) -> dict[str, Arra
     taken = {name: getattr(operands, name) for name in names if getattr(operands, name) is not None}
     for axis, (row, table) in enumerate(zip(rows, tables, strict=True), batch):
         index = table.keys[0] if (table.keys == table.keys[0]).all() else row.keys
-        taken = {name: _take(x, index, axis) for name, x in taken.items()}
+        taken = {name: take(x, index, axis) for name, x in taken.items()}
     return taken
 
 
@@ -271,7 +277,7 @@ def _cut(x: Array, index: Sequence[np.ndarray], batch: int) -> Array:
     """[*batch, *grid, ...] by tile, [tiles, *batch, *tile, ...]."""
     rank = len(index)
     for axis, table in enumerate(index, batch):
-        x = _take(x, table.ravel(), axis)
+        x = take(x, table.ravel(), axis)
     x = x.reshape(*x.shape[:batch], *(n for table in index for n in table.shape), *x.shape[batch + rank :])
     x = jnp.moveaxis(x, range(batch, batch + 2 * rank, 2), range(rank))
     return x.reshape(-1, *x.shape[rank:])
@@ -286,15 +292,5 @@ def _restore(x: Array, tables: Tables, batch: int) -> Array:
     for axis, table in enumerate(tables, batch):
         place = np.unique(table.queries, return_index=True)[1]  # where each query came first
         in_order = np.array_equal(place, np.arange(len(place)))
-        x = jax.lax.slice_in_dim(x, 0, len(place), axis=axis) if in_order else _take(x, place, axis)
+        x = jax.lax.slice_in_dim(x, 0, len(place), axis=axis) if in_order else take(x, place, axis)
     return x
-
-
-def _take(x: Array, index: np.ndarray | Array, axis: int) -> Array:
-    """Along one axis, zeros where the index is -1."""
-    n = x.shape[axis]
-    if isinstance(index, np.ndarray) and np.array_equal(index, np.arange(n)):
-        return x
-    if n == 0:
-        return jnp.zeros((*x.shape[:axis], len(index), *x.shape[axis + 1 :]), x.dtype)
-    return jnp.take(x, jnp.where(index < 0, n, index), axis=axis, mode="fill", fill_value=0)

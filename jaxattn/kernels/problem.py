@@ -63,7 +63,7 @@ def statistics_dtype(dtype: DTypeLike) -> jnp.dtype:
 
 
 def nothing(operands: Operands, options: Options) -> tuple[Array, ...]:
-    """What attention makes of no queries, or of an empty batch."""
+    """What attention makes of no queries, no heads, or an empty batch."""
     shape, dtype = operands.query.shape[:-1], operands.query.dtype
     output = jnp.zeros((*shape, operands.value.shape[-1]), dtype)
     return (output, jnp.zeros(shape, statistics_dtype(dtype)))[: 1 + options.residuals]

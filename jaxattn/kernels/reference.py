@@ -18,7 +18,7 @@ from jaxattn.window import outer
 
 def attend(operands: Operands, options: Options) -> tuple[Array, ...]:
     """The output [*batch, *queries, heads, value_dim]; with `options.residuals` also lse [*batch, *queries, heads]."""
-    if operands.query.size == 0:
+    if 0 in operands.query.shape[:-1]:
         return problem.nothing(operands, options)
     weight = weights(operands, options)
     value = _gather(operands.value, options)

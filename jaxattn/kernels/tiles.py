@@ -14,8 +14,6 @@ import numpy as np
 
 from jaxattn.window import Axis
 
-BUDGET = 2**20  # scores in flight: 4 MB, about a core's cache
-
 
 class AxisTiles(NamedTuple):
     """One row for each tile along an axis; ragged tiles repeat their last query."""
@@ -63,31 +61,6 @@ def _spans(axis: Axis, t: int) -> tuple[np.ndarray, np.ndarray, int]:
     return queries, first, int((last - first).max() // axis.dilation + 1)
 
 
-def tile_sizes(axes: Sequence[Axis], lanes: int, size: int) -> list[int]:
-    """Queries per tile along each axis, a multiple of the block; `lanes` counts batch entries times heads.
-
-    All queries (of a residue class) where they are few: then one tile needs no loop, and is worth some waste. Otherwise
-    about a window's worth, at least 8 (16 in 1-D), and halved while a tile has more scores than the budget.
-    """
-    members = [int(np.unique(axis.query % axis.dilation, return_counts=True)[1].max()) for axis in axes]
-    everyone = [_blocks(m, axis) for m, axis in zip(members, axes, strict=True)]
-    slots = math.prod(t * axis.size for axis, t in zip(axes, everyone, strict=True))
-    if lanes * scores(axes, everyone) <= BUDGET and scores(axes, everyone) <= 16 * slots:
-        return everyone
-    least = 16 if len(axes) == 1 else 8
-    sizes = []
-    for axis, m in zip(axes, members, strict=True):
-        t = max(axis.size, least)
-        sizes.append(_blocks(m if m <= 2 * t else math.ceil(m / math.ceil(m / t)), axis))
-    while lanes * scores(axes, sizes) > budget(size):
-        blocks = [t // axis.block for t, axis in zip(sizes, axes, strict=True)]
-        longest = int(np.argmax(blocks))
-        if blocks[longest] == 1:
-            break
-        sizes[longest] = _blocks(sizes[longest] // 2, axes[longest])
-    return sizes
-
-
 def best_sizes(axes: Sequence[Axis], heads: int, dims: tuple[int, int], backend: str) -> tuple[int, ...]:
     """Queries per tile along each axis, multiples of the block: what costs least by the model of `_cost`, of what fits
     into a step, or is at most twice the size of the smallest tile where the keys of a window alone do not fit."""
@@ -128,27 +101,12 @@ def count(axis: Axis, t: int) -> int:
     return sum(-(-n // t) for n in np.unique(axis.query % axis.dilation, return_counts=True)[1].tolist())
 
 
-def tiles_at_once(tiles: int, scores: int, size: int) -> int:
-    """How many tiles a step of the loop takes: what the budget allows."""
-    return run(tiles, max(1, budget(size) // scores))
-
-
 def run(tiles: int, most: int) -> int:
     """About as many tiles as there may be in a step: what divides their number leaves nothing to pad."""
     divisors = [n for n in range(1, tiles + 1) if tiles % n == 0 and most <= 2 * n <= 3 * most]
     if divisors:
         return min(divisors, key=lambda n: abs(n - most))
     return tiles if tiles <= most else math.ceil(tiles / math.ceil(tiles / most))
-
-
-def budget(size: int) -> int:
-    """Scores in flight: in proportion to the `size` of the query where that is large, so that memory is O(N)."""
-    return max(BUDGET, size // 2)
-
-
-def scores(axes: Sequence[Axis], sizes: Sequence[int]) -> int:
-    """The query-key pairs of a tile."""
-    return math.prod(t * cut(axis, t).keys.shape[1] for axis, t in zip(axes, sizes, strict=True))
 
 
 def _blocks(t: int, axis: Axis) -> int:

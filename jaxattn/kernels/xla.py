@@ -125,9 +125,8 @@ def _pull(tile: _Tile, cotangents: list[Array], needed: list[str]) -> Arrays:
     weights = (weights if kept is None else weights * kept).astype(value.dtype)
     found = {}
     if additive is not None:  # its sum over what it was broadcast along
-        found = pull_terms(
-            jax.linear_transpose(lambda x: jnp.broadcast_to(x, of_scores.shape), additive)(of_scores)[0]
-        )[0]
+        (of_additive,) = jax.linear_transpose(lambda x: jnp.broadcast_to(x, of_scores.shape), additive)(of_scores)
+        found = pull_terms(of_additive)[0]
     of_scores = of_scores.astype(key.dtype)
     of_query = _product("qk,kd->qd", lax.optimization_barrier(jnp.swapaxes(of_scores, -1, -2)), key, options)
     of_key = _product("kq,qd->kd", of_scores, query, options)

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None):
     except InputError as error:
         sys.exit(f"jaxattn: {error}")
     except KeyboardInterrupt:
-        sys.exit("jaxattn: interrupted; nothing was written")
+        sys.exit("jaxattn: interrupted")
 
 
 def train(config: OmitArgPrefixes[Config], out: Path | None = None, overwrite: bool = False):
@@ -143,7 +143,7 @@ def bench(
       what: which cases.
       quick: small shapes and few rounds, to see that everything works; the numbers say little.
       cases: names of cases, in which * stands for anything; all of them by default.
-      json: a file for everything that was measured.
+      json: a file for everything that was measured; it grows with every case.
       out: a folder for the figures, which replace those of an earlier run.
     """
     run_benchmark(what, quick, cases, out, json)

@@ -150,12 +150,25 @@ def test_the_limit_is_the_larger_of_products_and_memory():
     assert narrow.seconds(of, "forward") == 3.0
 
 
-def test_a_step_is_timed_from_what_the_last_one_returned():
+class Clock:
+    """Time that passes when it is told to."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+    def wait(self, seconds):
+        self.now += seconds
+
+
+def test_a_step_is_timed_from_what_the_last_one_returned(monkeypatch):
+    clock = Clock(monkeypatch)
+
     def halve(x):
-        time.sleep(0.05 * x)
+        clock.wait(x)
         return x / 2
 
-    assert 0.025 <= machine.best_seconds(halve, 4.0, times=3) < 0.1  # sleeps of 0.2 first, then of 0.1, 0.05, 0.025
+    assert machine.best_seconds(halve, 4.0, times=3) == 0.5  # 4 first, which does not count, then 2, 1 and 0.5
 
 
 def fake(name, log, seconds=0.0):
@@ -174,12 +187,16 @@ def test_programs_take_turns_until_their_time_is_used_up(monkeypatch):
     assert [len(m.samples) for _, m in programs] == [3, 2, 1]
 
 
-def test_a_short_run_is_timed_with_its_data_in_cache():
-    calls = []
-    assert 0 <= sample(lambda: calls.append(1)) < 0.1
-    assert len(calls) == 2
-    sample(lambda: calls.append(1), short=0.0)
-    assert len(calls) == 3
+def test_a_short_run_is_timed_with_its_data_in_cache(monkeypatch):
+    clock = Clock(monkeypatch)
+    assert sample(iter_wait(clock, [0.1, 0.04])) == pytest.approx(0.04)  # a run that is not timed comes before it
+    assert sample(iter_wait(clock, [0.3])) == pytest.approx(0.3)
+
+
+def iter_wait(clock, seconds):
+    """A run that takes these times, one after the other."""
+    times = iter(seconds)
+    return lambda: clock.wait(next(times))
 
 
 def way(name, function, **options):
@@ -346,6 +363,20 @@ def test_wrong_results_make_the_command_fail(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(machine, "measure_limits", lambda dtypes: machine.Limits({"float32": 1e9}, 1e9))
     said = fails(capsys, "attention", "--quick", "--cases", "1d-causal", "--out", str(tmp_path))
     assert "some results are wrong or missing" in said
+
+
+def test_a_run_that_is_stopped_leaves_what_it_has_measured(tmp_path, monkeypatch):
+    def stop_at_the_second(case, *arguments):
+        if case.name == "swin":
+            raise KeyboardInterrupt
+        return compare(case, *arguments)
+
+    monkeypatch.setattr(run, "compare", stop_at_the_second)
+    monkeypatch.setitem(run.WAYS, "attention", attention_ways.WAYS[:1])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="interrupted"):
+        cli.main(["bench", "attention", "--quick", "--cases", "1d-causal", "swin", "--json", "bench.json"])
+    assert [one["name"] for one in json.loads((tmp_path / "bench.json").read_text())["cases"]] == ["1d-causal"]
 
 
 def test_the_load_of_others_is_told():

@@ -35,9 +35,9 @@ def run(what: str, quick: bool, patterns: Sequence[str], out: Path, json_file: P
     for case in cases:
         results.append(report.Result.of(case, compare(case, ways_of(case, header["missing"]), effort, say), limits))
         print(f"\n{report.table(results[-1])}", flush=True)
+        if json_file:  # after every case, so that a run that is stopped leaves what it has measured
+            write_json(json_file, report.as_json(header, limits, results))
     print(f"\n{report.summary(results)}")
-    if json_file:
-        json_file.write_text(json.dumps(report.as_json(header, limits, results), indent=1, allow_nan=False) + "\n")
     for path in draw(results, header, out):
         print(f"figure: {path}")
     if any(m.status == "differs" or (m.ours and m.status == "failed") for r in results for m in r.measurements):
@@ -73,6 +73,13 @@ def check_writable(out: Path, json_file: Path | None):
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"out (={out}) cannot be made: {error.strerror}") from error
+
+
+def write_json(path: Path, values: dict):
+    """All of it or nothing."""
+    whole = path.with_name(f"{path.name}.part")
+    whole.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
+    whole.replace(path)
 
 
 def draw(results: Sequence[report.Result], header: dict, out: Path) -> list[Path]:

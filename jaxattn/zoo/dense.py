@@ -1,4 +1,4 @@
-"""Each layer as a pure function of a few lines over `einsum` and `attention`."""
+"""Dense convolution: weights that are fixed, one offset to a tap."""
 
 import numbers
 from collections.abc import Sequence
@@ -8,8 +8,17 @@ import numpy as np
 from jax import lax
 
 from jaxattn.einsum import einsum
+from jaxattn.zoo.row import row
 
 
+@row(
+    "dense, strided, dilated, grouped convolution",
+    weights="1[j-i=Δ_h], V_h=W_Δ",
+    source="fixed",
+    shared="all / yes",
+    normalizer="none",
+    paper="LeCun et al. 1989; Yu & Koltun 2016 (1511.07122)",
+)
 def conv(
     x,
     kernel,

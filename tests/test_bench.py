@@ -20,7 +20,7 @@ from jaxattn.bench.programs import Program, make_program
 from jaxattn.bench.ways import CannotError, Function, Way
 from jaxattn.window import Window
 
-EFFORT = Effort(rounds=2, seconds=1, patience=60, memory=10**9)
+EFFORT = Effort(rounds=2, seconds=1, turn=0, patience=60, memory=10**9)
 HAS_TORCH, HAS_NATTEN = (importlib.util.find_spec(name) is not None for name in ("torch", "natten"))
 
 
@@ -179,18 +179,38 @@ def fake(name, log, seconds=0.0):
 
 
 def test_programs_take_turns_until_their_time_is_used_up(monkeypatch):
-    monkeypatch.setattr("jaxattn.bench.measure.sample", lambda run: run() or 0.4)
+    monkeypatch.setattr("jaxattn.bench.measure.sample", lambda run, turn: run() or 0.4)
     log = []
     programs = [fake("a", log), fake("slow", log, seconds=0.7), fake("spent", log, seconds=1.0)]
-    take_turns(programs, Effort(rounds=4, seconds=1, patience=9, memory=1))
+    take_turns(programs, Effort(rounds=4, seconds=1, turn=0, patience=9, memory=1))
     assert log == ["a", "slow", "a", "a"]
     assert [len(m.samples) for _, m in programs] == [3, 2, 1]
 
 
-def test_a_short_run_is_timed_with_its_data_in_cache(monkeypatch):
+def test_a_turn_is_the_median_of_its_runs_without_the_first(monkeypatch):
     clock = Clock(monkeypatch)
-    assert sample(iter_wait(clock, [0.1, 0.04])) == pytest.approx(0.04)  # a run that is not timed comes before it
-    assert sample(iter_wait(clock, [0.3])) == pytest.approx(0.3)
+    assert sample(iter_wait(clock, [0.2, 0.06, 0.04, 0.04, 0.2]), 0.5) == pytest.approx(0.05)
+    assert sample(iter_wait(clock, [0.7, 0.1]), 0.5) == pytest.approx(0.7)
+    assert sample(iter_wait(clock, [0.1, 0.2]), 0) == pytest.approx(0.1)
+
+
+def test_the_peak_of_memory_is_seen_and_forgotten():
+    if not machine.peak_memory():
+        pytest.skip("this system does not say what a process has had in memory")
+    machine.forget_peak()
+    before = machine.peak_memory()
+    np.ones(2**25)
+    assert machine.peak_memory() - before > 2**27
+    machine.forget_peak()
+    assert machine.peak_memory() - before < 2**27
+
+
+def test_a_program_whose_thin_case_grows_is_not_run(monkeypatch):
+    peaks = itertools.cycle([0, 10**9])
+    monkeypatch.setattr("jaxattn.bench.measure.sample", lambda run, turn: 3.0)
+    monkeypatch.setattr("jaxattn.bench.measure.peak_memory", lambda: next(peaks))
+    found, _ = measured([attention_ways.WAYS[0]], EFFORT._replace(patience=15))
+    assert found["jaxattn", "both"].note == "would need about 4.0 GB, 4 times what a thin case grows by"
 
 
 def iter_wait(clock, seconds):
@@ -240,13 +260,13 @@ def test_a_program_beyond_the_memory_is_not_run():
 
 
 def test_a_backward_pass_beyond_patience_is_not_run(monkeypatch):
-    monkeypatch.setattr("jaxattn.bench.measure.sample", lambda run: 8.0)  # so the forward pass took 8 s
+    monkeypatch.setattr("jaxattn.bench.measure.sample", lambda run, turn: 8.0)  # so the forward pass took 8 s
     found, _ = measured([attention_ways.WAYS[0]], EFFORT._replace(patience=20))
     assert found["jaxattn", "both"].note == "would take more than 24 s"
 
 
 def test_a_slow_backward_pass_is_tried_on_one_head_first(monkeypatch):
-    monkeypatch.setattr("jaxattn.bench.measure.sample", lambda run: 3.0)
+    monkeypatch.setattr("jaxattn.bench.measure.sample", lambda run, turn: 3.0)
     found, _ = measured([attention_ways.WAYS[0]], EFFORT._replace(patience=10))
     assert found["jaxattn", "both"].note == "would take about 12 s, 4 times what a thin case takes"
     found, _ = measured([attention_ways.WAYS[0]], EFFORT._replace(patience=13))

@@ -1,5 +1,6 @@
 """The machine: what it is, and the two rates that XLA reaches on it, measured, as limits to compare with."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -93,6 +94,21 @@ def free_memory() -> int:
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except OSError:
         return 8 * 2**30  # no system that says: a guess that most can give
+
+
+def peak_memory() -> int:
+    """The most bytes that the process has had in memory since `forget_peak`; 0 where no system says."""
+    try:
+        with open("/proc/self/status") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return 0
+
+
+def forget_peak():
+    """Let `peak_memory` begin again, where the system can."""
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
 
 
 def load_warning(load: float | None) -> str | None:

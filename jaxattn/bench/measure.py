@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jaxattn.bench.cases import Case
+from jaxattn.bench.machine import forget_peak, peak_memory
 from jaxattn.bench.programs import MODES, Program, make_program
 from jaxattn.bench.ways import CannotError, Way
 
@@ -23,7 +24,8 @@ class Effort(NamedTuple):
     """How long is measured."""
 
     rounds: int  # turns that each program gets,
-    seconds: float  # unless its turns have taken as long as this
+    seconds: float  # unless its runs would by then have taken as long as this, one a turn
+    turn: float  # seconds that a turn lasts at least
     patience: float  # a program expected to take longer is not run
     memory: int  # bytes that a program may take
 
@@ -107,9 +109,13 @@ def refuse_if_hopeless(way: Way, case: Case, mode: str, effort: Effort, found: S
     if doubtful:
         small, times = case.thin()
         program = make_program(way, small, mode, *small.operands())
-        expected = times * sample(program.run)
+        forget_peak()
+        before = peak_memory()
+        expected, grown = times * sample(program.run, 0), times * (peak_memory() - before)
         if expected > effort.patience:
             raise SkippedError(f"would take about {expected:.0f} s, {times} times what a thin case takes")
+        if grown > effort.memory:
+            raise SkippedError(f"would need about {grown / 1e9:.1f} GB, {times} times what a thin case grows by")
 
 
 def first_run(program: Program, measured: Measurement, effort: Effort) -> list[np.ndarray]:
@@ -151,7 +157,7 @@ def take_turns(programs: Sequence[tuple[Program, Measurement]], effort: Effort):
         for program, measured in programs:
             if measured.status == "ok" and sum(measured.samples) < effort.seconds:
                 try:
-                    measured.samples.append(sample(program.run))
+                    measured.samples.append(sample(program.run, effort.turn))
                 except Exception as error:
                     measured.refuse("failed", one_line(error))
 
@@ -161,13 +167,14 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def sample(run: Callable[[], object], short: float = 0.2) -> float:
-    """Seconds of one run; a short run comes after one that is not timed, so that it finds its data in cache."""
-    start = time.perf_counter()
-    run()
-    seconds = time.perf_counter() - start
-    if seconds > short:
-        return seconds
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+def sample(run: Callable[[], object], turn: float) -> float:
+    """Seconds of a run in a steady state: the median of a turn's runs, without the first where there are more.
+
+    The first ones after a program that has given much memory back wait for the system to hand out pages.
+    """
+    times: list[float] = []
+    while not times or sum(times) < turn:
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times[1:] or times))

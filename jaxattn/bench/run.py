@@ -29,7 +29,7 @@ def run(what: str, quick: bool, patterns: Sequence[str], out: Path, json_file: P
     header = machine.describe() | {"missing": [name for name in PEERS if machine.installed(name) is None]}
     limits = machine.measure_limits(dict.fromkeys(case.dtype for case in cases))
     memory = int(0.6 * machine.free_memory())
-    effort = Effort(3, 0.3, 5, memory) if quick else Effort(15, 4, 20, memory)
+    effort = Effort(3, 0.3, 0.01, 5, memory) if quick else Effort(7, 4, 0.5, 20, memory)
     print(report.header_text(header, limits), flush=True)
     results = []
     for case in cases:

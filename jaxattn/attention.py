@@ -65,7 +65,7 @@ def attention(
         key: [*batch, *grid, key_heads, head_dim].
         value: [*batch, *grid, key_heads, value_dim].
         bias: added to the score; broadcasts against [*batch, *query_grid, heads, *k], or without a window against
-            [*batch, heads, T, S]. A bias of -inf masks.
+            [*batch, heads, T, S]. A bias of -inf masks, and so does the least finite number.
         mask: bool, True attends; broadcasts like `bias`. With a window, a mask whose last axes are the grid, after as
             many batch axes as the key has (of its sizes, or 1), is a mask of keys, [*batch, *grid].
         window: which keys a query sees; None: all of them. A slot outside the grid under boundary "zero" is a zero key

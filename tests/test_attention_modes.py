@@ -35,14 +35,15 @@ def test_nothing_to_attend_to_is_zero_with_zero_gradient(window, normalize, impl
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_bias_of_minus_infinity_masks(implementation):
-    """Also under a soft cap, which would make it finite; and a whole row of it is an empty query."""
+@pytest.mark.parametrize("low", [-jnp.inf, jnp.finfo(float).min])
+def test_a_bias_of_minus_infinity_masks(low, implementation):
+    """Or of the least number; also under a soft cap, which would make it finite. A row of it is an empty query."""
     x = jax.random.normal(jax.random.key(0), (6, 2, 4))
     mask = jax.random.bernoulli(jax.random.key(1), 0.5, (6, 2, 3)).at[3].set(False)
     run = functools.partial(
         attention, window=Window(3), logits_soft_cap=5.0, return_residuals=True, implementation=implementation
     )
-    bias = jnp.where(mask, 0.0, -jnp.inf)
+    bias = jnp.where(mask, 0.0, low)
     for a, b in zip(run(x, x, x, bias), run(x, x, x, mask=mask), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-14)
     output, lse = run(x, x, x, bias)
@@ -191,3 +192,11 @@ def test_a_batch_in_chunks_drops_what_the_definition_drops():
         return jax.jit(lambda *x: attention(*x, **options, implementation=implementation))(query, key, value)
 
     np.testing.assert_allclose(attend("xla"), attend("reference"), atol=1e-12)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_large_bias_is_not_a_mask(implementation):
+    """-1e9 everywhere changes nothing, also where the window's own mask is added to it."""
+    x = jax.random.normal(jax.random.key(0), (6, 2, 4))
+    run = functools.partial(attention, x, x, x, window=Window(3, boundary="mask"), implementation=implementation)
+    np.testing.assert_allclose(run(bias=jnp.full((6, 2, 3), -1e9)), run(), rtol=1e-5)

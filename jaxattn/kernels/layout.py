@@ -23,6 +23,7 @@ class AxisLayout(NamedTuple):
     queries: np.ndarray | None  # the query at each place of the tiles in order, -1 for none; None: as they are
     place: np.ndarray | None  # where each query stands in that order; None: as they are
     keys: np.ndarray | None  # the key at each place of the arrangement, -1 for a zero; None: as they are
+    length: int  # the places of that arrangement
     start: np.ndarray  # [steps·run], where the columns of a tile begin in the arrangement
     band: np.ndarray  # [steps], where the keys of a whole run begin
     overlap: np.ndarray  # [steps, length, n], which columns (tile·columns + column) meet at a place of it; -1 for none
@@ -54,7 +55,8 @@ def lay_out(axis: Axis, t: int, run: int) -> AxisLayout:
     n = len(axis.start)
     place = np.argsort(np.where(queries < 0, n, queries), kind="stable")[:n]
     as_they_are = np.array_equal(queries, np.arange(n))
-    band, overlap = _overlap(start.reshape(steps, run), columns, count, axis.length if keys is None else len(keys))
+    length = axis.length if keys is None else len(keys)
+    band, overlap = _overlap(start.reshape(steps, run), columns, count, length)
     seen, pattern = np.unique(np.hstack([tiles.low, tiles.high]) + np.tile(tiles.shift, 2), axis=0, return_inverse=True)
     low, high = np.split(seen[..., None], 2, axis=1)  # the columns that a query sees
     patterns = (low <= np.arange(columns)) & (np.arange(columns) < high)
@@ -65,6 +67,7 @@ def lay_out(axis: Axis, t: int, run: int) -> AxisLayout:
         None if as_they_are else queries,
         None if as_they_are else place,
         keys,
+        length,
         start,
         band,
         overlap,

@@ -98,7 +98,7 @@ def _scores(operands: Operands, options: Options, rows: Rows, tables: Tables) ->
         bias = split_heads(operands.bias, operands, rank)
         scores = scores + to_columns(bias, options, rows, tables).astype(scores.dtype)
     mask = jnp.broadcast_to(visible(operands, options, rows, tables), scores.shape)
-    scores, mask = problem.without_infinity(scores, mask)
+    scores, mask = problem.without_hidden(scores, mask)
     scores = problem.cap(scores, operands.soft_cap)
     if options.score_mod is not None:
         heads = jnp.arange(operands.query.shape[-2]).reshape(*scores.shape[-2 * rank - 2 : -2 * rank], *[1] * 2 * rank)
@@ -106,7 +106,7 @@ def _scores(operands: Operands, options: Options, rows: Rows, tables: Tables) ->
         key = tuple(_along(row.named_keys, rank - axis - 1) for axis, row in enumerate(rows))
         modified = options.score_mod(scores, heads, query, key)
         scores = jnp.broadcast_to(modified, scores.shape).astype(scores.dtype)
-    return problem.without_infinity(scores, mask)
+    return problem.without_hidden(scores, mask)
 
 
 def relative(operands: Operands, options: Options, rows: Rows, tables: Tables, dtype: jnp.dtype) -> Array:

@@ -74,10 +74,21 @@ def cap(scores: Array, soft_cap: Array | None) -> Array:
     return scores if soft_cap is None else soft_cap * jnp.tanh(scores / soft_cap)
 
 
-def without_infinity(scores: Array, mask: Array) -> tuple[Array, Array]:
-    """A score of -inf is a masked slot. Masked scores become 0: finite, and without a derivative."""
-    mask = mask & (scores != -jnp.inf)
+def hidden(dtype: DTypeLike) -> float:
+    """A score that hides: so low that -inf may be replaced by it, so high that a few of them add up to a finite sum, of
+    which a maximum, and a difference from the maximum, can be taken."""
+    return float(jnp.finfo(dtype).min) / 8
+
+
+def without_hidden(scores: Array, mask: Array) -> tuple[Array, Array]:
+    """A score that hides is a masked slot. Masked scores become 0: finite, and without a derivative."""
+    mask = mask & seen(scores)
     return jnp.where(mask, scores, 0), mask
+
+
+def seen(scores: Array) -> Array:
+    """Where scores do not hide; -inf does, and so does the least number of their dtype."""
+    return scores > hidden(scores.dtype) / 2
 
 
 def apply(normalize: Normalizer, scores: Array, mask: Array) -> Array:

@@ -49,11 +49,11 @@ def masked_scores(operands: Operands, options: Options) -> tuple[Array, Array]:
     scores = _products(operands, _gather(operands.key, options), options)
     scores = scores + _position_terms(operands, options, scores)
     mask = jnp.broadcast_to(_mask(operands, options), scores.shape)
-    scores, mask = problem.without_infinity(scores, mask)
+    scores, mask = problem.without_hidden(scores, mask)
     scores = problem.cap(scores, operands.soft_cap)
     if options.score_mod is not None:
         scores = _modify(options.score_mod, scores, options)
-    scores, mask = problem.without_infinity(scores, mask)
+    scores, mask = problem.without_hidden(scores, mask)
     if operands.extra_key is not None:
         extra = jnp.expand_dims(operands.extra_key, -4)  # the same for every query
         extra = problem.cap(_products(operands, extra, options), operands.soft_cap)

@@ -37,6 +37,11 @@ class Walk(NamedTuple):
         return tuple(axis.tiles for axis in self.axes)
 
     @property
+    def whole(self) -> bool:
+        """Whether every tile sees all keys: then they are the same in every step."""
+        return all(axis.tiles.keys.shape[1] == axis.length for axis in self.axes)
+
+    @property
     def steps(self) -> tuple[int, ...]:
         """How many there are: of chunks, and along each axis."""
         return (self.chunks, *(axis.steps for axis in self.axes))

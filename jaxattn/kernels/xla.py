@@ -4,10 +4,12 @@ A step of the loop takes some tiles of queries, slices the keys that each can se
 The reverse derivative takes the same steps, computes the weights again, and adds up what overlapping tiles send to a
 key. Within a step scores are [tiles, batch, key_heads, columns, rows]: keys come first, which makes four of the
 backward pass's five products need no transposition; rows are the queries of a tile times the heads that share a key.
-What is masked has the score -inf.
+What is masked has a score so low that its exponential is zero.
 """
 
+import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,11 +27,13 @@ from jaxattn.normalize import softmax
 
 Arrays = dict[str, Array]
 BY_QUERY = ("query", "unscaled", "query_segments")
-BY_KEY = ("key", "value", "key_mask", "key_segments")
+COLUMNS = ("key", "value")
+BY_KEY = (*COLUMNS, "key_mask", "key_segments")
 BY_SLOT = ("bias", "slot_mask")  # by query too, or the same for all of them
 OF_BATCH = ("extra_key", "extra_value")
-MATRICES = ("query", "key", "value", *OF_BATCH)
+MATRICES = ("query", *COLUMNS, *OF_BATCH)
 TERMS = ("unscaled", "bias", "relative_bias", "key_embedding")
+MASKS = ("key_mask", "slot_mask", "key_segments")
 FLOATING = (*MATRICES, *TERMS, "soft_cap")
 
 
@@ -79,23 +83,28 @@ class _Tile(NamedTuple):
     def rows(self) -> Rows:
         return walking.rows(self.walk, self.step)
 
+    @property
+    def group(self) -> int:
+        """The query heads that share a key head."""
+        return self.arrays["query"].shape[-2] // self.arrays["key"].shape[2 if self.walk.whole else -2]
+
 
 def _attend(tile: _Tile) -> tuple[Array, ...]:
-    query, key, value = _matrices(tile.arrays, tile.options)
-    scores = _add_term(_product("kd,qd->kq", key, query, tile.options), _additive(tile.arrays, tile))
-    scores = _add_term(_capped(scores, tile.arrays.get("soft_cap")), _hidden(tile, scores.dtype))
+    query, key, value = _matrices(tile.arrays, tile)
+    additive = _additive(tile.arrays, tile)
+    scores = _add_term(_product("kd,qd->kq", key, query, tile.options), additive)
+    hidden = _hidden(tile, scores.dtype)
+    scores = _add_term(_capped(scores, tile.arrays.get("soft_cap")), hidden)
     if tile.options.normalize is softmax:  # divided last, where there is least to divide
-        weights, total, most = _exponential(scores)
+        weights, share, lse = _exponential(scores, _some(tile, additive, hidden))
     else:
-        weights, total, most = _normalized(scores, tile.options), jnp.ones((1, 1), scores.dtype), jnp.zeros(())
-    if (kept := _kept(tile)) is not None:
-        weights = weights * kept
+        weights, share, lse = _normalized(scores, tile.options), jnp.ones((1, 1), scores.dtype), None
+    weights = _dropped(weights, _kept(tile))
     weights = lax.optimization_barrier(jnp.swapaxes(weights, -1, -2))  # a transposed copy costs less than the product
     output = _product("qk,kd->qd", weights.astype(value.dtype), value, tile.options)
-    output = _by_query(output / jnp.swapaxes(_or_one(total), -1, -2), tile.arrays)
-    if not tile.options.residuals:
+    output = _by_query(output * jnp.swapaxes(share, -1, -2), tile.arrays)
+    if lse is None or not tile.options.residuals:
         return (output,)
-    lse = jnp.where(total == 0, -jnp.inf, jnp.log(_or_one(total)) + most)
     return output, _by_query(jnp.swapaxes(lse, -1, -2), tile.arrays)[..., 0]
 
 
@@ -103,26 +112,26 @@ def _pull(tile: _Tile, cotangents: list[Array], needed: list[str]) -> Arrays:
     """The cotangents of the arrays of a tile, from those of its output (and lse)."""
     arrays, options = tile.arrays, tile.options
     mine = lambda names: {name: arrays[name] for name in names if name in needed}
-    (query, key, value), pull_matrices = jax.vjp(lambda x: _matrices(arrays | x, options), mine(MATRICES))
+    (query, key, value), pull_matrices = jax.vjp(lambda x: _matrices(arrays | x, tile), mine(MATRICES))
     additive, pull_terms = jax.vjp(lambda x: _additive(arrays | x, tile), mine(TERMS))
     scores = _add_term(_product("kd,qd->kq", key, query, options), additive)
     scores, pull_cap = jax.vjp(_capped, scores, arrays.get("soft_cap"))
-    scores = _add_term(scores, _hidden(tile, scores.dtype))
+    hidden = _hidden(tile, scores.dtype)
+    scores = _add_term(scores, hidden)
     given, kept = _grouped(cotangents[0], key.shape[2]).astype(query.dtype), _kept(tile)
-    of_weights = _product("kd,qd->kq", value, given, options)
-    of_weights = of_weights if kept is None else of_weights * kept
-    if options.normalize is softmax:
-        exponential, total, _ = _exponential(scores)
-        weights = exponential / _or_one(total)
-        inner = (weights * of_weights).sum(-2, keepdims=True)
+    if options.normalize is softmax:  # 1 / sum goes to the smaller factor
+        weights, share, _ = _exponential(scores, _some(tile, additive, hidden))
+        given = (given * jnp.swapaxes(share, -1, -2)).astype(given.dtype)
+        of_scores = weights * _dropped(_product("kd,qd->kq", value, given, options), kept)
+        inner = of_scores.sum(-2, keepdims=True)
         if options.residuals:
             inner = inner - jnp.swapaxes(_grouped(cotangents[1][..., None], key.shape[2]), -1, -2)
-        of_scores = weights * (of_weights - inner)
+        of_scores = of_scores - weights * (share * inner)
     else:
         weights, pull_weights = jax.vjp(lambda s: _normalized(s, options), scores)
-        (of_scores,) = pull_weights(of_weights)
+        (of_scores,) = pull_weights(_dropped(_product("kd,qd->kq", value, given, options), kept))
     of_scores, of_cap = pull_cap(of_scores)
-    weights = (weights if kept is None else weights * kept).astype(value.dtype)
+    weights = _dropped(weights, kept).astype(value.dtype)
     found = {}
     if additive is not None:  # its sum over what it was broadcast along
         (of_additive,) = jax.linear_transpose(lambda x: jnp.broadcast_to(x, of_scores.shape), additive)(of_scores)
@@ -138,18 +147,28 @@ def _pull(tile: _Tile, cotangents: list[Array], needed: list[str]) -> Arrays:
 # The parts of a tile's attention
 
 
-def _matrices(arrays: Arrays, options: Options) -> tuple[Array, Array, Array]:
+def _matrices(arrays: Arrays, tile: _Tile) -> tuple[Array, Array, Array]:
     """Query [tiles, batch, key_heads, rows, head_dim], key and value [tiles, batch, key_heads, columns, ...]."""
-    rank = len(options.queries)
-    flat = lambda x: x.reshape(*x.shape[:2], math.prod(x.shape[2 : 2 + rank]), *x.shape[2 + rank :])
-    key, value = flat(arrays["key"]), flat(arrays["value"])
-    if "extra_key" in arrays:  # as further columns
-        spread = lambda x: jnp.broadcast_to(x, (key.shape[0], *x.shape))
-        key = jnp.concatenate([key, spread(arrays["extra_key"])], 2)
-        value = jnp.concatenate([value, spread(arrays["extra_value"])], 2)
-    dtype = _product_dtype(key.dtype)
-    query = _grouped(arrays["query"], key.shape[-2])
-    return query.astype(dtype), jnp.swapaxes(key, 2, 3).astype(dtype), jnp.swapaxes(value, 2, 3).astype(dtype)
+    tiles, dtype = arrays["query"].shape[0], _product_dtype(arrays["key"].dtype)
+
+    def columns(name: str) -> Array:
+        x = arrays[name]
+        if not tile.walk.whole:
+            x = _heads_first(x, len(tile.walk.axes))
+        elif tiles > 1:
+            x = jnp.broadcast_to(x, (tiles, *x.shape[1:]))
+        if "extra_key" in arrays:  # as further columns
+            extra = jnp.swapaxes(arrays[f"extra_{name}"], 1, 2)
+            x = jnp.concatenate([x, jnp.broadcast_to(extra, (tiles, *extra.shape))], -2)
+        return x.astype(dtype)
+
+    key, value = columns("key"), columns("value")
+    return _grouped(arrays["query"], key.shape[2]).astype(dtype), key, value
+
+
+def _heads_first(x: Array, rank: int) -> Array:
+    """[..., *columns, key_heads, head_dim] as [..., key_heads, columns, head_dim]."""
+    return jnp.swapaxes(x.reshape(*x.shape[: -rank - 2], math.prod(x.shape[-rank - 2 : -2]), *x.shape[-2:]), -2, -3)
 
 
 def _product_dtype(dtype: Any) -> Any:
@@ -178,28 +197,38 @@ def _product(equation: str, left: Array, right: Array, options: Options) -> Arra
     return jnp.einsum(equation, left, right, precision=options.precision, preferred_element_type=dtype)
 
 
-def _exponential(scores: Array) -> tuple[Array, Array, Array]:
-    """exp(s - max), its sum, and max."""
-    most = jnp.maximum(scores.max(-2, keepdims=True), jnp.finfo(scores.dtype).min)  # finite where all is masked
+def _exponential(scores: Array, some: Array | None) -> tuple[Array, Array, Array]:
+    """exp(s - max), 1 / its sum, and log sum exp(s); 0 and -inf where there is not `some`.
+
+    The sum alone needs no maximum, so that a compiler may make scores, maximum and exponential in one pass.
+    """
+    most = scores.max(-2, keepdims=True)
     exponential = jnp.exp(scores - most)
-    return exponential, exponential.sum(-2, keepdims=True), most
+    total = exponential.sum(-2, keepdims=True)
+    where_some = lambda x, other: x if some is None else jnp.where(some, x, other)
+    return exponential, where_some(1 / total, 0), where_some(jnp.log(total) + most, -jnp.inf)
 
 
-def _or_one(total: Array) -> Array:
-    return jnp.where(total == 0, 1, total)
+def _some(tile: _Tile, additive: Array | None, hidden: Array | None) -> Array | None:
+    """Which queries see anything, [tiles, batch|1, key_heads|1, 1, rows]; None where all do."""
+    by_window = all(axis.patterns.any(-1).all() for axis in tile.walk.axes)
+    if "extra_key" in tile.arrays or (by_window and additive is None and not set(MASKS) & set(tile.arrays)):
+        return None
+    terms = [term for term in (additive, hidden) if term is not None]
+    return problem.seen(sum(terms[1:], terms[0])).any(-2, keepdims=True)
 
 
 def _capped(scores: Array, soft_cap: Array | None) -> Array:
-    """cap·tanh(s / cap); a score of -inf, which a bias may make, stays."""
+    """cap·tanh(s / cap); a score that hides, which a bias may make, stays."""
     if soft_cap is None:
         return scores
-    seen = scores != -jnp.inf
-    return jnp.where(seen, problem.cap(jnp.where(seen, scores, 0), soft_cap), -jnp.inf)
+    seen = problem.seen(scores)
+    return jnp.where(seen, problem.cap(jnp.where(seen, scores, 0), soft_cap), problem.hidden(scores.dtype))
 
 
 def _normalized(scores: Array, options: Options) -> Array:
     scores = jnp.swapaxes(scores, -1, -2)
-    mask = scores != -jnp.inf
+    mask = problem.seen(scores)
     return jnp.swapaxes(problem.apply(options.normalize, jnp.where(mask, scores, 0), mask), -1, -2)
 
 
@@ -214,45 +243,52 @@ def _additive(arrays: Arrays, tile: _Tile) -> Array | None:
     dtype, rank = problem.statistics_dtype(arrays["query"].dtype), len(tile.walk.axes)
 
     def one(arrays: Arrays, rows: Rows) -> Array:
-        operands, term = _operands(arrays), jnp.zeros((1,) * (2 * rank + 3), dtype)
+        operands, term = _operands(arrays, tile), jnp.zeros((1,) * (2 * rank + 3), dtype)
         if operands.relative_bias is not None or operands.key_embedding is not None:
             term = term + plain.relative(operands, tile.options, rows, tile.walk.tables, dtype)
         if operands.bias is not None:
             bias = plain.split_heads(operands.bias, operands, rank)
             term = term + plain.to_columns(bias, tile.options, rows, tile.walk.tables).astype(dtype)
-        return term
+        return jnp.maximum(term, problem.hidden(dtype))  # for -inf
 
-    return _flat(_over_tiles(one, arrays, tile), arrays)
+    return _flat(_over_tiles(one, arrays, tile), tile)
 
 
 def _hidden(tile: _Tile, dtype: Any) -> Array | None:
-    """0 where a query sees, -inf where it does not, [tiles, batch|1, key_heads|1, columns, rows]."""
+    """0 where a query sees, else a score that hides, [tiles, batch|1, key_heads|1, columns, rows]."""
     arrays, rank = tile.arrays, len(tile.walk.axes)
-    if any(name in arrays for name in ("key_mask", "slot_mask", "key_segments")):
-        mask = lambda arrays, rows: plain.visible(_operands(arrays), tile.options, rows, tile.walk.tables)
+    if set(MASKS) & set(arrays):
+        mask = lambda arrays, rows: plain.visible(_operands(arrays, tile), tile.options, rows, tile.walk.tables)
         seen = _over_tiles(mask, arrays, tile)
         seen = jnp.expand_dims(seen, range(1, 5 + 2 * rank - seen.ndim))
-        return _flat(jnp.where(seen, 0, -jnp.inf).astype(dtype), arrays)
+        return _flat(jnp.where(seen, 0, problem.hidden(dtype)).astype(dtype), tile)
     if all(axis.everyone for axis in tile.walk.axes):
         return None
-    return _flat(_hidden_by_geometry(tile, dtype), arrays)
+    return _hidden_by_geometry(tile, dtype)
 
 
 def _hidden_by_geometry(tile: _Tile, dtype: Any) -> Array:
-    """The same, of the window alone, [tiles, 1, 1, 1, *queries, *columns]. There are few patterns, mostly: then every
-    combination is made beforehand."""
+    """The same, of the window alone. There are few patterns, mostly: then every combination is made beforehand."""
     axes, rank = tile.walk.axes, len(tile.walk.axes)
     number = [walking.of_tiles(axis.pattern, tile.walk, tile.step, a) for a, axis in enumerate(axes)]
+    hide = lambda seen: np.where(seen, 0, problem.hidden(dtype)).astype(dtype)
     spread = [_spread(axis.patterns, a, rank) for a, axis in enumerate(axes)]
-    hide = lambda seen: jnp.where(seen, 0, -jnp.inf).astype(dtype)
-    if math.prod(axis.patterns.size for axis in axes) <= 2**22:
-        table, combined = np.ones((1,) * (1 + 2 * rank), bool), 0
+    if tile.group * math.prod(axis.patterns.size for axis in axes) <= 2**20:
+        table: np.ndarray = np.ones((1,) * (1 + 2 * rank), bool)
+        combined = 0
         for seen, n in zip(spread, number, strict=True):
             table = (table[:, None] & seen).reshape(-1, *np.broadcast_shapes(table.shape[1:], seen.shape[1:]))
             combined = combined * len(seen) + n
-        return hide(table)[combined][:, None, None, None]
-    seen = [jnp.asarray(seen)[n] for seen, n in zip(spread, number, strict=True)]
-    return sum(hide(x) for x in seen)[:, None, None, None]  # pyright: ignore
+        return jnp.asarray(_rows_of(_flat(hide(table)[:, None, None, None], tile), combined))
+    terms = [_rows_of(hide(seen), n) for seen, n in zip(spread, number, strict=True)]
+    return jnp.asarray(_flat(functools.reduce(operator.add, terms)[:, None, None, None], tile))
+
+
+def _rows_of(table: np.ndarray, index: Any) -> Any:
+    """The rows of a table, of which a loop knows only then which."""
+    if isinstance(index, np.ndarray):
+        return table[index]
+    return jnp.asarray(table)[index]
 
 
 def _spread(patterns: np.ndarray, a: int, rank: int) -> np.ndarray:
@@ -262,16 +298,16 @@ def _spread(patterns: np.ndarray, a: int, rank: int) -> np.ndarray:
     return patterns.reshape(len(patterns), *shape)
 
 
-def _flat(x: Array, arrays: Arrays) -> Array:
+def _flat(x: Any, tile: _Tile) -> Any:
     """[tiles, batch|1, key_heads|1, group|1, *queries|1, *columns|1] as [tiles, batch|1, key_heads|1, columns, rows];
     0 for extra tokens."""
-    rank = (x.ndim - 4) // 2
-    group = arrays["query"].shape[-2] // arrays["key"].shape[-2]
-    queries, columns = arrays["query"].shape[2 : 2 + rank], arrays["key"].shape[2 : 2 + rank]
-    x = jnp.broadcast_to(x, (*x.shape[:3], group, *queries, *columns))
-    x = jnp.swapaxes(x.reshape(*x.shape[:3], group * math.prod(queries), math.prod(columns)), -1, -2)
+    rank, xp = (x.ndim - 4) // 2, np if isinstance(x, np.ndarray) else jnp
+    arrays, axes = tile.arrays, tile.walk.axes
+    queries, columns = arrays["query"].shape[2 : 2 + rank], [axis.tiles.keys.shape[1] for axis in axes]
+    x = xp.broadcast_to(x, (*x.shape[:3], tile.group, *queries, *columns))
+    x = xp.swapaxes(x.reshape(*x.shape[:3], tile.group * math.prod(queries), math.prod(columns)), -1, -2)
     extra = arrays["extra_key"].shape[1] if "extra_key" in arrays else 0
-    return jnp.pad(x, [(0, 0)] * 3 + [(0, extra), (0, 0)]) if extra else x
+    return xp.pad(x, [(0, 0)] * 3 + [(0, extra), (0, 0)]) if extra else x
 
 
 def _kept(tile: _Tile) -> Array | None:
@@ -279,22 +315,32 @@ def _kept(tile: _Tile) -> Array | None:
     if tile.options.dropout_rate == 0:
         return None
     rank = len(tile.walk.axes)
-    dropout = lambda arrays, rows: plain.dropout(_operands(arrays), tile.options, rows, tile.walk.tables)
+    dropout = lambda arrays, rows: plain.dropout(_operands(arrays, tile), tile.options, rows, tile.walk.tables)
     kept, extra = _over_tiles(dropout, tile.arrays, tile)
     kept = kept.reshape(*kept.shape[: -2 * rank], math.prod(kept.shape[-2 * rank : -rank]), -1)
     kept = jnp.concatenate([kept, extra], -1)
     return jnp.swapaxes(kept.reshape(*kept.shape[:3], -1, kept.shape[-1]), -1, -2)
 
 
-def _operands(arrays: Arrays) -> Operands:
+def _dropped(x: Array, kept: Array | None) -> Array:
+    return x if kept is None else x * kept
+
+
+def _operands(arrays: Arrays, tile: _Tile) -> Operands:
     """One tile as a problem of its own, for what `plain` makes of it."""
+    if tile.walk.whole:
+        arrays = arrays | {name: jnp.swapaxes(arrays[name][0], -2, -3) for name in COLUMNS}
     rest = {name: x for name, x in arrays.items() if name not in ("query", "unscaled")}
     return Operands(query=arrays.get("unscaled", arrays["query"]), scale=jnp.ones(()), **rest)
 
 
 def _over_tiles(function: Callable, arrays: Arrays, tile: _Tile) -> Any:
     rank = len(tile.walk.axes)
-    by_tile = lambda name, x: name in (*BY_QUERY, *BY_KEY) or (name in BY_SLOT and x.ndim == 2 * rank + 3)
+    shared = COLUMNS if tile.walk.whole else ()
+
+    def by_tile(name: str, x: Array) -> bool:
+        return name not in shared and (name in (*BY_QUERY, *BY_KEY) or (name in BY_SLOT and x.ndim == 2 * rank + 3))
+
     return jax.vmap(function, ({name: 0 if by_tile(name, x) else None for name, x in arrays.items()}, 0))(
         arrays, tile.rows
     )
@@ -320,7 +366,8 @@ def _prepare(operands: Operands, options: Options, walk: Walk) -> Arrays:
         elif name in BY_QUERY:
             work[name] = walking.arrange_queries(x, operands, walk)
         elif name in BY_KEY:
-            work[name] = walking.arrange_keys(x, operands, walk)
+            x = walking.arrange_keys(x, operands, walk)
+            work[name] = _heads_first(x, rank) if walk.whole and name in COLUMNS else x
         elif name in (*BY_SLOT, *OF_BATCH):
             work[name] = walking.chunked(x, operands, walk)
     return work
@@ -333,11 +380,14 @@ def _by_place(name: str, x: Array, walk: Walk) -> bool:
 
 
 def _taken(work: Arrays, walk: Walk, step: Step) -> Arrays:
-    """What a step takes of every array: [tiles, entries, *queries or *columns, ...], [entries, ...], or all."""
+    """What a step takes of every array: [tiles, entries, *queries or *columns, ...], [entries, ...], or all; of keys
+    that are the same in every step, [1, entries, key_heads, columns, ...]."""
     taken = {}
     for name, x in work.items():
         if _by_place(name, x, walk):
             taken[name] = walking.take_queries(x, walk, step)
+        elif walk.whole and name in COLUMNS:
+            taken[name] = walking.take_chunk(x, walk, step)[None]
         elif name in BY_KEY:
             taken[name] = walking.take_columns(x, walk, step)
         else:
@@ -349,6 +399,8 @@ def _add(x: Array, found: Array, name: str, walk: Walk, step: Step) -> Array:
     """The sum so far, and what a step found."""
     if _by_place(name, x, walk):
         return walking.put_queries(x, found, walk, step, add=walk.chunks > 1 and x.shape[1] == 1)
+    if walk.whole and name in COLUMNS:
+        return walking.put(x, found[0], (), walk, step, add=True)
     if name in BY_KEY:
         return walking.add_columns(x, found.astype(x.dtype), walk, step)
     if name in (*BY_SLOT, *OF_BATCH):

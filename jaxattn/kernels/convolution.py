@@ -7,12 +7,16 @@ of a convolution with respect to its kernel, written as an equation, is a convol
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from jaxattn.extents import OUTPUT, Affine, Resolved
+from jaxattn.kernels import shifts
 from jaxattn.kernels.gather import axes_of, merge, split
 from jaxattn.kernels.slices import extend, fold_back
 
@@ -98,9 +102,9 @@ def _spatial(index: Affine, p: str, q: str, scattered: bool) -> Spatial:
     """The numbers of one spatial dimension. Outside is zero by now, or has been filled: see `extend`."""
     along = dict(zip(index.axes, zip(index.coefficients, index.extents, strict=True), strict=True))
     (a, count), (b, taps) = along[p], along[q]
-    filled = index.boundary not in (None, "zero")
+    filled = _filled(index)
     # what the flips of p and q leave: lowest is the index where |a|·p + |b|·q is zero
-    lowest, length = (0, index.highest - index.lowest + 1) if filled else (index.lowest, index.length)
+    lowest, length = 0 if filled else index.lowest, _length(index)
     reach = abs(b) * (taps - 1)
     if scattered:
         # out[m] = Σ x[p] w[q] where m = lowest + |a| p + |b| q: correlate the dilated x with the kernel flipped
@@ -111,6 +115,16 @@ def _spatial(index: Affine, p: str, q: str, scattered: bool) -> Spatial:
     least = lowest + abs(a) * (count - 1) + reach - (length - 1)
     high = min(max(0 if filled else index.padding_high, least), least + abs(a) - 1)
     return Spatial(p, q, index, False, abs(a), abs(b), (-lowest, high), a < 0, b < 0)
+
+
+def _filled(index: Affine) -> bool:
+    """Whether something other than zero stands outside."""
+    return index.boundary not in (None, "zero")
+
+
+def _length(index: Affine) -> int:
+    """How long the axis is that is convolved: with what is filled in."""
+    return index.highest - index.lowest + 1 if _filled(index) else index.length
 
 
 def _arrange(names: list[str], groups: list[tuple[str, ...]]) -> list[int]:
@@ -132,16 +146,16 @@ def _grouped(x: jax.Array, names: list[str], groups: list[tuple[str, ...]]) -> t
     ]
 
 
-def convolve(resolved: Resolved, operands, precision, accumulate) -> jax.Array:
-    """Evaluate an equation for which `match` finds a convolution.
+def convolve(resolved: Resolved, operands, precision, accumulate, run: Callable | None = None) -> jax.Array:
+    """Evaluate an equation for which `match` finds a convolution; `run` does the convolution itself, by default `lax`.
 
-    XLA accumulates half precision in float32; the sums beside the convolution are made in `accumulate`.
+    It accumulates half precision in float32; the sums beside the convolution are made in `accumulate`.
     """
     conv = match(resolved)
     assert conv is not None
     x, w = operands[conv.x], operands[1 - conv.x]
     for s in conv.spatial:
-        if not s.scattered and s.index.boundary not in (None, "zero"):
+        if not s.scattered and _filled(s.index):
             x = extend(x.astype(accumulate), s.index.dim, s.index).astype(x.dtype)  # its transpose is a sum
     ps, qs = [s.p for s in conv.spatial], [s.q for s in conv.spatial]
     p_of = {s.index.dim: s.p for s in conv.spatial if not s.scattered}
@@ -165,7 +179,22 @@ def convolve(resolved: Resolved, operands, precision, accumulate) -> jax.Array:
     y_order = _arrange(y_names, y_groups)
     y_at = [y_order.index(g) for g in range(len(y_order))]
 
-    y = lax.conv_general_dilated(
+    run = run or functools.partial(_lax, precision=precision)
+    y = run(conv, resolved, (x, x_at), (w, w_at), y_at)
+    spread = {s.p: y.shape[at] for s, at in zip(conv.spatial, y_at[1:-1], strict=True)}
+    flat = [a for g in y_order for a in y_groups[g]]
+    y = y.reshape([spread.get(a, resolved.sizes[a]) for a in flat]).transpose([flat.index(a) for a in y_names])
+    y = _flip(y, [y_names.index(s.p) for s in conv.spatial if not s.scattered and s.flip_p])
+    for s in conv.spatial:
+        if s.scattered and _filled(s.index):
+            y = fold_back(y.astype(accumulate), y_names.index(s.p), s.index)
+    return merge(y, resolved)
+
+
+def _lax(conv: Convolution, resolved: Resolved, x, w, y_at: list[int], precision) -> jax.Array:
+    """`lax.conv_general_dilated` of (array, where its groups of axes stand) twice, into groups of axes at `y_at`."""
+    (x, x_at), (w, w_at) = x, w
+    return lax.conv_general_dilated(
         x,
         w,
         window_strides=[1 if s.scattered else s.stride for s in conv.spatial],
@@ -178,14 +207,39 @@ def convolve(resolved: Resolved, operands, precision, accumulate) -> jax.Array:
         feature_group_count=math.prod(resolved.sizes[a] for a in conv.group),
         precision=precision,
     )
-    spread = {s.p: y.shape[at] for s, at in zip(conv.spatial, y_at[1:-1], strict=True)}
-    flat = [a for g in y_order for a in y_groups[g]]
-    y = y.reshape([spread.get(a, resolved.sizes[a]) for a in flat]).transpose([flat.index(a) for a in y_names])
-    y = _flip(y, [y_names.index(s.p) for s in conv.spatial if not s.scattered and s.flip_p])
-    for s in conv.spatial:
-        if s.scattered and s.index.boundary not in (None, "zero"):
-            y = fold_back(y.astype(accumulate), y_names.index(s.p), s.index)
-    return merge(y, resolved)
+
+
+def is_depthwise(conv: Convolution, resolved: Resolved) -> bool:
+    """Whether `shifts` can run it, and runs it well: a channel to a group, and not too many taps."""
+    channels, contracted = (math.prod(resolved.sizes[a] for a in axes) for axes in (conv.group, conv.contracted))
+    taps = math.prod(resolved.sizes[s.q] for s in conv.spatial)
+    one_way = len({s.scattered for s in conv.spatial}) == 1
+    return channels > 1 and contracted == 1 and one_way and taps <= shifts.TAPS
+
+
+def _depthwise(conv: Convolution, resolved: Resolved, x, w, y_at: list[int]) -> jax.Array:
+    """What `_lax` does, where `is_depthwise` says so."""
+    (x, x_at), (w, w_at) = x, w
+    x, w = x.transpose(x_at), w.transpose(w_at).squeeze(-2)
+    x = jnp.repeat(x, w.shape[-1] // x.shape[-1], axis=-1)
+    axes = []
+    for s, n in zip(conv.spatial, x.shape[1:-1], strict=True):
+        taps = resolved.sizes[s.q]
+        if s.scattered:  # x stands where the positions are, and the kernel has been flipped, for `lax`
+            low, length, count = s.dilation * (taps - 1) - s.padding[0], _length(s.index), n
+        else:
+            low, length, count = s.padding[0], n, resolved.sizes[s.p]
+        axes.append(shifts.Axis(s.stride, s.dilation, low, length, count, taps))
+    if conv.spatial[0].scattered:
+        y = shifts.partial("x", lax.rev(w, range(len(axes))), x, axes)
+    else:
+        y = shifts.partial("y", x, w, axes)
+    return y.transpose(sorted(range(y.ndim), key=lambda g: y_at[g]))
+
+
+def depthwise(resolved: Resolved, operands, precision, accumulate) -> jax.Array:
+    """`convolve` by sums of shifted products, which are exact to rounding whatever the precision."""
+    return convolve(resolved, operands, precision, accumulate, _depthwise)
 
 
 def _sum_out(x: jax.Array, names: list[str], kept: set[str]) -> tuple[jax.Array, list[str]]:

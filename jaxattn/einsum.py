@@ -28,7 +28,9 @@ def plain(resolved: Resolved, operands, precision, accumulate) -> jax.Array:
 LOWERINGS: dict[str, tuple[Callable[..., jax.Array], str]] = {
     "plain": (plain, "reshapes and jnp.einsum"),
     "convolution": (convolution.convolve, "lax.conv_general_dilated"),
+    "product": (convolution.product, "lax.dot_general over the channels"),
     "depthwise": (convolution.depthwise, "one sum of shifted products"),
+    "grouped": (convolution.grouped, "one lax.conv_general_dilated for each group"),
     "slices": (slices, "one strided slice per place in the window"),
     "gather": (gather, "gather, jnp.einsum, scatter"),
 }
@@ -91,10 +93,7 @@ def _choose(resolved: Resolved, dtypes: tuple[np.dtype, ...], backend: str) -> t
         return "plain", LOWERINGS["plain"][1]
     conv = convolution.match(resolved)
     if conv is not None:
-        # XLA's own is poor here on a CPU, and its gradients poorer
-        inexact = all(jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes)
-        ours = backend == "cpu" and inexact and convolution.is_depthwise(conv, resolved)
-        lowering = "depthwise" if ours else "convolution"
+        lowering = convolution.on_cpu(conv, resolved, dtypes) if backend == "cpu" else "convolution"
         return lowering, f"{LOWERINGS[lowering][1]}, {conv.describe(resolved)}"
     # an unfold is built only where the output asks for one, and scattered only where an operand holds one
     asked = math.prod(resolved.output_shape)
@@ -112,12 +111,9 @@ def _temporaries(resolved: Resolved, lowering: str, width: int) -> int:
         return sum(unfolded(resolved).values()) * width
     if lowering == "plain":
         return 0
-    if lowering == "depthwise":  # what is shifted, with what it is padded with, in the dtype of the sums
-        lengths = {(a.term, a.dim): a.highest - a.lowest + 1 for a in resolved.affine}
-        shapes = {a.term: (*resolved.shapes, resolved.output_shape)[a.term] for a in resolved.affine}
-        padded = (math.prod(lengths.get((k, d), n) for d, n in enumerate(shape)) for k, shape in shapes.items())
-        return sum(padded) * max(width, 4)
-    grown = 0
+    if lowering == "depthwise":
+        return convolution.shifted_elements(resolved) * max(width, 4)  # in the dtype of the sums
+    grown = math.prod(resolved.output_shape) if lowering == "grouped" else 0  # the parts that are joined
     for k, shape in enumerate(resolved.shapes):
         lengths = list(shape)
         for dim, a in resolved.of_term(k).items():
@@ -133,7 +129,7 @@ def _plan(equation, shapes, dtypes, dtype, padding, boundary, sizes, implementat
     if implementation == "reference":
         lowering, detail = "gather", LOWERINGS["gather"][1]
     else:
-        lowering, detail = _choose(resolved, dtypes, backend)
+        lowering, detail = _choose(resolved, (*dtypes, dtype), backend)
     products = math.prod(resolved.sizes.values())
     summed = len(resolved.sizes) > len(axes_of(resolved.output)) or any(resolved.of_term(OUTPUT))
     flops = products * (max(len(shapes) - 1, 0) + int(summed))
@@ -248,7 +244,7 @@ def einsum(
     small = jnp.issubdtype(chosen.dtype, jnp.floating) and chosen.dtype.itemsize < 4
     accumulate = np.dtype(jnp.float32) if small else chosen.dtype
     dtype = np.dtype(jnp.result_type(*arrays))
-    if chosen.lowering in ("convolution", "depthwise") and dtype.itemsize < chosen.dtype.itemsize:
+    if chosen.lowering in ("convolution", "product", "depthwise", "grouped") and dtype.itemsize < chosen.dtype.itemsize:
         dtype = chosen.dtype  # a convolution of one dtype into another has no transpose in JAX; widening loses nothing
     arrays = [x.astype(dtype) for x in arrays]
     run = LOWERINGS[chosen.lowering][0]

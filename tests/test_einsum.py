@@ -73,7 +73,7 @@ def test_table_of_the_notation(name, implementation):
 
 LOWERED = {
     "conv": "convolution", "strided": "convolution", "dilated": "convolution", "depthwise": "depthwise",
-    "multiplier": "depthwise", "grouped": "convolution", "causal": "convolution", "transposed": "convolution",
+    "multiplier": "depthwise", "grouped": "depthwise", "causal": "convolution", "transposed": "convolution",
     "local scores": "slices", "local mix": "slices", "involution": "slices",
     "Swin bias": "gather", "halo blocks": "gather", "unfold": "gather",
     "relative q·r": "plain", "patchify": "plain", "plain": "plain",

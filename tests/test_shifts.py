@@ -150,6 +150,7 @@ CALLS = {
     "two axes of channels": ("n i+r h c, h r c -> h n c i", [(2, 8, 3, 4), (3, 3, 4)], {}),
     "multiplier": ("n i+r (c m), r (c m) -> n i (c m)", [(2, 8, 6), (3, 6)], {"c": 3}),
     "flipped": ("n i-r 2*j+s c, c r s -> n c i j", [(2, 8, 8, 4), (4, 3, 3)], {"padding": "SAME"}),
+    "two channels to a group": ("n i+r (g c), r c (g o) -> n i (g o)", [(2, 8, 4), (3, 2, 6)], {"g": 2}),
     "transposed": ("n i j c, r s c -> n 2*i+r 2*j-s c", [(2, 4, 4, 4), (3, 3, 4)], {"padding": "SAME"}),
 }
 
@@ -167,7 +168,7 @@ def test_the_plan_takes_it(name):
 
 OTHERS = {
     "dense": ("n i+r c, r c o -> n i o", [(2, 8, 4), (3, 4, 4)], {}),
-    "two channels to a group": ("n i+r (g c), r c (g o) -> n i (g o)", [(2, 8, 4), (3, 2, 4)], {"g": 2}),
+    "small groups of many channels": ("n i+r (g c), r c (g o) -> n i (g o)", [(2, 8, 10), (3, 5, 4)], {"g": 2}),
     "one channel": ("n i+r c, r c -> n i c", [(2, 8, 1), (3, 1)], {}),
     "more taps than one loop takes": ("n i+r c, r c -> n i c", [(2, 400, 4), (shifts.TAPS + 1, 4)], {}),
     "both ways at once": ("n i+r j c, r s c -> n i j+s c", [(2, 8, 5, 4), (3, 3, 4)], {}),
@@ -184,6 +185,53 @@ def test_integers_are_left_to_lax():
     equation, shapes, _ = CALLS["depthwise"]
     integers = [jax.ShapeDtypeStruct(shape, "int32") for shape in shapes]
     assert jaxattn.plan(equation, *integers, preferred_element_type="float32").lowering == "convolution"
+
+
+GROUPED = "n c 2*i+r j+s, c r s o -> n o i j".replace("c", "(g c)", 1).replace("o", "(g o)")
+
+
+@on_cpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_groups_of_more_channels_are_dense_convolutions(dtype):
+    shapes = [(3, 12, 31, 30), (6, 5, 5, 16)]
+    x, w = draw(*shapes, dtype=dtype)
+    plan = jaxattn.plan(GROUPED, x, w, g=2, padding="SAME")
+    assert plan.lowering == "grouped"
+
+    def theirs(x, w):
+        return lax.conv_general_dilated(
+            x, w, (2, 1), "SAME", dimension_numbers=("NCHW", "IHWO", "NCHW"), feature_group_count=2
+        )
+
+    def value_and_gradients(f):
+        y, back = jax.vjp(f, x, w)
+        return y, *back(jnp.ones_like(y))
+
+    run = lambda x, w: jaxattn.einsum(GROUPED, x, w, g=2, padding="SAME")
+    close(value_and_gradients(run), value_and_gradients(theirs), {"float32": 1e-5, "bfloat16": 2e-2}[dtype])
+    text = jax.jit(run).lower(x, w).compile().as_text()
+    assert "feature_group_count" not in text
+    assert jaxattn.plan(GROUPED, *draw(*shapes), g=2, padding="SAME").lowering == "convolution"  # float64
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    "equation",
+    ["n i+r j+s c, r s c o -> n i j o", "n c i+r j+s, o c r s -> n o i j", "i-r n j+s c, o r s c -> j o i n"],
+)
+def test_one_tap_is_a_matrix_product(equation):
+    sizes = {"n": 2, "i+r": 5, "i-r": 5, "j+s": 4, "r": 1, "s": 1, "c": 16, "o": 17}
+    shapes = [[sizes[token] for token in term.split()] for term in equation.split("->")[0].split(",")]
+    x, w = draw(*shapes)
+    assert jaxattn.plan(equation, x, w).lowering == "product"
+    assert jaxattn.plan(equation, x, w, padding=1).lowering == "convolution"
+    run = functools.partial(jaxattn.einsum, equation)
+    assert "convolution(" not in jax.jit(run).lower(x, w).compile().as_text()
+    reference = functools.partial(jaxattn.einsum, equation, implementation="reference")
+    ones = jnp.ones_like(run(x, w))
+    close((run(x, w), jax.vjp(run, x, w)[1](ones)), (reference(x, w), jax.vjp(reference, x, w)[1](ones)))
+    half = [z.astype("bfloat16") for z in (jnp.ones_like(x), jnp.ones_like(w))]
+    assert (run(*half) == 16).all()
 
 
 @on_cpu

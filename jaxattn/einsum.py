@@ -28,6 +28,9 @@ def plain(resolved: Resolved, operands, precision, accumulate) -> jax.Array:
 LOWERINGS: dict[str, tuple[Callable[..., jax.Array], str]] = {
     "plain": (plain, "reshapes and jnp.einsum"),
     "convolution": (convolution.convolve, "lax.conv_general_dilated"),
+    "product": (convolution.product, "lax.dot_general over the channels"),
+    "depthwise": (convolution.depthwise, "one sum of shifted products"),
+    "grouped": (convolution.grouped, "one lax.conv_general_dilated for each group"),
     "slices": (slices, "one strided slice per place in the window"),
     "gather": (gather, "gather, jnp.einsum, scatter"),
 }
@@ -84,13 +87,14 @@ def _si(number: float) -> str:
     return f"{number / 1000**power:.3g} {('', 'k', 'M', 'G', 'T')[power]}"
 
 
-def _choose(resolved: Resolved) -> tuple[str, str]:
+def _choose(resolved: Resolved, dtypes: tuple[np.dtype, ...], backend: str) -> tuple[str, str]:
     """The lowering of an equation and a word on it."""
     if not resolved.affine:
         return "plain", LOWERINGS["plain"][1]
     conv = convolution.match(resolved)
     if conv is not None:
-        return "convolution", f"{LOWERINGS['convolution'][1]}, {conv.describe(resolved)}"
+        lowering = convolution.on_cpu(conv, resolved, dtypes) if backend == "cpu" else "convolution"
+        return lowering, f"{LOWERINGS[lowering][1]}, {conv.describe(resolved)}"
     # an unfold is built only where the output asks for one, and scattered only where an operand holds one
     asked = math.prod(resolved.output_shape)
     held = max(map(math.prod, resolved.shapes))
@@ -107,7 +111,9 @@ def _temporaries(resolved: Resolved, lowering: str, width: int) -> int:
         return sum(unfolded(resolved).values()) * width
     if lowering == "plain":
         return 0
-    grown = 0
+    if lowering == "depthwise":
+        return convolution.shifted_elements(resolved) * max(width, 4)  # in the dtype of the sums
+    grown = math.prod(resolved.output_shape) if lowering == "grouped" else 0  # the parts that are joined
     for k, shape in enumerate(resolved.shapes):
         lengths = list(shape)
         for dim, a in resolved.of_term(k).items():
@@ -118,12 +124,12 @@ def _temporaries(resolved: Resolved, lowering: str, width: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(equation, shapes, dtypes, dtype, padding, boundary, sizes, implementation) -> Plan:
+def _plan(equation, shapes, dtypes, dtype, padding, boundary, sizes, implementation, backend) -> Plan:
     resolved = resolve(equation, shapes, tuple(map(str, dtypes)), padding, boundary, dict(sizes))
     if implementation == "reference":
         lowering, detail = "gather", LOWERINGS["gather"][1]
     else:
-        lowering, detail = _choose(resolved)
+        lowering, detail = _choose(resolved, (*dtypes, dtype), backend)
     products = math.prod(resolved.sizes.values())
     summed = len(resolved.sizes) > len(axes_of(resolved.output)) or any(resolved.of_term(OUTPUT))
     flops = products * (max(len(shapes) - 1, 0) + int(summed))
@@ -143,7 +149,7 @@ def _make_plan(equation, operands, padding, boundary, preferred_element_type, im
     dtypes = tuple(np.dtype(x.dtype) for x in operands)
     pads, edges, extents = check_options(equation, shapes, tuple(map(str, dtypes)), padding, boundary, sizes)
     dtype = np.dtype(preferred_element_type or jnp.result_type(*operands))
-    return _plan(equation, shapes, dtypes, dtype, pads, edges, extents, implementation)
+    return _plan(equation, shapes, dtypes, dtype, pads, edges, extents, implementation, jax.default_backend())
 
 
 def plan(
@@ -238,7 +244,7 @@ def einsum(
     small = jnp.issubdtype(chosen.dtype, jnp.floating) and chosen.dtype.itemsize < 4
     accumulate = np.dtype(jnp.float32) if small else chosen.dtype
     dtype = np.dtype(jnp.result_type(*arrays))
-    if chosen.lowering == "convolution" and dtype.itemsize < chosen.dtype.itemsize:
+    if chosen.lowering in ("convolution", "product", "depthwise", "grouped") and dtype.itemsize < chosen.dtype.itemsize:
         dtype = chosen.dtype  # a convolution of one dtype into another has no transpose in JAX; widening loses nothing
     arrays = [x.astype(dtype) for x in arrays]
     run = LOWERINGS[chosen.lowering][0]

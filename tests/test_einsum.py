@@ -72,8 +72,8 @@ def test_table_of_the_notation(name, implementation):
 
 
 LOWERED = {
-    "conv": "convolution", "strided": "convolution", "dilated": "convolution", "depthwise": "convolution",
-    "multiplier": "convolution", "grouped": "convolution", "causal": "convolution", "transposed": "convolution",
+    "conv": "convolution", "strided": "convolution", "dilated": "convolution", "depthwise": "depthwise",
+    "multiplier": "depthwise", "grouped": "depthwise", "causal": "convolution", "transposed": "convolution",
     "local scores": "slices", "local mix": "slices", "involution": "slices",
     "Swin bias": "gather", "halo blocks": "gather", "unfold": "gather",
     "relative q·r": "plain", "patchify": "plain", "plain": "plain",
@@ -83,7 +83,10 @@ LOWERED = {
 @pytest.mark.parametrize("name", LOWERED)
 def test_lowering_of_the_notation(name):
     equation, shapes, options = TABLE[name]
-    assert jaxattn.plan(equation, *shapes, **options).lowering == LOWERED[name]
+    want = LOWERED[name]
+    if want == "depthwise" and jax.default_backend() != "cpu":
+        want = "convolution"
+    assert jaxattn.plan(equation, *shapes, **options).lowering == want
 
 
 @st.composite

@@ -29,6 +29,16 @@ TABLE = [
     (nn.Attention, {"num_heads": 2, "in_features": 8, "window": (7, 7), "key_embedding": True}, 288 + 2 * 169 * 4),
     (nn.Attention, {"num_heads": 2, "in_features": 8, "window": (7, 7), "key_embedding": "shared"}, 288 + 169 * 4),
     (nn.Attention, {"num_heads": 2, "in_features": 8, "window": (7, 7), "key_embedding": "factorized"}, 288 + 104),
+    (nn.DepthwiseConv, {"in_features": 8, "kernel_size": (7, 7)}, 49 * 8 + 8),
+    (nn.DepthwiseConv, {"in_features": 8, "kernel_size": 3, "multiplier": 2, "use_bias": False}, 3 * 16),
+    (nn.ConvTranspose, {"in_features": 8, "out_features": 6, "kernel_size": (3, 3)}, 9 * 48 + 6),
+    (nn.LightConv, {"num_heads": 2, "in_features": 8, "kernel_size": 7}, 7 * 2),
+    (nn.DynamicConv, {"num_heads": 2, "in_features": 8, "kernel_size": 7}, 8 * 7 * 2),
+    # a bottleneck of 8 / 4, and biases
+    (nn.Involution, {"in_features": 8, "kernel_size": (3, 3), "groups": 2}, 8 * 2 + 2 + 2 * 9 * 2 + 9 * 2),
+    (nn.DynamicDepthwiseConv, {"in_features": 8, "kernel_size": (3, 3)}, 8 * 2 + 2 + 2 * 9 * 8 + 9 * 8),
+    # the paper's: value without a bias, 3² × 3² weights of each head, out
+    (nn.OutlookAttention, {"num_heads": 2, "in_features": 8, "kernel_size": (3, 3)}, 64 + 9 * 2 * 81 + 72),
 ]
 
 

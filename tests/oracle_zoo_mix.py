@@ -138,3 +138,117 @@ def outlook_attention(p, strides, scale=None):
                     if i is not None and j is not None:
                         z[(*i, h)] += a[t] * value[(*j, h)]
     return out(z, p)
+
+
+def attend(query, keys, values, scale, bias=None):
+    """One query's output, from lists of keys and values."""
+    weights = softmax(np.array([scale * (query @ k) for k in keys]) + (0 if bias is None else bias))
+    return sum(w * v for w, v in zip(weights, values, strict=True))
+
+
+def augmented_conv(p, scale=None):
+    x, kernel, rank = p["x"], p["kernel"], p["x"].ndim - 1
+    grid, size = x.shape[:-1], kernel.shape[:-2]
+    convolved = np.zeros((*grid, kernel.shape[-1]), complex) + p.get("kernel_bias", 0)
+    query, key, value = (project(x, p, name) for name in ("query", "key", "value"))
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    z = np.zeros(value.shape, complex)
+    tokens = list(np.ndindex(*grid))
+    for i in tokens:
+        for r, j in slots(i, size, grid):
+            convolved[i] += 0 if j is None else x[j] @ kernel[r]
+        for h in range(query.shape[-2]):
+            keys = [
+                key[(*j, h)] + sum(p[f"embedding_{a}"][j[a] - i[a] + grid[a] - 1] for a in range(rank)) for j in tokens
+            ]
+            z[(*i, h)] = attend(query[(*i, h)], keys, [value[(*j, h)] for j in tokens], scale)
+    return np.concatenate([convolved, out(z, p)], axis=-1)
+
+
+def cvt_attention(p, strides, kv_strides, scale=None):
+    def tokens(name, strides):
+        lows = [max((-(-n // s) - 1) * s + k - n, 0) // 2 for n, s, k in zip(grid, strides, size, strict=True)]  # SAME
+        local = depthwise_conv({"x": p["x"], "kernel": p[f"{name}_kernel"]}, strides, (1,) * len(size), lows)
+        return project(local, p, name)
+
+    grid, size = p["x"].shape[:-1], p["query_kernel"].shape[:-1]
+    query, key, value = tokens("query", strides), tokens("key", kv_strides), tokens("value", kv_strides)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    z = np.zeros((*query.shape[:-1], value.shape[-1]), complex)
+    for i in np.ndindex(*query.shape[:-1]):
+        keys, values = (x[..., i[-1], :].reshape(-1, x.shape[-1]) for x in (key, value))
+        z[i] = attend(query[i], keys, values, scale)
+    return out(z, p)
+
+
+def lambda_layer(p):
+    x, size = p["x"], p["position"].shape[:-2]
+    grid = x.shape[:-1]
+    query, key, value = (project(x, p, name) for name in ("query", "key", "value"))
+    (heads, dim), (width, depth) = query.shape[-2:], value.shape[-2:]
+    y = np.zeros((*grid, heads * width), complex)
+    content = np.zeros((dim, width), complex)
+    for k, u in np.ndindex(dim, depth):
+        weights = softmax(key[..., k, u])
+        for j in np.ndindex(*grid):
+            content[k] += weights[j] * value[(*j, slice(None), u)]
+    for i in np.ndindex(*grid):
+        here = content.copy()
+        for r, j in slots(i, size, grid):
+            here += 0 if j is None else np.einsum("ku,vu->kv", p["position"][r], value[j])
+        y[i] = (query[i] @ here).reshape(-1)
+    return y
+
+
+def _aft(p, w):
+    """w(i, j), of as many channels as there are, or one."""
+    x = p["x"]
+    query, key, value = (project(x, p, name) for name in ("query", "key", "value"))
+    largest = key.real.reshape(-1, key.shape[-1]).max(0)
+    y = np.zeros(query.shape, complex)
+    for i in np.ndindex(*x.shape[:-1]):
+        weights = {j: np.exp(key[j] - largest + w(i, j)) for j in np.ndindex(*x.shape[:-1])}
+        total = sum(weights.values())
+        y[i] = sigmoid(query[i]) * sum(a * value[j] for j, a in weights.items()) / total
+    return y @ p["out"] + p.get("out_bias", 0)
+
+
+def aft(p):
+    return _aft(p, lambda i, j: p["position"][(*i, *j)])
+
+
+def aft_conv(p):
+    size, heads, hidden = p["position"].shape[:-1], p["position"].shape[-1], p["value"].shape[-1]
+
+    def w(i, j):
+        near = {token: r for r, token in slots(i, size, p["x"].shape[:-1])}
+        return np.repeat(p["position"][near[j]], hidden // heads) if j in near else np.zeros(hidden)
+
+    return _aft(p, w)
+
+
+def qna(p, strides, scale=None):
+    x, query, size = p["x"], p["query"], p["bias"].shape[1:]
+    key, value = project(x, p, "key"), project(x, p, "value")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    z = np.zeros((*positions(x.shape[:-1], strides), *value.shape[-2:]), complex)
+    for i in np.ndindex(*z.shape[:-2]):
+        inside = [
+            (r, j) for r, j in slots(i, size, x.shape[:-1], strides, lows=[k // 2 for k in size]) if j is not None
+        ]
+        for h in range(len(query)):
+            keys, values = ([of[(*j, h)] for _, j in inside] for of in (key, value))
+            z[(*i, h)] = attend(query[h], keys, values, scale, np.array([p["bias"][(h, *r)] for r, _ in inside]))
+    return out(z, p)
+
+
+def parameter_key_attention(p, scale=None, normalize="softmax"):
+    x, heads = p["x"], p["key"].shape[1]
+    query = project(x, p, "query") if "query" in p else np.stack([x] * heads, -2)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    z = np.zeros((*query.shape[:-1], p["value"].shape[-1]), complex)
+    for i in np.ndindex(*query.shape[:-1]):
+        scores = scale * p["key"][:, i[-1]] @ query[i]
+        weights = {"softmax": softmax, "none": lambda s: s, "relu": lambda s: relu(s) / len(s)}[normalize](scores)
+        z[i] = weights @ p["value"][:, i[-1]]
+    return out(z, p) if "out" in p else z.reshape(*x.shape[:-1], -1)

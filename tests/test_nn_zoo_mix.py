@@ -49,6 +49,44 @@ LAYERS = {
         (4, 3, 4),
         partial(oracle.outlook_attention, strides=(2, 2)),
     ),
+    nn.AugmentedConv: (
+        {
+            "num_heads": 2,
+            "in_features": 4,
+            "out_features": 9,
+            "kernel_size": (3, 3),
+            "grid": (3, 2),
+            "value_features": 2,
+        },
+        (3, 2, 4),
+        oracle.augmented_conv,
+    ),
+    nn.CvTAttention: (
+        {"num_heads": 2, "in_features": 4, "kernel_size": (3, 3), "kv_strides": 2},
+        (3, 4, 4),
+        partial(oracle.cvt_attention, strides=(1, 1), kv_strides=(2, 2)),
+    ),
+    nn.LambdaLayer: (
+        {"num_heads": 2, "in_features": 4, "kernel_size": (3, 5), "key_dim": 3, "depth": 2, "use_bias": True},
+        (3, 4, 4),
+        oracle.lambda_layer,
+    ),
+    nn.AFT: ({"in_features": 4, "hidden_features": 6, "grid": (3, 2)}, (3, 2, 4), oracle.aft),
+    nn.AFTConv: (
+        {"num_heads": 2, "in_features": 4, "kernel_size": (3, 3), "hidden_features": 6, "out_features": 3},
+        (3, 4, 4),
+        oracle.aft_conv,
+    ),
+    nn.QnA: (
+        {"num_heads": 2, "in_features": 4, "kernel_size": (3, 3), "strides": 2, "scale": 0.7},
+        (3, 4, 4),
+        partial(oracle.qna, strides=(2, 2), scale=0.7),
+    ),
+    nn.ParameterKeyAttention: (
+        {"num_heads": 2, "in_features": 4, "num_keys": 5, "qkv_features": 6, "use_bias": True},
+        (3, 4),
+        oracle.parameter_key_attention,
+    ),
 }
 # The rounding of a few products of numbers near one, of the largest entry.
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 5e-2}
@@ -127,6 +165,17 @@ def test_the_activation_may_be_a_module():
         (partial(nn.Involution, 8, 3, groups=3), r"Involution: groups \(=3\) must divide in_features \(=8\)"),
         (partial(nn.DynamicDepthwiseConv, 6, 3), r"reduction \(=4\) must divide in_features \(=6\)"),
         (partial(nn.OutlookAttention, 3, 8, 3), r"OutlookAttention: num_heads \(=3\) must divide in_features"),
+        (
+            partial(nn.AugmentedConv, 2, 8, 16, (3, 3), grid=(5,), value_features=4),
+            r"AugmentedConv: grid \(=\(5,\)\) must have an axis for each of kernel_size \(=\(3, 3\)\)",
+        ),
+        (partial(nn.AugmentedConv, 2, 8, 4, 3, grid=(5,), value_features=4), r"value_features \(=4\) must be positive"),
+        (partial(nn.CvTAttention, 3, 8, 3), r"CvTAttention: num_heads \(=3\) must divide qkv_features \(=8\)"),
+        (partial(nn.LambdaLayer, 2, 8, 3, 7), r"LambdaLayer: num_heads \(=2\) must divide out_features \(=7\)"),
+        (partial(nn.LambdaLayer, 2, 8, 3, depth=0), r"key_dim \(=16\) and depth \(=0\) must be positive"),
+        (partial(nn.AFTConv, 3, 8, 3), r"AFTConv: num_heads \(=3\) must divide hidden_features \(=8\)"),
+        (partial(nn.QnA, 3, 8, 3), r"QnA: num_heads \(=3\) must divide qkv_features \(=8\)"),
+        (partial(nn.ParameterKeyAttention, 3, 8, 5), r"num_heads \(=3\) must divide qkv_features \(=8\)"),
     ],
 )
 def test_errors(make, message):

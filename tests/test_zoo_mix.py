@@ -32,6 +32,46 @@ def outlook(size, bias=True):
     return {name: shape for name, shape in shapes.items() if bias or not name.endswith("bias")}
 
 
+def heads(bias=True, without=(), **more):
+    """Projections by heads, and what else a layer has."""
+    shapes = {
+        "query": (FEATURES, HEADS, DIM), "key": (FEATURES, HEADS, DIM), "value": (FEATURES, HEADS, 2),
+        "out": (HEADS, 2, OUT), "query_bias": (HEADS, DIM), "key_bias": (HEADS, DIM), "value_bias": (HEADS, 2),
+        "out_bias": (OUT,),
+    } | more  # fmt: skip
+    return {name: s for name, s in shapes.items() if name not in without and (bias or not name.endswith("_bias"))}
+
+
+def augmented(grid, size, bias=True):
+    embeddings = {f"embedding_{axis}": (2 * n - 1, DIM) for axis, n in enumerate(grid)}
+    return heads(bias, kernel=(*size, FEATURES, 3), kernel_bias=(3,), **embeddings)
+
+
+def local(size, bias=True):
+    return heads(bias, **{f"{name}_kernel": (*size, FEATURES) for name in ("query", "key", "value")})
+
+
+def lambdas(size, depth, bias=True):
+    return heads(
+        bias, ("out", "out_bias"), key=(FEATURES, DIM, depth), key_bias=(DIM, depth), value=(FEATURES, 2, depth),
+        value_bias=(2, depth), position=(*size, DIM, depth),
+    )  # fmt: skip
+
+
+def channels(position, bias=True):
+    linear = dict.fromkeys(("query", "key", "value"), (FEATURES, 6)) | {"out": (6, OUT), "position": position}
+    biases = dict.fromkeys(("query_bias", "key_bias", "value_bias"), (6,)) | {"out_bias": (OUT,)}
+    return linear | biases if bias else linear
+
+
+def asked(size, bias=True):
+    return heads(bias, ("query_bias",), query=(HEADS, DIM)) | {"bias": (HEADS, *size)}
+
+
+def remembered(bias=True, without=()):
+    return heads(bias, ("key_bias", "value_bias", *without), key=(7, HEADS, DIM), value=(7, HEADS, 2))
+
+
 def both(**kwargs):
     return kwargs, kwargs
 
@@ -96,6 +136,31 @@ CASES = {
     "outlook 1d apart": ("outlook_attention", (5,), outlook((1,)), *both(strides=(2,))),
     "outlook 2d": ("outlook_attention", (4, 3), outlook((3, 2), False), *both(strides=(2, 2), scale=0.7)),
     "outlook 3d": ("outlook_attention", (2, 1, 3), outlook((2, 1, 2)), {}, {"strides": (1, 1, 1)}),
+    "augmented 1d": ("augmented_conv", (5,), augmented((5,), (3,)), {}, {}),
+    "augmented 2d": ("augmented_conv", (2, 3), augmented((2, 3), (2, 3), False), *both(scale=0.7)),
+    "augmented 3d": ("augmented_conv", (2, 1, 2), augmented((2, 1, 2), (1, 1, 3)), {}, {}),
+    "cvt 1d": ("cvt_attention", (5,), local((3,)), *both(strides=(1,), kv_strides=(2,))),
+    "cvt 2d": ("cvt_attention", (3, 4), local((3, 2), False), *both(strides=(2, 1), kv_strides=(2, 2), scale=0.7)),
+    "cvt 3d": ("cvt_attention", (2, 1, 3), local((1, 2, 3)), *both(strides=(1, 1, 1), kv_strides=(1, 1, 1))),
+    "lambda 1d": ("lambda_layer", (5,), lambdas((3,), 2), {}, {}),
+    "lambda 2d": ("lambda_layer", (3, 4), lambdas((5, 2), 1, False), {}, {}),
+    "lambda 3d": ("lambda_layer", (2, 1, 3), lambdas((1, 3, 3), 2), {}, {}),
+    "aft 1d": ("aft", (5,), channels((5, 5)), {}, {}),
+    "aft 2d": ("aft", (2, 3), channels((2, 3, 2, 3), False), {}, {}),
+    "aft conv 1d": ("aft_conv", (6,), channels((3, 2)), {}, {}),
+    "aft conv 2d": ("aft_conv", (4, 3), channels((2, 3, 1), False), {}, {}),
+    "aft conv 3d": ("aft_conv", (2, 1, 3), channels((1, 2, 3, 6)), {}, {}),
+    "qna 1d": ("qna", (5,), asked((3,)), {}, {"strides": (1,)}),
+    "qna 2d": ("qna", (4, 3), asked((3, 2), False), *both(strides=(2, 1), scale=0.7)),
+    "qna 3d": ("qna", (2, 1, 3), asked((1, 2, 3)), {}, {"strides": (1, 1, 1)}),
+    "parameter keys": ("parameter_key_attention", (5,), remembered(), {}, {}),
+    "parameter keys 2d": ("parameter_key_attention", (2, 3), remembered(False), *both(normalize="relu", scale=0.7)),
+    "parameter keys bare": (
+        "parameter_key_attention",
+        (4,),
+        {"key": (7, HEADS, FEATURES), "value": (7, HEADS, DIM)},
+        *both(normalize="none"),
+    ),
 }
 
 
@@ -184,6 +249,39 @@ def test_conv_transpose_is_the_adjoint_of_conv():
     np.testing.assert_array_equal(back[:, 5], 0)  # where no window of the convolution reached
 
 
+@pytest.mark.parametrize(("name", "position"), [("aft", (5, 5)), ("aft_conv", (3, 2))])
+def test_aft_is_stable(name, position):
+    """Keys of ±50, whose exponentials are far outside float32 in a difference of a hundred."""
+    arrays = draw({"x": (5, FEATURES), **channels(position)})
+    arrays["key"] *= 50 / abs(arrays["x"] @ arrays["key"]).max()
+    arrays["key_bias"] *= 0
+    small = {key: jnp.asarray(x, jnp.float32) for key, x in arrays.items()}
+    y, gradient = compiled(jax.value_and_grad(lambda p: call(name, {})(p).sum()))(small)
+    np.testing.assert_allclose(y, getattr(oracle, name)(arrays).real.sum(), rtol=1e-4)
+    assert all(np.isfinite(g).all() for g in gradient.values())
+
+
+def test_a_lambda_layer_whose_window_is_all():
+    """With 2n - 1 offsets every pair has its embedding: q_i · Σ_j (k̄_j + E_{j-i}) v_j."""
+    n, arrays = 4, draw({"x": (4, FEATURES), **lambdas((7,), 1, bias=False)})
+    q, k, v = (np.tensordot(arrays["x"], arrays[name], 1) for name in ("query", "key", "value"))
+    e = np.exp(k) / np.exp(k).sum(0)
+    pairs = [[e[j] + arrays["position"][j - i + n - 1] for j in range(n)] for i in range(n)]
+    expected = np.einsum("ihk,ijku,jvu->ihv", q, pairs, v).reshape(n, -1)
+    np.testing.assert_allclose(call("lambda_layer", {})(arrays), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_head_without_a_normaliser_is_two_pointwise_convolutions():
+    """Keys are the first's filters, values the second's; with relu between, a feed-forward layer."""
+    p = draw({"x": (5, 3, FEATURES), "key": (7, 1, FEATURES), "value": (7, 1, OUT)})
+    x, filters, second = jnp.asarray(p["x"]), jnp.asarray(p["key"][:, 0].T[None, None]), jnp.asarray(p["value"])
+    close = partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10)
+    first = zoo.conv(x, filters)
+    for normalize, between, count in (("none", first, 1), ("relu", jax.nn.relu(first), 7)):
+        y = call("parameter_key_attention", {"normalize": normalize, "scale": 1.0})(p)
+        close(count * y, zoo.conv(between, second[None, None, :, 0]))
+
+
 ONES = {"x": (5, 5, 4)}
 
 
@@ -225,6 +323,26 @@ ONES = {"x": (5, 5, 4)}
             {},
             r"params\['attention'\] has shape \[4, 2, 3, 3, 3, 2\]; expected \[features, heads, \*window, \*window\] =",
         ),
+        (
+            "augmented_conv",
+            augmented((5, 5), (3, 3)) | {"embedding_1": (7, DIM)},
+            {},
+            r"params\['embedding_1'\] has 7 offsets; expected 9 for 5 tokens",
+        ),
+        ("cvt_attention", local((3, 3)), {"kv_strides": 0}, r"strides=0 must be a positive int, or one for each of"),
+        (
+            "cvt_attention",
+            local((3, 3)) | {"value": (4, 3, 2)},
+            {},
+            r"params\['value'\] has shape \[4, 3, 2\]; expected",
+        ),
+        ("lambda_layer", lambdas((3, 3), 2) | {"position": (3, 3, DIM, 1)}, {}, r"params\['position'\] has shape"),
+        ("aft", channels((5, 4, 5, 4)), {}, r"aft: params\['position'\] has shape \[5, 4, 5, 4\] and x \[5, 5, 4\]"),
+        ("aft_conv", channels((3, 3, 4)), {}, r"heads of params\['position'\] \(=4\) must divide the hidden features"),
+        ("qna", asked((3, 3)) | {"query": (3, DIM)}, {}, r"qna: params\['key'\] has shape \[4, 2, 3\]; expected"),
+        ("qna", asked((3, 3)), {"strides": (1, 2, 3)}, r"qna: strides=\(1, 2, 3\) must be a positive int, or one"),
+        ("parameter_key_attention", remembered(without=("query", "query_bias")), {}, r"params\['key'\] has shape"),
+        ("parameter_key_attention", remembered(), {"normalize": "max"}, r"normalize is 'max'; allowed"),
     ],
 )
 def test_errors(name, shapes, kwargs, message):

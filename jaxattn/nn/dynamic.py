@@ -10,7 +10,7 @@ from jaxtyping import Array, ArrayLike, Float, Num
 
 from jaxattn import zoo
 from jaxattn.nn.layer import operands
-from jaxattn.nn.weights import default_kernel_init, divided, ints, weight
+from jaxattn.nn.weights import default_kernel_init, divided, ints, linear, weight
 
 glorot_init = nnx.initializers.xavier_uniform()
 
@@ -113,10 +113,9 @@ class Involution(nnx.Module):
         reduced = divided(self, "reduction", reduction, in_features)
         self.strides, self.dilation, self.activation = strides, dilation, activation
         self.dtype, self.precision = dtype, precision
-        self.reduce = weight(kernel_init, rngs, (in_features,), (reduced,), param_dtype)
-        self.reduce_bias = nnx.Param(jnp.zeros(reduced, param_dtype))
-        self.span = weight(kernel_init, rngs, (reduced,), (*ints(kernel_size), groups), param_dtype)
-        self.span_bias = nnx.Param(jnp.zeros((*ints(kernel_size), groups), param_dtype))
+        how: dict[str, Any] = {"bias": True, "init": kernel_init, "rngs": rngs, "dtype": param_dtype}
+        linear(self, "reduce", (in_features,), (reduced,), **how)
+        linear(self, "span", (reduced,), (*ints(kernel_size), groups), **how)
 
     def __call__(self, inputs: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
         """`[*batch, *positions, in_features]` of `[*batch, *grid, in_features]`."""
@@ -168,10 +167,9 @@ class DynamicDepthwiseConv(nnx.Module):
     ):
         reduced = divided(self, "reduction", reduction, in_features)
         self.dilation, self.activation, self.dtype, self.precision = dilation, activation, dtype, precision
-        self.reduce = weight(kernel_init, rngs, (in_features,), (reduced,), param_dtype)
-        self.reduce_bias = nnx.Param(jnp.zeros(reduced, param_dtype))
-        self.span = weight(kernel_init, rngs, (reduced,), (*ints(kernel_size), in_features), param_dtype)
-        self.span_bias = nnx.Param(jnp.zeros((*ints(kernel_size), in_features), param_dtype))
+        how: dict[str, Any] = {"bias": True, "init": kernel_init, "rngs": rngs, "dtype": param_dtype}
+        linear(self, "reduce", (in_features,), (reduced,), **how)
+        linear(self, "span", (reduced,), (*ints(kernel_size), in_features), **how)
 
     def __call__(self, inputs: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
         """`[*batch, *grid, in_features]`, as the input."""

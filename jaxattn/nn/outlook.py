@@ -9,7 +9,7 @@ from jaxtyping import Array, ArrayLike, Float, Num
 
 from jaxattn import zoo
 from jaxattn.nn.layer import operands
-from jaxattn.nn.weights import divided, ints, small_init, weight
+from jaxattn.nn.weights import divided, ints, linear, small_init
 
 
 class OutlookAttention(nnx.Module):
@@ -59,13 +59,10 @@ class OutlookAttention(nnx.Module):
         heads = (num_heads, divided(self, "num_heads", num_heads, in_features))
         window, out = ints(kernel_size), in_features if out_features is None else out_features
         self.strides, self.scale, self.dtype, self.precision = strides, scale, dtype, precision
-        self.value = weight(kernel_init, rngs, (in_features,), heads, param_dtype)
-        if use_bias:
-            self.value_bias = nnx.Param(jnp.zeros(heads, param_dtype))
-        self.attention = weight(kernel_init, rngs, (in_features,), (num_heads, *window, *window), param_dtype)
-        self.attention_bias = nnx.Param(jnp.zeros((num_heads, *window, *window), param_dtype))
-        self.out = weight(kernel_init, rngs, heads, (out,), param_dtype)
-        self.out_bias = nnx.Param(jnp.zeros(out, param_dtype))
+        how: dict[str, Any] = {"init": kernel_init, "rngs": rngs, "dtype": param_dtype}
+        linear(self, "value", (in_features,), heads, bias=use_bias, **how)
+        linear(self, "attention", (in_features,), (num_heads, *window, *window), bias=True, **how)
+        linear(self, "out", heads, (out,), bias=True, **how)
 
     def __call__(self, inputs: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
         """`[*batch, *grid, out_features]` of `[*batch, *grid, in_features]`."""

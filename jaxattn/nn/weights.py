@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 
 default_kernel_init = nnx.initializers.lecun_normal()
@@ -21,6 +22,23 @@ def weight(
     """
     matrix = init(rngs.params(), (math.prod(before), math.prod(after)), dtype)
     return nnx.Param(matrix.reshape(*before, *after))
+
+
+def linear(
+    layer: nnx.Module,
+    name: str,
+    before: Sequence[int],
+    after: Sequence[int],
+    *,
+    bias: bool,
+    init: Callable[..., Any],
+    rngs: nnx.Rngs,
+    dtype: Any,
+) -> None:
+    """Give a layer the parameter `name`, `[*before, *after]`, and if asked for `name`_bias, `[*after]`, of zeros."""
+    setattr(layer, name, weight(init, rngs, before, after, dtype))
+    if bias:
+        setattr(layer, f"{name}_bias", nnx.Param(jnp.zeros(after, dtype)))
 
 
 def ints(size: int | Sequence[int]) -> tuple[int, ...]:

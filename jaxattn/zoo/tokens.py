@@ -49,10 +49,10 @@ def per_axis(layer: str, name: str, value, rank: int) -> tuple[int, ...]:
     return tuple(map(int, values))
 
 
-def divided(layer: str, name: str, groups: int, features: int) -> None:
-    """Raise where the features of x can't be split into so many groups."""
-    if groups < 1 or features % groups:
-        raise ValueError(f"{layer}: the {name} (={groups}) must divide the features of x (={features})")
+def divided(layer: str, name: str, groups: int, size: int, of: str = "features of x") -> None:
+    """Raise where so many features can't be split into so many groups."""
+    if groups < 1 or size % groups:
+        raise ValueError(f"{layer}: the {name} (={groups}) must divide the {of} (={size})")
 
 
 def pads(layer: str, padding: Padding | None, rank: int) -> Any:

@@ -167,11 +167,10 @@ def augmented_conv(p, scale=None):
 
 def cvt_attention(p, strides, kv_strides, scale=None):
     def tokens(name, strides):
-        lows = [max((-(-n // s) - 1) * s + k - n, 0) // 2 for n, s, k in zip(grid, strides, size, strict=True)]  # SAME
-        local = depthwise_conv({"x": p["x"], "kernel": p[f"{name}_kernel"]}, strides, (1,) * len(size), lows)
+        local = depthwise_conv({"x": p["x"], "kernel": p[f"{name}_kernel"]}, strides, (1,) * len(size), None)
         return project(local, p, name)
 
-    grid, size = p["x"].shape[:-1], p["query_kernel"].shape[:-1]
+    size = p["query_kernel"].shape[:-1]
     query, key, value = tokens("query", strides), tokens("key", kv_strides), tokens("value", kv_strides)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     z = np.zeros((*query.shape[:-1], value.shape[-1]), complex)

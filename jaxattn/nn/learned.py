@@ -9,9 +9,10 @@ from jaxtyping import Array, ArrayLike, Float, Num
 
 from jaxattn import zoo
 from jaxattn.nn.layer import operands
-from jaxattn.nn.weights import default_kernel_init, divided, ints, linear, small_init
+from jaxattn.nn.weights import default_bias_init, default_kernel_init, divided, ints, linear
 
 unit_init = nnx.initializers.normal(1.0)
+short_init = nnx.initializers.variance_scaling(1.0, "fan_out", "normal")  # of length one: head_dim ** -0.5
 
 
 class QnA(nnx.Module):
@@ -32,7 +33,7 @@ class QnA(nnx.Module):
       param_dtype: of the parameters.
       precision: as in `jax.lax.dot_general`.
       kernel_init: initialiser of the projections; their biases begin at zero.
-      query_init: initialiser of `query`, `[num_heads, head_dim]`.
+      query_init: initialiser of `query`, `[num_heads, head_dim]`, which begins near length one.
       bias_init: initialiser of `bias`, `[num_heads, *kernel_size]`.
       rngs: `nnx.Rngs`; `params` is used.
 
@@ -60,8 +61,8 @@ class QnA(nnx.Module):
         param_dtype: Any = jnp.float32,
         precision: Any = None,
         kernel_init: Callable[..., Any] = default_kernel_init,
-        query_init: Callable[..., Any] = unit_init,
-        bias_init: Callable[..., Any] = small_init,
+        query_init: Callable[..., Any] = short_init,
+        bias_init: Callable[..., Any] = default_bias_init,
         rngs: nnx.Rngs,
     ):
         qkv_features = in_features if qkv_features is None else qkv_features

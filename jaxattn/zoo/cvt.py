@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -13,6 +12,7 @@ from jaxattn.attention import attention
 from jaxattn.zoo.depthwise import depthwise_conv
 from jaxattn.zoo.named import affine, features, named
 from jaxattn.zoo.row import row
+from jaxattn.zoo.tokens import same
 
 
 @row(
@@ -36,8 +36,8 @@ def cvt_attention(
 
         y_i = b_O + Σ_h W_O,h Σ_j softmax_j(scale · q_i·k_j) v_j,    q = W_Q (w_Q ∗ x), k = W_K (w_K ∗ x), ...
 
-    where ∗ is `depthwise_conv`, with zeros outside (Wu et al. 2021, arXiv 2103.15808). With `kv_strides` 2, as in the
-    paper, there are a quarter of the keys. The batch normalisation that the paper has between w and W is, once
+    where ∗ is `depthwise_conv`, centred, with zeros outside (Wu et al. 2021, arXiv 2103.15808). With `kv_strides` 2, as
+    in the paper, there are a quarter of the keys. The batch normalisation that the paper has between w and W is, once
     trained, a scale and a shift of each channel, which w and the bias of W can hold.
 
     Args:
@@ -74,15 +74,14 @@ def cvt_attention(
     batch = np.shape(x)[: -1 - rank]
 
     def tokens(name, strides):
-        local = depthwise_conv(x, params[f"{name}_kernel"], strides=strides, precision=precision)
+        kernel = params[f"{name}_kernel"]
+        centred = same(kernel.shape[:-1], (1,) * rank)
+        local = depthwise_conv(x, kernel, strides=strides, padding=centred, precision=precision)
         projected = affine("... c, c h d -> ... h d", local, params, name, precision)
         grid = projected.shape[len(batch) : -2]
         return projected.reshape(*batch, math.prod(grid), *projected.shape[-2:]), grid
 
-    (query, grid), (key, _), (value, _) = (
-        tokens("query", strides),
-        tokens("key", kv_strides),
-        tokens("value", kv_strides),
-    )
+    query, grid = tokens("query", strides)
+    key, value = (tokens(name, kv_strides)[0] for name in ("key", "value"))
     y = attention(query, key, value, scale=scale, precision=precision).reshape(*batch, *grid, *value.shape[-2:])
-    return affine("... h d, h d o -> ... o", jnp.asarray(y), params, "out", precision)
+    return affine("... h d, h d o -> ... o", y, params, "out", precision)

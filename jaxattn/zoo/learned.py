@@ -36,7 +36,8 @@ def qna(
         y_i = b_O + Σ_h W_O,h Σ_r softmax_r(scale · q_h · k_{s·i+r} + b_h[r]) v_{s·i+r},    k = W_K x, v = W_V x
 
     so that windows that overlap ask the same of a token (Arar et al. 2022, arXiv 2112.11435). Tokens outside the grid
-    are left out. A head has one query here, where the paper's may have several.
+    are left out. A head has one query here, where the paper's may have several; to divide a query by its length,
+    as the paper does, is the caller's.
 
     Args:
       x: `[*batch, *grid, features]`, with any number of batch axes.

@@ -127,6 +127,12 @@ def test_a_training_step(module, dtype):
     assert abs(y[0].astype(float) - expected).max() < TOLERANCE[dtype] * max(1, abs(expected).max())
 
 
+def test_every_module_is_here():
+    files = ("aft", "augmented", "cvt", "depthwise", "dynamic", "lambdas", "learned", "outlook", "transposed")
+    public = [module for module in vars(nn).values() if isinstance(module, type)]
+    assert set(LAYERS) == {module for module in public if module.__module__.rpartition(".")[2] in files}
+
+
 @pytest.mark.parametrize("strides", [1, (2, 3)])
 @pytest.mark.parametrize("transpose_kernel", [False, True])
 def test_conv_transpose_is_that_of_flax(strides, transpose_kernel):

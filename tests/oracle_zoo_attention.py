@@ -77,18 +77,22 @@ def standing(ranges, grid, zeros):
             yield j, inside
 
 
+def usual(scale, params):
+    return params["query"].shape[-1] ** -0.5 if scale is None else scale
+
+
 def global_attention(x, params, scale=None):
-    scale = params["query"].shape[-1] ** -0.5 if scale is None else scale
+    scale = usual(scale, params)
     return attend(x, params, everywhere(x.shape[:-1]), lambda h, q, k, delta: scale * q @ k)
 
 
-def coatnet_attention(x, params):
-    grid, scale = x.shape[:-1], params["query"].shape[-1] ** -0.5
+def coatnet_attention(x, params, scale=None):
+    grid, scale = x.shape[:-1], usual(scale, params)
     return attend(x, params, everywhere(grid), lambda h, q, k, delta: scale * q @ k + bias(params, h, delta, grid))
 
 
-def botnet_attention(x, params):
-    grid, scale = x.shape[:-1], params["query"].shape[-1] ** -0.5
+def botnet_attention(x, params, scale=None):
+    grid, scale = x.shape[:-1], usual(scale, params)
     score = lambda h, q, k, delta: scale * q @ (k + embedding(params, h, delta, grid))
     return attend(x, params, everywhere(grid), score)
 
@@ -96,15 +100,16 @@ def botnet_attention(x, params):
 learned_relative_attention = botnet_attention  # without a key, k is zeros
 
 
-def sasa(x, params, size, zeros=False, scale=1.0):
-    """Windows of `size` around each token; at the border cut off, or filled with zeros."""
+def sasa(x, params, size, zeros=False, scale=1.0, stride=1):
+    """Windows of `size` around each token, or every stride-th one; at the border cut off, or filled with zeros."""
     grid = x.shape[:-1]
     ranges = lambda i: [range(a - k // 2, a - k // 2 + k) for a, k in zip(i, size, strict=True)]
     score = lambda h, q, k, delta: scale * q @ (k + embedding(params, h, delta, size))
-    return attend(x, params, lambda i: standing(ranges(i), grid, zeros), score)
+    y = attend(x, params, lambda i: standing(ranges(i), grid, zeros), score)
+    return y[tuple(slice(None, None, stride) for _ in grid)]
 
 
-def halo_attention(x, params, block, halo, zeros=True):
+def halo_attention(x, params, block, halo, zeros=True, scale=1.0):
     grid, size = x.shape[:-1], [b + 2 * a for b, a in zip(block, halo, strict=True)]
 
     def neighbours(i):
@@ -112,7 +117,7 @@ def halo_attention(x, params, block, halo, zeros=True):
         ranges = [range(f - a, f + b + a) for f, b, a in zip(first, block, halo, strict=True)]
         return standing(ranges, grid, zeros)
 
-    return attend(x, params, neighbours, lambda h, q, k, delta: q @ (k + embedding(params, h, delta, size)))
+    return attend(x, params, neighbours, lambda h, q, k, delta: scale * q @ (k + embedding(params, h, delta, size)))
 
 
 def nearest(i, n, k, dilation):
@@ -121,20 +126,21 @@ def nearest(i, n, k, dilation):
     return min((run for run in runs if run[-1] < n), key=lambda run: abs(run[k // 2] - i))
 
 
-def neighborhood_attention(x, params, size, dilation=1):
-    grid, scale = x.shape[:-1], params["query"].shape[-1] ** -0.5
+def neighborhood_attention(x, params, size, dilation=1, stride=1, scale=None):
+    grid, scale = x.shape[:-1], usual(scale, params)
 
     def neighbours(i):
         runs = [nearest(a, n, k, dilation) for a, n, k in zip(i, grid, size, strict=True)]
         return [(j, True) for j in itertools.product(*runs)]
 
     learned = lambda h, delta: bias(params, h, delta, size, dilation) if "relative_bias" in params else 0.0
-    return attend(x, params, neighbours, lambda h, q, k, delta: scale * q @ k + learned(h, delta))
+    y = attend(x, params, neighbours, lambda h, q, k, delta: scale * q @ k + learned(h, delta))
+    return y[tuple(slice(None, None, stride) for _ in grid)]
 
 
-def shifted_window_attention(x, params, size, shift):
+def shifted_window_attention(x, params, size, shift, scale=None):
     """Tokens of one window of the grid that begins at `shift`, and goes on before it."""
-    grid, scale = x.shape[:-1], params["query"].shape[-1] ** -0.5
+    grid, scale = x.shape[:-1], usual(scale, params)
     window = lambda i: tuple((a - s) // k for a, s, k in zip(i, shift, size, strict=True))
     neighbours = lambda i: [(j, True) for j in np.ndindex(*grid) if window(j) == window(i)]
     return attend(x, params, neighbours, lambda h, q, k, delta: scale * q @ k + bias(params, h, delta, size))
@@ -158,8 +164,8 @@ def axial_attention(x, params, axis=-2, window=None):
     return np.moveaxis(np.reshape(y, (*lines.shape[:-1], -1)), -2, axis)
 
 
-def gpsa(x, params):
-    grid, scale = x.shape[:-1], params["query"].shape[-1] ** -0.5
+def gpsa(x, params, scale=None):
+    grid, scale = x.shape[:-1], usual(scale, params)
 
     def weights(h, i, js, content):
         gate = 1 / (1 + np.exp(-params["gate"][h]))

@@ -59,10 +59,11 @@ LAYERS = {
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 5e-2}
 
 
-def drawn(state, seed=0):
-    """A state whose parameters are moved at random, so that no zero bias hides a mistake."""
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda p: p + jnp.asarray(rng.normal(size=p.shape) / 4, p.dtype), state)
+def drawn(module, *args, **kwargs):
+    """A module's graph and parameters, all of them drawn at random, so that no zero bias hides a mistake."""
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: module(*args, **kwargs, rngs=nnx.Rngs(0))), nnx.Param)
+    rng = np.random.default_rng(0)
+    return graphdef, jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) / 2, p.dtype), params)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: dtype.__name__)
@@ -70,8 +71,7 @@ def drawn(state, seed=0):
 def test_a_training_step(module, dtype):
     """A jitted step: its output is the formula's, its loss finite, and every parameter gets a gradient."""
     args, kwargs, grid, loop = LAYERS[module]
-    graphdef, params = nnx.split(module(*args, **kwargs, dtype=dtype, rngs=nnx.Rngs(0)), nnx.Param)
-    params = drawn(params)
+    graphdef, params = drawn(module, *args, **kwargs, dtype=dtype)
     x = jnp.asarray(np.random.default_rng(9).normal(size=(1, *grid, args[1])), dtype)
 
     @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # run twice
@@ -83,7 +83,8 @@ def test_a_training_step(module, dtype):
         (loss, y), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
         return loss, y, gradients, jax.tree.map(lambda p, g: p - 0.01 * g, params, gradients)
 
-    loss, y, gradients, stepped = step(params, x)
+    with jax.numpy_dtype_promotion("strict"):
+        loss, y, gradients, stepped = step(params, x)
     assert y.dtype == dtype
     assert step(stepped, x)[0] < loss < np.inf
     for path, gradient in nnx.to_flat_state(gradients):
@@ -92,6 +93,17 @@ def test_a_training_step(module, dtype):
     exact = {name: np.asarray(p, float) for name, p in nnx.to_pure_dict(params).items()}
     expected = loop(np.asarray(x[0], float), exact)
     assert abs(y[0].astype(float) - expected).max() < TOLERANCE[dtype] * max(1, abs(expected).max())
+
+
+@pytest.mark.parametrize("module", LAYERS, ids=lambda module: module.__name__)
+def test_precision_reaches_every_product(module):
+    args, kwargs, grid, _ = LAYERS[module]
+    graphdef, params = drawn(module, *args, **kwargs, precision="highest")
+    run = jax.jit(lambda params, x: nnx.merge(graphdef, params)(x))
+    lowered = run.lower(params, jnp.ones((*grid, args[1]))).as_text()
+    products = [line for line in lowered.splitlines() if "dot_general" in line]
+    assert len(products) >= 4
+    assert all("HIGHEST" in line for line in products)
 
 
 def test_every_module_is_here():

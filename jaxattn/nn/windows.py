@@ -32,8 +32,8 @@ class SASA(nnx.Module):
       in_features: size of the input's last axis.
       qkv_features: of query, key and value, all heads together; None means `in_features`.
       out_features: size of the output's last axis, with an output projection; None means `in_features`.
-      window: a `Window` of stride 1, or its size: 7 is `Window(7)` (one dimension), (7, 7) `Window((7, 7))` (two). Its
-        axes divide head_dim, the embedding of an offset being its axes' embeddings one after the other.
+      window: a `Window`, or its size: 7 is `Window(7)` (one dimension), (7, 7) `Window((7, 7))` (two). Its axes divide
+        head_dim, the embedding of an offset being its axes' embeddings one after the other.
       scale: of the query; None means head_dim ** -0.5.
       use_bias: whether the projections have biases.
       out_projection: whether there is an output projection.
@@ -81,7 +81,7 @@ class SASA(nnx.Module):
         make_embeddings(self, num_heads, self.window.sizes, width, embedding_init, param_dtype, rngs)
 
     def __call__(self, inputs: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
-        """`[*batch, *grid, out_features]` of `[*batch, *grid, in_features]`."""
+        """`[*batch, *query_grid, out_features]` of `[*batch, *grid, in_features]`."""
         x, params = operands(self, inputs, dtype=self.dtype)
         return zoo.sasa(x, params, window=self.window, scale=self.scale, precision=self.precision)
 
@@ -170,7 +170,7 @@ class NeighborhoodAttention(nnx.Module):
       in_features: size of the input's last axis.
       qkv_features: of query, key and value, all heads together; None means `in_features`.
       out_features: size of the output's last axis; None means `in_features`.
-      window: a `Window` of stride 1, or its size: 7 is `Window(7)` (one dimension), (7, 7) `Window((7, 7))` (two);
+      window: a `Window`, or its size: 7 is `Window(7)` (one dimension), (7, 7) `Window((7, 7))` (two);
         `Window((7, 7), dilation=2)` is DiNAT's.
       relative_bias: whether there is a bias by offset.
       use_bias: whether the projections have biases.
@@ -217,6 +217,6 @@ class NeighborhoodAttention(nnx.Module):
             self.relative_bias = offset_bias(num_heads, self.window.sizes, relative_init, param_dtype, rngs)
 
     def __call__(self, inputs: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
-        """`[*batch, *grid, out_features]` of `[*batch, *grid, in_features]`."""
+        """`[*batch, *query_grid, out_features]` of `[*batch, *grid, in_features]`."""
         x, params = operands(self, inputs, dtype=self.dtype)
         return zoo.neighborhood_attention(x, params, window=self.window, precision=self.precision)

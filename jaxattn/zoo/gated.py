@@ -65,9 +65,9 @@ def gpsa(
     rank = max(1, (np.shape(params["position"]) or (0,))[-1] - 1)
     window = Window(heads.grid(x, rank))
     query, key, value = heads.project(x, rank)
-    exact = statistics_dtype(query.dtype)  # ‖δ‖² needs more than bfloat16's eight bits
+    exact = statistics_dtype(query.dtype)  # ‖δ‖² needs more than bfloat16's eight bits, also inside a product
     position = heads.table("position", "heads", rank + 1).astype(exact)
-    bias = einsum("h c, c ... -> h ...", position, _r(window.sizes, exact))
+    bias = einsum("h c, c ... -> h ...", position, _r(window.sizes, exact), precision="highest")
     gate = jax.nn.sigmoid(heads.table("gate", "heads"))[:, None]
     kwargs: dict[str, Any] = {"window": window, "precision": precision, "implementation": implementation}
     content = attention(query, key, value, scale=scale, **kwargs)

@@ -51,8 +51,9 @@ class Heads:
         for name in params:
             if name not in known:
                 raise ValueError(f"{layer}: params have {name!r}; allowed: {', '.join(known)}")
-        if "out_bias" in params and "out" not in params:
-            raise ValueError(f"{layer}: params have 'out_bias' and lack 'out', the projection that it belongs to")
+        for name in (*PROJECTIONS, "out"):
+            if f"{name}_bias" in params and name not in params:
+                raise ValueError(f"{layer}: params have '{name}_bias' and lack {name!r}, which it belongs to")
 
     def table(self, name: str, *axes: str | int) -> jax.Array:
         """`params[name]`, of these axes: sizes, or names that stand for one size wherever they are used."""

@@ -43,14 +43,15 @@ def sasa(
         "key" `[features, heads, head_dim]`, "value" `[features, heads, value_dim]`, and optionally "query_bias",
         "key_bias", "value_bias" (without features), "out" `[heads, value_dim, out_features]` and "out_bias"
         `[out_features]`. Without "out" the heads' outputs stand one after the other.
-      window: a `Window` of stride 1, or its size: 7 is `Window(7)` (one dimension), (7, 7) `Window((7, 7))` (two),
-        which moves inward at the border. With boundary "zero" zero keys and values stand outside.
+      window: a `Window`, or its size: 7 is `Window(7)` (one dimension), (7, 7) `Window((7, 7))` (two), which moves
+        inward at the border. With boundary "zero" zero keys and values stand outside.
       scale: of the query, so of both terms; None means head_dim ** -0.5.
       precision: of the projections and the attention, as in `jax.lax.dot_general`.
       implementation: as in `attention`.
 
     Returns:
-      `[*batch, *grid, out_features]`, in the dtype of x and params.
+      `[*batch, *query_grid, out_features]`, in the dtype of x and params; the grid itself, where the window
+      has no stride.
 
     Raises:
       ValueError: a parameter is missing or unknown, or a shape doesn't fit, by name.
@@ -154,13 +155,14 @@ def neighborhood_attention(
         `[features, heads, value_dim]`, and optionally "query_bias", "key_bias", "value_bias" (without features), "out"
         `[heads, value_dim, out_features]` and "out_bias" `[out_features]`. Without "out" the heads' outputs stand one
         after the other.
-      window: a `Window` of stride 1, or its size: 7 is `Window(7)` (one dimension), (7, 7) `Window((7, 7))` (two).
+      window: a `Window`, or its size: 7 is `Window(7)` (one dimension), (7, 7) `Window((7, 7))` (two).
       scale: None means head_dim ** -0.5.
       precision: of the projections and the attention, as in `jax.lax.dot_general`.
       implementation: as in `attention`.
 
     Returns:
-      `[*batch, *grid, out_features]`, in the dtype of x and params.
+      `[*batch, *query_grid, out_features]`, in the dtype of x and params; the grid itself, where the window
+      has no stride.
 
     Raises:
       ValueError: a parameter is missing or unknown, or a shape doesn't fit, by name.
@@ -176,7 +178,7 @@ def neighborhood_attention(
     query, key, value = heads.project(x, window.rank)
     offsets = (2 * k - 1 for k in window.sizes)
     y = attention(
-        query,
+        _standing(query, window),
         key,
         value,
         window=window,
@@ -210,7 +212,7 @@ def embedded(heads: Heads, x, window: Window, scale: float | None, implementatio
     """Attention in a window with scores scale · q_i·(k_j + r[j-i])."""
     query, key, value = heads.project(x, window.rank)
     y = attention(
-        query * (query.shape[-1] ** -0.5 if scale is None else scale),
+        _standing(query, window) * (query.shape[-1] ** -0.5 if scale is None else scale),
         key,
         value,
         window=window,
@@ -220,3 +222,11 @@ def embedded(heads: Heads, x, window: Window, scale: float | None, implementatio
         implementation=implementation,
     )
     return heads.join(y)
+
+
+def _standing(query: jax.Array, window: Window) -> jax.Array:
+    """The queries of the tokens at which a strided window stands."""
+    grid = query.shape[-2 - window.rank : -2]
+    strides: Any = window.stride
+    steps = (slice(0, n * s, s) for n, s in zip(window.query_grid(grid), strides, strict=True))
+    return query[(..., *steps, slice(None), slice(None))]

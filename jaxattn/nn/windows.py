@@ -49,7 +49,7 @@ class SASA(nnx.Module):
 
     >>> from flax import nnx
     >>> import jax.numpy as jnp
-    >>> SASA(4, 32, window=(7, 7), rngs=nnx.Rngs(0))(jnp.ones((2, 9, 9, 32))).shape
+    >>> SASA(4, 32, window=(3, 3), rngs=nnx.Rngs(0))(jnp.ones((2, 9, 9, 32))).shape
     (2, 9, 9, 32)
     """
 
@@ -116,8 +116,8 @@ class HaloAttention(nnx.Module):
 
     >>> from flax import nnx
     >>> import jax.numpy as jnp
-    >>> HaloAttention(4, 32, block=(8, 8), halo=3, rngs=nnx.Rngs(0))(jnp.ones((2, 16, 16, 32))).shape
-    (2, 16, 16, 32)
+    >>> HaloAttention(4, 32, block=(4, 4), halo=1, rngs=nnx.Rngs(0))(jnp.ones((2, 8, 8, 32))).shape
+    (2, 8, 8, 32)
     """
 
     def __init__(
@@ -186,7 +186,7 @@ class NeighborhoodAttention(nnx.Module):
 
     >>> from flax import nnx
     >>> import jax.numpy as jnp
-    >>> NeighborhoodAttention(4, 32, window=(7, 7), rngs=nnx.Rngs(0))(jnp.ones((2, 9, 9, 32))).shape
+    >>> NeighborhoodAttention(4, 32, window=(3, 3), rngs=nnx.Rngs(0))(jnp.ones((2, 9, 9, 32))).shape
     (2, 9, 9, 32)
     """
 

@@ -134,7 +134,7 @@ def coatnet_attention(
 
 @row(
     "BoTNet",
-    weights="q·(k + row_{δ1} + col_{δ2}), global",
+    weights="SASA, global",
     source="pair",
     shared="head / no",
     normalizer="softmax",

@@ -29,6 +29,10 @@ TABLE = [
     (nn.Attention, {"num_heads": 2, "in_features": 8, "window": (7, 7), "key_embedding": True}, 288 + 2 * 169 * 4),
     (nn.Attention, {"num_heads": 2, "in_features": 8, "window": (7, 7), "key_embedding": "shared"}, 288 + 169 * 4),
     (nn.Attention, {"num_heads": 2, "in_features": 8, "window": (7, 7), "key_embedding": "factorized"}, 288 + 104),
+    # 9 centres and widths, 9 heads of 8·4 and 4·6, and 6; the full form has 2·2 for each width; 9·(8/2)·6 without `out`
+    (nn.QuadraticAttention, {"num_heads": 9, "in_features": 8, "out_features": 6, "head_dim": 4}, 9 * 3 + 9 * 56 + 6),
+    (nn.QuadraticAttention, {"num_heads": 9, "in_features": 8, "isotropic": False}, 9 * 6 + 9 * 64 + 8),
+    (nn.QuadraticAttention, {"num_heads": 9, "in_features": 8, "out_features": 6, "groups": 2}, 9 * 3 + 216 + 6),
 ]
 
 

@@ -2,3 +2,4 @@
 
 from .attention import Attention as Attention
 from .conv import Conv as Conv
+from .quadratic import QuadraticAttention as QuadraticAttention

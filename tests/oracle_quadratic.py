@@ -8,22 +8,17 @@ import numpy as np
 def quadratic_attention(x, params, tokens=None):
     """y_i = bias + Σ_h Σ_δ softmax_δ(-α_h‖δ - Δ_h‖²) x_{i+δ} V_h O_h, for x [*grid, features].
 
-    `tokens(i)` lists what query i sees: pairs of an offset δ and a token's index, or None for a zero token. Without it,
-    every query sees the whole grid.
+    `tokens`, a `Sliding`, lists what query i sees: pairs of an offset δ and a token's index, or None for a zero token.
+    Without it, every query sees the whole grid.
     """
     rank = params["centre"].shape[1]
     grid, features = x.shape[:rank], x.shape[-1]
     everything = list(itertools.product(*map(range, grid)))
     queries = everything
-    if tokens is None:
-
-        def tokens(i):
-            return [(np.subtract(j, i), j) for j in everything]
-    else:
-        queries = tokens.queries
+    queries = everything if tokens is None else tokens.queries
     rows = []
     for i in queries:
-        seen = tokens(i)
+        seen = [(np.subtract(j, i), j) for j in everything] if tokens is None else tokens(i)
         total = 0.0
         for h in range(len(params["centre"]) if seen else 0):  # a query that sees nothing: zeros
             scores = np.array([score(params, h, delta) for delta, _ in seen])

@@ -1,5 +1,6 @@
 """Convolution as attention, and attention as convolution."""
 
+from .convert import convert as convert
 from .theorem import attention_to_conv as attention_to_conv
 from .theorem import conv_to_attention as conv_to_attention
 from .theorem import error_bound as error_bound

@@ -6,8 +6,9 @@ kernel's matrix at that tap. At a finite α it also sees some of the other taps'
     W'_δ = Σ_h A_h(δ) W_h,        A_h(δ) → 1[δ = Δ_h] as α → ∞.
 """
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -49,9 +50,9 @@ def conv_to_attention(
     *,
     alpha: float | None = None,
     rtol: float | None = None,
-    strides=1,
-    padding="SAME",
-    dilation=1,
+    strides: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int | Sequence[int]] = "SAME",
+    dilation: int | Sequence[int] = 1,
     groups: int = 1,
     boundary: str = "zero",
     head_dim: int | None = None,
@@ -229,6 +230,7 @@ def _alpha_for(rtol: float, ndim: int) -> float:
     return high
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def _distance(kernel: jax.Array, alpha: float) -> jax.Array:
     """max_o Σ_{δ, c} |Σ_h A_h(δ) W_h - W_δ|[c, o], with A - 1 computed as such: a difference would be rounding."""
     shape = kernel.shape[:-2]

@@ -1,5 +1,6 @@
 """Theorem 1 both ways: convolutions as quadratic attention, against `jax.lax`, within the bounds that are promised."""
 
+import functools
 import itertools
 
 import jax
@@ -13,12 +14,14 @@ from jaxattn.equivalence import attention_to_conv, conv_to_attention, error_boun
 
 # The same sums of up to a thousand products in float64, in another order.
 TOLERANCE = 1e-11
+attend = jax.jit(zoo.quadratic_attention)
 
 
 def normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
 
 
+@functools.partial(jax.jit, static_argnames=("strides", "padding", "dilation", "groups"))
 def lax_conv(x, kernel, strides=1, padding="SAME", dilation=1, groups=1):
     """XLA's convolution of one image."""
     rank = kernel.ndim - 2
@@ -69,7 +72,7 @@ def test_the_hard_limit_is_the_convolution(grid, window, features, out, options)
     assert bound == 0
     assert len(params["centre"]) == np.prod(window)
     expected = lax_conv(x, kernel, **{**options, "padding": lax_padding(options, grid, window)})
-    np.testing.assert_allclose(zoo.quadratic_attention(x, params), expected, atol=TOLERANCE)
+    np.testing.assert_allclose(attend(x, params), expected, atol=TOLERANCE)
 
 
 def lax_padding(options, grid, window):
@@ -88,7 +91,8 @@ def test_there_and_back(grid, window, features, out, options):
     back, found = attention_to_conv(params, groups=options.get("groups", 1))
     np.testing.assert_array_equal(back, kernel)
     if options.get("padding") != "SAME_LOWER":
-        np.testing.assert_array_equal(zoo.conv(x, back, **found), zoo.conv(x, kernel, **options))
+        expected = lax_conv(x, kernel, **{**options, "padding": lax_padding(options, grid, window)})
+        np.testing.assert_allclose(zoo.conv(x, back, **found), expected, atol=TOLERANCE)
 
 
 @case
@@ -99,32 +103,30 @@ def test_a_finite_alpha_is_within_its_bound(grid, window, features, out, options
     rng = np.random.default_rng(2)
     x = jnp.asarray(rng.choice([-1.0, 1.0], size=(*grid, features)))
     expected = lax_conv(x, kernel, **{**options, "padding": lax_padding(options, grid, window)})
-    error = jnp.abs(zoo.quadratic_attention(x, params) - expected).max()
+    error = jnp.abs(attend(x, params) - expected).max()
     assert error <= bound + TOLERANCE
     assert (bound > 0) == (np.prod(window) > 1)
     assert bound <= 2 * error_bound(alpha, len(window)) * jnp.abs(kernel).sum(range(kernel.ndim - 1)).max()
 
 
-@pytest.mark.parametrize(
-    ("window", "alpha"), [((2,), 1.0), ((7,), 0.1), ((3, 3), 8.0), ((4, 2), 1.0), ((7, 7), 1.0), ((2, 3, 2), 0.1)]
-)
+@pytest.mark.parametrize(("window", "alpha"), [((7,), 0.1), ((3, 3), 8.0), ((7, 7), 1.0), ((2, 3, 2), 0.1)])
 def test_the_bound_is_reached(window, alpha):
     """By the x whose signs are those of the difference of the operators, which is measured by the attention itself."""
     kernel = normal(3, *window, 2, 3)
     params, bound = conv_to_attention(kernel, alpha=alpha, padding="VALID")
     taps = int(np.prod(window)) * 2
 
-    operator = zoo.quadratic_attention(jnp.eye(taps).reshape(taps, *window, 2), params)
+    operator = attend(jnp.eye(taps).reshape(taps, *window, 2), params)
     difference = operator.reshape(taps, 3) - kernel.reshape(taps, 3)
     worst = jnp.abs(difference).sum(0).argmax()
     x = jnp.sign(difference[:, worst]).reshape(*window, 2)
-    error = jnp.abs(zoo.quadratic_attention(x, params) - lax_conv(x, kernel, padding="VALID")).max()
+    error = jnp.abs(attend(x, params) - lax_conv(x, kernel, padding="VALID")).max()
     np.testing.assert_allclose(error, bound, rtol=1e-9)
 
 
 @pytest.mark.parametrize("rtol", [0.3, 1e-2, 1e-6])
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
-@pytest.mark.parametrize("window", [(5,), (3, 3), (2, 2, 2)])
+@pytest.mark.parametrize("window", [(5,), (2, 3, 2)])
 def test_rtol(window, rtol, dtype):
     kernel = normal(4, *window, 3, 2).astype(dtype)
     params, bound = conv_to_attention(kernel, rtol=rtol)
@@ -147,7 +149,7 @@ def test_error_bound(alpha, ndim):
     grid = (9,) * ndim
     params = {"centre": jnp.zeros((1, ndim)), "alpha": jnp.array([alpha]), "value": jnp.ones((1, 1, 1))}
     middle = jnp.zeros((*grid, 1)).at[(4,) * ndim].set(1.0)
-    seen = zoo.quadratic_attention(middle, params)[(4,) * ndim][0]
+    seen = attend(middle, params)[(4,) * ndim][0]
     assert 1 - seen <= error_bound(alpha, ndim) + 1e-15
 
 
@@ -163,7 +165,7 @@ def test_boundaries(boundary):
     params, _ = conv_to_attention(kernel, boundary=boundary)
     padded = jnp.pad(x, [(1, 1), (1, 2), (0, 0)], mode="constant" if boundary == "zero" else boundary)
     expected = lax_conv(padded, kernel, padding="VALID")
-    np.testing.assert_allclose(zoo.quadratic_attention(x, params), expected, atol=TOLERANCE)
+    np.testing.assert_allclose(attend(x, params), expected, atol=TOLERANCE)
     back, options = attention_to_conv(params)
     np.testing.assert_allclose(zoo.conv(x, back, **options), expected, atol=TOLERANCE)
 
@@ -174,11 +176,12 @@ def test_weights_over_the_tokens_inside_are_edge_padding(window):
     x, kernel = normal(7, 4, 5, 2), normal(8, 3, 3, 2, 2)
     edge = lax_conv(jnp.asarray(np.pad(x, [(1, 1), (1, 1), (0, 0)], mode="edge")), kernel, padding="VALID")
     zero = lax_conv(x, kernel)
-    errors = []
+    norm, errors = jnp.abs(kernel).sum((0, 1, 2)).max() * jnp.abs(x).max(), []
     for alpha in (2.0, 8.0, 16.0, np.inf):
         params, _ = conv_to_attention(kernel, alpha=alpha)
-        y = zoo.quadratic_attention(x, {**params, "window": window})
+        y = attend(x, {**params, "window": window})
         errors.append(jnp.abs(y - edge).max())
+        assert errors[-1] <= 2 * error_bound(alpha, 2) * norm + TOLERANCE
         assert jnp.abs(y - zero)[:, 0].max() > 0.1
         assert alpha < 8 or jnp.abs(y - zero)[1:-1, 1:-1].max() < 0.1  # away from the border they agree
     assert errors[0] > errors[1] > errors[2] > errors[3]
@@ -190,7 +193,7 @@ def test_zero_padding_by_padding_and_cropping(grid, kept):
     x, kernel = normal(9, *grid, 2), normal(10, 3, 3, 2, 2)
     params, _ = conv_to_attention(kernel)
     around = jnp.pad(x, [(1, 1), (1, 1), (0, 0)])
-    y = zoo.quadratic_attention(around, {**params, "window": None})[kept]
+    y = attend(around, {**params, "window": None})[kept]
     np.testing.assert_allclose(y, lax_conv(x, kernel), atol=TOLERANCE)
 
 
@@ -235,7 +238,7 @@ def test_fewer_heads_fail_on_the_output_too():
     kernel = normal(13, 3, 3, 3, 4)
     params, residual = best(kernel, conv_to_attention(kernel)[0]["centre"][:8], jnp.full(8, 5.0))
     x = normal(14, 5, 5, 3)
-    assert jnp.abs(zoo.quadratic_attention(x, params) - lax_conv(x, kernel)).max() > 0.1 * residual
+    assert jnp.abs(attend(x, params) - lax_conv(x, kernel)).max() > 0.1 * residual
 
 
 def test_one_head_is_a_gaussian_blur():
@@ -243,7 +246,7 @@ def test_one_head_is_a_gaussian_blur():
     kernel = jnp.asarray(np.outer(line, line) / np.outer(line, line).sum())[..., None, None]
     params = {"centre": jnp.zeros((1, 2)), "alpha": jnp.array([0.4]), "value": jnp.ones((1, 1, 1))}
     x = normal(15, 6, 7, 1)
-    y = zoo.quadratic_attention(x, params, window=zoo.Slide((5, 5)))
+    y = attend(x, {**params, "window": zoo.Slide((5, 5))})
     np.testing.assert_allclose(y, lax_conv(x, kernel), atol=TOLERANCE)
 
 
@@ -257,7 +260,7 @@ def test_head_dim(groups):
         params, _ = conv_to_attention(kernel, head_dim=head_dim, groups=groups)
         assert params["value"].shape == (4, 9, groups * head_dim)
         assert params["out"].shape == (9, groups * head_dim, 5)
-        y = zoo.quadratic_attention(x, params)
+        y = attend(x, params)
         np.testing.assert_allclose(y, lax_conv(x, kernel, groups=groups), atol=TOLERANCE)
         np.testing.assert_allclose(attention_to_conv(params, groups=groups)[0], kernel, atol=TOLERANCE)
     with pytest.raises(ValueError, match=r"head_dim is 1, and .* rank 2: allowed is head_dim >= 2"):
@@ -286,8 +289,9 @@ def test_transformations(implementation):
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
 def test_narrow_types(dtype, tolerance):
     x, kernel = normal(22, 6, 5, 4).astype(dtype), normal(23, 3, 3, 4, 4).astype(dtype)
-    params, _ = conv_to_attention(kernel)
-    y = zoo.quadratic_attention(x, params)
+    with jax.numpy_dtype_promotion("strict"):
+        params, _ = conv_to_attention(kernel)
+        y = zoo.quadratic_attention(x, params)
     expected = lax_conv(x.astype(float), kernel.astype(float))
     assert y.dtype == dtype
     np.testing.assert_allclose(np.asarray(y, float), expected, atol=tolerance * np.abs(expected).max())
@@ -328,7 +332,7 @@ def test_residual_of_the_border():
     for h in range(3):
         alone = {**one, "value": jnp.eye(3)[None, :, h : h + 1]}
         for j in range(grid):
-            row = zoo.quadratic_attention(jnp.eye(grid)[:, j : j + 1], alone)[:, 0]
+            row = attend(jnp.eye(grid)[:, j : j + 1], alone)[:, 0]
             for i in range(grid):
                 if 0 <= j - i + 1 < 3:
                     weights[i, h, j - i + 1] = row[i]

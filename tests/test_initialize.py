@@ -58,7 +58,7 @@ def test_gpsa_is_a_convolution(grid, heads, alpha):
         dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
     )[0]
     bound = 2 * error_bound(alpha, rank) * jnp.abs(kernel).sum((0, 1)).max() * jnp.abs(x).max()
-    error = jnp.abs(layer(x) - expected).max()
+    error = jnp.abs(jax.jit(layer)(x) - expected).max()
     assert error <= bound
     assert error >= bound / 1000  # the bound says something
 
@@ -74,7 +74,7 @@ def test_gpsa_as_in_the_paper():
     assert round(float(jax.nn.sigmoid(layer.gate[0])), 2) == 0.73
 
 
-@pytest.mark.parametrize(("window", "heads"), [((5,), 3), ((3, 3), 9), ((5, 4), 10), ((3, 3, 3), 6)])
+@pytest.mark.parametrize(("window", "heads"), [((5,), 3), ((5, 4), 10), ((3, 3, 3), 6)])
 def test_impulse_by_a_relative_bias(window, heads):
     rank = len(window)
     layer = nn.Attention(
@@ -86,8 +86,8 @@ def test_impulse_by_a_relative_bias(window, heads):
         rngs=nnx.Rngs(0),
     )
     init_as_cnn(layer, "impulse", alpha=6.0)
-    grid = (7, 6, 5)[:rank]
-    weights = layer.weights(normal(6, *grid, heads))[(3, 3, 2)[:rank]]  # [heads, slots]
+    grid = (5, 5, 5)[:rank]
+    weights = jax.jit(layer.weights)(normal(6, *grid, heads))[(2, 2, 2)[:rank]]  # [heads, slots]
     offsets = np.stack(np.meshgrid(*[np.arange(k) - k // 2 for k in window], indexing="ij"), -1).reshape(-1, rank)
     wanted = np.stack(np.meshgrid(*[np.arange(-1, 2)] * rank, indexing="ij"), -1).reshape(-1, rank)
     for h in range(heads):
@@ -144,8 +144,9 @@ def test_mimetic(kind, heads):
     assert heads == 1 or np.abs(heads_apart[0] - heads_apart[1]).max() > 0.1  # each its own noise
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("how", ["gpsa", "impulse", "mimetic"])
+@pytest.mark.parametrize(
+    ("how", "dtype"), [("gpsa", jnp.bfloat16), ("impulse", jnp.float32), ("mimetic", jnp.bfloat16)]
+)
 def test_training_can_leave_it(how, dtype):
     """Every parameter has a gradient, but for the content that a relative impulse starts without."""
     kwargs = {"gpsa": {}, "impulse": {"alpha": 1.0}, "mimetic": {"rngs": nnx.Rngs(1)}}[how]

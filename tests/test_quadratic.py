@@ -154,7 +154,8 @@ def oracle_at(x, params, slide):
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("bfloat16", 0.15)])
 def test_narrow_types(dtype, tolerance):
     x, params = make(6, (5, 4))
-    y = zoo.quadratic_attention(jnp.asarray(x, dtype), {k: jnp.asarray(p, dtype) for k, p in params.items()})
+    with jax.numpy_dtype_promotion("strict"):
+        y = zoo.quadratic_attention(jnp.asarray(x, dtype), {k: jnp.asarray(p, dtype) for k, p in params.items()})
     assert y.dtype == dtype
     np.testing.assert_allclose(np.asarray(y, float), oracle.quadratic_attention(x, params), atol=tolerance)
 
@@ -199,8 +200,14 @@ def test_bad_slides(kwargs, message):
         zoo.Slide((3, 3), **kwargs)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("kwargs", [{"head_dim": 2, "groups": 2}, {"isotropic": False, "window": (3, 3)}, {"rank": 1}])
+@pytest.mark.parametrize(
+    ("kwargs", "dtype"),
+    [
+        ({"head_dim": 2, "groups": 2}, jnp.float32),
+        ({"isotropic": False, "window": (3, 3)}, jnp.bfloat16),
+        ({"rank": 1, "param_dtype": jnp.bfloat16}, jnp.bfloat16),
+    ],
+)
 def test_module_trains(kwargs, dtype):
     layer = nn.QuadraticAttention(3, 4, 6, **kwargs, dtype=dtype, rngs=nnx.Rngs(0))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 4, 4)), dtype)

@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxattn.boundary import BOUNDARIES
 from jaxattn.einsum import einsum
+from jaxattn.kernels.problem import statistics_dtype
 from jaxattn.zoo.quadratic import quadratic_scores
 from jaxattn.zoo.slide import Slide
 
@@ -65,6 +66,9 @@ def conv_to_attention(
 
     besides rounding. The attention is a convolution too, by the kernel W' = Σ_h A_h(·) W_h, so that this is the norm of
     the difference, no more: where a whole window lies in the grid, some x reaches it.
+
+    Over the whole grid instead, as in the paper (`{**params, "window": None}`, for strides and dilation 1), it is the
+    convolution with edge padding, within 2 · error_bound(alpha, rank) · max_o Σ_{δ, c} |W_δ|[c, o].
 
     Args:
       kernel: `[*window, features / groups, out_features]`; its rank less two is the number of grid axes.
@@ -239,7 +243,7 @@ def _distance(kernel: jax.Array, alpha: float) -> jax.Array:
     np.fill_diagonal(away, 0)
     off = away.sum(1, keepdims=True)
     excess = (away - np.diag(off[:, 0])) / (1 + off)  # A - 1, [heads, slots]
-    wide = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32)).reshape(-1, *kernel.shape[-2:])
+    wide = kernel.astype(statistics_dtype(kernel.dtype)).reshape(-1, *kernel.shape[-2:])
     return jnp.abs(jnp.einsum("hu,hco->uco", jnp.asarray(excess, wide.dtype), wide)).sum((0, 1)).max()
 
 

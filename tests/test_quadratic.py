@@ -185,6 +185,11 @@ def test_bad_parameters(change, message):
         zoo.quadratic_attention(jnp.asarray(x), params)
 
 
+def test_a_slide_of_one_axis():
+    assert zoo.Slide(3, 2) == zoo.Slide((3,), strides=(2,))
+    assert zoo.Slide((3, 3), padding=1) == zoo.Slide((3, 3), padding=[(1, 1), 1])
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

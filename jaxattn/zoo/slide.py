@@ -24,7 +24,7 @@ class Slide:
     along each axis. Hashable and static under `jax.jit`, so that it can stand among arrays in a mapping of parameters.
 
     Args:
-      size: slots per axis; its length is the rank of the grid.
+      size: slots per axis; its length is the rank of the grid, and an int is one axis.
       strides, dilation: ints, or one per axis.
       padding: "SAME", "SAME_LOWER", "VALID", an int, or a sequence with an int or a pair `(low, high)` per axis;
         negative ones crop.
@@ -40,14 +40,14 @@ class Slide:
     ((11, 9, 4), (5, 4))
     """
 
-    size: Sequence[int]
+    size: int | Sequence[int]
     strides: int | Sequence[int] = 1
     padding: str | int | Sequence[int | Sequence[int]] = "SAME"
     dilation: int | Sequence[int] = 1
     boundary: str = "zero"
 
     def __post_init__(self) -> None:
-        window = Window(tuple(self.size), stride=self.strides, dilation=self.dilation, boundary="valid")
+        window = Window(self.size, stride=self.strides, dilation=self.dilation, boundary="valid")
         if self.boundary not in (*BOUNDARIES, "mask"):
             raise ValueError(
                 f"Slide: boundary is {self.boundary!r}; allowed: 'mask', {', '.join(map(repr, BOUNDARIES))}"

@@ -158,7 +158,7 @@ def test_networks(make, shape):
     attends = convert(model)
     assert not any(isinstance(module, nn.Conv) for _, module in nnx.iter_modules(attends))
     scale = np.abs(y).max()
-    np.testing.assert_allclose(run(attends, x), y, atol=1e-4 * scale)
+    np.testing.assert_allclose(run(attends, x), y, atol=1e-5 * scale)
     back = convert(attends, to="conv")
     jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(back)), nnx.to_pure_dict(nnx.state(model)))
 

@@ -48,6 +48,10 @@ TABLE = [
     (nn.GPSA, {"num_heads": 4, "in_features": 8}, 256 + 8 + 4 * 3 + 4),
     (nn.LearnedRelativeAttention, {"num_heads": 2, "in_features": 8, "grid": (3, 4)}, 256 + 8 + 2 * 4 * (5 + 7)),
     (nn.LearnedRelativeAttention, {"num_heads": 2, "in_features": 8, "grid": (3,), "content": False}, 192 + 8 + 40),
+    # 9 centres and widths, 9 heads of 8·4 and 4·6, and 6; the full form has 2·2 for each width; 9·(8/2)·6 without `out`
+    (nn.QuadraticAttention, {"num_heads": 9, "in_features": 8, "out_features": 6, "head_dim": 4}, 9 * 3 + 9 * 56 + 6),
+    (nn.QuadraticAttention, {"num_heads": 9, "in_features": 8, "isotropic": False}, 9 * 6 + 9 * 64 + 8),
+    (nn.QuadraticAttention, {"num_heads": 9, "in_features": 8, "out_features": 6, "groups": 2}, 9 * 3 + 216 + 6),
 ]
 
 

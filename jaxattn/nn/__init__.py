@@ -8,6 +8,7 @@ from .grids import BoTNetAttention as BoTNetAttention
 from .grids import CoAtNetAttention as CoAtNetAttention
 from .grids import GlobalAttention as GlobalAttention
 from .grids import LearnedRelativeAttention as LearnedRelativeAttention
+from .quadratic import QuadraticAttention as QuadraticAttention
 from .shifted import ShiftedWindowAttention as ShiftedWindowAttention
 from .windows import SASA as SASA
 from .windows import HaloAttention as HaloAttention

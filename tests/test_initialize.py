@@ -15,9 +15,7 @@ from jaxattn.equivalence import error_bound, init_as_cnn
 
 def gpsa(features, heads, rank, *, head_dim=None, param_dtype=jnp.float64):
     width = None if head_dim is None else heads * head_dim
-    return nn.GPSA(
-        heads, features, width, rank=rank, identity_value=False, param_dtype=param_dtype, rngs=nnx.Rngs(0)
-    )
+    return nn.GPSA(heads, features, width, rank=rank, identity_value=False, param_dtype=param_dtype, rngs=nnx.Rngs(0))
 
 
 def without_a_square():

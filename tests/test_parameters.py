@@ -52,6 +52,37 @@ TABLE = [
     (nn.QuadraticAttention, {"num_heads": 9, "in_features": 8, "out_features": 6, "head_dim": 4}, 9 * 3 + 9 * 56 + 6),
     (nn.QuadraticAttention, {"num_heads": 9, "in_features": 8, "isotropic": False}, 9 * 6 + 9 * 64 + 8),
     (nn.QuadraticAttention, {"num_heads": 9, "in_features": 8, "out_features": 6, "groups": 2}, 9 * 3 + 216 + 6),
+    (nn.DepthwiseConv, {"in_features": 8, "kernel_size": (7, 7)}, 49 * 8 + 8),
+    (nn.DepthwiseConv, {"in_features": 8, "kernel_size": 3, "multiplier": 2, "use_bias": False}, 3 * 16),
+    (nn.ConvTranspose, {"in_features": 8, "out_features": 6, "kernel_size": (3, 3)}, 9 * 48 + 6),
+    (nn.LightConv, {"num_heads": 2, "in_features": 8, "kernel_size": 7}, 7 * 2),
+    (nn.DynamicConv, {"num_heads": 2, "in_features": 8, "kernel_size": 7}, 8 * 7 * 2),
+    # a bottleneck of 8 / 4, and biases
+    (nn.Involution, {"in_features": 8, "kernel_size": (3, 3), "groups": 2}, 8 * 2 + 2 + 2 * 9 * 2 + 9 * 2),
+    (nn.DynamicDepthwiseConv, {"in_features": 8, "kernel_size": (3, 3)}, 8 * 2 + 2 + 2 * 9 * 8 + 9 * 8),
+    # the paper's: value without a bias, 3² × 3² weights of each head, out
+    (nn.OutlookAttention, {"num_heads": 2, "in_features": 8, "kernel_size": (3, 3)}, 64 + 9 * 2 * 81 + 72),
+    # 9·8·12 + 12 for the convolution; query and key of 8, value and out of 4, and biases; 9 and 13 offsets of 4
+    (
+        nn.AugmentedConv,
+        {
+            "num_heads": 2,
+            "in_features": 8,
+            "out_features": 16,
+            "kernel_size": (3, 3),
+            "grid": (5, 7),
+            "value_features": 4,
+        },
+        876 + 2 * 72 + 36 + 20 + 22 * 4,
+    ),
+    (nn.CvTAttention, {"num_heads": 2, "in_features": 8, "kernel_size": (3, 3)}, 3 * 72 + 288),
+    # queries of 4 heads, one key and a value of 2
+    (nn.LambdaLayer, {"num_heads": 4, "in_features": 8, "kernel_size": (5, 5), "key_dim": 3}, 96 + 24 + 16 + 75),
+    (nn.AFT, {"in_features": 8, "grid": (5, 7)}, 288 + 35 * 35),
+    (nn.AFTConv, {"num_heads": 2, "in_features": 8, "kernel_size": (3, 3), "hidden_features": 6}, 3 * 54 + 56 + 18),
+    # learned queries of 8 in the place of a projection of 72
+    (nn.QnA, {"num_heads": 2, "in_features": 8, "kernel_size": (3, 3)}, 288 - 72 + 8 + 18),
+    (nn.ParameterKeyAttention, {"num_heads": 2, "in_features": 8, "num_keys": 10}, 128 + 2 * 80),
 ]
 
 

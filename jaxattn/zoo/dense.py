@@ -1,6 +1,5 @@
 """Dense convolution: weights that are fixed, one offset to a tap."""
 
-import numbers
 from collections.abc import Sequence
 
 import jax
@@ -9,6 +8,7 @@ from jax import lax
 
 from jaxattn.einsum import einsum
 from jaxattn.zoo.row import row
+from jaxattn.zoo.tokens import is_int, pads, per_axis, sliding
 
 
 @row(
@@ -70,53 +70,23 @@ def conv(
             f"[*batch, *spatial, features], at least {rank + 1} dimensions"
         )
     for name, length in (("features of x", np.shape(x)[-1]), ("out_features of kernel", np.shape(kernel)[-1])):
-        if not _int(groups) or groups < 1 or length % groups:
+        if not is_int(groups) or groups < 1 or length % groups:
             raise ValueError(f"conv: groups (={groups}) must be a positive int that divides the {name} (={length})")
     if np.shape(kernel)[-2] * groups != np.shape(x)[-1]:
         raise ValueError(
             f"conv: kernel has shape {list(np.shape(kernel))}, but with groups (={groups}) the {np.shape(x)[-1]} "
             f"features of x take [*window, {np.shape(x)[-1] // groups}, out_features]"
         )
-    every = range(rank)
-    sums = [
-        f"{s}*i{k}+{d}*r{k}"
-        for k, s, d in zip(every, _each(strides, rank, "strides"), _each(dilation, rank, "dilation"), strict=True)
-    ]
-    window, position = " ".join(f"r{k}" for k in every), " ".join(f"i{k}" for k in every)
+    strides, dilation = per_axis("conv", "strides", strides, rank), per_axis("conv", "dilation", dilation, rank)
+    sums, window, position = sliding(strides, dilation)
     return einsum(
-        f"... {' '.join(sums)} (g c), {window} c (g o) -> ... {position} (g o)",
+        f"... {sums} (g c), {window} c (g o) -> ... {position} (g o)",
         x,
         kernel,
         g=int(groups),
-        padding=_pads(padding, rank),
+        padding=pads("conv", padding, rank),
         boundary=boundary,
         precision=precision,
         preferred_element_type=preferred_element_type,
         implementation=implementation,
-    )
-
-
-def _int(value) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def _each(value, rank: int, name: str) -> tuple[int, ...]:
-    """A positive int for each spatial axis."""
-    values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,) * rank
-    if len(values) != rank or not all(_int(v) and int(v) >= 1 for v in values):
-        raise ValueError(f"conv: {name}={value!r} must be a positive int, or one for each of the {rank} spatial axes")
-    return tuple(map(int, values))
-
-
-def _pads(padding, rank: int):
-    """`padding` with ints of a sequence spelled out as pairs, which `einsum` would read as one pair for all."""
-    if padding is None or isinstance(padding, str) or _int(padding):
-        return padding
-    if isinstance(padding, Sequence) and len(padding) == rank:
-        entries = [(p, p) if _int(p) else p for p in padding]
-        if all(isinstance(p, Sequence) and len(p) == 2 and all(map(_int, p)) for p in entries):
-            return entries
-    raise ValueError(
-        f"conv: padding={padding!r} must be 'SAME', 'VALID', an int, or an int or pair for each of the "
-        f"{rank} spatial axes"
     )

@@ -1,0 +1,130 @@
+"""The attention-free transformer's layers as Flax modules."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, ArrayLike, Float, Num
+
+from jaxattn import zoo
+from jaxattn.nn.layer import operands
+from jaxattn.nn.weights import default_kernel_init, divided, ints, linear, small_init
+
+
+class AFT(nnx.Module):
+    """Weights from the key and from who stands where, channel by channel: `jaxattn.zoo.aft` with its parameters.
+
+    AFT-full. (Zhai et al. 2021, arXiv 2105.14103.)
+
+    Args:
+      in_features: size of the input's last axis.
+      hidden_features: of query, key and value; None means `in_features`.
+      out_features: size of the output's last axis; None means `in_features`.
+      grid: the tokens along each axis of the input.
+      use_bias: whether the linear maps have biases.
+      dtype: of the computation. None promotes the input's and the parameters' dtypes.
+      param_dtype: of the parameters.
+      precision: as in `jax.lax.dot_general`.
+      kernel_init: initialiser of the linear maps; the biases begin at zero.
+      position_init: initialiser of `position`, `[*grid, *grid]`.
+      rngs: `nnx.Rngs`; `params` is used.
+
+    Raises:
+      ValueError: an argument out of its range, or an input whose shape does not fit, by name.
+
+    >>> from flax import nnx
+    >>> import jax.numpy as jnp
+    >>> AFT(8, grid=(5, 7), rngs=nnx.Rngs(0))(jnp.ones((2, 5, 7, 8))).shape
+    (2, 5, 7, 8)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        *,
+        grid: Sequence[int],
+        use_bias: bool = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        precision: Any = None,
+        kernel_init: Callable[..., Any] = default_kernel_init,
+        position_init: Callable[..., Any] = small_init,
+        rngs: nnx.Rngs,
+    ):
+        self.dtype, self.precision = dtype, precision
+        how: dict[str, Any] = {"bias": use_bias, "init": kernel_init, "rngs": rngs, "dtype": param_dtype}
+        _make_linear(self, in_features, hidden_features, out_features, how)
+        self.position = nnx.Param(position_init(rngs.params(), (*grid, *grid), param_dtype))
+
+    def __call__(self, inputs: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
+        """`[*batch, *grid, out_features]` of `[*batch, *grid, in_features]`."""
+        x, params = operands(self, inputs, dtype=self.dtype)
+        return zoo.aft(x, params, precision=self.precision)
+
+
+class AFTConv(nnx.Module):
+    """`AFT` whose position weights are a window's, the same everywhere: `jaxattn.zoo.aft_conv` with its parameters.
+
+    (Zhai et al. 2021, arXiv 2105.14103.)
+
+    Args:
+      num_heads: heads, whose channels share their position weights; they divide `hidden_features`.
+      in_features: size of the input's last axis.
+      kernel_size: an int for one dimension, else one int per axis of the grid.
+      hidden_features: of query, key and value; None means `in_features`.
+      out_features: size of the output's last axis; None means `in_features`.
+      use_bias: whether the linear maps have biases.
+      dtype: of the computation. None promotes the input's and the parameters' dtypes.
+      param_dtype: of the parameters.
+      precision: as in `jax.lax.dot_general`.
+      kernel_init: initialiser of the linear maps; the biases begin at zero.
+      position_init: initialiser of `position`, `[*kernel_size, num_heads]`.
+      rngs: `nnx.Rngs`; `params` is used.
+
+    Raises:
+      ValueError: an argument out of its range, or an input whose shape does not fit, by name.
+
+    >>> from flax import nnx
+    >>> import jax.numpy as jnp
+    >>> AFTConv(4, 8, (7, 7), rngs=nnx.Rngs(0))(jnp.ones((2, 14, 14, 8))).shape
+    (2, 14, 14, 8)
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        in_features: int,
+        kernel_size: int | Sequence[int],
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        *,
+        use_bias: bool = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        precision: Any = None,
+        kernel_init: Callable[..., Any] = default_kernel_init,
+        position_init: Callable[..., Any] = small_init,
+        rngs: nnx.Rngs,
+    ):
+        self.dtype, self.precision = dtype, precision
+        how: dict[str, Any] = {"bias": use_bias, "init": kernel_init, "rngs": rngs, "dtype": param_dtype}
+        hidden = _make_linear(self, in_features, hidden_features, out_features, how)
+        divided(self, "num_heads", num_heads, hidden, "hidden_features")
+        self.position = nnx.Param(position_init(rngs.params(), (*ints(kernel_size), num_heads), param_dtype))
+
+    def __call__(self, inputs: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
+        """`[*batch, *grid, out_features]` of `[*batch, *grid, in_features]`."""
+        x, params = operands(self, inputs, dtype=self.dtype)
+        return zoo.aft_conv(x, params, precision=self.precision)
+
+
+def _make_linear(layer: nnx.Module, features: int, hidden: int | None, out: int | None, how: dict[str, Any]) -> int:
+    """Give a module its query, key, value and out, and return how many features are between."""
+    hidden = features if hidden is None else hidden
+    for name in ("query", "key", "value"):
+        linear(layer, name, (features,), (hidden,), **how)
+    linear(layer, "out", (hidden,), (features if out is None else out,), **how)
+    return hidden

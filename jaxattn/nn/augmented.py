@@ -1,0 +1,89 @@
+"""Attention-augmented convolution as a Flax module."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, ArrayLike, Float, Num
+
+from jaxattn import zoo
+from jaxattn.nn.layer import operands
+from jaxattn.nn.weights import default_kernel_init, divided, ints, linear
+
+
+class AugmentedConv(nnx.Module):
+    """A convolution beside attention over the whole grid: `jaxattn.zoo.augmented_conv` with its parameters.
+
+    (Bello et al. 2019, arXiv 1904.09925.)
+
+    Args:
+      num_heads: heads; they divide `key_features` and `value_features`.
+      in_features: size of the input's last axis.
+      out_features: size of the output's last axis, of which the last `value_features` are the attention's.
+      kernel_size: of the convolution, an int for one dimension, else one int per axis of the grid.
+      grid: the tokens along each axis of the input.
+      key_features: of queries and keys, all heads together; None means twice `value_features`, as the paper has it.
+      value_features: of values, all heads together, fewer than `out_features`.
+      use_bias: whether the convolution and the projections have biases.
+      dtype: of the computation. None promotes the input's and the parameters' dtypes.
+      param_dtype: of the parameters.
+      precision: as in `jax.lax.dot_general`.
+      kernel_init: initialiser of the convolution and the projections; the biases begin at zero, and the relative
+        embeddings with the paper's deviation of head_dim ** -0.5.
+      rngs: `nnx.Rngs`; `params` is used.
+
+    Raises:
+      ValueError: an argument out of its range, or an input whose shape does not fit, by name.
+
+    >>> from flax import nnx
+    >>> import jax.numpy as jnp
+    >>> layer = AugmentedConv(2, 8, 16, (3, 3), grid=(5, 7), value_features=4, rngs=nnx.Rngs(0))
+    >>> layer(jnp.ones((2, 5, 7, 8))).shape
+    (2, 5, 7, 16)
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int],
+        *,
+        grid: Sequence[int],
+        value_features: int,
+        key_features: int | None = None,
+        use_bias: bool = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        precision: Any = None,
+        kernel_init: Callable[..., Any] = default_kernel_init,
+        rngs: nnx.Rngs,
+    ):
+        key_features, window = 2 * value_features if key_features is None else key_features, ints(kernel_size)
+        if len(grid) != len(window):
+            raise ValueError(
+                f"AugmentedConv: grid (={tuple(grid)}) must have an axis for each of kernel_size (={window})"
+            )
+        if not 0 < value_features < out_features:
+            raise ValueError(
+                f"AugmentedConv: value_features (={value_features}) must be positive and below out_features "
+                f"(={out_features})"
+            )
+        self.dtype, self.precision = dtype, precision
+        dim = divided(self, "num_heads", num_heads, key_features, "key_features")
+        heads = (num_heads, divided(self, "num_heads", num_heads, value_features, "value_features"))
+        how: dict[str, Any] = {"bias": use_bias, "init": kernel_init, "rngs": rngs, "dtype": param_dtype}
+        linear(self, "kernel", (*window, in_features), (out_features - value_features,), **how)
+        linear(self, "query", (in_features,), (num_heads, dim), **how)
+        linear(self, "key", (in_features,), (num_heads, dim), **how)
+        linear(self, "value", (in_features,), heads, **how)
+        linear(self, "out", heads, (value_features,), **how)
+        draw = nnx.initializers.normal(dim**-0.5)
+        for axis, n in enumerate(grid):
+            setattr(self, f"embedding_{axis}", nnx.Param(draw(rngs.params(), (2 * n - 1, dim), param_dtype)))
+
+    def __call__(self, inputs: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
+        """`[*batch, *grid, out_features]` of `[*batch, *grid, in_features]`."""
+        x, params = operands(self, inputs, dtype=self.dtype)
+        return zoo.augmented_conv(x, params, precision=self.precision)

@@ -1,0 +1,81 @@
+"""CvT's attention as a Flax module."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, ArrayLike, Float, Num
+
+from jaxattn import zoo
+from jaxattn.nn.depthwise import window_weight
+from jaxattn.nn.layer import operands
+from jaxattn.nn.weights import default_kernel_init, divided, linear, small_init
+
+
+class CvTAttention(nnx.Module):
+    """Attention between tokens that a depthwise convolution has made: `jaxattn.zoo.cvt_attention` with its parameters.
+
+    (Wu et al. 2021, arXiv 2103.15808.) Without the paper's batch normalisation, which the parameters can hold.
+
+    Args:
+      num_heads: heads; they divide `qkv_features`.
+      in_features: size of the input's last axis.
+      kernel_size: of the convolutions, an int for one dimension, else one int per axis of the grid.
+      qkv_features: of query, key and value, all heads together; None means `in_features`.
+      out_features: size of the output's last axis; None means `in_features`.
+      strides: of the queries' convolution, an int or one per axis.
+      kv_strides: of the keys' and values'; the paper's is 2.
+      scale: None means head_dim ** -0.5.
+      use_bias: whether the projections have biases.
+      dtype: of the computation. None promotes the input's and the parameters' dtypes.
+      param_dtype: of the parameters.
+      precision: as in `jax.lax.dot_general`.
+      kernel_init: initialiser of the projections; the biases begin at zero.
+      conv_init: initialiser of the convolutions, `[*kernel_size, in_features]`.
+      rngs: `nnx.Rngs`; `params` is used.
+
+    Raises:
+      ValueError: an argument out of its range, or an input whose shape does not fit, by name.
+
+    >>> from flax import nnx
+    >>> import jax.numpy as jnp
+    >>> CvTAttention(2, 8, (3, 3), kv_strides=2, rngs=nnx.Rngs(0))(jnp.ones((2, 7, 7, 8))).shape
+    (2, 7, 7, 8)
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        in_features: int,
+        kernel_size: int | Sequence[int],
+        qkv_features: int | None = None,
+        out_features: int | None = None,
+        *,
+        strides: int | Sequence[int] = 1,
+        kv_strides: int | Sequence[int] = 1,
+        scale: float | None = None,
+        use_bias: bool = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        precision: Any = None,
+        kernel_init: Callable[..., Any] = small_init,
+        conv_init: Callable[..., Any] = default_kernel_init,
+        rngs: nnx.Rngs,
+    ):
+        qkv_features = in_features if qkv_features is None else qkv_features
+        out_features = in_features if out_features is None else out_features
+        self.strides, self.kv_strides, self.scale = strides, kv_strides, scale
+        self.dtype, self.precision = dtype, precision
+        heads = (num_heads, divided(self, "num_heads", num_heads, qkv_features, "qkv_features"))
+        how: dict[str, Any] = {"bias": use_bias, "init": kernel_init, "rngs": rngs, "dtype": param_dtype}
+        for name in ("query", "key", "value"):
+            setattr(self, f"{name}_kernel", window_weight(conv_init, rngs, kernel_size, in_features, param_dtype))
+            linear(self, name, (in_features,), heads, **how)
+        linear(self, "out", heads, (out_features,), **how)
+
+    def __call__(self, inputs: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
+        """`[*batch, *positions, out_features]` of `[*batch, *grid, in_features]`."""
+        x, params = operands(self, inputs, dtype=self.dtype)
+        geometry: dict[str, Any] = {"strides": self.strides, "kv_strides": self.kv_strides}
+        return zoo.cvt_attention(x, params, **geometry, scale=self.scale, precision=self.precision)

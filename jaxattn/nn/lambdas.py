@@ -1,0 +1,77 @@
+"""The lambda layer as a Flax module."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, ArrayLike, Float, Num
+
+from jaxattn import zoo
+from jaxattn.nn.layer import operands
+from jaxattn.nn.weights import default_kernel_init, divided, ints, linear, small_init
+
+
+class LambdaLayer(nnx.Module):
+    """What a query sees is a linear map, made before it is asked: `jaxattn.zoo.lambda_layer` with its parameters.
+
+    (Bello 2021, arXiv 2102.08602.) Without the paper's batch normalisation, which the parameters can hold with
+    `use_bias`.
+
+    Args:
+      num_heads: heads, of queries; they divide `out_features`.
+      in_features: size of the input's last axis.
+      kernel_size: the window of the position lambdas, an int for one dimension, else one int per axis of the grid;
+        2n - 1 sees all of n tokens.
+      out_features: size of the output's last axis, all heads together; None means `in_features`.
+      key_dim: of each query and key.
+      depth: keys and values that make each lambda, the paper's intra-depth.
+      use_bias: whether the projections have biases.
+      dtype: of the computation. None promotes the input's and the parameters' dtypes.
+      param_dtype: of the parameters.
+      precision: as in `jax.lax.dot_general`.
+      kernel_init: initialiser of the projections; the biases begin at zero.
+      position_init: initialiser of `position`, `[*kernel_size, key_dim, depth]`.
+      rngs: `nnx.Rngs`; `params` is used.
+
+    Raises:
+      ValueError: an argument out of its range, or an input whose shape does not fit, by name.
+
+    >>> from flax import nnx
+    >>> import jax.numpy as jnp
+    >>> LambdaLayer(4, 8, (5, 5), rngs=nnx.Rngs(0))(jnp.ones((2, 7, 7, 8))).shape
+    (2, 7, 7, 8)
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        in_features: int,
+        kernel_size: int | Sequence[int],
+        out_features: int | None = None,
+        *,
+        key_dim: int = 16,
+        depth: int = 1,
+        use_bias: bool = False,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        precision: Any = None,
+        kernel_init: Callable[..., Any] = default_kernel_init,
+        position_init: Callable[..., Any] = small_init,
+        rngs: nnx.Rngs,
+    ):
+        out_features = in_features if out_features is None else out_features
+        width = divided(self, "num_heads", num_heads, out_features, "out_features")
+        if key_dim < 1 or depth < 1:
+            raise ValueError(f"LambdaLayer: key_dim (={key_dim}) and depth (={depth}) must be positive")
+        self.dtype, self.precision = dtype, precision
+        how: dict[str, Any] = {"bias": use_bias, "init": kernel_init, "rngs": rngs, "dtype": param_dtype}
+        linear(self, "query", (in_features,), (num_heads, key_dim), **how)
+        linear(self, "key", (in_features,), (key_dim, depth), **how)
+        linear(self, "value", (in_features,), (width, depth), **how)
+        self.position = nnx.Param(position_init(rngs.params(), (*ints(kernel_size), key_dim, depth), param_dtype))
+
+    def __call__(self, inputs: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
+        """`[*batch, *grid, out_features]` of `[*batch, *grid, in_features]`."""
+        x, params = operands(self, inputs, dtype=self.dtype)
+        return zoo.lambda_layer(x, params, precision=self.precision)

@@ -1,0 +1,86 @@
+"""Transposed convolution as a Flax module."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, ArrayLike, Float, Num
+
+from jaxattn import zoo
+from jaxattn.nn.layer import operands
+from jaxattn.nn.weights import default_bias_init, default_kernel_init, ints
+
+
+class ConvTranspose(nnx.Module):
+    """Transposed convolution in any number of dimensions: `jaxattn.zoo.conv_transpose` with its parameters.
+
+    A drop-in for `flax.nnx.ConvTranspose` but for its padding "CIRCULAR" and its `mask`: the same parameters (names,
+    shapes, and initial values from the same `rngs`), the same results from the same parameters. (Zeiler et al. 2010.)
+
+    Args:
+      in_features: size of the input's last axis.
+      out_features: size of the output's last axis.
+      kernel_size: an int for one dimension, else one int per axis of the grid.
+      strides: how far apart neighbours of the input are written, an int or one per axis; None means 1.
+      padding: "SAME", "VALID", an int, or an int or a (low, high) pair per axis; see the function.
+      kernel_dilation: the step between the taps, an int or one per axis; None means 1.
+      use_bias: whether a bias is added.
+      dtype: of the computation. None promotes the input's and the parameters' dtypes.
+      param_dtype: of the parameters.
+      precision: as in `jax.lax.dot_general`.
+      kernel_init: initialiser of `kernel`.
+      bias_init: initialiser of `bias`, `[out_features]`.
+      transpose_kernel: False: `kernel` is `[*kernel_size, in_features, out_features]`, and flipped where it is written.
+        True: `[*kernel_size, out_features, in_features]`, that of the convolution whose adjoint this is.
+      rngs: `nnx.Rngs`; `params` is used.
+
+    Raises:
+      ValueError: an argument out of its range, or an input whose shape does not fit, by name.
+
+    >>> from flax import nnx
+    >>> import jax.numpy as jnp
+    >>> ConvTranspose(8, 4, (2, 2), strides=2, rngs=nnx.Rngs(0))(jnp.ones((2, 7, 7, 8))).shape
+    (2, 14, 14, 4)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int],
+        strides: int | Sequence[int] | None = None,
+        *,
+        padding: str | int | Sequence[int | Sequence[int]] = "SAME",
+        kernel_dilation: int | Sequence[int] | None = None,
+        use_bias: bool = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        precision: Any = None,
+        kernel_init: Callable[..., Any] = default_kernel_init,
+        bias_init: Callable[..., Any] = default_bias_init,
+        transpose_kernel: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        self.strides = 1 if strides is None else strides
+        self.dilation = 1 if kernel_dilation is None else kernel_dilation
+        self.padding, self.transpose_kernel, self.dtype, self.precision = padding, transpose_kernel, dtype, precision
+        channels = (out_features, in_features) if transpose_kernel else (in_features, out_features)
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (*ints(kernel_size), *channels), param_dtype))
+        self.bias = nnx.data(None)
+        if use_bias:
+            self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype))
+
+    def __call__(self, inputs: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
+        """`[*batch, *positions, out_features]` of `[*batch, *grid, in_features]`."""
+        x, params = operands(self, inputs, dtype=self.dtype)
+        y = zoo.conv_transpose(
+            x,
+            params["kernel"],
+            strides=self.strides,
+            padding=self.padding,
+            dilation=self.dilation,
+            transpose_kernel=self.transpose_kernel,
+            precision=self.precision,
+        )
+        return y if self.bias is None else y + params["bias"]

@@ -1,0 +1,87 @@
+"""CvT's attention: queries, keys and values from depthwise convolutions."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+
+from jaxattn.attention import attention
+from jaxattn.zoo.depthwise import depthwise_conv
+from jaxattn.zoo.named import affine, features, named
+from jaxattn.zoo.row import row
+from jaxattn.zoo.tokens import same
+
+
+@row(
+    "CvT",
+    weights="q·k, with q,k,v from depthwise convolutions",
+    source="pair",
+    shared="head / no",
+    normalizer="softmax",
+    paper="Wu et al. 2021 (2103.15808)",
+)
+def cvt_attention(
+    x,
+    params: Mapping[str, Any],
+    *,
+    strides: int | Sequence[int] = 1,
+    kv_strides: int | Sequence[int] = 1,
+    scale: float | None = None,
+    precision: lax.PrecisionLike = None,
+) -> jax.Array:
+    """Attention over the whole grid between tokens that a depthwise convolution has made,
+
+        y_i = b_O + Σ_h W_O,h Σ_j softmax_j(scale · q_i·k_j) v_j,    q = W_Q (w_Q ∗ x), k = W_K (w_K ∗ x), ...
+
+    where ∗ is `depthwise_conv`, centred, with zeros outside (Wu et al. 2021, arXiv 2103.15808). With `kv_strides` 2, as
+    in the paper, there are a quarter of the keys. The batch normalisation that the paper has between w and W is, once
+    trained, a scale and a shift of each channel, which w and the bias of W can hold.
+
+    Args:
+      x: `[*batch, *grid, features]`, with any number of batch axes.
+      params: "query_kernel", "key_kernel", "value_kernel" `[*window, features]`, whose rank less one is the grid's;
+        "query", "key" `[features, heads, head_dim]`, "value" `[features, heads, value_dim]`, "out" `[heads, value_dim,
+        out_features]`, and optionally "query_bias", "key_bias", "value_bias", "out_bias", of those shapes without what
+        is summed.
+      strides: of the queries' convolution, an int or one for each axis.
+      kv_strides: of the keys' and values'.
+      scale: None means head_dim ** -0.5.
+      precision: as in `jax.lax.dot_general`.
+
+    Returns:
+      `[*batch, *positions, out_features]`, ceil(n / stride) positions to an axis of n, in the dtype of x and params.
+
+    Raises:
+      ValueError: a parameter is missing or unknown, or a shape or an argument doesn't fit, by name.
+
+    >>> import jax.numpy as jnp
+    >>> params = {name: jnp.ones((8, 2, 4)) for name in ("query", "key", "value")} | {"out": jnp.ones((2, 4, 6))}
+    >>> params |= {f"{name}_kernel": jnp.ones((3, 3, 8)) for name in ("query", "key", "value")}
+    >>> cvt_attention(jnp.ones((2, 7, 7, 8)), params, kv_strides=2).shape
+    (2, 7, 7, 6)
+    """
+    rank = max(np.ndim(params.get("query_kernel", ())) - 1, 1)
+    params = named(
+        "cvt_attention", params, features("cvt_attention", x, rank), query_kernel="*window features",
+        key_kernel="*window features", value_kernel="*window features", query="features heads head_dim",
+        query_bias="?heads head_dim", key="features heads head_dim", key_bias="?heads head_dim",
+        value="features heads value_dim", value_bias="?heads value_dim", out="heads value_dim out_features",
+        out_bias="?out_features",
+    )  # fmt: skip
+    batch = np.shape(x)[: -1 - rank]
+
+    def tokens(name, strides):
+        kernel = params[f"{name}_kernel"]
+        centred = same(kernel.shape[:-1], (1,) * rank)
+        local = depthwise_conv(x, kernel, strides=strides, padding=centred, precision=precision)
+        projected = affine("... c, c h d -> ... h d", local, params, name, precision)
+        grid = projected.shape[len(batch) : -2]
+        return projected.reshape(*batch, math.prod(grid), *projected.shape[-2:]), grid
+
+    query, grid = tokens("query", strides)
+    key, value = (tokens(name, kv_strides)[0] for name in ("key", "value"))
+    y = attention(query, key, value, scale=scale, precision=precision).reshape(*batch, *grid, *value.shape[-2:])
+    return affine("... h d, h d o -> ... o", y, params, "out", precision)

@@ -1,0 +1,209 @@
+"""Convolutions whose weights are made from the data: from the centre of the window, or from the whole image."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxattn.einsum import einsum
+from jaxattn.zoo.named import affine, features, named
+from jaxattn.zoo.pool import mean_pool
+from jaxattn.zoo.row import row
+from jaxattn.zoo.softmax import softmax
+from jaxattn.zoo.tokens import divided, per_axis, same, sliding
+
+
+@row(
+    "DynamicConv",
+    weights="(W x_i)_{h,j-i}",
+    source="centre",
+    shared="head / no",
+    normalizer="softmax",
+    paper="Wu et al. 2019 (1901.10430)",
+)
+def dynamic_conv(
+    x, kernel, *, dilation: int | Sequence[int] = 1, causal: bool = False, precision: lax.PrecisionLike = None
+) -> jax.Array:
+    """`light_conv` whose kernel each position makes of its own features,
+
+        y[n, i, (h c)] = Σ_r softmax_r(Σ_e x[n, i, e] · kernel[e, r, h]) x[n, i + r, (h c)]
+
+        einsum("... i0+r0 (h c), ... i0 r0 h -> ... i0 (h c)", x, softmax(scores)),
+        scores = einsum("... e, e r0 h -> ... r0 h", x, kernel)
+
+    the "dynamic convolution" of Wu et al. 2019 (arXiv 1901.10430). Outside the grid stand zeros, which take their
+    weight.
+
+    Args:
+      x: `[*batch, *grid, features]`, with any number of batch axes.
+      kernel: `[features, *window, heads]`; its rank less two is the grid's. Heads divide features.
+      dilation: an int, or one for each axis of the grid.
+      causal: position i sees what comes before it, and itself last, along every axis; otherwise it is in the middle.
+      precision: as in `jax.lax.dot_general`.
+
+    Returns:
+      `[*batch, *grid, features]`, in the promoted dtype of x and kernel. The softmax is in float32 at least.
+
+    Raises:
+      ValueError: an argument has the wrong length or sign, or the shapes don't fit.
+
+    >>> import jax.numpy as jnp
+    >>> dynamic_conv(jnp.ones((2, 9, 9, 4)), jnp.ones((4, 3, 3, 2))).shape
+    (2, 9, 9, 4)
+    """
+    rank = np.ndim(kernel) - 2
+    if rank < 1 or np.ndim(x) < rank + 1 or np.shape(x)[-1] != np.shape(kernel)[0]:
+        raise ValueError(
+            f"dynamic_conv: kernel has shape {list(np.shape(kernel))} and x {list(np.shape(x))}: they must be "
+            "[features, *window, heads] and [*batch, *grid, features], with a grid of the window's rank, at least 1"
+        )
+    size, heads = np.shape(kernel)[1:-1], np.shape(kernel)[-1]
+    divided("dynamic_conv", "heads of kernel", heads, np.shape(x)[-1])
+    dilation = per_axis("dynamic_conv", "dilation", dilation, rank)
+    sums, window, position = sliding((1,) * rank, dilation)
+    scores = einsum(f"... e, e {window} h -> ... {window} h", x, kernel, precision=precision)
+    return einsum(
+        f"... {sums} (h c), ... {position} {window} h -> ... {position} (h c)",
+        x,
+        softmax(scores, tuple(range(-1 - rank, -1))),
+        padding=same(size, dilation, causal),
+        precision=precision,
+    )
+
+
+@row(
+    "involution",
+    weights="(W1 φ(W0 x_i))_{g,j-i}, V=x",
+    source="centre",
+    shared="group / no",
+    normalizer="none",
+    paper="Li et al. 2021 (2103.06255)",
+)
+def involution(
+    x,
+    params: Mapping[str, Any],
+    *,
+    strides: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    activation: Callable[[jax.Array], jax.Array] = jax.nn.relu,
+    precision: lax.PrecisionLike = None,
+) -> jax.Array:
+    """Weights from the centre, through a bottleneck, shared by the channels of a group,
+
+        y[n, i, (g c)] = Σ_r w[n, i, r, g] · x[n, s·i + r, (g c)],    w[n, i] = span · φ(reduce · x̄[n, i])
+
+        einsum("... s*i0+r0 (g c), ... i0 r0 g -> ... i0 (g c)", x, w)
+
+    where x̄ is x, or with strides s the mean of the s × s that begin at s·i (Li et al. 2021, arXiv 2103.06255). Outside
+    the grid stand zeros. The paper's batch normalisation before φ can be part of `activation`.
+
+    Args:
+      x: `[*batch, *grid, features]`, with any number of batch axes.
+      params: "reduce" `[features, reduced]`, "span" `[reduced, *window, groups]`, and optionally "reduce_bias"
+        `[reduced]` and "span_bias" `[*window, groups]`. The window's rank is the grid's; groups divide features.
+      strides, dilation: ints, or one for each axis of the grid.
+      activation: φ.
+      precision: as in `jax.lax.dot_general`.
+
+    Returns:
+      `[*batch, *positions, features]`, ceil(n / stride) positions to an axis of n, in the dtype of x and params.
+
+    Raises:
+      ValueError: a parameter is missing or unknown, or a shape or an argument doesn't fit, by name.
+
+    >>> import jax.numpy as jnp
+    >>> params = {"reduce": jnp.ones((8, 2)), "span": jnp.ones((2, 3, 3, 4))}
+    >>> involution(jnp.ones((2, 9, 9, 8)), params).shape
+    (2, 9, 9, 8)
+    """
+    params, rank = _bottleneck("involution", x, params, "groups")
+    size, groups = params["span"].shape[1:-1], params["span"].shape[-1]
+    divided("involution", "groups of params['span']", groups, np.shape(x)[-1])
+    strides = per_axis("involution", "strides", strides, rank)
+    dilation = per_axis("involution", "dilation", dilation, rank)
+    sums, window, position = sliding(strides, dilation)
+    weights = _weights(mean_pool(x, strides), params, window, activation, precision)
+    return einsum(
+        f"... {sums} (g c), ... {position} {window} g -> ... {position} (g c)",
+        x,
+        weights,
+        padding=same(size, dilation),
+        precision=precision,
+    )
+
+
+@row(
+    "dynamic depthwise (Han et al. 2022)",
+    weights="f(mean x)_{c,j-i}",
+    source="image",
+    shared="no / yes",
+    normalizer="none",
+    paper="Han et al. 2022 (2106.04263)",
+)
+def dynamic_depthwise_conv(
+    x,
+    params: Mapping[str, Any],
+    *,
+    dilation: int | Sequence[int] = 1,
+    activation: Callable[[jax.Array], jax.Array] = jax.nn.relu,
+    precision: lax.PrecisionLike = None,
+) -> jax.Array:
+    """A depthwise convolution whose kernel is made of the mean over the image,
+
+        y[n, i, c] = Σ_r w[n, r, c] · x[n, i + r, c],    w[n] = span · φ(reduce · mean_i x[n, i])
+
+        einsum("... i0+r0 c, ... r0 c -> ... i0 c", x, w)
+
+    which Han et al. 2022 (arXiv 2106.04263) put in the place of local attention. Outside the grid stand zeros. The
+    paper's batch normalisation before φ can be part of `activation`.
+
+    Args:
+      x: `[*batch, *grid, features]`, with any number of batch axes.
+      params: "reduce" `[features, reduced]`, "span" `[reduced, *window, features]`, and optionally "reduce_bias"
+        `[reduced]` and "span_bias" `[*window, features]`. The window's rank is the grid's.
+      dilation: an int, or one for each axis of the grid.
+      activation: φ.
+      precision: as in `jax.lax.dot_general`.
+
+    Returns:
+      `[*batch, *grid, features]`, in the dtype of x and params.
+
+    Raises:
+      ValueError: a parameter is missing or unknown, or a shape or an argument doesn't fit, by name.
+
+    >>> import jax.numpy as jnp
+    >>> params = {"reduce": jnp.ones((8, 2)), "span": jnp.ones((2, 3, 3, 8))}
+    >>> dynamic_depthwise_conv(jnp.ones((2, 9, 9, 8)), params).shape
+    (2, 9, 9, 8)
+    """
+    params, rank = _bottleneck("dynamic_depthwise_conv", x, params, "features")
+    dilation = per_axis("dynamic_depthwise_conv", "dilation", dilation, rank)
+    sums, window, position = sliding((1,) * rank, dilation)
+    mean = jnp.mean(x, axis=tuple(range(-1 - rank, -1)))
+    weights = _weights(mean, params, window, activation, precision)
+    return einsum(
+        f"... {sums} c, ... {window} c -> ... {position} c",
+        x,
+        weights,
+        padding=same(params["span"].shape[1:-1], dilation),
+        precision=precision,
+    )
+
+
+def _bottleneck(layer: str, x, params, last: str) -> tuple[dict[str, jax.Array], int]:
+    """The parameters that `_weights` takes, checked, and the rank of the grid."""
+    rank = max(np.ndim(params.get("span", ())) - 2, 1)
+    checked = named(
+        layer, params, features(layer, x, rank), reduce="features reduced", reduce_bias="?reduced",
+        span=f"reduced *window {last}", span_bias=f"?*window {last}",
+    )  # fmt: skip
+    return checked, rank
+
+
+def _weights(x: jax.Array, params: dict[str, jax.Array], window: str, activation, precision) -> jax.Array:
+    """span · φ(reduce · x)."""
+    reduced = activation(affine("... c, c m -> ... m", x, params, "reduce", precision))
+    return affine(f"... m, m {window} g -> ... {window} g", reduced, params, "span", precision)

@@ -1,0 +1,189 @@
+"""The modules of the zoo's layers that are like convolutions, or driven by keys: each is its formula, and trains."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle_zoo_mix as oracle
+import pytest
+from flax import nnx
+
+from jaxattn import nn
+
+ONCE = {"strides": (1, 1), "dilation": (1, 1), "lows": (1, 1)}
+# module: its arguments, the input's shape, and the loop that it is
+LAYERS = {
+    nn.DepthwiseConv: (
+        {"in_features": 4, "kernel_size": (3, 3), "multiplier": 2},
+        (4, 3, 4),
+        lambda p: oracle.depthwise_conv(p, **ONCE) + p["bias"],
+    ),
+    nn.ConvTranspose: (
+        {"in_features": 4, "out_features": 3, "kernel_size": 2, "strides": 2, "transpose_kernel": True},
+        (4, 4),
+        lambda p: oracle.conv_transpose(p | {"kernel": p["kernel"].swapaxes(-1, -2)}, (2,), (1,), [(0, 0)]) + p["bias"],
+    ),
+    nn.LightConv: (
+        {"num_heads": 2, "in_features": 4, "kernel_size": 3, "causal": True},
+        (6, 4),
+        partial(oracle.light_conv, lows=(2,)),
+    ),
+    nn.DynamicConv: (
+        {"num_heads": 2, "in_features": 4, "kernel_size": (3, 3), "dilation": (2, 1)},
+        (5, 4, 4),
+        partial(oracle.dynamic_conv, dilation=(2, 1)),
+    ),
+    nn.Involution: (
+        {"in_features": 4, "kernel_size": (3, 3), "groups": 2, "reduction": 2, "strides": 2},
+        (5, 4, 4),
+        partial(oracle.involution, strides=(2, 2)),
+    ),
+    nn.DynamicDepthwiseConv: (
+        {"in_features": 4, "kernel_size": 3, "reduction": 1},
+        (5, 4),
+        oracle.dynamic_depthwise_conv,
+    ),
+    nn.OutlookAttention: (
+        {"num_heads": 2, "in_features": 4, "kernel_size": (3, 3), "strides": 2, "use_bias": True},
+        (4, 3, 4),
+        partial(oracle.outlook_attention, strides=(2, 2)),
+    ),
+    nn.AugmentedConv: (
+        {
+            "num_heads": 2,
+            "in_features": 4,
+            "out_features": 9,
+            "kernel_size": (3, 3),
+            "grid": (3, 2),
+            "value_features": 2,
+        },
+        (3, 2, 4),
+        oracle.augmented_conv,
+    ),
+    nn.CvTAttention: (
+        {"num_heads": 2, "in_features": 4, "kernel_size": (3, 3), "kv_strides": 2},
+        (3, 4, 4),
+        partial(oracle.cvt_attention, strides=(1, 1), kv_strides=(2, 2)),
+    ),
+    nn.LambdaLayer: (
+        {"num_heads": 2, "in_features": 4, "kernel_size": (3, 5), "key_dim": 3, "depth": 2, "use_bias": True},
+        (3, 4, 4),
+        oracle.lambda_layer,
+    ),
+    nn.AFT: ({"in_features": 4, "hidden_features": 6, "grid": (3, 2)}, (3, 2, 4), oracle.aft),
+    nn.AFTConv: (
+        {"num_heads": 2, "in_features": 4, "kernel_size": (3, 3), "hidden_features": 6, "out_features": 3},
+        (3, 4, 4),
+        oracle.aft_conv,
+    ),
+    nn.QnA: (
+        {"num_heads": 2, "in_features": 4, "kernel_size": (3, 3), "strides": 2, "scale": 0.7},
+        (3, 4, 4),
+        partial(oracle.qna, strides=(2, 2), scale=0.7),
+    ),
+    nn.ParameterKeyAttention: (
+        {"num_heads": 2, "in_features": 4, "num_keys": 5, "qkv_features": 6, "use_bias": True},
+        (3, 4),
+        oracle.parameter_key_attention,
+    ),
+}
+# The rounding of a few products of numbers near one, of the largest entry.
+TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 5e-2}
+
+
+def drawn(state, seed=0):
+    """A state whose parameters are moved at random, so that no zero bias hides a mistake."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda p: p + jnp.asarray(rng.normal(size=p.shape) / 4, p.dtype), state)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("module", LAYERS, ids=lambda module: module.__name__)
+def test_a_training_step(module, dtype):
+    """A jitted step: its output is the formula's, its loss finite and then smaller; every parameter has a gradient."""
+    kwargs, shape, loop = LAYERS[module]
+    graphdef, params = nnx.split(module(**kwargs, dtype=dtype, rngs=nnx.Rngs(0)), nnx.Param)
+    params = drawn(params)
+    x = jnp.asarray(np.random.default_rng(9).normal(size=(1, *shape)), dtype)
+
+    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # run twice
+    def step(params, x):
+        def loss_of(params):
+            y = nnx.merge(graphdef, params)(x)
+            return (y.astype(jnp.float32) ** 2).mean(), y
+
+        (loss, y), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
+        return loss, y, gradients, jax.tree.map(lambda p, g: p - 0.01 * g, params, gradients)
+
+    loss, y, gradients, stepped = step(params, x)
+    assert y.dtype == dtype
+    assert step(stepped, x)[0] < loss < np.inf
+    for path, gradient in nnx.to_flat_state(gradients):
+        # softmax does not see the key's bias, which adds the same to all of a query's scores
+        assert path == ("key_bias",) or abs(gradient[...]).max() > 0, path
+    exact = {name: np.asarray(p, float) for name, p in nnx.to_pure_dict(params).items()}
+    expected = loop({"x": np.asarray(x[0], float), **exact}).real
+    assert abs(y[0].astype(float) - expected).max() < TOLERANCE[dtype] * max(1, abs(expected).max())
+
+
+def test_every_module_is_here():
+    files = ("aft", "augmented", "cvt", "depthwise", "dynamic", "lambdas", "learned", "outlook", "transposed")
+    public = [module for module in vars(nn).values() if isinstance(module, type)]
+    assert set(LAYERS) == {module for module in public if module.__module__.rpartition(".")[2] in files}
+
+
+@pytest.mark.parametrize("strides", [1, (2, 3)])
+@pytest.mark.parametrize("transpose_kernel", [False, True])
+def test_conv_transpose_is_that_of_flax(strides, transpose_kernel):
+    """The same parameters from the same seed, the same results."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 5, 3)))
+    ours, theirs = (
+        make(3, 6, (3, 2), strides, transpose_kernel=transpose_kernel, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+        for make in (nn.ConvTranspose, nnx.ConvTranspose)
+    )
+    np.testing.assert_array_equal(ours.kernel[...], theirs.kernel[...])
+    np.testing.assert_allclose(ours(x), theirs(x), rtol=1e-12, atol=1e-12)
+
+
+def test_depthwise_conv_is_that_of_flax():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 5, 3)))
+    ours = nn.DepthwiseConv(3, (3, 3), 2, strides=2, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+    theirs = nnx.Conv(3, 6, (3, 3), 2, feature_group_count=3, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(ours.kernel[...], theirs.kernel[..., 0, :])
+    np.testing.assert_allclose(ours(x), theirs(x), rtol=1e-12, atol=1e-12)
+
+
+def test_the_activation_may_be_a_module():
+    """The batch normalisation that involution's paper has before its nonlinearity; it trains with the layer."""
+    layer = nn.Involution(4, 3, reduction=2, activation=nnx.LayerNorm(2, rngs=nnx.Rngs(1)), rngs=nnx.Rngs(0))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 4)), jnp.float32)
+    gradient = nnx.grad(lambda layer: (layer(x) ** 2).sum())(layer)
+    assert abs(gradient["activation"]["scale"][...]).max() > 0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (partial(nn.DepthwiseConv, 8, 3, 0), r"in_features \(=8\) and multiplier \(=0\) must be positive"),
+        (partial(nn.LightConv, 3, 8, 3), r"LightConv: num_heads \(=3\) must divide in_features \(=8\)"),
+        (partial(nn.DynamicConv, 3, 8, 3), r"DynamicConv: num_heads \(=3\) must divide in_features \(=8\)"),
+        (partial(nn.Involution, 8, 3, groups=3), r"Involution: groups \(=3\) must divide in_features \(=8\)"),
+        (partial(nn.DynamicDepthwiseConv, 6, 3), r"reduction \(=4\) must divide in_features \(=6\)"),
+        (partial(nn.OutlookAttention, 3, 8, 3), r"OutlookAttention: num_heads \(=3\) must divide in_features"),
+        (
+            partial(nn.AugmentedConv, 2, 8, 16, (3, 3), grid=(5,), value_features=4),
+            r"AugmentedConv: grid \(=\(5,\)\) must have an axis for each of kernel_size \(=\(3, 3\)\)",
+        ),
+        (partial(nn.AugmentedConv, 2, 8, 4, 3, grid=(5,), value_features=4), r"value_features \(=4\) must be positive"),
+        (partial(nn.CvTAttention, 3, 8, 3), r"CvTAttention: num_heads \(=3\) must divide qkv_features \(=8\)"),
+        (partial(nn.LambdaLayer, 2, 8, 3, 7), r"LambdaLayer: num_heads \(=2\) must divide out_features \(=7\)"),
+        (partial(nn.LambdaLayer, 2, 8, 3, depth=0), r"key_dim \(=16\) and depth \(=0\) must be positive"),
+        (partial(nn.AFTConv, 3, 8, 3), r"AFTConv: num_heads \(=3\) must divide hidden_features \(=8\)"),
+        (partial(nn.QnA, 3, 8, 3), r"QnA: num_heads \(=3\) must divide qkv_features \(=8\)"),
+        (partial(nn.ParameterKeyAttention, 3, 8, 5), r"num_heads \(=3\) must divide qkv_features \(=8\)"),
+    ],
+)
+def test_errors(make, message):
+    with pytest.raises(ValueError, match=message):
+        make(rngs=nnx.Rngs(0))

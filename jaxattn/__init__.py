@@ -12,8 +12,8 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str):
-    """`jaxattn.nn` and `jaxattn.models`, imported when first asked for."""
-    if name in ("nn", "models"):
+    """`jaxattn.nn`, `jaxattn.models` and `jaxattn.equivalence`, imported when first asked for."""
+    if name in ("nn", "models", "equivalence"):
         import importlib
 
         return importlib.import_module(f"jaxattn.{name}")

@@ -7,6 +7,23 @@ import numpy as np
 from jaxtyping import Array
 
 
+def spread(tables: Sequence[Array]) -> list[Array]:
+    """One table ``[heads, 2k-1, dim]`` for each axis, each laid out over the offsets of all axes.
+
+    Their sum or their concatenation is a table ``[heads, *(2k-1), dim]``, or ``rank·dim``: an offset's embedding is
+    made of its axes' embeddings.
+
+    >>> rows, columns = spread([jnp.array([[[1.0], [2.0], [3.0]]]), jnp.array([[[10.0], [20.0], [30.0]]])])
+    >>> (rows + columns)[0, :, :, 0]
+    Array([[11., 21., 31.],
+           [12., 22., 32.],
+           [13., 23., 33.]], dtype=float...)
+    """
+    axes = range(1, len(tables) + 1)
+    laid = [jnp.expand_dims(t, [b for b in axes if b != a]) for a, t in zip(axes, tables, strict=True)]
+    return list(jnp.broadcast_arrays(*laid))
+
+
 def by_slot(table: Array, first: Sequence[np.ndarray], size: Sequence[int]) -> Array:
     """Look a table ``[heads, *(2k-1), ...]`` up for every query and slot: ``[heads, queries, slots, ...]``, row-major.
 

@@ -19,13 +19,13 @@ FLOOR = {
     "zoo": 4,
     "measure": 4,
     "nn": 5,
-    "equivalence": 5,
-    "models": 6,
-    "train": 7,
-    "plots": 7,
-    "bench": 8,
-    "study": 8,
-    "cli": 9,
+    "equivalence": 6,
+    "models": 7,
+    "train": 8,
+    "plots": 8,
+    "bench": 9,
+    "study": 9,
+    "cli": 10,
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

@@ -29,6 +29,29 @@ TABLE = [
     (nn.Attention, {"num_heads": 2, "in_features": 8, "window": (7, 7), "key_embedding": True}, 288 + 2 * 169 * 4),
     (nn.Attention, {"num_heads": 2, "in_features": 8, "window": (7, 7), "key_embedding": "shared"}, 288 + 169 * 4),
     (nn.Attention, {"num_heads": 2, "in_features": 8, "window": (7, 7), "key_embedding": "factorized"}, 288 + 104),
+    # 8·8 for each of query, key, value and out, 8 for each bias, 2 heads of 4; the tables are added
+    (nn.GlobalAttention, {"num_heads": 2, "in_features": 8}, 288),
+    (nn.GlobalAttention, {"num_heads": 2, "in_features": 8, "qkv_features": 4, "out_features": 6}, 3 * 36 + 24 + 6),
+    (nn.SASA, {"num_heads": 2, "in_features": 8, "window": (7, 7)}, 192 + 104),
+    (nn.SASA, {"num_heads": 2, "in_features": 8, "window": 7, "use_bias": True, "out_projection": True}, 288 + 104),
+    (nn.HaloAttention, {"num_heads": 2, "in_features": 8, "block": (4, 2), "halo": 1}, 192 + 2 * 2 * (11 + 7)),
+    (nn.NeighborhoodAttention, {"num_heads": 2, "in_features": 8, "window": (7, 7)}, 288 + 2 * 169),
+    (nn.NeighborhoodAttention, {"num_heads": 2, "in_features": 8, "window": (7, 7), "relative_bias": False}, 288),
+    # torchvision's and timm's: 4·(96·96 + 96) + 3 heads' 13² numbers
+    (nn.ShiftedWindowAttention, {"num_heads": 3, "in_features": 96, "window": (7, 7), "shift": 3}, 37_248 + 507),
+    (nn.CoAtNetAttention, {"num_heads": 2, "in_features": 8, "grid": (3, 4)}, 288 + 2 * 5 * 7),
+    (nn.BoTNetAttention, {"num_heads": 2, "in_features": 8, "grid": (3, 4)}, 192 + 4 * (5 + 7)),
+    # a table for each of query, key and value
+    (nn.AxialAttention, {"num_heads": 2, "in_features": 8, "length": 5}, 192 + 3 * 9 * 4),
+    (nn.AxialAttention, {"num_heads": 2, "in_features": 8, "window": 3}, 192 + 3 * 5 * 4),
+    # the output projection's bias, 3 numbers for the position and a gate for each head
+    (nn.GPSA, {"num_heads": 4, "in_features": 8}, 256 + 8 + 4 * 3 + 4),
+    (nn.LearnedRelativeAttention, {"num_heads": 2, "in_features": 8, "grid": (3, 4)}, 256 + 8 + 2 * 4 * (5 + 7)),
+    (nn.LearnedRelativeAttention, {"num_heads": 2, "in_features": 8, "grid": (3,), "content": False}, 192 + 8 + 40),
+    # 9 centres and widths, 9 heads of 8·4 and 4·6, and 6; the full form has 2·2 for each width; 9·(8/2)·6 without `out`
+    (nn.QuadraticAttention, {"num_heads": 9, "in_features": 8, "out_features": 6, "head_dim": 4}, 9 * 3 + 9 * 56 + 6),
+    (nn.QuadraticAttention, {"num_heads": 9, "in_features": 8, "isotropic": False}, 9 * 6 + 9 * 64 + 8),
+    (nn.QuadraticAttention, {"num_heads": 9, "in_features": 8, "out_features": 6, "groups": 2}, 9 * 3 + 216 + 6),
     (nn.DepthwiseConv, {"in_features": 8, "kernel_size": (7, 7)}, 49 * 8 + 8),
     (nn.DepthwiseConv, {"in_features": 8, "kernel_size": 3, "multiplier": 2, "use_bias": False}, 3 * 16),
     (nn.ConvTranspose, {"in_features": 8, "out_features": 6, "kernel_size": (3, 3)}, 9 * 48 + 6),

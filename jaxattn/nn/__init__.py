@@ -4,6 +4,7 @@ from .aft import AFT as AFT
 from .aft import AFTConv as AFTConv
 from .attention import Attention as Attention
 from .augmented import AugmentedConv as AugmentedConv
+from .axial import AxialAttention as AxialAttention
 from .conv import Conv as Conv
 from .cvt import CvTAttention as CvTAttention
 from .depthwise import DepthwiseConv as DepthwiseConv
@@ -11,8 +12,18 @@ from .depthwise import LightConv as LightConv
 from .dynamic import DynamicConv as DynamicConv
 from .dynamic import DynamicDepthwiseConv as DynamicDepthwiseConv
 from .dynamic import Involution as Involution
+from .gated import GPSA as GPSA
+from .grids import BoTNetAttention as BoTNetAttention
+from .grids import CoAtNetAttention as CoAtNetAttention
+from .grids import GlobalAttention as GlobalAttention
+from .grids import LearnedRelativeAttention as LearnedRelativeAttention
 from .lambdas import LambdaLayer as LambdaLayer
 from .learned import ParameterKeyAttention as ParameterKeyAttention
 from .learned import QnA as QnA
 from .outlook import OutlookAttention as OutlookAttention
+from .quadratic import QuadraticAttention as QuadraticAttention
+from .shifted import ShiftedWindowAttention as ShiftedWindowAttention
 from .transposed import ConvTranspose as ConvTranspose
+from .windows import SASA as SASA
+from .windows import HaloAttention as HaloAttention
+from .windows import NeighborhoodAttention as NeighborhoodAttention

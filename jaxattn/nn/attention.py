@@ -12,6 +12,7 @@ from jaxtyping import Array, ArrayLike, Float, Num, Shaped
 
 from jaxattn.attention import attention
 from jaxattn.normalize import NORMALIZERS
+from jaxattn.position import spread
 from jaxattn.window import Window
 
 default_kernel_init = nnx.initializers.lecun_normal()
@@ -253,11 +254,7 @@ class Attention(nnx.Module):
         """What `attention` and its weights depend on besides query, key and value."""
         embedding = self.key_embedding
         if isinstance(embedding, nnx.List):
-            axes = range(1, len(embedding) + 1)
-            tables = [
-                jnp.expand_dims(t[...], [b for b in axes if b != a]) for a, t in zip(axes, embedding, strict=True)
-            ]
-            embedding = jnp.concatenate(jnp.broadcast_arrays(*tables), axis=-1)
+            embedding = jnp.concatenate(spread([table[...] for table in embedding]), axis=-1)
         return {
             "window": self.window,
             "mask": None if mask is None else jnp.asarray(mask, bool),

@@ -1,0 +1,84 @@
+"""The module of axial attention."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, ArrayLike, Float, Num
+
+from jaxattn import zoo
+from jaxattn.nn.heads import default_kernel_init, make_projections
+from jaxattn.nn.layer import operands
+
+
+class AxialAttention(nnx.Module):
+    """Position-sensitive attention along one axis: `jaxattn.zoo.axial_attention` with its parameters.
+
+    As in the paper, the heads share the embeddings, and stand one after the other. (Wang et al. 2020, Axial-DeepLab,
+    arXiv 2003.07853.)
+
+    Args:
+      num_heads: heads; they divide `qkv_features`.
+      in_features: size of the input's last axis.
+      qkv_features: of query, key and value, all heads together; None means `in_features`.
+      out_features: size of the output's last axis, with an output projection; None means `in_features`.
+      length: tokens along the axis; with a window, None.
+      axis: which axis of the input; -2 is the grid's last.
+      window: how many tokens each one attends to; None means all.
+      use_bias: whether the projections have biases.
+      out_projection: whether there is an output projection.
+      dtype: of the computation. None promotes the input's and the parameters' dtypes.
+      param_dtype: of the parameters.
+      precision: of the projections and the attention.
+      kernel_init: initialiser of the projections.
+      embedding_init: initialiser of the embeddings; None is normal, of standard deviation head_dim ** -0.5.
+      rngs: `nnx.Rngs`; `params` is used.
+
+    Raises:
+      ValueError: an argument out of its range, or an input whose shape does not fit, by name.
+
+    >>> from flax import nnx
+    >>> import jax.numpy as jnp
+    >>> rows, columns = (AxialAttention(4, 32, length=9, axis=n, rngs=nnx.Rngs(0)) for n in (-3, -2))
+    >>> columns(rows(jnp.ones((2, 9, 9, 32)))).shape
+    (2, 9, 9, 32)
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        in_features: int,
+        qkv_features: int | None = None,
+        out_features: int | None = None,
+        *,
+        length: int | None = None,
+        axis: int = -2,
+        window: int | None = None,
+        use_bias: bool = False,
+        out_projection: bool = False,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        precision: Any = None,
+        kernel_init: Callable[..., Any] = default_kernel_init,
+        embedding_init: Callable[..., Any] | None = None,
+        rngs: nnx.Rngs,
+    ):
+        sizes = [n for n in (length, window) if n is not None]
+        if len(sizes) != 1:
+            raise ValueError(f"AxialAttention: give one of length (={length}) and window (={window})")
+        self.axis, self.window, self.dtype, self.precision = axis, window, dtype, precision
+        head_dim = make_projections(
+            self, num_heads, in_features, qkv_features, out_features, use_bias=use_bias, out_projection=out_projection,
+            kernel_init=kernel_init, param_dtype=param_dtype, rngs=rngs,
+        )  # fmt: skip
+        init = nnx.initializers.normal(head_dim**-0.5) if embedding_init is None else embedding_init
+        shape = (1, 2 * sizes[0] - 1, head_dim)
+        self.query_embedding = nnx.Param(init(rngs.params(), shape, param_dtype))
+        self.key_embedding = nnx.Param(init(rngs.params(), shape, param_dtype))
+        self.value_embedding = nnx.Param(init(rngs.params(), shape, param_dtype))
+
+    def __call__(self, inputs: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
+        """`[*batch, *grid, out_features]` of `[*batch, *grid, in_features]`."""
+        x, params = operands(self, inputs, dtype=self.dtype)
+        return zoo.axial_attention(x, params, axis=self.axis, window=self.window, precision=self.precision)

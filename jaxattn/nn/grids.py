@@ -1,0 +1,248 @@
+"""Modules of attention over a whole grid."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, ArrayLike, Float, Num, Shaped
+
+from jaxattn import zoo
+from jaxattn.nn.heads import default_kernel_init, make_embeddings, make_projections, offset_bias, small_init
+from jaxattn.nn.layer import operands
+
+vit_init = nnx.initializers.xavier_uniform()
+
+
+class GlobalAttention(nnx.Module):
+    """Multi-head self-attention over all tokens, as in a ViT: `jaxattn.zoo.global_attention` with its parameters.
+
+    `jaxattn.nn.Attention` computes the same, and has what a network may ask for besides: cross-attention, dropout,
+    grouped queries. (Vaswani et al. 2017, arXiv 1706.03762; Dosovitskiy et al. 2021, arXiv 2010.11929.)
+
+    Args:
+      num_heads: heads; they divide `qkv_features`.
+      in_features: size of the input's last axis.
+      qkv_features: of query, key and value, all heads together; None means `in_features`.
+      out_features: size of the output's last axis; None means `in_features`.
+      rank: the number of grid axes, all of whose tokens see each other.
+      use_bias: whether the projections have biases.
+      dtype: of the computation. None promotes the input's and the parameters' dtypes.
+      param_dtype: of the parameters.
+      precision: of the projections and the attention.
+      kernel_init: initialiser of the projections.
+      rngs: `nnx.Rngs`; `params` is used.
+
+    Raises:
+      ValueError: an argument out of its range, or an input whose shape does not fit, by name.
+
+    >>> from flax import nnx
+    >>> import jax.numpy as jnp
+    >>> GlobalAttention(4, 32, rank=2, rngs=nnx.Rngs(0))(jnp.ones((2, 7, 7, 32))).shape
+    (2, 7, 7, 32)
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        in_features: int,
+        qkv_features: int | None = None,
+        out_features: int | None = None,
+        *,
+        rank: int = 1,
+        use_bias: bool = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        precision: Any = None,
+        kernel_init: Callable[..., Any] = vit_init,
+        rngs: nnx.Rngs,
+    ):
+        self.rank, self.dtype, self.precision = rank, dtype, precision
+        make_projections(
+            self, num_heads, in_features, qkv_features, out_features, use_bias=use_bias, kernel_init=kernel_init,
+            param_dtype=param_dtype, rngs=rngs,
+        )  # fmt: skip
+
+    def __call__(
+        self, inputs: Num[ArrayLike, "..."], *, mask: Shaped[ArrayLike, "..."] | None = None
+    ) -> Float[Array, "..."]:
+        """`[*batch, *grid, out_features]` of `[*batch, *grid, in_features]`; mask as in `zoo.global_attention`."""
+        x, params = operands(self, inputs, dtype=self.dtype)
+        return zoo.global_attention(x, params, rank=self.rank, mask=mask, precision=self.precision)
+
+
+class CoAtNetAttention(nnx.Module):
+    """Attention over a grid with a learned bias for each offset: `jaxattn.zoo.coatnet_attention` with its parameters.
+
+    (Dai et al. 2021, CoAtNet, arXiv 2106.04803.)
+
+    Args:
+      num_heads: heads; they divide `qkv_features`.
+      in_features: size of the input's last axis.
+      qkv_features: of query, key and value, all heads together; None means `in_features`.
+      out_features: size of the output's last axis; None means `in_features`.
+      grid: the tokens along each axis of the input.
+      use_bias: whether the projections have biases.
+      dtype: of the computation. None promotes the input's and the parameters' dtypes.
+      param_dtype: of the parameters.
+      precision: of the projections and the attention.
+      kernel_init: initialiser of the projections.
+      relative_init: initialiser of the relative bias.
+      rngs: `nnx.Rngs`; `params` is used.
+
+    Raises:
+      ValueError: an argument out of its range, or an input whose shape does not fit, by name.
+
+    >>> from flax import nnx
+    >>> import jax.numpy as jnp
+    >>> CoAtNetAttention(4, 32, grid=(7, 7), rngs=nnx.Rngs(0))(jnp.ones((2, 7, 7, 32))).shape
+    (2, 7, 7, 32)
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        in_features: int,
+        qkv_features: int | None = None,
+        out_features: int | None = None,
+        *,
+        grid: Sequence[int],
+        use_bias: bool = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        precision: Any = None,
+        kernel_init: Callable[..., Any] = default_kernel_init,
+        relative_init: Callable[..., Any] = small_init,
+        rngs: nnx.Rngs,
+    ):
+        self.dtype, self.precision = dtype, precision
+        make_projections(
+            self, num_heads, in_features, qkv_features, out_features, use_bias=use_bias, kernel_init=kernel_init,
+            param_dtype=param_dtype, rngs=rngs,
+        )  # fmt: skip
+        self.relative_bias = offset_bias(num_heads, grid, relative_init, param_dtype, rngs)
+
+    def __call__(self, inputs: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
+        """`[*batch, *grid, out_features]` of `[*batch, *grid, in_features]`."""
+        x, params = operands(self, inputs, dtype=self.dtype)
+        return zoo.coatnet_attention(x, params, precision=self.precision)
+
+
+class BoTNetAttention(nnx.Module):
+    """Attention over a grid with embeddings of rows and columns: `jaxattn.zoo.botnet_attention` with its parameters.
+
+    As in the paper, the heads share the embeddings, and stand one after the other. (Srinivas et al. 2021, BoTNet, arXiv
+    2101.11605.)
+
+    Args:
+      num_heads: heads; they divide `qkv_features`.
+      in_features: size of the input's last axis.
+      qkv_features: of query, key and value, all heads together; None means `in_features`.
+      out_features: size of the output's last axis, with an output projection; None means `in_features`.
+      grid: the tokens along each axis of the input.
+      use_bias: whether the projections have biases.
+      out_projection: whether there is an output projection.
+      dtype: of the computation. None promotes the input's and the parameters' dtypes.
+      param_dtype: of the parameters.
+      precision: of the projections and the attention.
+      kernel_init: initialiser of the projections.
+      embedding_init: initialiser of the embeddings; None is normal, of standard deviation head_dim ** -0.5.
+      rngs: `nnx.Rngs`; `params` is used.
+
+    Raises:
+      ValueError: an argument out of its range, or an input whose shape does not fit, by name.
+
+    >>> from flax import nnx
+    >>> import jax.numpy as jnp
+    >>> BoTNetAttention(4, 32, grid=(7, 7), rngs=nnx.Rngs(0))(jnp.ones((2, 7, 7, 32))).shape
+    (2, 7, 7, 32)
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        in_features: int,
+        qkv_features: int | None = None,
+        out_features: int | None = None,
+        *,
+        grid: Sequence[int],
+        use_bias: bool = False,
+        out_projection: bool = False,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        precision: Any = None,
+        kernel_init: Callable[..., Any] = default_kernel_init,
+        embedding_init: Callable[..., Any] | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.dtype, self.precision = dtype, precision
+        head_dim = make_projections(
+            self, num_heads, in_features, qkv_features, out_features, use_bias=use_bias, out_projection=out_projection,
+            kernel_init=kernel_init, param_dtype=param_dtype, rngs=rngs,
+        )  # fmt: skip
+        init = nnx.initializers.normal(head_dim**-0.5) if embedding_init is None else embedding_init
+        make_embeddings(self, 1, grid, head_dim, init, param_dtype, rngs)
+
+    def __call__(self, inputs: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
+        """`[*batch, *grid, out_features]` of `[*batch, *grid, in_features]`."""
+        x, params = operands(self, inputs, dtype=self.dtype)
+        return zoo.botnet_attention(x, params, precision=self.precision)
+
+
+class LearnedRelativeAttention(nnx.Module):
+    """Attention by learned relative positions, and by content or not: `jaxattn.zoo.learned_relative_attention`.
+
+    (Cordonnier, Loukas & Jaggi 2020, arXiv 1911.03584.)
+
+    Args:
+      num_heads: heads; they divide `qkv_features`.
+      in_features: size of the input's last axis.
+      qkv_features: of query, key and value, all heads together; None means `in_features`.
+      out_features: size of the output's last axis; None means `in_features`.
+      grid: the tokens along each axis of the input.
+      content: whether the scores have q·k; without it there is no key.
+      use_bias: whether query, key and value have biases; the output projection has one.
+      dtype: of the computation. None promotes the input's and the parameters' dtypes.
+      param_dtype: of the parameters.
+      precision: of the projections and the attention.
+      kernel_init: initialiser of the projections.
+      embedding_init: initialiser of the embeddings.
+      rngs: `nnx.Rngs`; `params` is used.
+
+    Raises:
+      ValueError: an argument out of its range, or an input whose shape does not fit, by name.
+
+    >>> from flax import nnx
+    >>> import jax.numpy as jnp
+    >>> LearnedRelativeAttention(9, 36, grid=(7, 7), content=False, rngs=nnx.Rngs(0))(jnp.ones((2, 7, 7, 36))).shape
+    (2, 7, 7, 36)
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        in_features: int,
+        qkv_features: int | None = None,
+        out_features: int | None = None,
+        *,
+        grid: Sequence[int],
+        content: bool = True,
+        use_bias: bool = False,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        precision: Any = None,
+        kernel_init: Callable[..., Any] = default_kernel_init,
+        embedding_init: Callable[..., Any] = small_init,
+        rngs: nnx.Rngs,
+    ):
+        self.dtype, self.precision = dtype, precision
+        head_dim = make_projections(
+            self, num_heads, in_features, qkv_features, out_features, use_bias=use_bias, out_bias=True,
+            kernel_init=kernel_init, param_dtype=param_dtype, rngs=rngs, without=() if content else ("key",),
+        )  # fmt: skip
+        make_embeddings(self, num_heads, grid, head_dim, embedding_init, param_dtype, rngs)
+
+    def __call__(self, inputs: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
+        """`[*batch, *grid, out_features]` of `[*batch, *grid, in_features]`."""
+        x, params = operands(self, inputs, dtype=self.dtype)
+        return zoo.learned_relative_attention(x, params, precision=self.precision)

@@ -1,0 +1,72 @@
+"""Swin's module: windows that part the grid, shifted in every other layer."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, ArrayLike, Float, Num
+
+from jaxattn import zoo
+from jaxattn.nn.heads import make_projections, offset_bias, small_init
+from jaxattn.nn.layer import operands
+
+
+class ShiftedWindowAttention(nnx.Module):
+    """The grid parted into windows, shifted or not: `jaxattn.zoo.shifted_window_attention` with its parameters.
+
+    (Liu et al. 2021, Swin, arXiv 2103.14030.)
+
+    Args:
+      num_heads: heads; they divide `qkv_features`.
+      in_features: size of the input's last axis.
+      qkv_features: of query, key and value, all heads together; None means `in_features`.
+      out_features: size of the output's last axis; None means `in_features`.
+      window: tokens along each side of a window, an int for one dimension, or one for each axis.
+      shift: from 0 to window - 1, an int, or one for each axis; the paper's layers alternate between 0 and window // 2.
+      use_bias: whether the projections have biases.
+      dtype: of the computation. None promotes the input's and the parameters' dtypes.
+      param_dtype: of the parameters.
+      precision: of the projections and the attention.
+      kernel_init: initialiser of the projections.
+      relative_init: initialiser of the relative bias.
+      rngs: `nnx.Rngs`; `params` is used.
+
+    Raises:
+      ValueError: an argument out of its range, or an input whose shape does not fit, by name.
+
+    >>> from flax import nnx
+    >>> import jax.numpy as jnp
+    >>> ShiftedWindowAttention(4, 32, window=(7, 7), shift=3, rngs=nnx.Rngs(0))(jnp.ones((2, 14, 14, 32))).shape
+    (2, 14, 14, 32)
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        in_features: int,
+        qkv_features: int | None = None,
+        out_features: int | None = None,
+        *,
+        window: int | Sequence[int],
+        shift: int | Sequence[int] = 0,
+        use_bias: bool = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        precision: Any = None,
+        kernel_init: Callable[..., Any] = small_init,
+        relative_init: Callable[..., Any] = small_init,
+        rngs: nnx.Rngs,
+    ):
+        self.window = (window,) if isinstance(window, int) else tuple(window)
+        self.shift, self.dtype, self.precision = shift, dtype, precision
+        make_projections(
+            self, num_heads, in_features, qkv_features, out_features, use_bias=use_bias, kernel_init=kernel_init,
+            param_dtype=param_dtype, rngs=rngs,
+        )  # fmt: skip
+        self.relative_bias = offset_bias(num_heads, self.window, relative_init, param_dtype, rngs)
+
+    def __call__(self, inputs: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
+        """`[*batch, *grid, out_features]` of `[*batch, *grid, in_features]`."""
+        x, params = operands(self, inputs, dtype=self.dtype)
+        return zoo.shifted_window_attention(x, params, window=self.window, shift=self.shift, precision=self.precision)

@@ -1,0 +1,170 @@
+"""Quadratic attention: each head looks at one offset, by a Gaussian about its own centre."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxattn.attention import attention
+from jaxattn.einsum import einsum
+from jaxattn.window import Window
+from jaxattn.zoo.row import row
+from jaxattn.zoo.slide import Slide
+
+
+@row(
+    "quadratic (Cordonnier)",
+    weights="-α‖δ-Δ_h‖² (isotropic), -½‖Σ^{-1/2}(δ-Δ_h)‖² (full)",
+    source="learned",
+    shared="head / yes",
+    normalizer="softmax",
+    paper="Cordonnier, Loukas & Jaggi 2020 (1911.03584)",
+)
+def quadratic_attention(
+    x,
+    params: Mapping[str, Any],
+    *,
+    window: Slide | Window | int | Sequence[int] | None = None,
+    precision: lax.PrecisionLike = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Attention by position alone: head h looks at the offset Δ_h,
+
+        y_i = bias + Σ_h Σ_δ A_h(δ) x_{i+δ} V_h O_h,        A_h = softmax_δ(-α_h ‖δ - Δ_h‖²)
+
+    with δ = key - query (Cordonnier, Loukas & Jaggi 2020, arXiv 1911.03584, equation 9: there -α(‖δ-Δ‖² - ‖Δ‖²), the
+    same weights), or the full form, A_h = softmax_δ(-½ ‖Σ_h^{-1/2} (δ - Δ_h)‖²). As α grows, head h sees the one token
+    at i + Δ_h, and K² heads are a K × K convolution: see `jaxattn.equivalence.conv_to_attention`.
+
+    Args:
+      x: `[*batch, *grid, features]`, floating point, with any number of batch axes.
+      params: arrays by name, and perhaps a window.
+        "centre": Δ, `[heads, rank]`; `rank` is the grid's. In steps of the window's dilation. Under a `Slide`, counted
+        from the slot (size-1)//2, which is where the query stands under padding "SAME" and strides 1.
+        "alpha": α, `[heads]`; or, for the full form, "inverse_root": Σ^{-1/2}, `[heads, rank, rank]`.
+        "value": V, `[features / groups, heads, groups · head_dim]`; the groups follow from its first axis.
+        "out": O, `[heads, groups · head_dim, out_features / groups]`; without it, head_dim is out_features / groups.
+        "bias": `[out_features]`; may be left out.
+        "window": stands in for `window`.
+      window: the tokens that take part. None: those of params, or else the whole grid. A `Slide` slides as a
+        convolution does. A `Window`, or its size, is as in `jaxattn.attention`.
+      precision, implementation: as in `jaxattn.attention`.
+
+    Returns:
+      `[*batch, *queries, out_features]`, in the promoted dtype of x and the parameters.
+
+    Raises:
+      ValueError: a parameter is missing or has the wrong shape, or the window doesn't fit the grid, by name.
+
+    >>> import jax.numpy as jnp
+    >>> right = {"centre": jnp.array([[1.0]]), "alpha": jnp.array([50.0]), "value": jnp.ones((1, 1, 1))}
+    >>> quadratic_attention(jnp.arange(4.0)[:, None], right)[:, 0]  # each token's right neighbour, the last one itself
+    Array([1., 2., 3., 3.], dtype=float32)
+    """
+    given = params.get("window") if window is None else window
+    arrays = {name: jnp.asarray(p) for name, p in params.items() if name != "window"}
+    groups = _groups(jnp.shape(x), arrays)
+    dtype = jnp.result_type(x, *arrays.values())
+    x, arrays = jnp.asarray(x, dtype), {name: p.astype(dtype) for name, p in arrays.items()}
+    heads, rank = arrays["centre"].shape
+    x, inside, window, origin = _placed(x, rank, given)
+    batch, grid = x.shape[: -1 - rank], x.shape[-1 - rank : -1]
+    offsets = [np.arange(1 - k, k) - o for k, o in zip(window.sizes, origin, strict=True)]
+    mixed = attention(  # no content: queries and keys of zeros; every head mixes the same tokens
+        jnp.zeros((*batch, *window.query_grid(grid), heads, 1), dtype),
+        jnp.zeros((*batch, *grid, 1, 1), dtype),
+        x[..., None, :],
+        window=window,
+        mask=inside,
+        relative_bias=quadratic_scores(arrays, offsets),
+        precision=precision,
+        implementation=implementation,
+    )
+    y = _project(mixed, arrays, groups, precision)
+    return y + arrays["bias"] if "bias" in arrays else y
+
+
+def quadratic_scores(params: Mapping[str, Any], offsets: Sequence[np.ndarray]) -> jax.Array:
+    """-α‖δ - Δ_h‖², or -½‖Σ_h^{-1/2}(δ - Δ_h)‖², at every δ of the grid that `offsets` (one array per axis) span.
+
+    `[heads, *offsets]`, from "centre" and "alpha" or "inverse_root".
+
+    >>> import jax.numpy as jnp, numpy as np
+    >>> quadratic_scores({"centre": jnp.array([[1.0]]), "alpha": jnp.array([2.0])}, [np.arange(-1, 3)])
+    Array([[-8., -2., -0., -2.]], dtype=float32)
+    """
+    centre = params["centre"]
+    spread = (slice(None), *(None,) * len(offsets))
+    delta = jnp.asarray(np.stack(np.meshgrid(*offsets, indexing="ij"), axis=-1), centre.dtype)
+    away = delta - centre[spread]  # [heads, *offsets, rank]
+    if "alpha" in params:
+        return -params["alpha"][spread] * jnp.square(away).sum(-1)
+    return -jnp.square(jnp.einsum("hij,h...j->h...i", params["inverse_root"], away)).sum(-1) / 2
+
+
+def _placed(x: jax.Array, rank: int, window) -> tuple[jax.Array, np.ndarray | None, Window, tuple[int, ...]]:
+    """The tokens, which of them take part, the window over them, and its slot from which centres are counted."""
+    if isinstance(window, Slide):
+        x, inside, over = window.placed(x)
+        origin = tuple((k - 1) // 2 for k in over.sizes)
+    else:
+        given = Window(x.shape[-1 - rank : -1]) if window is None else window
+        over = given if isinstance(given, Window) else Window(given)
+        inside, origin = None, (0,) * over.rank
+    if over.rank != rank:
+        raise ValueError(
+            f"quadratic_attention: window has {over.rank} axes, and centre is [heads, {rank}]: give a window of {rank}"
+        )
+    return x, inside, over, origin
+
+
+def _project(mixed: jax.Array, params: Mapping[str, jax.Array], groups: int, precision) -> jax.Array:
+    """Σ_h (A_h x) V_h O_h, from the tokens as each head mixed them, `[..., heads, features]`."""
+    if "out" not in params:
+        return einsum("... h (g c), c h (g o) -> ... (g o)", mixed, params["value"], g=groups, precision=precision)
+    values = einsum("... h (g c), c h (g d) -> ... h (g d)", mixed, params["value"], g=groups, precision=precision)
+    return einsum("... h (g d), h (g d) o -> ... (g o)", values, params["out"], g=groups, precision=precision)
+
+
+def _groups(shape: tuple[int, ...], params: Mapping[str, jax.Array]) -> int:
+    """How many groups the features are split into, once every parameter's shape fits."""
+    for name in ("centre", "value", "inverse_root" if "inverse_root" in params else "alpha"):
+        if name not in params:
+            raise ValueError(f"quadratic_attention: params has {sorted(params)}; {name!r} is missing")
+    if unknown := set(params) - {"centre", "alpha", "inverse_root", "value", "out", "bias"}:
+        raise ValueError(f"quadratic_attention: params has {sorted(unknown)}, which this layer does not know")
+    if "alpha" in params and "inverse_root" in params:
+        raise ValueError("quadratic_attention: params has both 'alpha' and 'inverse_root'; give one of them")
+    if params["centre"].ndim != 2 or params["centre"].shape[1] < 1:
+        _refuse("centre", params["centre"], "[heads, rank]")
+    heads, rank = params["centre"].shape
+    if len(shape) < rank + 1:
+        raise ValueError(
+            f"quadratic_attention: x has shape {list(shape)}; with centre [heads, {rank}] it is [*batch, {rank} grid "
+            "axes, features]"
+        )
+    value = params["value"]
+    if value.ndim != 3 or value.shape[1] != heads or value.shape[0] < 1 or shape[-1] % value.shape[0]:
+        _refuse("value", value, f"[features / groups, {heads}, groups · head_dim], x having {shape[-1]} features")
+    groups = shape[-1] // value.shape[0]
+    if value.shape[2] % groups:
+        _refuse("value", value, f"[{value.shape[0]}, {heads}, {groups} · head_dim], in {groups} groups")
+    features = value.shape[2]
+    expected = {"alpha": (heads,), "inverse_root": (heads, rank, rank)}
+    if "out" in params:
+        if params["out"].ndim != 3:
+            _refuse("out", params["out"], f"[{heads}, {features}, out_features / groups]")
+        expected["out"] = (heads, features, params["out"].shape[2])
+        features = groups * params["out"].shape[2]
+    expected["bias"] = (features,)
+    for name, wanted in expected.items():
+        if name in params and params[name].shape != wanted:
+            _refuse(name, params[name], str(list(wanted)))
+    return groups
+
+
+def _refuse(name: str, x: jax.Array, expected: str):
+    raise ValueError(f"quadratic_attention: params[{name!r}] has shape {list(x.shape)}; expected {expected}")

@@ -1,0 +1,112 @@
+"""Swin: windows that part the grid, moved by a cyclic shift in every other layer."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxattn.attention import attention
+from jaxattn.window import Window
+from jaxattn.zoo.heads import Heads
+from jaxattn.zoo.row import row
+
+
+@row(
+    "Swin",
+    weights="q·k/√d + b_{j-i}, partition, cyclic shift",
+    source="pair + learned",
+    shared="head / no",
+    normalizer="softmax",
+    paper="Liu et al. 2021 (2103.14030)",
+)
+def shifted_window_attention(
+    x,
+    params: Mapping[str, Any],
+    *,
+    window: int | Sequence[int],
+    shift: int | Sequence[int] = 0,
+    scale: float | None = None,
+    precision: lax.PrecisionLike = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """The grid is parted into windows, and each token attends to its own window's,
+
+        y_i = b_O + Σ_h W_O,h Σ_{j in N(i)} softmax_j(scale · q_i·k_j + b_h[j-i]) v_j,
+        N(i) = {j of the grid: ⌊(j - shift) / k⌋ = ⌊(i - shift) / k⌋ along each axis}.
+
+    (Liu et al. 2021, Swin, arXiv 2103.14030.) The windows that a shift cuts in two at the border are computed as one,
+    by rolling the grid, whose parts do not attend to each other: `segment_ids` where the paper has a mask.
+
+    Args:
+      x: `[*batch, *grid, features]`, with any number of batch axes. A grid that is no multiple of the window is padded
+        with tokens that nothing attends to.
+      params: "relative_bias" b, `[heads, *(2k-1)]`, indexed by k - 1 + j - i. "query", "key" `[features, heads,
+        head_dim]`, "value" `[features, heads, value_dim]`, and optionally "query_bias", "key_bias", "value_bias"
+        (without features), "out" `[heads, value_dim, out_features]` and "out_bias" `[out_features]`. Without "out" the
+        heads' outputs stand one after the other.
+      window: k, an int for one dimension, or one for each axis of the grid.
+      shift: from 0 to k - 1; an int, or one for each axis. The paper's layers alternate between 0 and k // 2.
+      scale: None means head_dim ** -0.5.
+      precision: of the projections and the attention, as in `jax.lax.dot_general`.
+      implementation: as in `attention`.
+
+    Returns:
+      `[*batch, *grid, out_features]`, in the dtype of x and params.
+
+    Raises:
+      ValueError: a parameter is missing or unknown, or a shape doesn't fit, by name.
+
+    >>> import jax.numpy as jnp
+    >>> params = {name: jnp.ones((8, 2, 4)) for name in ("query", "key", "value")}
+    >>> bias = {"relative_bias": jnp.ones((2, 7, 7))}
+    >>> shifted_window_attention(jnp.ones((1, 8, 8, 8)), params | bias, window=(4, 4), shift=2).shape
+    (1, 8, 8, 8)
+    """
+    parts = Window(window, block=window)
+    shifts = _shifts(shift, parts.sizes)
+    heads = Heads("shifted_window_attention", params, ["relative_bias"], precision=precision)
+    grid = heads.grid(x, parts.rank)
+    axes = range(-1 - parts.rank, -1)
+    pads = [(0, 0)] * (np.ndim(x) - 1 - parts.rank) + [(0, -n % k) for n, k in zip(grid, parts.sizes, strict=True)]
+    rolled = jnp.roll(jnp.pad(x, [*pads, (0, 0)]), [-s for s in shifts], axes)
+    query, key, value = heads.project(rolled, parts.rank)
+    y = attention(
+        query,
+        key,
+        value,
+        window=parts,
+        scale=scale,
+        relative_bias=heads.table("relative_bias", "heads", *(2 * k - 1 for k in parts.sizes)),
+        segment_ids=np.broadcast_to(_regions(grid, parts.sizes, shifts), rolled.shape[:-1]),
+        precision=precision,
+        implementation=implementation,
+    )
+    y = jnp.roll(y, shifts, [axis - 1 for axis in axes])
+    return heads.join(y[(..., *(slice(n) for n in grid), slice(None), slice(None))])
+
+
+def _regions(grid: Sequence[int], window: Sequence[int], shifts: Sequence[int]) -> np.ndarray:
+    """A number for each token of the padded and rolled grid; those with the same one came from the same side of a cut.
+
+    >>> _regions((5,), (3,), (1,))  # tokens 1 .. 4, the padding, and 0, which the roll brought here
+    array([0, 0, 0, 0, 2, 1], dtype=int32)
+    """
+    regions = np.zeros((), np.int32)
+    for n, k, s in zip(grid, window, shifts, strict=True):
+        token = np.roll(np.arange(n + -n % k), -s)
+        part = np.where(token >= n, 2, token < s).astype(np.int32)
+        regions = 3 * regions[..., None] + part
+    return regions
+
+
+def _shifts(shift: int | Sequence[int], window: Sequence[int]) -> tuple[int, ...]:
+    shifts = tuple(shift) if isinstance(shift, Sequence) else (shift,) * len(window)
+    if len(shifts) != len(window) or not all(0 <= s < k for s, k in zip(shifts, window, strict=True)):
+        raise ValueError(
+            f"shifted_window_attention: shift={shift!r} must be an int from 0 to k - 1, or one for each axis of the "
+            f"window {tuple(window)}"
+        )
+    return shifts

@@ -1,0 +1,232 @@
+"""Attention in windows that slide, token by token or block by block."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+
+from jaxattn.attention import attention
+from jaxattn.window import Window
+from jaxattn.zoo.heads import Heads, embeddings
+from jaxattn.zoo.row import row
+
+
+@row(
+    "SASA",
+    weights="q_i·(k_j + r_{j-i})",
+    source="pair",
+    shared="head / no",
+    normalizer="softmax",
+    paper="Ramachandran et al. 2019 (1906.05909)",
+)
+def sasa(
+    x,
+    params: Mapping[str, Any],
+    *,
+    window: Window | int | Sequence[int],
+    scale: float | None = 1.0,
+    precision: lax.PrecisionLike = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Stand-alone self-attention: each token attends to a window around it, with relative embeddings added to the keys,
+
+        y_i = Σ_h W_O,h Σ_{j in N(i)} softmax_j(scale · q_i·(k_j + r_h[j-i])) v_j,
+
+    where half of the dimensions of r[δ] embed δ1 and the other half δ2. (Ramachandran et al. 2019, arXiv 1906.05909:
+    scale 1, and the heads one after the other: no "out".)
+
+    Args:
+      x: `[*batch, *grid, features]`, with any number of batch axes.
+      params: "embedding_0", "embedding_1", ..., one for each axis of the window: `[heads or 1, 2k-1, head_dim / rank]`
+        for k tokens along it, indexed by k - 1 + (j - i) / dilation; or all of head_dim, which then are added. "query",
+        "key" `[features, heads, head_dim]`, "value" `[features, heads, value_dim]`, and optionally "query_bias",
+        "key_bias", "value_bias" (without features), "out" `[heads, value_dim, out_features]` and "out_bias"
+        `[out_features]`. Without "out" the heads' outputs stand one after the other.
+      window: a `Window`, or its size: 7 is `Window(7)` (one dimension), (7, 7) `Window((7, 7))` (two), which moves
+        inward at the border. With boundary "zero" zero keys and values stand outside.
+      scale: of the query, so of both terms; None means head_dim ** -0.5.
+      precision: of the projections and the attention, as in `jax.lax.dot_general`.
+      implementation: as in `attention`.
+
+    Returns:
+      `[*batch, *query_grid, out_features]`, in the dtype of x and params; the grid itself, where the window
+      has no stride.
+
+    Raises:
+      ValueError: a parameter is missing or unknown, or a shape doesn't fit, by name.
+
+    >>> import jax.numpy as jnp
+    >>> params = {name: jnp.ones((8, 2, 4)) for name in ("query", "key", "value")}
+    >>> tables = {"embedding_0": jnp.ones((2, 5, 2)), "embedding_1": jnp.ones((2, 5, 2))}
+    >>> sasa(jnp.ones((1, 6, 7, 8)), params | tables, window=(3, 3)).shape
+    (1, 6, 7, 8)
+    """
+    window = window if isinstance(window, Window) else Window(window)
+    heads = Heads("sasa", params, embeddings(window.rank), precision=precision)
+    return embedded(heads, x, window, scale, implementation)
+
+
+@row(
+    "HaloNet",
+    weights="SASA, N = block + halo",
+    source="pair",
+    shared="head / no",
+    normalizer="softmax",
+    paper="Vaswani et al. 2021 (2103.12731)",
+)
+def halo_attention(
+    x,
+    params: Mapping[str, Any],
+    *,
+    block: int | Sequence[int],
+    halo: int | Sequence[int],
+    boundary: str | Sequence[str] = "zero",
+    scale: float | None = 1.0,
+    precision: lax.PrecisionLike = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Blocked local attention: the tokens of a block attend to the block and a halo around it,
+
+        y_i = Σ_h W_O,h Σ_{j in N(i)} softmax_j(scale · q_i·(k_j + r_h[j-i])) v_j,
+        N(i) = {b·⌊i/b⌋ - a, ..., b·⌊i/b⌋ + b + a - 1}    along each axis, with a block of b and a halo of a.
+
+    (Vaswani et al. 2021, HaloNet, arXiv 2103.12731: scale 1, and the heads one after the other: no "out".)
+
+    Args:
+      x: `[*batch, *grid, features]`, with any number of batch axes. The last block of an axis may be cut off.
+      params: as in `sasa`, for a window of k = b + 2a tokens per axis: "embedding_0", "embedding_1", ...
+        `[heads or 1, 2k-1, head_dim / rank or head_dim]`, indexed by k - 1 + j - i; "query", "key" `[features, heads,
+        head_dim]`, "value" `[features, heads, value_dim]`; optionally "query_bias", "key_bias", "value_bias", "out"
+        `[heads, value_dim, out_features]` and "out_bias".
+      block: b, an int for one dimension, or one for each axis of the grid.
+      halo: a, an int, or one for each axis.
+      boundary: what stands outside: "zero", zero keys and values that take part, or "mask", nothing; or another one of
+        `Window`'s; one, or one for each axis.
+      scale: of the query, so of both terms; None means head_dim ** -0.5.
+      precision: of the projections and the attention, as in `jax.lax.dot_general`.
+      implementation: as in `attention`.
+
+    Returns:
+      `[*batch, *grid, out_features]`, in the dtype of x and params.
+
+    Raises:
+      ValueError: a parameter is missing or unknown, or a shape doesn't fit, by name.
+
+    >>> import jax.numpy as jnp
+    >>> params = {name: jnp.ones((8, 2, 4)) for name in ("query", "key", "value")}
+    >>> tables = {"embedding_0": jnp.ones((2, 11, 2)), "embedding_1": jnp.ones((2, 11, 2))}
+    >>> halo_attention(jnp.ones((1, 8, 8, 8)), params | tables, block=(4, 4), halo=1).shape
+    (1, 8, 8, 8)
+    """
+    window = halo_window(block, halo, boundary)
+    heads = Heads("halo_attention", params, embeddings(window.rank), precision=precision)
+    return embedded(heads, x, window, scale, implementation)
+
+
+@row(
+    "NAT, DiNAT",
+    weights="q·k/√d + b_{j-i}, shifted window, dilated",
+    source="pair + learned",
+    shared="head / no",
+    normalizer="softmax",
+    paper="Hassani et al. 2023 (2204.07143); Hassani & Shi 2022 (2209.15001)",
+)
+def neighborhood_attention(
+    x,
+    params: Mapping[str, Any],
+    *,
+    window: Window | int | Sequence[int],
+    scale: float | None = None,
+    precision: lax.PrecisionLike = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Each token attends to its k nearest along each axis, with a bias for each offset,
+
+        y_i = b_O + Σ_h W_O,h Σ_{j in N(i)} softmax_j(scale · q_i·k_j + b_h[j-i]) v_j.
+
+    At the border the window moves inward and keeps its size. (Hassani et al. 2023, NAT, arXiv 2204.07143; dilated,
+    `window=Window((7, 7), dilation=2)`, Hassani & Shi 2022, DiNAT, arXiv 2209.15001.)
+
+    Args:
+      x: `[*batch, *grid, features]`, with any number of batch axes.
+      params: "relative_bias" b, `[heads, *(2k-1)]` for a window of k tokens per axis, indexed by
+        k - 1 + (j - i) / dilation, which may be left out. "query", "key" `[features, heads, head_dim]`, "value"
+        `[features, heads, value_dim]`, and optionally "query_bias", "key_bias", "value_bias" (without features), "out"
+        `[heads, value_dim, out_features]` and "out_bias" `[out_features]`. Without "out" the heads' outputs stand one
+        after the other.
+      window: a `Window`, or its size: 7 is `Window(7)` (one dimension), (7, 7) `Window((7, 7))` (two).
+      scale: None means head_dim ** -0.5.
+      precision: of the projections and the attention, as in `jax.lax.dot_general`.
+      implementation: as in `attention`.
+
+    Returns:
+      `[*batch, *query_grid, out_features]`, in the dtype of x and params; the grid itself, where the window
+      has no stride.
+
+    Raises:
+      ValueError: a parameter is missing or unknown, or a shape doesn't fit, by name.
+
+    >>> import jax.numpy as jnp
+    >>> params = {name: jnp.ones((8, 2, 4)) for name in ("query", "key", "value")}
+    >>> bias = {"relative_bias": jnp.ones((2, 5, 5))}
+    >>> neighborhood_attention(jnp.ones((1, 6, 7, 8)), params | bias, window=(3, 3)).shape
+    (1, 6, 7, 8)
+    """
+    window = window if isinstance(window, Window) else Window(window)
+    heads = Heads("neighborhood_attention", params, optional=["relative_bias"], precision=precision)
+    query, key, value = heads.project(x, window.rank)
+    offsets = (2 * k - 1 for k in window.sizes)
+    y = attention(
+        _standing(query, window),
+        key,
+        value,
+        window=window,
+        scale=scale,
+        relative_bias=heads.table("relative_bias", "heads", *offsets) if "relative_bias" in params else None,
+        precision=precision,
+        implementation=implementation,
+    )
+    return heads.join(y)
+
+
+def halo_window(block: int | Sequence[int], halo: int | Sequence[int], boundary: str | Sequence[str]) -> Window:
+    """The window of a block and its halo.
+
+    >>> halo_window(2, 1, "mask").indices((6,))[..., 0]
+    array([[-1,  0,  1,  2],
+           [-1,  0,  1,  2],
+           [ 1,  2,  3,  4],
+           [ 1,  2,  3,  4],
+           [ 3,  4,  5, -1],
+           [ 3,  4,  5, -1]])
+    """
+    blocks = tuple(block) if isinstance(block, Sequence) else (block,)
+    halos = tuple(halo) if isinstance(halo, Sequence) else (halo,) * len(blocks)
+    if len(halos) != len(blocks) or any(a < 0 for a in halos):
+        raise ValueError(f"halo_attention: halo={halo!r} must be an int >= 0, or one for each of the blocks {blocks}")
+    return Window([b + 2 * a for b, a in zip(blocks, halos, strict=True)], block=blocks, boundary=boundary)
+
+
+def embedded(heads: Heads, x, window: Window, scale: float | None, implementation: str | None) -> jax.Array:
+    """Attention in a window with scores scale · q_i·(k_j + r[j-i])."""
+    query, key, value = heads.project(x, window.rank)
+    y = attention(
+        _standing(query, window) * (query.shape[-1] ** -0.5 if scale is None else scale),
+        key,
+        value,
+        window=window,
+        scale=1.0,
+        key_embedding=heads.embedding(window.sizes),
+        precision=heads.precision,
+        implementation=implementation,
+    )
+    return heads.join(y)
+
+
+def _standing(query: jax.Array, window: Window) -> jax.Array:
+    """The queries of the tokens at which a strided window stands."""
+    grid = query.shape[-2 - window.rank : -2]
+    strides: Any = window.stride
+    steps = (slice(0, n * s, s) for n, s in zip(window.query_grid(grid), strides, strict=True))
+    return query[(..., *steps, slice(None), slice(None))]

@@ -1,0 +1,163 @@
+"""The modules of the zoo's attention layers: each is its formula, trains, and begins where its paper begins."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle_zoo_attention as oracle
+import pytest
+from flax import nnx
+
+from jaxattn import nn
+from jaxattn.window import Window
+
+# module: its arguments, the grid, and the loop that it is
+LAYERS = {
+    nn.GlobalAttention: ((2, 6, 8, 5), {"rank": 2}, (3, 2), oracle.global_attention),
+    nn.SASA: (
+        (2, 6, 8, 5),
+        {"window": Window((3, 3), boundary="zero"), "scale": None, "use_bias": True, "out_projection": True},
+        (4, 3),
+        partial(oracle.sasa, size=(3, 3), zeros=True, scale=0.5),
+    ),
+    nn.HaloAttention: (
+        (2, 6, 8),
+        {"block": 3, "halo": 1, "boundary": "mask"},
+        (6,),
+        partial(oracle.halo_attention, block=(3,), halo=(1,), zeros=False),
+    ),
+    nn.NeighborhoodAttention: (
+        (2, 6),
+        {"window": Window((2, 1), dilation=2)},
+        (4, 3),
+        partial(oracle.neighborhood_attention, size=(2, 1), dilation=2),
+    ),
+    nn.ShiftedWindowAttention: (
+        (2, 6),
+        {"window": (2, 3), "shift": 1},
+        (4, 6),
+        partial(oracle.shifted_window_attention, size=(2, 3), shift=(1, 1)),
+    ),
+    nn.CoAtNetAttention: ((2, 6), {"grid": (3, 2)}, (3, 2), oracle.coatnet_attention),
+    nn.BoTNetAttention: ((2, 6), {"grid": (3, 2)}, (3, 2), oracle.botnet_attention),
+    nn.AxialAttention: (
+        (2, 6),
+        {"window": 3, "axis": -3},
+        (4, 2),
+        partial(oracle.axial_attention, axis=-3, window=3),
+    ),
+    nn.GPSA: ((4, 8), {}, (3, 4), oracle.gpsa),
+    nn.LearnedRelativeAttention: (
+        (2, 6),
+        {"grid": (3, 2), "content": False},
+        (3, 2),
+        oracle.learned_relative_attention,
+    ),
+}
+# The rounding of a few products of numbers near one, of the largest entry.
+TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 5e-2}
+
+
+def drawn(module, *args, **kwargs):
+    """A module's graph and parameters, all of them drawn at random, so that no zero bias hides a mistake."""
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: module(*args, **kwargs, rngs=nnx.Rngs(0))), nnx.Param)
+    rng = np.random.default_rng(0)
+    return graphdef, jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) / 2, p.dtype), params)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("module", LAYERS, ids=lambda module: module.__name__)
+def test_a_training_step(module, dtype):
+    """A jitted step: its output is the formula's, its loss finite, and every parameter gets a gradient."""
+    args, kwargs, grid, loop = LAYERS[module]
+    graphdef, params = drawn(module, *args, **kwargs, dtype=dtype)
+    x = jnp.asarray(np.random.default_rng(9).normal(size=(1, *grid, args[1])), dtype)
+
+    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # run twice
+    def step(params, x):
+        def loss_of(params):
+            y = nnx.merge(graphdef, params)(x)
+            return (y.astype(jnp.float32) ** 2).mean(), y
+
+        (loss, y), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
+        return loss, y, gradients, jax.tree.map(lambda p, g: p - 0.01 * g, params, gradients)
+
+    with jax.numpy_dtype_promotion("strict"):
+        loss, y, gradients, stepped = step(params, x)
+    assert y.dtype == dtype
+    assert step(stepped, x)[0] < loss < np.inf
+    for path, gradient in nnx.to_flat_state(gradients):
+        # softmax does not see the key's bias, which adds the same to all of a query's scores
+        assert path == ("key_bias",) or abs(gradient[...]).max() > 0, path
+    exact = {name: np.asarray(p, float) for name, p in nnx.to_pure_dict(params).items()}
+    expected = loop(np.asarray(x[0], float), exact)
+    assert abs(y[0].astype(float) - expected).max() < TOLERANCE[dtype] * max(1, abs(expected).max())
+
+
+@pytest.mark.parametrize("module", LAYERS, ids=lambda module: module.__name__)
+def test_precision_reaches_every_product(module):
+    args, kwargs, grid, _ = LAYERS[module]
+    graphdef, params = drawn(module, *args, **kwargs, precision="highest")
+    run = jax.jit(lambda params, x: nnx.merge(graphdef, params)(x))
+    lowered = run.lower(params, jnp.ones((*grid, args[1]))).as_text()
+    products = [line for line in lowered.splitlines() if "dot_general" in line]
+    assert len(products) >= 4
+    assert all("HIGHEST" in line for line in products)
+
+
+def test_where_gpsa_begins():
+    """Centres around the token, α and λ as given, and the value the identity."""
+    layer = nn.GPSA(9, 18, locality_strength=2.0, gate=0.5, rngs=nnx.Rngs(0))
+    for head, (d1, d2) in enumerate((a, b) for a in (-1, 0, 1) for b in (-1, 0, 1)):
+        np.testing.assert_array_equal(layer.position[head], [-2, 4 * d1, 4 * d2])
+    np.testing.assert_array_equal(layer.gate[...], 0.5)
+    np.testing.assert_array_equal(layer.value[...].reshape(18, 18), np.eye(18))
+    np.testing.assert_array_equal(nn.GPSA(3, 6, rank=1, rngs=nnx.Rngs(0)).position[...], [[-1, -2], [-1, 0], [-1, 2]])
+    np.testing.assert_array_equal(nn.GPSA(8, 8, rank=3, rngs=nnx.Rngs(0)).position[1], [-1, -1, -1, 1])
+    drawn_value = nn.GPSA(4, 8, 4, identity_value=False, rngs=nnx.Rngs(0)).value
+    assert drawn_value.shape == (8, 4, 1)
+
+
+def test_a_gpsa_head_leaves_two_thirds_of_its_weight_elsewhere():
+    """d'Ascoli et al.'s α = 1 is soft: 1 - θ(1)^-2 with θ(α) = Σ_m exp(-α m²), far from the border."""
+    layer = nn.GPSA(1, 1, gate=60.0, out_features=1, rngs=nnx.Rngs(0))
+    layer.out[...] = jnp.ones((1, 1, 1), jnp.float32)
+    x = jnp.zeros((15, 15, 1), jnp.float32).at[7, 7].set(1)
+    theta = sum(np.exp(-float(m**2)) for m in range(-9, 10))
+    np.testing.assert_allclose(layer(x)[7, 7, 0], theta**-2, rtol=1e-5)
+    assert 0.67 < 1 - theta**-2 < 0.69
+
+
+def test_projections_begin_with_the_fans_of_a_matrix():
+    """lecun_normal of 1/in_features, whatever the heads, and in tables head_dim ** -0.5."""
+    layer = nn.BoTNetAttention(4, 64, 128, 64, grid=(64, 64), out_projection=True, rngs=nnx.Rngs(0))
+    for kernel, fan in ((layer.query, 64), (layer.out, 128), (layer.embedding_0, 32)):
+        np.testing.assert_allclose(kernel[...].std(), fan**-0.5, rtol=0.05)
+    spread = nn.GlobalAttention(4, 64, 128, rngs=nnx.Rngs(0)).query[...].std()
+    np.testing.assert_allclose(spread, (2 / (64 + 128)) ** 0.5, rtol=0.05)  # Glorot's
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (partial(nn.GlobalAttention, 3, 8), r"GlobalAttention: num_heads \(=3\) must divide qkv_features \(=8\)"),
+        (partial(nn.SASA, 2, 8, None, 6, window=3), r"SASA: without an output projection, out_features \(=6\) must be"),
+        (partial(nn.SASA, 2, 8, window=(3, 3, 3)), r"SASA: the window's 3 axes must divide head_dim \(=4\)"),
+        (partial(nn.HaloAttention, 2, 8, block=4, halo=(1, 1)), r"halo=\(1, 1\) must be an int >= 0, or one for each"),
+        (partial(nn.AxialAttention, 2, 8), r"AxialAttention: give one of length \(=None\) and window \(=None\)"),
+        (partial(nn.GPSA, 8, 8), r"GPSA: num_heads \(=8\) must be K\^2 for a grid of 2 axes \(rank=2\)"),
+        (partial(nn.GPSA, 4, 8, 16), r"GPSA: with identity_value, qkv_features \(=16\) must be in_features \(=8\)"),
+    ],
+)
+def test_errors(make, message):
+    with pytest.raises(ValueError, match=message):
+        make(rngs=nnx.Rngs(0))
+
+
+def test_input_errors():
+    layer = nn.CoAtNetAttention(2, 8, grid=(3, 4), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"params\['query'\] has shape \[8, 2, 4\]; expected .* = \[5, heads, "):
+        layer(jnp.ones((3, 4, 5)))
+    with pytest.raises(ValueError, match=r"params\['relative_bias'\] has shape \[2, 5, 7\]; expected .* \[2, 7, 7\]"):
+        layer(jnp.ones((4, 4, 8)))

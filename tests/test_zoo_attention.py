@@ -1,0 +1,393 @@
+"""The attention layers of the zoo against loops written from their papers' formulas: values and every gradient."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle_zoo_attention as oracle
+import pytest
+from flax import nnx
+
+from jaxattn import nn, zoo
+from jaxattn.window import Window
+
+NO_OUT = ("query_bias", "key_bias", "value_bias", "out", "out_bias")
+HEADS, DIM, VALUE, FEATURES, OUT = 2, 6, 3, 4, 5
+
+compiled = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # each is run once
+
+
+def draw(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def projections(*without, heads=HEADS):
+    shapes = {
+        "query": (FEATURES, heads, DIM), "key": (FEATURES, heads, DIM), "value": (FEATURES, heads, VALUE),
+        "query_bias": (heads, DIM), "key_bias": (heads, DIM), "value_bias": (heads, VALUE),
+        "out": (heads, VALUE, OUT), "out_bias": (OUT,),
+    }  # fmt: skip
+    return {name: draw(n, *shape) for n, (name, shape) in enumerate(shapes.items()) if name not in without}
+
+
+def tables(size, width, heads=HEADS):
+    return {f"embedding_{axis}": draw(20 + axis, heads, 2 * k - 1, width) for axis, k in enumerate(size)}
+
+
+def biases(size, heads=HEADS):
+    return {"relative_bias": draw(30, heads, *(2 * k - 1 for k in size))}
+
+
+def axial(n, heads=HEADS):
+    widths = {"query": DIM, "key": DIM, "value": VALUE}
+    return {f"{name}_embedding": draw(40 + w, heads, 2 * n - 1, w) for name, w in widths.items()}
+
+
+def positions(rank, heads=HEADS):
+    return {"position": draw(50, heads, rank + 1), "gate": draw(51, heads)}
+
+
+def masked(size, **kwargs):
+    return {"window": Window(size, boundary="mask", **kwargs)}
+
+
+# name: the layer, its own parameters, its keywords and the oracle's, the grid
+CASES = {
+    "global": ("global_attention", projections(), {}, {}, (5,)),
+    "global bare": ("global_attention", projections(*NO_OUT), {"scale": 0.3}, {"scale": 0.3}, (1,)),
+    "sasa 1d": ("sasa", projections() | tables((3,), DIM), masked((3,)), {"size": (3,)}, (5,)),
+    "sasa 2d": ("sasa", projections() | tables((3, 2), 3), masked((3, 2)), {"size": (3, 2)}, (4, 3)),
+    "sasa 2d zeros": (
+        "sasa",
+        projections(*NO_OUT) | tables((2, 3), DIM, heads=1),
+        {"window": Window((2, 3), boundary="zero"), "scale": None},
+        {"size": (2, 3), "zeros": True, "scale": DIM**-0.5},
+        (3, 4),
+    ),
+    "sasa 1d strided": (
+        "sasa",
+        projections() | tables((3,), DIM),
+        masked(3, stride=2),
+        {"size": (3,), "stride": 2},
+        (6,),
+    ),
+    "sasa 3d": ("sasa", projections() | tables((2, 1, 3), 2), masked((2, 1, 3)), {"size": (2, 1, 3)}, (2, 2, 3)),
+    "halo 1d": (
+        "halo_attention",
+        projections() | tables((5,), DIM),
+        {"block": 3, "halo": 1},
+        {"block": (3,), "halo": (1,)},
+        (6,),
+    ),
+    "halo 1d ragged": (
+        "halo_attention",
+        projections() | tables((6,), DIM),
+        {"block": 2, "halo": 2, "boundary": "mask"},
+        {"block": (2,), "halo": (2,), "zeros": False},
+        (5,),
+    ),
+    "halo 2d": (
+        "halo_attention",
+        projections(*NO_OUT) | tables((4, 3), 3),
+        {"block": (2, 1), "halo": 1},
+        {"block": (2, 1), "halo": (1, 1)},
+        (4, 3),
+    ),
+    "halo 3d": (
+        "halo_attention",
+        projections() | tables((4, 1, 2), 2),
+        {"block": (2, 1, 2), "halo": (1, 0, 0)},
+        {"block": (2, 1, 2), "halo": (1, 0, 0)},
+        (2, 2, 2),
+    ),
+    "nat 1d": ("neighborhood_attention", projections() | biases((4,)), {"window": 4}, {"size": (4,)}, (6,)),
+    "nat 1d fits barely": (
+        "neighborhood_attention",
+        projections(),
+        {"window": Window(3, dilation=2)},
+        {"size": (3,), "dilation": 2},
+        (6,),
+    ),
+    "nat 2d strided": (
+        "neighborhood_attention",
+        projections() | biases((3, 2)),
+        {"window": Window((3, 2), stride=2)},
+        {"size": (3, 2), "stride": 2},
+        (5, 4),
+    ),
+    "nat 2d": ("neighborhood_attention", projections() | biases((3, 2)), {"window": (3, 2)}, {"size": (3, 2)}, (4, 3)),
+    "dinat 2d": (
+        "neighborhood_attention",
+        projections() | biases((2, 3)),
+        {"window": Window((2, 3), dilation=2)},
+        {"size": (2, 3), "dilation": 2},
+        (4, 7),
+    ),
+    "nat 3d": (
+        "neighborhood_attention",
+        projections() | biases((1, 2, 3)),
+        {"window": (1, 2, 3)},
+        {"size": (1, 2, 3)},
+        (1, 3, 3),
+    ),
+    "swin 1d": (
+        "shifted_window_attention",
+        projections() | biases((3,)),
+        {"window": 3, "shift": 1},
+        {"size": (3,), "shift": (1,)},
+        (6,),
+    ),
+    "swin 2d": (
+        "shifted_window_attention",
+        projections() | biases((2, 4)),
+        {"window": (2, 4), "shift": (1, 2)},
+        {"size": (2, 4), "shift": (1, 2)},
+        (4, 4),
+    ),
+    "swin 2d ragged": (
+        "shifted_window_attention",
+        projections() | biases((3, 2)),
+        {"window": (3, 2), "shift": (2, 0)},
+        {"size": (3, 2), "shift": (2, 0)},
+        (4, 3),
+    ),
+    "swin 3d": (
+        "shifted_window_attention",
+        projections() | biases((1, 2, 2)),
+        {"window": (1, 2, 2)},
+        {"size": (1, 2, 2), "shift": (0, 0, 0)},
+        (2, 2, 3),
+    ),
+    "coatnet 1d": ("coatnet_attention", projections() | biases((4,)), {}, {}, (4,)),
+    "coatnet 2d": ("coatnet_attention", projections() | biases((3, 4)), {}, {}, (3, 4)),
+    "botnet 1d": ("botnet_attention", projections() | tables((4,), DIM), {}, {}, (4,)),
+    "botnet 2d": ("botnet_attention", projections(*NO_OUT) | tables((2, 4), DIM, heads=1), {}, {}, (2, 4)),
+    "learned 1d": ("learned_relative_attention", projections() | tables((4,), DIM), {}, {}, (4,)),
+    "learned 2d": ("learned_relative_attention", projections() | tables((3, 3), DIM), {}, {}, (3, 3)),
+    "learned 2d without content": (
+        "learned_relative_attention",
+        projections("key", "key_bias") | tables((3, 1), DIM),
+        {},
+        {},
+        (3, 1),
+    ),
+    "axial 1d": ("axial_attention", projections() | axial(5), {}, {}, (5,)),
+    "axial 2d": ("axial_attention", projections(*NO_OUT) | axial(3, heads=1), {"axis": -3}, {"axis": -3}, (3, 2)),
+    "axial 2d window": ("axial_attention", projections() | axial(3), {"window": 3}, {"window": 3}, (2, 5)),
+    "axial 1d even window": ("axial_attention", projections() | axial(2), {"window": 2}, {"window": 2}, (4,)),
+    "gpsa 1d": ("gpsa", projections() | positions(1), {}, {}, (5,)),
+    "gpsa 2d": ("gpsa", projections() | positions(2), {}, {}, (3, 4)),
+}
+
+
+# Elsewhere the scale is the paper's: here it is given.
+CASES |= {
+    f"{name} scaled": (layer, params, kwargs | {"scale": 0.7}, loop_kwargs | {"scale": 0.7}, grid)
+    for name in ("halo 1d", "nat 1d", "swin 1d", "coatnet 1d", "botnet 1d", "learned 1d", "gpsa 1d")
+    for layer, params, kwargs, loop_kwargs, grid in [CASES[name]]
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_layer_is_its_formula(name):
+    """Values, and the derivative of a random projection of them along a random direction of each input and parameter.
+
+    To 1e-10 of the largest: sums of a few hundred products.
+    """
+    layer, params, kwargs, loop_kwargs, grid = CASES[name]
+    function = partial(getattr(zoo, layer), **kwargs)
+    loop = partial(getattr(oracle, layer), **loop_kwargs)
+    x = draw(9, *grid, FEATURES)
+    expected = loop(x, params)
+    cotangent = draw(10, *expected.shape)
+
+    @compiled
+    def run(x, params):
+        y, pull = jax.vjp(function, x, params)
+        return y, pull(jnp.asarray(cotangent))
+
+    with jax.numpy_dtype_promotion("strict"):
+        y, (by_x, by_params) = run(x, params)
+    np.testing.assert_allclose(y, expected, atol=1e-10 * max(1, abs(expected).max()), rtol=0)
+    gradients, arrays = {"x": by_x} | by_params, {"x": x} | params
+    for n, (operand, array) in enumerate(arrays.items()):
+        direction = draw(60 + n, *array.shape)
+
+        def along(moved, operand=operand):
+            now = arrays | {operand: moved}
+            return (cotangent * loop(now.pop("x"), now)).sum()
+
+        slope = oracle.directional(along, array, direction)
+        assert abs((gradients[operand] * direction).sum() - slope) < 1e-10 * max(1, abs(slope)), operand
+
+
+ONE_OF_EACH = [name for name in CASES if name.endswith(" 2d") or name == "global"]
+
+
+def a_case(name, *batch):
+    """A case's layer and loop as functions of x and the parameters, which come with it, x with batch axes."""
+    layer, params, kwargs, loop_kwargs, grid = CASES[name]
+    loop = partial(getattr(oracle, layer), **loop_kwargs)
+    return partial(getattr(zoo, layer), **kwargs), loop, draw(9, *batch, *grid, FEATURES), params
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_batches_and_transformations(name):
+    """Two batch axes, one of them by vmap; and forward and reverse mode are each other's adjoint."""
+    function, loop, x, params = a_case(name, 2, 1)
+    expected = np.stack([loop(x[n, 0], params) for n in range(2)])[:, None]
+    tangent, cotangent = draw(11, *x.shape), draw(12, *expected.shape)
+
+    @compiled
+    def run(x):
+        y, moved = jax.jvp(jax.vmap(lambda x: function(x, params)), (x,), (jnp.asarray(tangent),))
+        unmapped, pull = jax.vjp(lambda x: function(x, params), x)
+        return y, moved, unmapped, pull(jnp.asarray(cotangent))[0]
+
+    mapped, moved, unmapped, back = run(x)
+    np.testing.assert_allclose(mapped, expected, atol=1e-10)
+    np.testing.assert_allclose(unmapped, expected, atol=1e-10)
+    np.testing.assert_allclose((moved * cotangent).sum(), (back * tangent).sum(), rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_precision_and_implementation_reach_their_place(name):
+    function, _, x, params = a_case(name)
+    lowered = jax.jit(partial(function, precision="highest")).lower(x, params).as_text()
+    products = [line for line in lowered.splitlines() if "dot_general" in line]
+    assert len(products) >= 4
+    assert all("HIGHEST" in line for line in products)
+    if not name.startswith("axial"):
+        with pytest.raises(ValueError, match="implementation is 'fast'"):
+            jax.eval_shape(partial(function, implementation="fast"), x, params)
+
+
+def test_global_attention_is_that_of_flax_and_jax():
+    params = projections() | {"value": draw(2, FEATURES, HEADS, DIM), "value_bias": draw(5, HEADS, DIM)}
+    params |= {"out": draw(6, HEADS, DIM, OUT)}
+    theirs = nnx.MultiHeadAttention(
+        HEADS, FEATURES, HEADS * DIM, OUT, param_dtype=jnp.float64, decode=False, rngs=nnx.Rngs(0)
+    )
+    for name in ("query", "key", "value", "out"):
+        projection = getattr(theirs, name)
+        projection.kernel[...], projection.bias[...] = params[name], params[f"{name}_bias"]
+    x, mask = jnp.asarray(draw(9, 3, 5, FEATURES)), draw(10, 3, 1, 5, 5) > -0.5
+    mask = jnp.asarray(mask | np.eye(5, dtype=bool))  # a query that sees nothing differs by design
+    # Flax keeps float64 scores in float32 where it drops nothing, hence the tolerance
+    masked = compiled(lambda x: zoo.global_attention(x, params, mask=mask) - theirs(x, mask=mask))
+    np.testing.assert_allclose(masked(x), 0, atol=1e-5)
+
+    def difference(x):
+        q, k, v = (jnp.tensordot(x, params[name], 1) + params[f"{name}_bias"] for name in ("query", "key", "value"))
+        bare = {name: array for name, array in params.items() if not name.startswith("out")}
+        return zoo.global_attention(x, bare) - jax.nn.dot_product_attention(q, k, v).reshape(3, 5, -1)
+
+    np.testing.assert_allclose(compiled(difference)(x), 0, atol=1e-5)
+
+
+def test_global_attention_over_a_grid_is_over_its_tokens():
+    x, params = draw(9, 2, 3, 4, FEATURES), projections()
+    expected = zoo.global_attention(x.reshape(2, 12, FEATURES), params).reshape(2, 3, 4, OUT)
+    np.testing.assert_array_equal(zoo.global_attention(x, params, rank=2), expected)
+
+
+def test_a_shift_of_nothing_and_of_a_whole_partition():
+    """Shifted by half a window twice, a torus of windows is itself again; here the border cuts it."""
+    params, x = projections() | biases((4, 4)), draw(9, 8, 8, FEATURES)
+    still = zoo.shifted_window_attention(x, params, window=(4, 4))
+    parts = [zoo.coatnet_attention(x[a : a + 4, b : b + 4], params) for a in (0, 4) for b in (0, 4)]
+    np.testing.assert_allclose(still, np.block([[[parts[0]], [parts[1]]], [[parts[2]], [parts[3]]]]), atol=1e-12)
+    moved = zoo.shifted_window_attention(x, params, window=(4, 4), shift=2)
+    np.testing.assert_allclose(moved[2:6, 2:6], zoo.coatnet_attention(x[2:6, 2:6], params), atol=1e-12)
+    corner = {**params, "relative_bias": params["relative_bias"][:, 2:-2, 2:-2]}
+    np.testing.assert_allclose(moved[6:, 6:], zoo.coatnet_attention(x[6:, 6:], corner), atol=1e-12)
+
+
+@pytest.mark.parametrize("offset", [(0, 0), (1, -1)])
+def test_gpsa_with_the_gate_shut_and_sharp_is_a_shift(offset):
+    """λ and α large: every token whose neighbour at the offset is there takes that one's value."""
+    u = -60.0 * np.array([1, *(-2 * d for d in offset)])
+    params = projections(*NO_OUT) | {"position": np.stack([u, u]), "gate": np.full(2, 60.0)}
+    x = draw(9, 4, 5, FEATURES)
+    value = np.tensordot(x, params["value"], 1).reshape(4, 5, -1)
+    expected = np.roll(value, [-d for d in offset], (0, 1))
+    np.testing.assert_allclose(zoo.gpsa(x, params)[1:-1, 1:-1], expected[1:-1, 1:-1], atol=1e-12)
+
+
+def test_sasa_is_the_module_with_its_settings():
+    """`nn.Attention` scales the content alone; so do embeddings that are larger by the inverse."""
+    layer = nn.Attention(
+        HEADS, FEATURES, HEADS * DIM, window=(3, 3), key_embedding="factorized", use_bias=False, out_projection=False,
+        param_dtype=jnp.float64, rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    x = jnp.asarray(draw(9, 4, 5, FEATURES))
+    params = {name: getattr(layer, name).kernel[...] for name in ("query", "key", "value")}
+    params |= {f"embedding_{axis}": table[...] * DIM**0.5 for axis, table in enumerate(layer.key_embedding)}
+    np.testing.assert_allclose(zoo.sasa(x, params, window=(3, 3), scale=None), layer(x), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("layer", "kwargs", "change", "message"),
+    [
+        ("gpsa", {}, {"gate": None}, "gpsa: params lack 'gate'; they are query, key, value, position, gate"),
+        ("gpsa", {}, {"gait": np.ones(2)}, "gpsa: params have 'gait'; allowed: query, "),
+        ("gpsa", {}, {"out": None}, "gpsa: params have 'out_bias' and lack 'out'"),
+        ("learned_relative_attention", {}, tables((4, 5), 6) | {"key": None}, "params have 'key_bias' and lack 'key'"),
+        (
+            "gpsa",
+            {},
+            {"key": np.ones((4, 3, 6))},
+            r"gpsa: params\['key'\] has shape \[4, 3, 6\]; expected \[features, heads, head_dim\] = \[4, 2, 6\]",
+        ),
+        ("gpsa", {}, {"position": np.ones((3, 3))}, r"gpsa: params\['position'\] .* expected \[heads, 3\] = \[2, 3\]"),
+        ("gpsa", {}, {"position": np.ones((2, 6))}, r"gpsa: x has shape \[4, 5, 4\]; expected .* with 5 grid axes"),
+        (
+            "global_attention",
+            {},
+            {"query": np.ones(4)},
+            r"\['query'\] has shape \[4\]; expected \[features, he",
+        ),
+        ("global_attention", {}, {"out": np.ones((2, 6, 5))}, r"expected .* = \[2, 3, out_features\]"),
+        (
+            "coatnet_attention",
+            {},
+            biases((4, 4)),
+            r"params\['relative_bias'\] .* expected \[heads, 7, 9\]",
+        ),
+        ("botnet_attention", {}, {}, "botnet_attention: params lack 'embedding_0'"),
+        ("botnet_attention", {}, tables((4, 5), 2), r"\['embedding_0'\] .* expected \[heads, 7, 3\]"),
+        ("learned_relative_attention", {}, tables((4, 4), 6), r"\['embedding_1'\] .* expected \[heads, 9, 6\]"),
+        ("sasa", {"window": (3, 3)}, tables((3,), 6), "sasa: params lack 'embedding_1'"),
+        ("sasa", {"window": (3, 9)}, tables((3, 9), 6), "Window: the grid has 5 tokens along axis 1, where size is 9"),
+        ("halo_attention", {"block": (2, 2), "halo": (1, 1, 1)}, {}, r"halo=\(1, 1, 1\) must be an int >= 0, or one"),
+        ("halo_attention", {"block": 2, "halo": -1}, {}, "halo=-1 must be an int >= 0, or one"),
+        ("neighborhood_attention", {"window": (3, 3)}, biases((3, 5)), r"expected \[heads, 5, 5\] = \[2, 5, 5\]"),
+        (
+            "shifted_window_attention",
+            {"window": (3, 3), "shift": 3},
+            biases((3, 3)),
+            "shift=3 must be an int from",
+        ),
+        ("shifted_window_attention", {"window": (3, 3)}, {}, "params lack 'relative_bias'"),
+        ("axial_attention", {"axis": -1}, axial(5), "axis=-1 must be an axis of x, which has 3, and not the last"),
+        (
+            "axial_attention",
+            {},
+            axial(4),
+            r"\['query_embedding'\] .* expected \[heads, 9, head_dim\]",
+        ),
+        ("axial_attention", {"window": 0}, axial(4), "window=0 must be None or an int >= 1"),
+    ],
+)
+def test_errors(layer, kwargs, change, message):
+    params = projections() | (positions(2) if layer == "gpsa" else {}) | change
+    params = {name: array for name, array in params.items() if array is not None}
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(partial(getattr(zoo, layer), **kwargs), draw(9, 4, 5, FEATURES), params)
+
+
+def test_every_layer_has_a_case_and_a_row():
+    tested = {layer for layer, *_ in CASES.values()}
+    assert tested <= set(zoo.ROWS)
+    assert tested == {name for name in vars(oracle) if name in zoo.ROWS}

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 import jaxattn
+from jaxattn import zoo
 
 ROOT = pathlib.Path(__file__).parent.parent
 MODULES = sorted(module.name for module in pkgutil.walk_packages(jaxattn.__path__, "jaxattn."))
@@ -44,3 +45,8 @@ def test_readme(capsys):
     assert printed.strip()
     shown = re.sub(r"^    ", "", text, flags=re.MULTILINE)
     assert printed.strip() in shown, "the README shows another plan than the one that is printed"
+
+
+def test_readme_shows_the_table_of_layers(capsys):
+    zoo.table()
+    assert capsys.readouterr().out in (ROOT / "README.md").read_text()

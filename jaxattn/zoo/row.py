@@ -1,6 +1,5 @@
 """What distinguishes one layer from another: where its weights come from, what shares them, what normalises them."""
 
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,6 +19,19 @@ class Row(NamedTuple):
     function: str
 
 
+# Where weights come from, in the order of the table: from what is given to what is found for each pair of tokens.
+SOURCES = (
+    "fixed",
+    "learned",
+    "image",
+    "centre",
+    "window centre",
+    "learned key",
+    "key + learned",
+    "pair",
+    "pair + learned",
+    "learned + pair",
+)
 ROWS: dict[str, Row] = {}
 
 
@@ -31,7 +43,7 @@ def row(
     Args:
       layer: what the field calls it.
       weights: the formula of A_h(i, j).
-      source: where the weights come from: "fixed", "learned", "centre", "pair", "key", "image" and their sums.
+      source: where the weights come from, one of `SOURCES`.
       shared: "over channels / over positions": "all / yes", "head / no", "no / yes".
       normalizer: what makes scores weights: "none", "softmax", "sum".
       paper: authors, year and, where there is one, the arXiv number.
@@ -42,6 +54,8 @@ def row(
         name = function.__name__
         if name in ROWS:
             raise ValueError(f"zoo: {name} has a row already")
+        if source not in SOURCES:
+            raise ValueError(f"zoo: source (={source!r}) of {name} must be one of {SOURCES}")
         ROWS[name] = Row(layer, weights, source, channels, positions, normalizer, paper, name)
         return function
 
@@ -54,16 +68,10 @@ def table() -> None:
     >>> table()
     | layer...| A_h(i, j)...| weights from...| shared over channels / positions...| normaliser...| function...
     """
-    head = ("layer", "A_h(i, j)", "weights from", "shared over channels / positions", "normaliser", "function")
-    lines = [
-        head,
-        *(
-            (r.layer, r.weights, r.source, f"{r.channels} / {r.positions}", r.normalizer, r.function)
-            for r in ROWS.values()
-        ),
-    ]
-    cells = [[re.sub(r"\|", r"\\|", cell) for cell in line] for line in lines]
-    widths = [max(len(line[k]) for line in cells) for k in range(len(head))]
-    cells.insert(1, ["-" * width for width in widths])
-    for line in cells:
+    lines = [("layer", "A_h(i, j)", "weights from", "shared over channels / positions", "normaliser", "function")]
+    for r in sorted(ROWS.values(), key=lambda r: SOURCES.index(r.source)):
+        lines.append((r.layer, r.weights, r.source, f"{r.channels} / {r.positions}", r.normalizer, r.function))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, tuple("-" * width for width in widths))
+    for line in lines:
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |")

@@ -10,8 +10,6 @@ import pytest
 from matplotlib.figure import Figure
 
 from jaxattn import plots
-from jaxattn.measure import attention_maps, mean_by_offset
-from jaxattn.window import Window
 
 
 def epochs(count, offset=0.0):
@@ -145,43 +143,3 @@ def test_matplotlibs_own_state_is_left_alone():
 def test_pyplot_is_never_imported():
     code = "import sys, jaxattn.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
-# The measurements that two of them show
-
-
-@pytest.mark.parametrize(
-    ("window", "shape"),
-    [
-        (Window((3, 3), boundary="mask"), (4, 5)),
-        (Window((3, 5), boundary="shift"), (6, 5)),
-        (Window((2, 3), boundary="wrap"), (4, 3)),
-        (Window((3, 2), boundary="mask", stride=2), (5, 4)),
-        (Window((3, 3), boundary="zero", dilation=2), (5, 5)),
-    ],
-)
-def test_maps_and_means_by_loops(window, shape):
-    rng = np.random.default_rng(0)
-    indices, grid = window.indices(shape), window.query_grid(shape)
-    heads, slots, stride = 2, int(np.prod(window.sizes)), window.stride[0]
-    weights = rng.random((3, *grid, heads, slots))
-
-    maps = np.zeros((*grid, heads, *shape))
-    sums, counts = {}, {}
-    for i in np.ndindex(*grid):
-        for u, key in enumerate(indices[i].reshape(-1, 2)):
-            if (key < 0).any():
-                continue
-            maps[(*i, slice(None), *key)] += weights[(0, *i, slice(None), u)]
-            offset = tuple(int(k - stride * q) for k, q in zip(key, i, strict=True))
-            for image in range(3):
-                sums[offset] = sums.get(offset, 0) + weights[(image, *i, slice(None), u)]
-                counts[offset] = counts.get(offset, 0) + 1
-
-    np.testing.assert_allclose(attention_maps(weights[0], indices, shape), maps, rtol=1e-12)
-    means, low = mean_by_offset(weights, indices, stride)
-    assert low == tuple(min(offset[axis] for offset in sums) for axis in range(2))
-    for entry in np.ndindex(*means.shape[1:]):
-        offset = tuple(e + m for e, m in zip(entry, low, strict=True))
-        expected = sums[offset] / counts[offset] if offset in sums else np.full(heads, np.nan)
-        np.testing.assert_allclose(means[(slice(None), *entry)], expected, rtol=1e-12)

@@ -12,8 +12,8 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str):
-    """`jaxattn.nn`, `jaxattn.models` and `jaxattn.equivalence`, imported when first asked for."""
-    if name in ("nn", "models", "equivalence"):
+    """`jaxattn.nn`, `models`, `equivalence`, `measure` and `plots`, imported when first asked for."""
+    if name in ("nn", "models", "equivalence", "measure", "plots"):
         import importlib
 
         return importlib.import_module(f"jaxattn.{name}")

@@ -3,6 +3,7 @@
 import functools
 import html
 import io
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 
@@ -11,8 +12,10 @@ from jaxtyping import Float, Int
 
 try:
     import matplotlib
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.patches import Ellipse, Rectangle
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 except ImportError as error:
     raise ImportError("matplotlib is not installed, and figures need it: pip install 'jaxattn[train]'") from error
@@ -20,6 +23,8 @@ except ImportError as error:
 # Okabe and Ito's colours, told apart by colour-blind readers and legible on white and on black.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK = "#555a63"  # text and axes
+QUERY = "#ff3b30"  # the mark of a query
+SHARES = (0.5, 0.9)  # of a Gaussian's weight, inside a head's ellipses
 SEQUENTIAL, DIVERGING = "viridis", "RdBu_r"
 STYLE = {
     "font.size": 10,
@@ -129,7 +134,7 @@ def attention_maps(
                 markersize=42 / max(height, width),
                 fillstyle="none",
                 markeredgewidth=1.4,
-                color="#ff3b30",
+                color=QUERY,
             )
     for row, name in enumerate(["image", *(f"head {head + 1}" for head in range(heads))]):
         grid[row, 0].set_ylabel(name)
@@ -184,11 +189,148 @@ def mean_attention(means: Float[np.ndarray, "heads height width"], low: tuple[in
     for head, axes in enumerate(grid.flat):
         if head < heads:
             axes.imshow(means[head], cmap=SEQUENTIAL, vmin=0, extent=box)
-            axes.plot(0, 0, marker="+", markersize=8, markeredgewidth=1.6, color="#ff3b30")
+            axes.plot(0, 0, marker="+", markersize=8, markeredgewidth=1.6, color=QUERY)
             axes.set_title(f"head {head + 1}: {np.nanmax(means[head]):.2f}")
         else:
             axes.remove()
     _bare(grid)
+    return figure
+
+
+@_styled
+def heads_by_layers(
+    maps: Float[np.ndarray, "layers heads height width"],
+    query: Sequence[int] | Int[np.ndarray, "2"],
+    image: Float[np.ndarray, "image_height image_width"] | None = None,
+) -> Figure:
+    """Where every head of every layer looks from one query: a row a layer, a column a head, the query's token outlined.
+
+    Args:
+      maps: the weight of every key, for instance `jaxattn.measure.attention_maps(...)[query]` of each layer; each map
+        has its own colour scale, from zero to its largest weight.
+      query: row and column of the query, in the grid of the maps.
+      image: in grey levels, of any size, to lie under the maps, which then show weight by their opacity as well.
+
+    >>> import numpy as np
+    >>> figure = heads_by_layers(np.full((2, 3, 8, 8), 1 / 64), (4, 4))
+    >>> [axes.get_title() for axes in figure.axes[:3]]
+    ['head 1', 'head 2', 'head 3']
+    """
+    layers, heads, height, width = maps.shape
+    side = min(2.0, 7.75 / heads)  # of a map, in inches
+    figsize = (heads * side + 0.25, layers * side * height / width + 0.25)
+    figure = Figure(figsize=figsize, layout="constrained")
+    figure.set_label("Heat maps of the weights of one query: a row for each layer, a column for each attention head")
+    grid = figure.subplots(layers, heads, squeeze=False)
+    box = (-0.5, width - 0.5, height - 0.5, -0.5)
+    for (layer, head), axes in np.ndenumerate(grid):
+        picture, limit = maps[layer, head], maps[layer, head].max() or 1.0
+        if image is not None:
+            axes.imshow(image, cmap="gray", extent=box)
+        opacity = 1.0 if image is None else 0.9 * picture / limit
+        axes.imshow(picture, cmap=SEQUENTIAL, vmin=0, vmax=limit, extent=box, alpha=opacity)
+        axes.add_patch(Rectangle((query[1] - 0.5, query[0] - 0.5), 1, 1, fill=False, edgecolor=QUERY, linewidth=1.4))
+    for head in range(heads):
+        grid[0, head].set_title(f"head {head + 1}")
+    for layer in range(layers):
+        grid[layer, 0].set_ylabel(f"layer {layer + 1}")
+    _bare(grid)
+    return figure
+
+
+@_styled
+def head_centers_on_grid(
+    centers: Float[np.ndarray, "layers heads 2"],
+    spreads: Float[np.ndarray, "layers heads 2 2"],
+    columns: int = 3,
+) -> Figure:
+    """Where the heads of each layer look about the query, one panel a layer, on the grid of the tokens.
+
+    The filled square is the query. Each head has a dot with its number at its mean offset, and about it two ellipses,
+    which would hold half and nine tenths of a Gaussian's weight (after Cordonnier, Loukas & Jaggi 2020, arXiv
+    1911.03584). All panels have one scale. A head without spread has no ellipse, and one that is NaN is not drawn.
+
+    Args:
+      centers: row and column, as `jaxattn.measure.head_centers` gives them.
+      spreads: covariances, as `jaxattn.measure.head_spreads` gives them.
+      columns: panels in a row, at most.
+
+    >>> import numpy as np
+    >>> centers = np.array([[[-1.0, 0.0], [1.0, 1.0]]])  # of one layer with two heads
+    >>> [axes.get_title() for axes in head_centers_on_grid(centers, np.tile(np.eye(2), (1, 2, 1, 1))).axes]
+    ['layer 1']
+    """
+    layers, heads = centers.shape[:2]
+    columns = min(columns, layers)
+    rows = -(-layers // columns)
+    figure = Figure(figsize=(8 * columns / 3, 8 / 3 * rows + 0.3), layout="constrained")
+    figure.set_label("A panel for each layer: the mean offset of every attention head, and ellipses of its spread")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    reach = _reach(centers, spreads)
+    for layer, axes in enumerate(grid.flat):
+        if layer >= layers:
+            axes.remove()
+            continue
+        axes.set(xlim=(-reach, reach), ylim=(reach, -reach), aspect="equal", title=f"layer {layer + 1}")
+        for line in np.arange(-reach, reach + 1):  # between the tokens; fainter where they are many
+            axes.axhline(line, color=INK, alpha=min(0.25, 1.5 / reach), linewidth=0.5)
+            axes.axvline(line, color=INK, alpha=min(0.25, 1.5 / reach), linewidth=0.5)
+        axes.add_patch(Rectangle((-0.5, -0.5), 1, 1, color=INK, alpha=0.5, linewidth=0))
+        for head in range(heads):
+            if np.isfinite(centers[layer, head]).all():
+                _draw_head(axes, head, centers[layer, head], spreads[layer, head])
+    _bare(grid)
+    return figure
+
+
+def _reach(centers: np.ndarray, spreads: np.ndarray) -> float:
+    """Half the side of a panel that holds every ellipse: some tokens and a half, to end between two tokens."""
+    variances = np.diagonal(spreads, axis1=-2, axis2=-1)
+    far = np.abs(centers) + np.sqrt(np.maximum(variances, 0) * -2 * math.log(1 - SHARES[-1]))
+    return math.ceil(np.max(far, initial=2, where=np.isfinite(far))) + 0.5
+
+
+def _draw_head(axes: Axes, head: int, center: np.ndarray, spread: np.ndarray):
+    """A dot with the head's number, and the ellipses that hold half and nine tenths of a Gaussian."""
+    color = COLORS[head % len(COLORS)]
+    variances, directions = np.linalg.eigh(spread[::-1, ::-1])  # rows and columns are y and x
+    angle = math.degrees(math.atan2(directions[1, 1], directions[0, 1]))  # of the wider axis
+    for share, style, width in zip(SHARES, ("-", ":"), (1.2, 0.9), strict=True):
+        short, long = 2 * np.sqrt(np.maximum(variances, 0) * -2 * math.log(1 - share))
+        if long > 1e-6:
+            ellipse = Ellipse((center[1], center[0]), long, short, angle=angle, fill=False, edgecolor=color)
+            axes.add_patch(ellipse).set(linestyle=style, linewidth=width)
+    axes.plot(center[1], center[0], marker="o", markersize=4, color=color)
+    axes.annotate(str(head + 1), (center[1], center[0]), (3, 3), textcoords="offset points", color=color, fontsize=8)
+
+
+@_styled
+def receptive_fields(fields: Float[np.ndarray, "fields height width"], titles: Sequence[str]) -> Figure:
+    """Effective receptive fields side by side, and how far each reaches: its share by column, summed over the rows.
+
+    Args:
+      fields: as `jaxattn.measure.effective_receptive_field` gives them; each picture has its own colour scale, from
+        zero to its largest value.
+      titles: one per field, in the colour of its line.
+
+    >>> import numpy as np
+    >>> len(receptive_fields(np.ones((2, 9, 9)), ["conv", "attention"]).axes)
+    3
+    """
+    count, height, width = fields.shape
+    inches = min(8, 2.4 * (count + 1.5))
+    figure = Figure(figsize=(inches, inches * height / width / (count + 1.8) + 0.5), layout="constrained")
+    figure.set_label("Heat maps of effective receptive fields, and lines of their shares by column")
+    grid = figure.subplots(1, count + 1, squeeze=False, width_ratios=[1] * count + [1.5])
+    *pictures, profile = grid[0]
+    for index, (axes, field, title) in enumerate(zip(pictures, fields, titles, strict=True)):
+        color, by_column = COLORS[index % len(COLORS)], field.sum(0)
+        axes.imshow(field, cmap=SEQUENTIAL, vmin=0)
+        axes.set_title(title, color=color)
+        profile.plot(by_column / (by_column.sum() or 1.0), color=color, label=title)
+    profile.set(xlabel="column", ylabel="share", ylim=(0, None))
+    profile.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _bare(grid[:, :-1])
     return figure
 
 

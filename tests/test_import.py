@@ -26,7 +26,7 @@ def test_import_brings_no_extra(imported):
 
 def test_modules_and_training_are_imported_by_those_who_want_them(imported):
     assert "jaxattn.einsum" in imported[1]
-    for name in ("nn", "models", "equivalence", "train", "plots", "cli"):
+    for name in ("nn", "models", "equivalence", "measure", "train", "plots", "cli"):
         assert f"jaxattn.{name}" not in imported[1]
 
 
@@ -36,5 +36,7 @@ def test_the_rest_is_an_attribute_away():
     assert jaxattn.nn.Conv.__module__ == "jaxattn.nn.conv"
     assert callable(jaxattn.models.resnet18)
     assert callable(jaxattn.equivalence.convert)
+    assert callable(jaxattn.measure.entropy)
+    assert callable(jaxattn.plots.kernels)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = jaxattn.nothing

@@ -7,11 +7,10 @@ import xml.etree.ElementTree as ET
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from jaxattn import plots
-from jaxattn.measure import attention_maps, mean_by_offset
-from jaxattn.window import Window
 
 
 def epochs(count, offset=0.0):
@@ -98,6 +97,82 @@ def test_mean_attention_marks_offset_zero():
         assert f"{means[head].max():.2f}" in axes.get_title()
 
 
+@pytest.mark.parametrize("under", [False, True])
+def test_heads_by_layers_show_every_map_and_the_query(under):
+    rng = np.random.default_rng(0)
+    maps, image = rng.random((2, 3, 8, 6)), rng.random((16, 12))
+    grid = np.array(plots.heads_by_layers(maps, (7, 2), image if under else None).axes).reshape(2, 3)
+    for (layer, head), axes in np.ndenumerate(grid):
+        pictures = axes.get_images()
+        assert {tuple(picture.get_extent()) for picture in pictures} == {(-0.5, 5.5, 7.5, -0.5)}
+        *below, above = images_of(axes)
+        np.testing.assert_array_equal(above, maps[layer, head])
+        assert pictures[-1].get_clim() == (0, maps[layer, head].max())
+        assert len(below) == under
+        if under:
+            np.testing.assert_array_equal(below[0], image)
+            np.testing.assert_allclose(pictures[-1].get_alpha(), 0.9 * maps[layer, head] / maps[layer, head].max())
+        (mark,) = axes.patches
+        assert (mark.get_xy(), mark.get_width(), mark.get_height()) == ((1.5, 6.5), 1, 1)
+    assert [axes.get_title() for axes in grid[0]] == ["head 1", "head 2", "head 3"]
+    assert [axes.get_ylabel() for axes in grid[:, 0]] == ["layer 1", "layer 2"]
+
+
+def test_a_map_of_zeros_can_be_drawn():
+    plots.inline_svg(plots.heads_by_layers(np.zeros((1, 1, 4, 4)), np.array([1, 1]), np.ones((4, 4))), "zero")
+
+
+def test_head_centers_and_ellipses_are_where_the_heads_look():
+    """An ellipse is the curve (p - c)ᵀ Σ⁻¹ (p - c) = -2 log(1 - share), inside which a Gaussian has that share."""
+    rng = np.random.default_rng(0)
+    centers, factors = rng.normal(size=(4, 3, 2)) * 3, rng.normal(size=(4, 3, 2, 2))
+    spreads = factors @ factors.swapaxes(-1, -2)
+    panels = plots.head_centers_on_grid(centers, spreads, columns=3).axes
+    assert [axes.get_title() for axes in panels] == [f"layer {n}" for n in (1, 2, 3, 4)]
+    for layer, axes in enumerate(panels):
+        query, *ellipses = axes.patches
+        assert (query.get_xy(), query.get_width(), query.get_height()) == ((-0.5, -0.5), 1, 1)
+        dots = [line for line in axes.lines if line.get_marker() == "o"]
+        assert [text.get_text() for text in axes.texts] == ["1", "2", "3"]
+        assert (len(dots), len(ellipses)) == (3, 6)
+        (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+        assert (left, bottom, top) == (-right, right, -right)  # rows go down
+        for head in range(3):
+            assert (dots[head].get_ydata()[0], dots[head].get_xdata()[0]) == tuple(centers[layer, head])
+            for share, ellipse in zip((0.5, 0.9), ellipses[2 * head : 2 * head + 2], strict=True):
+                drawn = ellipse.get_patch_transform().transform([[np.cos(t), np.sin(t)] for t in range(6)])
+                assert (np.abs(drawn) <= right).all()
+                away = drawn[:, ::-1] - centers[layer, head]  # row and column
+                form = np.einsum("ni,ij,nj->n", away, np.linalg.inv(spreads[layer, head]), away)
+                np.testing.assert_allclose(form, -2 * np.log(1 - share), rtol=1e-8)
+                assert ellipse.get_edgecolor()[:3] == to_rgb(dots[head].get_color())
+
+
+def test_heads_without_spread_or_weight():
+    centers, spreads = np.array([[[1.0, 2.0], [np.nan, np.nan]]]), np.zeros((1, 2, 2, 2))
+    (axes,) = plots.head_centers_on_grid(centers, spreads).axes
+    assert [text.get_text() for text in axes.texts] == ["1"]
+    assert len(axes.patches) == 1  # the query
+
+
+def test_receptive_fields_show_each_field_and_its_share_by_column():
+    fields = np.random.default_rng(0).random((2, 5, 7))
+    first, second, profile = plots.receptive_fields(fields, ["a", "b"]).axes
+    for axes, field, title, line in zip((first, second), fields, "ab", profile.lines, strict=True):
+        np.testing.assert_array_equal(images_of(axes)[0], field)
+        assert axes.get_images()[0].get_clim() == (0, field.max())
+        assert axes.get_title() == title
+        assert axes.title.get_color() == line.get_color()
+        np.testing.assert_array_equal(line.get_xdata(), range(7))
+        shares = [sum(field[row, column] for row in range(5)) / field.sum() for column in range(7)]
+        np.testing.assert_allclose(line.get_ydata(), shares, rtol=1e-12)
+    assert len({line.get_color() for line in profile.lines}) == 2
+
+
+def test_one_receptive_field_of_zeros_can_be_drawn():
+    assert len(plots.receptive_fields(np.zeros((1, 4, 4)), ["nothing"]).axes) == 2
+
+
 def figures() -> dict[str, Figure]:
     rng = np.random.default_rng(0)
     return {
@@ -107,6 +182,9 @@ def figures() -> dict[str, Figure]:
         ),
         "kernels": plots.kernels(rng.normal(size=(3, 3, 1, 8))),
         "mean_attention": plots.mean_attention(rng.random((4, 5, 5)), (-2, -2)),
+        "heads_by_layers": plots.heads_by_layers(rng.random((2, 2, 5, 5)), (1, 1), rng.random((9, 9))),
+        "head_centers_on_grid": plots.head_centers_on_grid(rng.normal(size=(2, 3, 2)), np.ones((2, 3, 2, 2)), 1),
+        "receptive_fields": plots.receptive_fields(rng.random((2, 5, 5)), ["<", "&"]),
     }
 
 
@@ -145,43 +223,3 @@ def test_matplotlibs_own_state_is_left_alone():
 def test_pyplot_is_never_imported():
     code = "import sys, jaxattn.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
-# The measurements that two of them show
-
-
-@pytest.mark.parametrize(
-    ("window", "shape"),
-    [
-        (Window((3, 3), boundary="mask"), (4, 5)),
-        (Window((3, 5), boundary="shift"), (6, 5)),
-        (Window((2, 3), boundary="wrap"), (4, 3)),
-        (Window((3, 2), boundary="mask", stride=2), (5, 4)),
-        (Window((3, 3), boundary="zero", dilation=2), (5, 5)),
-    ],
-)
-def test_maps_and_means_by_loops(window, shape):
-    rng = np.random.default_rng(0)
-    indices, grid = window.indices(shape), window.query_grid(shape)
-    heads, slots, stride = 2, int(np.prod(window.sizes)), window.stride[0]
-    weights = rng.random((3, *grid, heads, slots))
-
-    maps = np.zeros((*grid, heads, *shape))
-    sums, counts = {}, {}
-    for i in np.ndindex(*grid):
-        for u, key in enumerate(indices[i].reshape(-1, 2)):
-            if (key < 0).any():
-                continue
-            maps[(*i, slice(None), *key)] += weights[(0, *i, slice(None), u)]
-            offset = tuple(int(k - stride * q) for k, q in zip(key, i, strict=True))
-            for image in range(3):
-                sums[offset] = sums.get(offset, 0) + weights[(image, *i, slice(None), u)]
-                counts[offset] = counts.get(offset, 0) + 1
-
-    np.testing.assert_allclose(attention_maps(weights[0], indices, shape), maps, rtol=1e-12)
-    means, low = mean_by_offset(weights, indices, stride)
-    assert low == tuple(min(offset[axis] for offset in sums) for axis in range(2))
-    for entry in np.ndindex(*means.shape[1:]):
-        offset = tuple(e + m for e, m in zip(entry, low, strict=True))
-        expected = sums[offset] / counts[offset] if offset in sums else np.full(heads, np.nan)
-        np.testing.assert_allclose(means[(slice(None), *entry)], expected, rtol=1e-12)

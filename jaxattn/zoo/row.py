@@ -68,10 +68,10 @@ def table() -> None:
     >>> table()
     | layer...| A_h(i, j)...| weights from...| shared over channels / positions...| normaliser...| function...
     """
-    lines = [("layer", "A_h(i, j)", "weights from", "shared over channels / positions", "normaliser", "function")]
+    lines = [["layer", "A_h(i, j)", "weights from", "shared over channels / positions", "normaliser", "function"]]
     for r in sorted(ROWS.values(), key=lambda r: SOURCES.index(r.source)):
-        lines.append((r.layer, r.weights, r.source, f"{r.channels} / {r.positions}", r.normalizer, r.function))
+        lines.append([r.layer, r.weights, r.source, f"{r.channels} / {r.positions}", r.normalizer, r.function])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, tuple("-" * width for width in widths))
+    lines.insert(1, ["-" * width for width in widths])
     for line in lines:
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |")

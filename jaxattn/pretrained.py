@@ -110,7 +110,7 @@ def _check_fit(shapes: Mapping[str, list[tuple[int, ...]]], given: Mapping[str, 
 
 
 def efficientnet_lite0(path: str | os.PathLike[str] | None = None, *, dtype: Any = None) -> EfficientNet:
-    """EfficientNet-Lite0 as its authors trained it on ImageNet (Tan & Le 2019, arXiv 1905.11946), in evaluation mode.
+    """EfficientNet-Lite0 (Tan & Le 2019, arXiv 1905.11946) with weights trained on ImageNet, in evaluation mode.
 
     Its images are those of `imagenet_input`.
 
@@ -160,6 +160,13 @@ def imagenet_input(image: ArrayLike, size: int = 224) -> Float[Array, "size size
     """A photograph as EfficientNet-Lite was trained to see it.
 
     The square in its middle, of size / (size + 32) times its shorter side, resized (cubic), as (pixel - 127) / 128.
+
+    Args:
+      image: `[height, width, 3]`, red, green and blue from 0 to 255.
+      size: side of the result.
+
+    Raises:
+      ValueError: image has another shape.
 
     >>> import numpy as np
     >>> imagenet_input(np.full((300, 400, 3), 255, np.uint8))[0, 0]

@@ -300,3 +300,7 @@ def test_the_digit_net_reads_as_well_with_attention():
         assert (read[-1] == labels).mean() > 0.99
     np.testing.assert_array_equal(read[1], read[0])
     np.testing.assert_array_equal(read[2], read[0])
+    soft = runner(convert(model, rtol=1e-3))(images[0])  # heads of finite width
+    np.testing.assert_array_equal(np.argmax(soft, -1), read[0][:500])
+    logits = runner(model)(images[0])
+    assert 1e-6 < np.abs(soft - logits).max() / np.abs(logits).max() < 1e-2

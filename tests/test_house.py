@@ -9,6 +9,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "jaxattn"
 FLOOR = {
     "boundary": 0,
     "notation": 0,
+    "torch_file": 0,
     "extents": 1,
     "window": 1,
     "normalize": 1,
@@ -21,6 +22,7 @@ FLOOR = {
     "nn": 5,
     "equivalence": 6,
     "models": 7,
+    "pretrained": 8,
     "train": 8,
     "plots": 8,
     "bench": 9,

@@ -21,6 +21,10 @@ TABLE = [
     (models.ResNet, {"stage_sizes": (3, 3, 3), "block": "basic", "width": 16}, 272_474),
     (models.tiny, {}, 77_290),
     (models.tiny, ATTENTION, 29_866),
+    # the counts of the trained files, whose names and shapes are read strictly
+    (models.efficientnet_lite0, {}, 4_652_008),
+    (models.EfficientNet, {"num_classes": 10}, 4_652_008 - 990 * 1281),
+    (models.DigitNet, {}, 390_410),
     # (3·3·8 / 2)·6 + 6
     (nn.Conv, {"in_features": 8, "out_features": 6, "kernel_size": (3, 3), "feature_group_count": 2}, 222),
     # 4·(8·8 + 8), and 2 heads' tables of 13² numbers, and of 13² or 2·13 rows of 4 or 2

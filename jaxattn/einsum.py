@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from jaxattn.extents import OUTPUT, Resolved, check_options, resolve
-from jaxattn.kernels import convolution
+from jaxattn.kernels import convolution, local
 from jaxattn.kernels.gather import axes_of, contract, gather, merge, split, unfolded
 from jaxattn.kernels.slices import can_slice, loop_axes, slices
 
@@ -31,6 +31,7 @@ LOWERINGS: dict[str, tuple[Callable[..., jax.Array], str]] = {
     "product": (convolution.product, "lax.dot_general over the channels"),
     "depthwise": (convolution.depthwise, "one sum of shifted products"),
     "grouped": (convolution.grouped, "one lax.conv_general_dilated for each group"),
+    "bands": (local.local_product, "one dense product per tile of positions"),
     "slices": (slices, "one strided slice per place in the window"),
     "gather": (gather, "gather, jnp.einsum, scatter"),
 }
@@ -95,6 +96,9 @@ def _choose(resolved: Resolved, dtypes: tuple[np.dtype, ...], backend: str) -> t
     if conv is not None:
         lowering = convolution.on_cpu(conv, resolved, dtypes) if backend == "cpu" else "convolution"
         return lowering, f"{LOWERINGS[lowering][1]}, {conv.describe(resolved)}"
+    windowed = local.match(resolved) if backend == "cpu" else None
+    if windowed is not None and local.pays(windowed, resolved, dtypes):
+        return "bands", f"{LOWERINGS['bands'][1]}, {local.describe(windowed)}"
     # an unfold is built only where the output asks for one, and scattered only where an operand holds one
     asked = math.prod(resolved.output_shape)
     held = max(map(math.prod, resolved.shapes))
@@ -113,6 +117,10 @@ def _temporaries(resolved: Resolved, lowering: str, width: int) -> int:
         return 0
     if lowering == "depthwise":
         return convolution.shifted_elements(resolved) * max(width, 4)  # in the dtype of the sums
+    if lowering == "bands":
+        windowed = local.match(resolved)
+        assert windowed is not None
+        return local.held(windowed, resolved, width)
     grown = math.prod(resolved.output_shape) if lowering == "grouped" else 0  # the parts that are joined
     for k, shape in enumerate(resolved.shapes):
         lengths = list(shape)
@@ -227,7 +235,8 @@ def einsum(
 
     Returns:
       The result in the operands' promoted dtype, or in `preferred_element_type`. float16 and bfloat16 accumulate in
-      float32.
+      float32. Where weights multiply the keys of a window, an infinity or NaN may also reach, as NaN, positions near
+      it whose window does not hold it: on the CPU, windows are dense products with zeros beside them.
 
     Raises:
       ValueError: the equation is malformed or doesn't fit the operands; the message shows where.

@@ -42,13 +42,14 @@ class Axis(NamedTuple):
 
 def partial(wrt: str, first: Array, second: Array, axes: Sequence[Axis]) -> Array:
     """∂T/∂`wrt`, given the other two of x `[n, *length, c]`, w `[*taps, c]`, y `[n, *positions, c]`, in this order."""
-    arrays, varying = [first, second], frozenset()
-    for x in arrays:  # inside a shard_map both of them vary where one does
-        varying |= jax.typeof(x).manual_axis_type.varying
-    for k, x in enumerate(arrays):
-        missing = tuple(sorted(varying - jax.typeof(x).manual_axis_type.varying))
-        arrays[k] = lax.pcast(x, missing, to="varying") if missing else x
-    return partial_p.bind(*arrays, wrt=wrt, axes=tuple(axes))
+    return partial_p.bind(*vary_together([first, second]), wrt=wrt, axes=tuple(axes))
+
+
+def vary_together(arrays: Sequence[Array]) -> list[Array]:
+    """Inside a `shard_map`, all of them vary where one does."""
+    axes = [jax.typeof(x).manual_axis_type.varying for x in arrays]
+    missing = [tuple(sorted(frozenset().union(*axes) - mine)) for mine in axes]
+    return [lax.pcast(x, m, to="varying") if m else x for x, m in zip(arrays, missing, strict=True)]
 
 
 def _evaluate(first: Array, second: Array, *, wrt: str, axes: tuple[Axis, ...]) -> Array:

@@ -240,3 +240,22 @@ def check_adjoint(token, **options):
     forward = jaxattn.einsum(f"n {token} c, r c o -> n i o", x, w, i=4, **options)
     assert forward.shape == y.shape
     np.testing.assert_allclose(jnp.vdot(forward, y), jnp.vdot(x, back), rtol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("equation", "kernel", "options"),
+    [
+        ("n i+r j+s c, r s c -> n i j c", (3, 3, 8), {}),
+        ("n i+r j+s (g c), r s c (g o) -> n i j (g o)", (3, 3, 4, 8), {"g": 2}),
+        ("n i j c, r s c -> n 2*i+r 2*j+s c", (3, 3, 8), {}),
+        ("n i+r j+s c, r s c o -> n i j o", (1, 1, 8, 32), {}),
+    ],
+)
+def test_an_empty_batch(equation, kernel, options):
+    x, w = jnp.zeros((0, 9, 9, 8)), jnp.ones(kernel)
+    whole = jaxattn.einsum(equation, jnp.zeros((2, 9, 9, 8)), w, **options)
+    y, pull = jax.vjp(lambda x, w: jaxattn.einsum(equation, x, w, **options), x, w)
+    assert y.shape == (0, *whole.shape[1:])
+    of_x, of_w = pull(y)
+    assert of_x.shape == x.shape
+    np.testing.assert_array_equal(of_w, jnp.zeros_like(w))

@@ -89,7 +89,7 @@ def scaling(results: Sequence[Result], series: str) -> Figure:
             axes.yaxis.set_major_formatter("{x:g}")
             axes.grid(color=INK, alpha=0.2, linewidth=0.6)
         figure.axes[0].plot([], color=INK, linestyle="--", linewidth=0.8, label="in proportion")
-        figure.axes[0].legend()
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(ways) + 1)
     return figure
 
 

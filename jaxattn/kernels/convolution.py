@@ -223,7 +223,7 @@ def on_cpu(conv: Convolution, resolved: Resolved, dtypes: Iterable[np.dtype]) ->
         math.prod(resolved.sizes[a] for a in axes) for axes in (conv.group, conv.contracted, conv.features)
     )
     taps = math.prod(resolved.sizes[s.q] for s in conv.spatial)
-    if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
+    if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes) or 0 in resolved.sizes.values():
         return "convolution"
     if groups == 1:
         same = all(s.index.coefficients[0] == 1 and s.index.indices().size == s.index.length for s in conv.spatial)

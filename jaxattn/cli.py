@@ -14,8 +14,9 @@ from jaxattn import plots
 from jaxattn.bench.run import run as run_benchmark
 from jaxattn.measure import attention_maps, mean_by_offset
 from jaxattn.models.resnet import Mixer
-class ViT: pass
+from jaxattn.models.vit import ViT
 from jaxattn.nn.conv import Conv
+from jaxattn.nn.quadratic import QuadraticAttention
 from jaxattn.train import evaluate, loop
 from jaxattn.train.augment import normalise
 from jaxattn.train.build import build
@@ -205,7 +206,9 @@ def accuracy_line(mix: str, correct: int, total: int) -> str:
 def look_inside(model: nnx.Module, data: Dataset) -> dict[str, Any]:
     """Figures of the first mixer: the kernels of its convolution, or where the heads of its attention look."""
     if isinstance(model, ViT):
-        return {"head_centers": plots.head_centers_on_grid(*model.centers())} if model.mix == "quadratic" else {}
+        # of a transformer, where its quadratic heads look
+        quadratic = any(isinstance(layer, QuadraticAttention) for _, layer in nnx.iter_modules(model))
+        return {"head_centers": plots.head_centers_on_grid(model.centers(), model.spreads())} if quadratic else {}
     path, layer = next((path, mixer.layer) for path, mixer in nnx.iter_modules(model) if isinstance(mixer, Mixer))
     if isinstance(layer, Conv):
         return {"kernels": plots.kernels(np.asarray(layer.kernel[...]))}

@@ -87,10 +87,14 @@ def test_the_log_forgets_what_will_be_written_again(tmp_path):
     log.close()
     expected = [{"step": 10, "loss": 10 / 3}, {"step": 20, "loss": 20 / 3}, {"step": 30, "loss": 5.0}]
     assert lines(tmp_path / "steps.jsonl") == expected
-    assert lines(tmp_path / "metrics.jsonl") == log.epochs == [
-        {"step": 25, "train_loss": 0.1},
-        {"step": 50, "train_loss": 0.05},
-    ]
+    assert (
+        lines(tmp_path / "metrics.jsonl")
+        == log.epochs
+        == [
+            {"step": 25, "train_loss": 0.1},
+            {"step": 50, "train_loss": 0.05},
+        ]
+    )
     assert {path.name for path in tmp_path.iterdir()} == {"steps.jsonl", "metrics.jsonl", "tensorboard"}
     Log(tmp_path, 0).close()
     assert (tmp_path / "metrics.jsonl").read_text() == ""

@@ -168,7 +168,15 @@ def test_a_run_leaves_its_lines(run, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [50, 60]
     for line in lines:
-        assert set(line) == {"step", "loss", "accuracy", "gradient_norm", "images_per_second", "of_peak", "learning_rate"}
+        assert set(line) == {
+            "step",
+            "loss",
+            "accuracy",
+            "gradient_norm",
+            "images_per_second",
+            "of_peak",
+            "learning_rate",
+        }
         assert np.isfinite(list(line.values())).all()
 
 
@@ -217,7 +225,9 @@ def test_divergence_names_the_step_the_images_and_the_last_good_checkpoint(run, 
     data = make_data()
     config = dataclasses.replace(CONFIG, epochs=3, optimizer="sgd", learning_rate=0.01, warmup=0.0)
     data.train.images[7] = np.nan
-    with pytest.raises(Diverged, match=r"step [123] diverged: loss nan, .*the images \[.*\b7\b.*last good checkpoint was not saved yet"):
+    with pytest.raises(
+        Diverged, match=r"step [123] diverged: loss nan, .*the images \[.*\b7\b.*last good checkpoint was not saved yet"
+    ):
         run(config, data)
     with pytest.raises(Diverged, match=r"step \d diverged: .*last good checkpoint is .*checkpoints"):
         # one step a checkpoint, of a loss that grows beyond all bounds

@@ -8,7 +8,7 @@ from jaxattn.train.extras import InputError
 
 RecipeName = Literal["digits", "fashion", "resnet", "vit", "cordonnier", "vit_b"]
 ResnetName = Literal["tiny", "resnet18", "resnet34", "resnet50"]
-VitName = Literal["vit_tiny8", "vit_small32", "vit_ti", "vit_s", "vit_b", "cordonnier"]
+VitName = Literal["vit_tiny8", "vit_small32", "vit_ti", "vit_s", "vit_b", "convit_ti", "convit_s", "cordonnier"]
 ModelName = Literal[ResnetName, VitName]
 Mix = Literal["both", "conv", "attention", "global", "quadratic", "gpsa"]
 OptimizerName = Literal["adamw", "sgd"]
@@ -24,7 +24,7 @@ SWITCHES = ("flip", "remat", "skip_bad")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything that decides what is trained; `jaxattn train --help` shows it. Its defaults are the recipe `digits`."""
+    """Everything that decides what is trained; `jaxattn train --help` shows it. The defaults are the recipe `digits`."""
 
     recipe: RecipeName = "digits"
     """What the other fields default to. Chosen by the data where it is not given."""
@@ -99,7 +99,9 @@ class Config:
                 raise InputError(f"{name} (={value}) must be at least {low}{'' if name in COUNTS else ', and finite'}")
             if name in SHARES and (value > 1 or (value == 1 and name != "warmup")):
                 raise InputError(f"{name} (={value}) must be {'at most' if name == 'warmup' else 'less than'} 1")
-        resnet, vit = ("both", "conv", "attention"), ("global", "attention", "quadratic", "gpsa")
-        fitting = resnet if self.model in RESNETS else vit
+        if self.model in RESNETS:
+            fitting = ("both", "conv", "attention")
+        else:
+            fitting = ("gpsa",) if self.model.startswith("convit") else ("global", "attention", "quadratic", "gpsa")
         if self.mix not in fitting:
             raise InputError(f"mix (={self.mix!r}) must be one of {', '.join(fitting)} for the model {self.model}")

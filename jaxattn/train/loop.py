@@ -44,9 +44,7 @@ class Stopped(Exception):
     """The system asked the process to end (SIGTERM), and all is saved."""
 
 
-def train(
-    config: Config, data: Dataset, folder: Path, *, resume: bool = False, checkpoint_every: int = 0
-) -> Trained:
+def train(config: Config, data: Dataset, folder: Path, *, resume: bool = False, checkpoint_every: int = 0) -> Trained:
     """Trains one network, with its log and its checkpoints in `folder`.
 
     Args:
@@ -117,7 +115,9 @@ def train(
                 speed, line = _speed(line, step), (step, time.perf_counter())
                 means = meter.line() | {"images_per_second": speed * config.batch_size, "of_peak": speed * flops / peak}
                 log.steps({"step": step, **means, "learning_rate": float(rate(step // config.accumulate))})
-                bar.set_postfix({name: f"{means[name]:.3g}" for name in ("loss", "accuracy", "images_per_second", "of_peak")})
+                bar.set_postfix(
+                    {name: f"{means[name]:.3g}" for name in ("loss", "accuracy", "images_per_second", "of_peak")}
+                )
 
             validation = None
             if epoch_ends:

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from flax import nnx
 
@@ -30,6 +29,7 @@ with needs_extra("train"):
     from tqdm import tqdm
 
 LINE = 50  # steps a line of steps.jsonl
+BAR = ("loss", "accuracy", "images_per_second", "of_peak")  # what the progress bar shows of one
 
 
 class Trained(NamedTuple):
@@ -115,9 +115,7 @@ def train(config: Config, data: Dataset, folder: Path, *, resume: bool = False, 
                 speed, line = _speed(line, step), (step, time.perf_counter())
                 means = meter.line() | {"images_per_second": speed * config.batch_size, "of_peak": speed * flops / peak}
                 log.steps({"step": step, **means, "learning_rate": float(rate(step // config.accumulate))})
-                bar.set_postfix(
-                    {name: f"{means[name]:.3g}" for name in ("loss", "accuracy", "images_per_second", "of_peak")}
-                )
+                bar.set_postfix({name: f"{means[name]:.3g}" for name in BAR})
 
             validation = None
             if epoch_ends:

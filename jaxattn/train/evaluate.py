@@ -12,7 +12,7 @@ from jaxattn.train.data import Dataset, Source
 
 
 def make_predict(graph: nnx.GraphDef, data: Dataset) -> jax.stages.Wrapped:
-    """The jitted forward pass: (weights, rest, images [batch, *grid, channels] as `data` has them) -> classes [batch]."""
+    """The jitted forward pass: (weights, rest, images [batch, *grid, channels] as `data` has them) -> classes."""
 
     @jax.jit
     def predict(weights, rest, images):

@@ -9,8 +9,11 @@ import pytest
 from flax import nnx
 from test_nn import normal, randomized
 
-from jaxattn import models, nn, zoo
+from jaxattn import cli, models, nn, zoo
 from jaxattn.equivalence import conv_to_attention, convert
+from jaxattn.train import data, loop
+from jaxattn.train.checkpoint import load_checkpoint
+from jaxattn.train.run import read_config
 
 # Two orders of the same float64 sums.
 TOLERANCE = 1e-10
@@ -161,6 +164,38 @@ def test_networks(make, shape):
     np.testing.assert_allclose(run(attends, x), y, atol=1e-5 * scale)
     back = convert(attends, to="conv")
     jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(back)), nnx.to_pure_dict(nnx.state(model)))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The residual network that `jaxattn train` made, read from its run, and the test images and labels of its data."""
+    run = tmp_path_factory.mktemp("runs") / "digits"
+    cli.main(["train", "--mix", "conv", "--epochs", "8", "--out", str(run)])
+    config = read_config(run)
+    digits = data.load(config.data, config.seed)
+    model = loop.build(config, digits)
+    load_checkpoint(run, model)
+    return model, digits.test_images, digits.test_labels
+
+
+def test_what_jaxattn_train_made(trained):
+    """A trained network sees the same as attention, and again as convolutions: logits, classes and accuracy."""
+    model, images, labels = trained
+    model.eval()
+    logits = np.asarray(run(model, images))
+    assert (logits.argmax(-1) == labels).mean() > 0.9
+    attends = convert(model)
+    soft = convert(model, rtol=1e-3)  # heads of finite width, each layer within a thousandth of its norm
+    kinds = [type(module) for _, module in nnx.iter_modules(attends)]
+    assert nn.Conv not in kinds
+    assert kinds.count(nn.QuadraticAttention) == [type(module) for _, module in nnx.iter_modules(model)].count(nn.Conv)
+    for network, rtol in ((attends, 1e-5), (convert(attends, to="conv"), 1e-6)):
+        seen = np.asarray(run(network, images))
+        np.testing.assert_allclose(seen, logits, atol=rtol * np.abs(logits).max())
+        np.testing.assert_array_equal(seen.argmax(-1), logits.argmax(-1))
+    seen = np.asarray(run(soft, images))
+    assert 1e-6 < np.abs(seen - logits).max() / np.abs(logits).max() < 1e-2
+    assert (seen.argmax(-1) == labels).mean() > 0.9
 
 
 def test_rtol():

@@ -71,6 +71,26 @@ def test_more_layers(kind):
     jax.tree.map(np.testing.assert_array_equal, before, nnx.to_pure_dict(nnx.state(layer)))
 
 
+@pytest.mark.parametrize(
+    ("size", "kwargs"),
+    [
+        ((7,), {"padding": [(6, 0)]}),
+        ((3, 2), {"multiplier": 3, "strides": (1, 2), "dilation": 2}),
+        ((3, 3), {"use_bias": False, "padding": "VALID"}),
+    ],
+)
+def test_depthwise_layers(size, kwargs):
+    """They come back as convolutions of as many groups."""
+    layer = conv(nn.DepthwiseConv, 4, size, **kwargs)
+    x = normal(1, 2, *(7, 6)[: len(size)], 4)
+    attends = convert(layer)
+    assert type(attends) is nn.QuadraticAttention
+    back = convert(attends, to="conv")
+    np.testing.assert_array_equal(back.kernel[...], layer.kernel[...][..., None, :])
+    for made in (attends, back):
+        np.testing.assert_allclose(run(made, x), run(layer, x), atol=TOLERANCE)
+
+
 class Mine(nnx.Module):
     """A user's network: a list, a layer that stands twice, BatchNorm, and a head that is no convolution."""
 
@@ -223,6 +243,7 @@ class Scaled(nnx.Conv):
             {},
             "the model is a ConvTranspose, whose .* known are nn.Conv",
         ),
+        (lambda r: nn.ConvTranspose(2, 2, 3, rngs=r), {}, "the model is a ConvTranspose, whose output is finer"),
         (
             lambda r: nnx.Sequential(Scaled(2, 2, 3, rngs=r)),
             {},
@@ -234,7 +255,7 @@ class Scaled(nnx.Conv):
             {},
             "the model has a preferred_element_type of its own; allowed: the default",
         ),
-        (lambda r: nnx.Linear(2, 2, rngs=r), {}, "Linear holds no layer to convert; known are nn.Conv and nnx.Conv"),
+        (lambda r: nnx.Linear(2, 2, rngs=r), {}, "Linear holds no layer to convert; known are nn.Conv, nnx.Conv and"),
         (lambda r: nnx.Conv(2, 2, 3, rngs=r), {"to": "conv"}, "Conv holds no layer to convert; known are nn.Quadratic"),
         (lambda r: nnx.Conv(2, 2, 3, rngs=r), {"to": "dense"}, "to is 'dense'; allowed: 'attention', 'conv'"),
         (lambda r: nnx.Conv(2, 2, 3, rngs=r), {"to": "conv", "alpha": 1.0}, r"alpha \(=1.0\) .* the way back is exact"),

@@ -56,6 +56,7 @@ def masked(size, **kwargs):
 CASES = {
     "global": ("global_attention", projections(), {}, {}, (5,)),
     "global bare": ("global_attention", projections(*NO_OUT), {"scale": 0.3}, {"scale": 0.3}, (1,)),
+    "global over a grid": ("global_attention", projections(), {"rank": 2}, {}, (3, 2)),
     "sasa 1d": ("sasa", projections() | tables((3,), DIM), masked((3,)), {"size": (3,)}, (5,)),
     "sasa 2d": ("sasa", projections() | tables((3, 2), 3), masked((3, 2)), {"size": (3, 2)}, (4, 3)),
     "sasa 2d zeros": (

@@ -331,8 +331,8 @@ def test_sasa_is_the_module_with_its_settings():
 @pytest.mark.parametrize(
     ("layer", "kwargs", "change", "message"),
     [
-        ("gpsa", {}, {"gate": None}, "gpsa: params lack 'gate'; they are query, key, value, position, gate"),
-        ("gpsa", {}, {"gait": np.ones(2)}, "gpsa: params have 'gait'; allowed: query, "),
+        ("gpsa", {}, {"gate": None}, "gpsa: params lack 'gate'; needed are query, key, value, position, gate"),
+        ("gpsa", {}, {"gait": np.ones(2)}, "gpsa: params have 'gait'; allowed are query, "),
         ("gpsa", {}, {"out": None}, "gpsa: params have 'out_bias' and lack 'out'"),
         ("learned_relative_attention", {}, tables((4, 5), 6) | {"key": None}, "params have 'key_bias' and lack 'key'"),
         (

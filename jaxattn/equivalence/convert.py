@@ -109,49 +109,37 @@ def _to_attention(where: str, layer: Any, alpha: float | None, rtol: float | Non
 def _grouped(layer: DepthwiseConv) -> Conv:
     """The convolution with as many groups as features."""
     kernel = layer.kernel[...][..., None, :]
-    made = Conv(
-        layer.in_features,
-        kernel.shape[-1],
-        kernel.shape[:-2],
-        layer.strides,
-        padding=layer.padding,
-        kernel_dilation=layer.dilation,
-        feature_group_count=layer.in_features,
-        use_bias=layer.bias is not None,
-        dtype=layer.dtype,
-        param_dtype=kernel.dtype,
-        precision=layer.precision,
-        kernel_init=nnx.initializers.zeros,
-        rngs=nnx.Rngs(0),
-    )
-    _fill(made, {"kernel": kernel}, layer.bias)
-    return made
+    return _conv(layer, kernel, layer.bias, layer.strides, layer.padding, layer.dilation, layer.in_features)
 
 
 def _to_conv(where: str, layer: Any) -> Conv:
     params = nnx.to_pure_dict(nnx.state(layer, nnx.Param))
     try:
         kernel, options = attention_to_conv({**params, "window": layer.window}, groups=layer.groups)
-        slide: Any = layer.window
-        padding = _word(slide)
+        padding = _word(layer.window)
     except ValueError as error:
         raise ValueError(f"convert: {where}: {error}") from error
+    return _conv(layer, kernel, params.get("bias"), options["strides"], padding, options["dilation"], layer.groups)
+
+
+def _conv(layer: Any, kernel: Any, bias: Any, strides: Any, padding: Any, dilation: Any, groups: int) -> Conv:
+    """An `nn.Conv` in the layer's place, of this kernel and bias."""
     made = Conv(
         layer.in_features,
         layer.out_features,
-        slide.size,
-        options["strides"],
+        kernel.shape[:-2],
+        strides,
         padding=padding,
-        kernel_dilation=options["dilation"],
-        feature_group_count=layer.groups,
-        use_bias="bias" in params,
+        kernel_dilation=dilation,
+        feature_group_count=groups,
+        use_bias=bias is not None,
         dtype=layer.dtype,
         param_dtype=kernel.dtype,
         precision=layer.precision,
         kernel_init=nnx.initializers.zeros,
         rngs=nnx.Rngs(0),
     )
-    _fill(made, {"kernel": kernel}, params.get("bias"))
+    _fill(made, {"kernel": kernel}, bias)
     return made
 
 

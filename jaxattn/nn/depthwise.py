@@ -65,7 +65,7 @@ class DepthwiseConv(nnx.Module):
                 f"DepthwiseConv: in_features (={in_features}) and multiplier (={multiplier}) must be positive"
             )
         self.strides, self.padding, self.dilation = frozen(strides), frozen(padding), frozen(dilation)
-        self.in_features = in_features
+        self.in_features, self.out_features = in_features, in_features * multiplier
         self.dtype, self.precision = dtype, precision
         self.kernel = window_weight(kernel_init, rngs, kernel_size, in_features * multiplier, param_dtype)
         self.bias = nnx.data(None)

@@ -11,8 +11,8 @@ from test_nn import normal, randomized
 
 from jaxattn import cli, models, nn, zoo
 from jaxattn.equivalence import conv_to_attention, convert
-from jaxattn.train import data, loop
-from jaxattn.train.checkpoint import load_checkpoint
+from jaxattn.train import data
+from jaxattn.train.augment import normalise
 from jaxattn.train.run import read_config
 
 # Two orders of the same float64 sums.
@@ -193,9 +193,9 @@ def trained(tmp_path_factory):
     cli.main(["train", "--mix", "conv", "--epochs", "8", "--out", str(run)])
     config = read_config(run)
     digits = data.load(config.data, config.seed)
-    model = loop.build(config, digits)
-    load_checkpoint(run, model)
-    return model, digits.test_images, digits.test_labels
+    model = cli.load_model(config, digits, run)
+    images, labels = digits.test.fetch(np.arange(len(digits.test)))
+    return model, normalise(images, digits.mean, digits.std), labels
 
 
 def test_what_jaxattn_train_made(trained):

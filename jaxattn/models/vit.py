@@ -79,11 +79,9 @@ class Mixer(nnx.Module):
     def __call__(self, x: Float[Array, "*batch width"], *, axes: int, sow_weights: bool = False):
         """`axes`: how many axes of tokens x has."""
         tokens = x.reshape(*x.shape[: -1 - axes], -1, x.shape[-1]) if self.flat else x
-        if isinstance(self.layer, Attention):
-            y = self.layer(tokens, sow_weights=sow_weights)
-        else:  # these have no weights to show
-            y = self.layer(tokens)
-        y = y.reshape(x.shape)
+        # the others have no weights to show
+        shown = partial(self.layer, sow_weights=sow_weights) if isinstance(self.layer, Attention) else self.layer
+        y = shown(tokens).reshape(x.shape)
         return y if self.out is None else self.out(y)
 
 

@@ -18,6 +18,11 @@ from jaxattn.boundary import BOUNDARIES, fold
 from jaxattn.window import FOLDING, Axis, Window
 
 
+def shard_count(axis_name: str | None) -> int:
+    """Over how many shards an axis is split: 1 for None, where it is whole."""
+    return 1 if axis_name is None else lax.axis_size(axis_name)
+
+
 def halo(x, axis: int, axis_name: str, before: int, after: int, boundary: str = "zero") -> jax.Array:
     """A shard's tokens with `before` of those that precede them on the whole grid, and `after` of those that follow.
 
@@ -65,7 +70,7 @@ def halo(x, axis: int, axis_name: str, before: int, after: int, boundary: str = 
 
 def _borrowed(x: jax.Array, axis: int, axis_name: str, count: int, boundary: str) -> list[jax.Array]:
     """The -count tokens before a shard, or the count after it, in order: a slice from each shard that holds some."""
-    length, shards = x.shape[axis], lax.axis_size(axis_name)
+    length, shards = x.shape[axis], shard_count(axis_name)
     slices = []
     for hop in range(1, -(-abs(count) // length) + 1):
         part = min(length, abs(count) - (hop - 1) * length)
@@ -82,7 +87,7 @@ def _borrowed(x: jax.Array, axis: int, axis_name: str, count: int, boundary: str
 
 def _folded(x: jax.Array, axis: int, axis_name: str, low: int, high: int, boundary: str) -> list[list[jax.Array]]:
     """The halo before a shard and the one after it, where tokens of the grid stand outside it too."""
-    length, shards = x.shape[axis], lax.axis_size(axis_name)
+    length, shards = x.shape[axis], shard_count(axis_name)
     # what is reflected at an end of the grid stands as far inside as its image outside
     before, after = (max(low, high),) * 2 if boundary == "reflect" else (low, high)
     near = halo(x, axis, axis_name, before, after)
@@ -134,7 +139,7 @@ def split_pad(
     (8, 8, 4)
     """
     x = jnp.asarray(x)
-    length, shards, span = x.shape[axis], lax.axis_size(axis_name), (size - 1) * dilation
+    length, shards, span = x.shape[axis], shard_count(axis_name), (size - 1) * dilation
     if length % stride:
         raise ValueError(
             f"split_pad: over {axis_name!r}, each of {shards} shards holds {length} tokens of the split axis: stride "
@@ -246,7 +251,7 @@ def _place(query, key, window: Window, axis_name: str) -> _Place:
             f"split_attention: query has shape {query.shape} and key {key.shape}; expected [*batch, *grid, heads, "
             f"head_dim] with a grid of rank {window.rank}"
         )
-    length, shards, stride = key.shape[axis], lax.axis_size(axis_name), window.stride[0]  # pyright: ignore
+    length, shards, stride = key.shape[axis], shard_count(axis_name), window.stride[0]  # pyright: ignore
     if window.boundary[0] == "valid":
         raise ValueError(
             f"split_attention: boundary is 'valid' along the axis split over {axis_name!r}, whose shards would differ "

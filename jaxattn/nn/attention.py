@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.nnx.nn import dtypes
-from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Num, Shaped
 
 from jaxattn.attention import attention
-from jaxattn.halo import split_attention
+from jaxattn.halo import shard_count, split_attention
 from jaxattn.normalize import NORMALIZERS
 from jaxattn.position import spread
 from jaxattn.window import Window
@@ -259,10 +258,9 @@ class Attention(nnx.Module):
         if self.window is None or jnp.ndim(x) < rank + 1:
             return x
         x = jnp.asarray(x)
-        shards = 1 if self.axis_name is None else lax.axis_size(self.axis_name)
         first, *others = x.shape[-1 - rank : -1]
-        queries, *grid = self.window.query_grid((first * shards, *others))
-        grid = (queries // shards, *grid)
+        queries, *grid = self.window.query_grid((first * shard_count(self.axis_name), *others))
+        grid = (queries // shard_count(self.axis_name), *grid)
         steps = (slice(0, n * s, s) for n, s in zip(grid, np.atleast_1d(self.window.stride), strict=True))
         return x[(..., *steps, slice(None))]
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, ArrayLike, Float, Num
 
 from jaxattn import zoo
 from jaxattn.einsum import einsum
-from jaxattn.halo import split_pad
+from jaxattn.halo import shard_count, split_pad
 
 default_kernel_init = nnx.initializers.lecun_normal()
 default_bias_init = nnx.initializers.zeros_init()
@@ -184,7 +184,7 @@ class Conv(nnx.Module):
                 f"Conv: input_dilation (={self.input_dilation}) must be 1 where axis_name (={axis_name!r}) is given"
             )
         axis = x.ndim - 1 - len(self.kernel_size)
-        pads, boundary = self._pads((x.shape[axis] * lax.axis_size(axis_name), *x.shape[axis + 1 : -1]))
+        pads, boundary = self._pads((x.shape[axis] * shard_count(axis_name), *x.shape[axis + 1 : -1]))
         size, stride, dilation = self.kernel_size[0], self.strides[0], self.kernel_dilation[0]
         geometry = {"size": size, "stride": stride, "dilation": dilation}
         x = split_pad(x, axis, axis_name, pads[0], **geometry, boundary=boundary)

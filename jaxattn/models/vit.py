@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Num
 
+from jaxattn.halo import shard_count
 from jaxattn.models.residual import check_rates, check_rngs, depth_rates, drop_path, run_block
 from jaxattn.nn.attention import Attention
 from jaxattn.nn.conv import Conv
@@ -48,6 +49,8 @@ class Mixer(nnx.Module):
     2022, arXiv 2204.07143). "gpsa": `nn.GPSA`. "quadratic": `nn.QuadraticAttention`, each head with a whole value
     matrix, and a linear map after it (Cordonnier, Loukas & Jaggi 2020, arXiv 1911.03584, as in their code).
     """
+
+    axis_name: str | None = None
 
     def __init__(
         self,
@@ -88,6 +91,8 @@ class Mixer(nnx.Module):
 class MLP(nnx.Module):
     """W₂ gelu(W₁ x + b₁) + b₂, with gelu by erf, and dropout after each linear map."""
 
+    axis_name: str | None = None
+
     def __init__(self, width: int, hidden: int, *, dropout: float, **kwargs: Any):
         self.first, self.second = nnx.Linear(width, hidden, **kwargs), nnx.Linear(hidden, width, **kwargs)
         self.dropout = nnx.Dropout(dropout)
@@ -102,6 +107,8 @@ class Block(nnx.Module):
 
     `axes` of tokens come in: 2 for a grid, 1 for a sequence.
     """
+
+    axis_name: str | None = None
 
     def __init__(
         self,
@@ -190,6 +197,8 @@ class ViT(nnx.Module):
     (2, 10)
     """
 
+    axis_name: str | None = None
+
     def __init__(
         self,
         *,
@@ -264,11 +273,16 @@ class ViT(nnx.Module):
     def _tokens(self, images: Array) -> Float[Array, "*batch height width features"]:
         """The patches, and where they stand."""
         x = self.patches(images)
+        rows, columns, features = x.shape[-3:]
         if self.position is not None:
-            return x + self.position[...].astype(x.dtype)
-        if self.position_kind == "sincos2d":
-            return x + jnp.asarray(sincos_2d(*x.shape[-3:]), x.dtype)
-        return x
+            position = self.position[...].astype(x.dtype)
+        elif self.position_kind == "sincos2d":
+            position = jnp.asarray(sincos_2d(rows * shard_count(self.axis_name), columns, features), x.dtype)
+        else:
+            return x
+        if self.axis_name is not None:
+            position = jax.lax.dynamic_slice_in_dim(position, jax.lax.axis_index(self.axis_name) * rows, rows)
+        return x + position
 
     def _join(self, x: Float[Array, "*batch height width features"]) -> Float[Array, "*batch tokens features"]:
         """The class token, and then all others."""
@@ -286,6 +300,11 @@ class ViT(nnx.Module):
         `[*batch, 1 + height · width, features]`."""
         images = jnp.asarray(images)
         self._check_images(images)
+        if self.axis_name is not None and self.class_token is not None:
+            raise ValueError(
+                f"ViT: a class token is on no shard of a grid that is split over {self.axis_name!r}: give "
+                "class_token=False, or leave the grid whole"
+            )
         check_rngs("ViT", self.deterministic, rngs, drop_path=self.drop_path_rate, dropout=self.dropout_rate)
         x = self._tokens(images)
         for n, block in enumerate(self.blocks):
@@ -308,7 +327,8 @@ class ViT(nnx.Module):
         """
         x = self.features(images, sow_weights=sow_weights, rngs=rngs)
         if self.class_token is None:
-            return self.head(x.mean(axis=(-3, -2)))
+            x = x.mean(axis=(-3, -2))
+            return self.head(x if self.axis_name is None else jax.lax.pmean(x, self.axis_name))
         return self.head(x[..., 0, :] if self.pool == "token" else x[..., 1:, :].mean(axis=-2))
 
     def centers(self) -> Float[np.ndarray, "layers heads 2"]:
@@ -329,10 +349,11 @@ class ViT(nnx.Module):
     def _check_images(self, images: Array):
         size = self.image_size if self.position_kind == "learned" else ("height", "width")
         fits = images.ndim >= 3 and images.shape[-1] == self.in_features
-        if not fits or (self.position_kind == "learned" and images.shape[-3:-1] != self.image_size):
+        whole = (images.shape[-3] * shard_count(self.axis_name), images.shape[-2]) if fits else ()
+        if not fits or (self.position_kind == "learned" and whole != self.image_size):
             shape = f"[*batch, {size[0]}, {size[1]}, in_features (={self.in_features})]"
             raise ValueError(f"ViT: images must be {shape}, got {images.shape}")
-        self._grid(images.shape[-3:-1])
+        self._grid(whole)
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

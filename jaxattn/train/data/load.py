@@ -11,6 +11,7 @@ from jaxattn.train.data.idx import read_fashion
 from jaxattn.train.data.npz import read_npz
 from jaxattn.train.data.options import read_options
 from jaxattn.train.data.parquet import read_parquet
+from jaxattn.train.data.relational import make_relational
 from jaxattn.train.data.split import Found, assemble
 from jaxattn.train.extras import InputError
 
@@ -23,7 +24,7 @@ READERS: Mapping[str, tuple[Callable[[Path, Mapping[str, str], bool], Found], tu
     "folder": (read_folder, ("size",)),
     "parquet": (read_parquet, ("size", "image", "label")),
 }
-ALLOWED = ", ".join(["'digits'", *(f"'{kind}:PATH'" for kind in READERS)])
+ALLOWED = ", ".join(["'digits'", *(f"'{kind}:PATH'" for kind in READERS), "'relational:TASK'"])
 
 
 def load(name: str, seed: int = 0, skip_bad: bool = False) -> Dataset:
@@ -37,7 +38,8 @@ def load(name: str, seed: int = 0, skip_bad: bool = False) -> Dataset:
         `folder:PATH`, JPEG and PNG files in PATH/train/CLASS and PATH/test/CLASS, or in PATH/CLASS;
         `parquet:PATH`, a folder of *train*.parquet and *test*.parquet as the Hugging Face hub serves them.
         Images must be of one size, unless `?size=N` after the PATH of a folder or parquet makes all N×N. All of them
-        are decoded into memory, as uint8.
+        are decoded into memory, as uint8. `relational:same-different` or `relational:copy` are made on the fly,
+        without end (see `relational.py` for their options).
       seed: draws the validation images from the training images, stratified, where there are none apart. The test
         images never depend on it, so that the accuracies of different seeds are comparable.
       skip_bad: leaves out a bad example instead of refusing the data set, and lists it in `skipped`. A damaged
@@ -54,6 +56,8 @@ def load(name: str, seed: int = 0, skip_bad: bool = False) -> Dataset:
     path, _, options = rest.partition("?")
     if name == "digits":
         return assemble(name, read_digits(), seed, skip_bad, validation_size=200)
+    if kind == "relational":
+        return make_relational(rest, seed)
     if kind in READERS and path:
         read, allowed = READERS[kind]
         return assemble(kind, read(Path(path), read_options(options, allowed), skip_bad), seed, skip_bad)

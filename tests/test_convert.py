@@ -249,6 +249,11 @@ class Scaled(nnx.Conv):
             {},
             "layers/0 is a Scaled, which calls something of its own",
         ),
+        (
+            lambda r: nn.Conv(2, 2, 3, axis_name="space", rngs=r),
+            {},
+            "the model has axis_name 'space', .*: None",
+        ),
         (lambda r: nnx.Conv(2, 2, 3, input_dilation=2, rngs=r), {}, "the model has input_dilation 2; allowed: 1"),
         (
             lambda r: nnx.Conv(2, 2, 3, preferred_element_type=jnp.float32, rngs=r),

@@ -194,6 +194,11 @@ def _check_options(where: str, layer: Any) -> None:
             f"convert: {where} has input_dilation {layer.input_dilation}; allowed: 1. Put the zeros between the inputs "
             "in a layer before it"
         )
+    if getattr(layer, "axis_name", None) is not None:
+        raise ValueError(
+            f"convert: {where} has axis_name {layer.axis_name!r}, a grid split over a mesh; allowed: None. "
+            "nn.QuadraticAttention slides over a whole grid"
+        )
     defaults = {
         "preferred_element_type": None,
         "conv_general_dilated": lax.conv_general_dilated,

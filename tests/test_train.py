@@ -19,7 +19,7 @@ from jaxattn.train.config import RESNETS, Config
 from jaxattn.train.data import Arrays, Dataset
 from jaxattn.train.meter import METRICS, Diverged
 from jaxattn.train.optimizer import schedule
-from jaxattn.train.step import init_state, jit_step, make_loss, make_step
+from jaxattn.train.step import init_state, make_loss, make_step
 
 SHAPE = (4, 4, 1)
 
@@ -72,9 +72,8 @@ def batch_of(data, size=20):
 
 def step_of(config, data, optimizer):
     model = build(config, SHAPE, 3)
-    return init_state(config, model, optimizer), jit_step(
-        make_step(config, data, make_loss(nnx.graphdef(model), config), optimizer)
-    )
+    step = make_step(config, data, make_loss(nnx.graphdef(model), config), optimizer)
+    return init_state(config, model, optimizer), jax.jit(step, donate_argnums=0)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
@@ -285,7 +284,7 @@ def test_evaluation_uses_the_running_statistics(run):
     expected = np.asarray(model(images[:1])).argmax(-1)  # alone, so no batch's statistics can come in
     images[1:] *= 100  # and they would be others
     graph, weights, rest = nnx.split(model, nnx.Param, ...)
-    assert evaluate.make_predict(graph, data)(weights, rest, images)[0] == expected[0]
+    assert jax.jit(evaluate.make_predict(graph, data))(weights, rest, images)[0] == expected[0]
     model.train()
     assert evaluate.evaluate(model, data, Arrays(images[:1], expected.astype(np.int32))) == 1
     assert evaluate.evaluate(model, data, Arrays(images, np.full(31, expected[0], np.int32))) < 31

@@ -14,7 +14,7 @@ import pytest
 from jaxattn import cli
 from jaxattn.train import data, loop
 from jaxattn.train.checkpoint import Checkpoints
-from jaxattn.train.config import Config
+from jaxattn.train.config import Config, Options
 from jaxattn.train.log import Log
 from jaxattn.train.run import read_config
 
@@ -177,6 +177,8 @@ def fails(capsys, *arguments) -> str:
         (["train", "--checkpoint-every", "-1"], "jaxattn: checkpoint_every (=-1) must be at least 0"),
         (["train", "--resume", "--overwrite"], "jaxattn: resume and overwrite exclude each other"),
         (["train", "--data", "fashion-mnist:nowhere"], "jaxattn: nowhere: has neither train-images-idx3-ubyte"),
+        (["train", "--mesh", "data=3"], "jaxattn: mesh (='data=3') takes 3 devices and there are 8; this fits: data=8"),
+        (["train", "--mesh", "data=8"], "jaxattn: batch_size (=50) must be a multiple of data·fsdp (=8)"),
         (["eval"], "run"),
         (["eval", "nowhere"], "jaxattn: run (=nowhere) is not a folder"),
         (["eval", "."], "jaxattn: run (=.) is not a run: config.json is missing"),
@@ -231,8 +233,8 @@ def test_help_explains_every_flag(capsys):
     said = capsys.readouterr().out
     for field in dataclasses.fields(Config):
         assert f"--{field.name.replace('_', '-')}" in said
-    for flag in ("out", "resume", "overwrite", "checkpoint-every"):
-        assert f"--{flag}" in said
+    for field in dataclasses.fields(Options):
+        assert f"--{field.name.replace('_', '-')}" in said
     assert "default: 0.003" in said
     with pytest.raises(SystemExit):
         cli.main(["train", "--recipe", "resnet", "--help"])

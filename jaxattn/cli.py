@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -46,6 +47,7 @@ with needs_extra("train"):
 def main(arguments: Sequence[str] | None = None):
     """Runs the command that `arguments` give, by default the process's own."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax shows the traceback of what is reported below
     try:
         tyro.extras.subcommand_cli_from_dict(
             {"train": train_command(arguments), "eval": eval_run, "bench": bench},
@@ -146,7 +148,7 @@ def report(config: Config, data: Dataset, folder: Path):
 def load_model(config: Config, data: Dataset, folder: Path) -> nnx.Module:
     """The network of a run, as it ended."""
     model = build(config, data.image_shape, len(data.class_names))
-    load_weights(folder, model)
+    load_weights(folder, model, "last")
     return model
 
 

@@ -8,11 +8,14 @@ import json
 import re
 import sys
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxattn import cli
 from jaxattn.train import data, loop
+from jaxattn.train.build import build
 from jaxattn.train.checkpoint import Checkpoints
 from jaxattn.train.config import Config, Options
 from jaxattn.train.log import Log
@@ -260,3 +263,15 @@ def test_a_missing_extra_names_the_install_that_brings_it(tmp_path, monkeypatch,
     monkeypatch.setitem(sys.modules, module, None)  # so importing it fails
     with pytest.raises(ImportError, match=re.escape("pip install 'jaxattn[train]'")):
         importlib.import_module(using) if isinstance(using, str) else using(tmp_path)
+
+
+def test_eval_is_of_the_network_as_it_ended_and_not_of_its_best_epoch(tmp_path):
+    config, digits = Config(mix="conv"), few("digits")
+    with Checkpoints(tmp_path) as checkpoints:
+        for step, validation in ((1, 0.9), (2, 0.1)):
+            model = build(config, digits.image_shape, 10)
+            weights, rest = nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
+            weights = jax.tree.map(lambda weight, step=step: weight + step, weights)
+            checkpoints.save(step, {"weights": weights, "rest": rest}, {}, validation)
+    loaded = nnx.state(cli.load_model(config, digits, tmp_path), nnx.Param)
+    assert jax.tree.all(jax.tree.map(lambda one, two: (one == two).all(), loaded, weights))

@@ -37,7 +37,7 @@ from jaxattn.train.run import (
     read_results,
     start_run,
 )
-from jaxattn.train.sharding import make_mesh
+from jaxattn.train.sharding import check_batch, make_mesh
 
 with needs_extra("train"):
     import tyro
@@ -74,7 +74,7 @@ def train_command(arguments: Sequence[str]) -> Callable:
     default = read_config(Path(given.out)) if goes_on else recipe(given.recipe, given.data)
 
     def train(config: OmitArgPrefixes[Config] = default, options: OmitArgPrefixes[Options] = Options()):  # noqa: B008
-        """Train a network; with no arguments, a small one twice, by convolution and by local attention, with a report."""
+        """Train a network; with no arguments, a small one twice, by convolution and by attention, with a report."""
         train_run(config, options)
 
     return train
@@ -88,6 +88,8 @@ def train_run(config: Config, options: Options):
     mesh = None if options.mesh is None else make_mesh(options.mesh)
     check_out(out, config, resume=resume, overwrite=options.overwrite)
     data = load(config.data, config.seed, config.skip_bad)
+    if mesh is not None:
+        check_batch(mesh, config.batch_size, data.image_shape)
     start_run(out, config, resume=resume, overwrite=options.overwrite)
     for image in data.skipped:
         print(f"left out: {image}", file=sys.stderr)

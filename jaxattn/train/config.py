@@ -48,7 +48,7 @@ class Config:
     warmup: float = 0.1
     """Share of all steps in which the learning rate rises linearly from zero."""
     weight_decay: float = 0.05
-    """Decay of the weights that have two axes or more, as a share of the learning rate."""
+    """Decay of the weights that multiply features, as a share of the learning rate."""
     momentum: float = 0.9
     """Of SGD; AdamW has its usual 0.9 and 0.999."""
     label_smoothing: float = 0.0

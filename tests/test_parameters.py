@@ -25,6 +25,36 @@ TABLE = [
     (models.efficientnet_lite0, {}, 4_652_008),
     (models.EfficientNet, {"num_classes": 10}, 4_652_008 - 990 * 1281),
     (models.DigitNet, {}, 390_410),
+    # timm's counts; its ConViTs' positions have a bias for each head, which no softmax over them sees
+    (models.vit_ti, {}, 5_717_416),
+    (models.vit_s, {}, 22_050_664),
+    (models.vit_b, {}, 86_567_656),
+    (models.convit_ti, {}, 5_710_512 - 10 * 4),
+    (models.convit_s, {}, 27_777_322 - 10 * 9),
+    # Cordonnier et al. 2020 give 12.1 M: 9 value matrices and an output, 2 maps in the MLP, 2 norms, 9 heads' Δ and α
+    (
+        models.cordonnier,
+        {},
+        12 * 400 + 400 + 6 * (10 * 400**2 + 2 * 400 + 2 * 400 * 512 + 912 + 4 * 400 + 9 * 3) + 400 * 10 + 10,
+    ),
+    # patches and positions, 4 blocks, norm and head; without a class token
+    (models.vit_tiny8, {}, 2 * 64 + 64 * 64 + 4 * (4 * (64**2 + 64) + 2 * 64 * 128 + 192 + 256) + 128 + 650),
+    # and in each of 6 blocks the window's biases of 5² offsets in 4 heads
+    (models.vit_small32, {"mix": "local"}, 6_272 + 8_192 + 6 * (66_048 + 65_920 + 512 + 100) + 256 + 1_290),
+    (
+        models.ViT,
+        {
+            "image_size": (4, 6),
+            "patch_size": 2,
+            "in_features": 1,
+            "num_classes": 3,
+            "width": 4,
+            "depth": 1,
+            "num_heads": 2,
+            "mlp_dim": 8,
+        },
+        20 + 6 * 4 + 2 * 4 + 80 + 40 + 36 + 16 + 8 + 15,
+    ),
     # (3·3·8 / 2)·6 + 6
     (nn.Conv, {"in_features": 8, "out_features": 6, "kernel_size": (3, 3), "feature_group_count": 2}, 222),
     # 4·(8·8 + 8), and 2 heads' tables of 13² numbers, and of 13² or 2·13 rows of 4 or 2

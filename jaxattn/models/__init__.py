@@ -8,3 +8,12 @@ from .resnet import resnet18 as resnet18
 from .resnet import resnet34 as resnet34
 from .resnet import resnet50 as resnet50
 from .resnet import tiny as tiny
+from .vit import ViT as ViT
+from .vit import convit_s as convit_s
+from .vit import convit_ti as convit_ti
+from .vit import cordonnier as cordonnier
+from .vit import vit_b as vit_b
+from .vit import vit_s as vit_s
+from .vit import vit_small32 as vit_small32
+from .vit import vit_ti as vit_ti
+from .vit import vit_tiny8 as vit_tiny8

@@ -11,6 +11,7 @@ from jaxtyping import Array, ArrayLike, Float, Num
 
 from jaxattn.attention import attention, merge_attentions
 from jaxattn.einsum import einsum
+from jaxattn.models.residual import check_rates, check_rngs, depth_rates, drop_path, run_block
 from jaxattn.nn.attention import Attention
 from jaxattn.nn.conv import Conv
 from jaxattn.window import Window
@@ -131,7 +132,8 @@ class Mixer(nnx.Module):
 
 
 class Block(nnx.Module):
-    """A residual block: relu(shortcut(x) + branch(x)), each convolution or attention followed by BatchNorm.
+    """A residual block: relu(shortcut(x) + branch(x)), each convolution or attention followed by BatchNorm. In training
+    the branch is left out at random (stochastic depth).
 
     "basic": two mixers. "bottleneck": 1 × 1, mixer, 1 × 1 to four times the features. The stride is the (first)
     mixer's (v1.5, as torchvision), and the shortcut is a 1 × 1 projection where the shape changes.
@@ -148,6 +150,7 @@ class Block(nnx.Module):
         window: int,
         num_heads: int,
         zero_init_residual: bool,
+        drop_path_rate: float,
         dtype: Any,
         param_dtype: Any,
         rngs: nnx.Rngs,
@@ -176,15 +179,22 @@ class Block(nnx.Module):
         if stride != 1 or in_features != out_features:
             self.shortcut = pointwise(in_features, out_features, stride)
             self.shortcut_norm = batch_norm(out_features, **kwargs)
+        self.drop_path = drop_path(drop_path_rate, 3)
 
-    def __call__(self, x: Num[Array, "*batch height width channels"], *, sow_weights: bool = False):
+    def __call__(
+        self,
+        x: Num[Array, "*batch height width channels"],
+        *,
+        sow_weights: bool = False,
+        rngs: nnx.Rngs | None = None,
+    ):
         y = x
         for layer, norm in zip(self.layers, self.norms, strict=True):
             y = norm(layer(y, sow_weights=sow_weights) if isinstance(layer, Mixer) else layer(y))
             y = y if norm is self.norms[-1] else jax.nn.relu(y)
         if self.shortcut is not None and self.shortcut_norm is not None:
             x = self.shortcut_norm(self.shortcut(x))
-        return jax.nn.relu(x + y)
+        return jax.nn.relu(x + self.drop_path(y, rngs=rngs))
 
 
 def batch_norm(features: int, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs, **kwargs: Any) -> nnx.BatchNorm:
@@ -211,15 +221,19 @@ class ResNet(nnx.Module):
       num_heads: of every attention; it divides the features of each stage that has one.
       zero_init_residual: each block's last BatchNorm scale starts at zero, so each block as the identity
         (Goyal et al. 2017, arXiv 1706.02677). False starts it at one (He et al.).
+      drop_path: rate of stochastic depth in the last block; it rises linearly with depth (Huang et al. 2016, arXiv
+        1603.09382).
+      remat: blocks are computed anew in the backward pass, which then keeps a block's input in place of all within.
       dtype: of the computation; the logits have the promoted dtype of `dtype` and `param_dtype`.
       param_dtype: of the parameters. BatchNorm's statistics are in float32.
       rngs: `nnx.Rngs`; `params` is used.
 
     Convolutions start from He's normal initialisation (fan out). `train()` and `eval()` switch BatchNorm between the
-    batch's statistics (the state at first) and the running ones.
+    batch's statistics (the state at first) and the running ones. With `drop_path`, a call in training is
+    `model(images, rngs=nnx.Rngs(dropout=key))`.
 
     Raises:
-      ValueError: an argument out of its range, or images whose shape does not fit, by name.
+      ValueError: an argument out of its range, images whose shape does not fit, or no `rngs` where they are needed.
 
     >>> from flax import nnx
     >>> import jax.numpy as jnp
@@ -242,6 +256,8 @@ class ResNet(nnx.Module):
         window: int = 7,
         num_heads: int = 8,
         zero_init_residual: bool = True,
+        drop_path: float = 0.0,
+        remat: bool = False,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
@@ -254,7 +270,10 @@ class ResNet(nnx.Module):
             raise ValueError(f"ResNet: mix must be a string or one per stage ({len(stage_sizes)}), got {mix!r}")
         for each in mixes:
             _one_of("mix", each, MIXES)
+        check_rates("ResNet", drop_path=drop_path)
         self.in_features = in_features
+        self.drop_path_rate, self.deterministic, self.remat = drop_path, False, remat
+        rates = iter(depth_rates(drop_path, sum(stage_sizes)))
         kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.stem, self.stem_pool = _stem(stem, stem_mix, in_features, width, num_heads, **kwargs)
         self.stem_norm = batch_norm(width, **kwargs)
@@ -271,6 +290,7 @@ class ResNet(nnx.Module):
                         window=window,
                         num_heads=num_heads,
                         zero_init_residual=zero_init_residual,
+                        drop_path_rate=next(rates),
                         **kwargs,
                     )
                 )
@@ -280,7 +300,7 @@ class ResNet(nnx.Module):
         self.head = nnx.Linear(features, num_classes, param_dtype=param_dtype, rngs=rngs)
 
     def features(
-        self, images: Num[ArrayLike, "..."], *, sow_weights: bool = False
+        self, images: Num[ArrayLike, "..."], *, sow_weights: bool = False, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "*batch height width features"]:
         """The last block's output, before the mean over the grid."""
         images = jnp.asarray(images)
@@ -288,19 +308,22 @@ class ResNet(nnx.Module):
             raise ValueError(
                 f"ResNet: images must be [*batch, height, width, in_features (={self.in_features})], got {images.shape}"
             )
+        check_rngs("ResNet", self.deterministic, rngs, drop_path=self.drop_path_rate)
         x = jax.nn.relu(self.stem_norm(self.stem(images)))
         x = x if self.stem_pool is None else nnx.max_pool(x, *self.stem_pool)
         for block in self.blocks:
-            x = block(x, sow_weights=sow_weights)
+            x = run_block(block, x, sow_weights=sow_weights, rngs=rngs, remat=self.remat)
         return x
 
-    def __call__(self, images: Num[ArrayLike, "..."], *, sow_weights: bool = False) -> Float[Array, "*batch classes"]:
+    def __call__(
+        self, images: Num[ArrayLike, "..."], *, sow_weights: bool = False, rngs: nnx.Rngs | None = None
+    ) -> Float[Array, "*batch classes"]:
         """Logits of `images` `[*batch, height, width, in_features]`.
 
         With `sow_weights`, each attention's weights are stored for `nnx.capture`:
-        `logits, weights = nnx.capture(model, nnx.Intermediate)(images, sow_weights=True)`.
+        `logits, weights = nnx.capture(model, nnx.Intermediate)(images, sow_weights=True)`. `rngs` is for `drop_path`.
         """
-        return self.head(self.features(images, sow_weights=sow_weights).mean(axis=(-3, -2)))
+        return self.head(self.features(images, sow_weights=sow_weights, rngs=rngs).mean(axis=(-3, -2)))
 
 
 def _stem(

@@ -1,0 +1,466 @@
+"""Vision transformers whose mixing layer is a setting, block by block."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, ArrayLike, Float, Num
+
+from jaxattn.models.residual import check_rates, check_rngs, depth_rates, drop_path, run_block
+from jaxattn.nn.attention import Attention
+from jaxattn.nn.conv import Conv
+from jaxattn.nn.gated import GPSA
+from jaxattn.nn.quadratic import QuadraticAttention
+
+MIXES = ("global", "local", "quadratic", "gpsa")
+POOLS = ("token", "mean")
+POSITIONS = ("learned", "sincos2d", "none")
+NORMS = ("pre", "post")
+small_init = nnx.initializers.normal(0.02)
+xavier_init = nnx.initializers.xavier_uniform()
+torch_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # what PyTorch's linear maps start from
+
+
+def sincos_2d(height: int, width: int, features: int) -> np.ndarray:
+    """Where each token stands, `[height, width, features]`: of the column j and then of the row i, all sines and then
+    all cosines of
+
+        j ω_m, i ω_m,   ω_m = 10000^(-m / M),   m = 0 … M - 1,   M = features / 4
+
+    (Chen, Xie & He 2021, MoCo v3, arXiv 2104.02057).
+
+    >>> sincos_2d(1, 2, 4)[0, 1].round(4)  # sin 1, cos 1, sin 0, cos 0
+    array([0.8415, 0.5403, 0.    , 1.    ])
+    """
+    omega = 10_000.0 ** -(np.arange(features // 4) / (features // 4))
+    row, column = (index[..., None] * omega for index in np.indices((height, width)))
+    return np.concatenate([np.sin(column), np.cos(column), np.sin(row), np.cos(row)], axis=-1)
+
+
+class Mixer(nnx.Module):
+    """A block's mixing of tokens, `[*batch, *tokens, width]` to the same; "global" takes a grid or a sequence of them.
+
+    "global": `nn.Attention` of all tokens. "local": the same in a window, with a relative bias (NAT, Hassani et al.
+    2022, arXiv 2204.07143). "gpsa": `nn.GPSA`. "quadratic": `nn.QuadraticAttention`, each head with a whole value
+    matrix, and a linear map after it (Cordonnier, Loukas & Jaggi 2020, arXiv 1911.03584, as in their code).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        mix: str,
+        *,
+        window: tuple[int, int],
+        qkv_bias: bool,
+        kernel_init: Callable[..., Any],
+        **kwargs: Any,
+    ):
+        self.out = nnx.data(None)
+        if mix == "quadratic":
+            self.layer = QuadraticAttention(num_heads, width, kernel_init=kernel_init, **kwargs)
+            self.out = nnx.Linear(width, width, kernel_init=kernel_init, **kwargs)
+        elif mix == "gpsa":
+            self.layer = GPSA(num_heads, width, use_bias=qkv_bias, kernel_init=kernel_init, **kwargs)
+        else:
+            place: dict[str, Any] = {"window": window, "relative_bias": True} if mix == "local" else {}
+            self.layer = Attention(
+                num_heads, width, use_bias=qkv_bias, kernel_init=kernel_init, keep_rngs=False, **place, **kwargs
+            )
+            if not qkv_bias:  # which leaves the projection out its bias
+                heads = (num_heads, width // num_heads)
+                self.layer.out = nnx.LinearGeneral(heads, width, axis=(-2, -1), kernel_init=kernel_init, **kwargs)
+        self.flat = mix == "global"
+
+    def __call__(self, x: Float[Array, "*batch width"], *, axes: int, sow_weights: bool = False):
+        """`axes`: how many axes of tokens x has."""
+        tokens = x.reshape(*x.shape[: -1 - axes], -1, x.shape[-1]) if self.flat else x
+        if isinstance(self.layer, Attention):
+            y = self.layer(tokens, sow_weights=sow_weights)
+        else:  # these have no weights to show
+            y = self.layer(tokens)
+        y = y.reshape(x.shape)
+        return y if self.out is None else self.out(y)
+
+
+class MLP(nnx.Module):
+    """W₂ gelu(W₁ x + b₁) + b₂, with gelu by erf, and dropout after each linear map."""
+
+    def __init__(self, width: int, hidden: int, *, dropout: float, **kwargs: Any):
+        self.first, self.second = nnx.Linear(width, hidden, **kwargs), nnx.Linear(hidden, width, **kwargs)
+        self.dropout = nnx.Dropout(dropout)
+
+    def __call__(self, x: Float[Array, "*batch width"], *, rngs: nnx.Rngs | None = None):
+        hidden = self.dropout(jax.nn.gelu(self.first(x), approximate=False), rngs=rngs)
+        return self.dropout(self.second(hidden), rngs=rngs)
+
+
+class Block(nnx.Module):
+    """A transformer's block: x + mix(norm(x)), and then x + MLP(norm(x)); or with the norm after the sum, "post".
+
+    `axes` of tokens come in: 2 for a grid, 1 for a sequence.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        mlp_dim: int,
+        mix: str,
+        *,
+        axes: int,
+        norm: str,
+        window: tuple[int, int],
+        qkv_bias: bool,
+        drop_path_rate: float,
+        dropout: float,
+        kernel_init: Callable[..., Any],
+        **kwargs: Any,
+    ):
+        self.axes, self.post = axes, norm == "post"
+        self.mix = Mixer(width, num_heads, mix, window=window, qkv_bias=qkv_bias, kernel_init=kernel_init, **kwargs)
+        self.mlp = MLP(width, mlp_dim, dropout=dropout, kernel_init=kernel_init, **kwargs)
+        self.mix_norm, self.mlp_norm = layer_norm(width, **kwargs), layer_norm(width, **kwargs)
+        self.dropout, self.drop_path = nnx.Dropout(dropout), drop_path(drop_path_rate, axes + 1)
+
+    def __call__(self, x: Float[Array, "*batch width"], *, sow_weights: bool = False, rngs: nnx.Rngs | None = None):
+        def mix(x):
+            return self.dropout(self.mix(x, axes=self.axes, sow_weights=sow_weights), rngs=rngs)
+
+        for branch, norm in ((mix, self.mix_norm), (partial(self.mlp, rngs=rngs), self.mlp_norm)):
+            y = branch(x) if self.post else branch(norm(x))
+            x = x + self.drop_path(y, rngs=rngs)
+            x = norm(x) if self.post else x
+        return x
+
+
+def layer_norm(width: int, **kwargs: Any) -> nnx.LayerNorm:
+    """With ViT's epsilon; its statistics are in float32, or in float64."""
+    return nnx.LayerNorm(width, epsilon=1e-6, **kwargs)
+
+
+class ViT(nnx.Module):
+    """A Vision Transformer (Dosovitskiy et al. 2021, arXiv 2010.11929), whose blocks mix tokens as `mix` says,
+
+        x = patches W + b + position,   x ← x + mix(norm(x)),   x ← x + MLP(norm(x))   in each block,
+        logits = pool(norm(x)) W_head + b_head.
+
+    ConViT and the network of Cordonnier et al. are settings of it (`convit_s`, `cordonnier`). The tokens are a grid
+    `[*batch, height, width, features]` until a class token joins them: then they are a sequence, whose first it is. It
+    joins where the blocks that end the network in "global" begin: before the first block where all are.
+
+    Args:
+      image_size: of the images, in pixels: an int, or (height, width).
+      patch_size: the side of a patch, or (height, width); it divides the image's.
+      in_features: channels of the images.
+      num_classes: size of the output.
+      width: features of a token.
+      depth: blocks.
+      num_heads: of every mixing layer. "gpsa" takes a square, and all but "quadratic" one that divides `width`.
+      mlp_dim: features within each MLP.
+      mix: "global", "local", "quadratic", "gpsa" (see `Mixer`), or one of them for each block.
+      window: side of the window of "local", or (height, width); at most the grid's.
+      class_token: whether there is one; the last block must then be "global", as the other layers need a grid.
+      pool: "token", the class token's features, or "mean", of all others; None: the token's, if there is one.
+      position: what is added to the patches: "learned" (and for a class token that joins first, one of its own),
+        "sincos2d" (see `sincos_2d`; 4 divides `width`), or "none".
+      norm: "pre", before each layer and the head, or "post", after each sum, as BERT has it.
+      qkv_bias: whether query, key and value have biases.
+      drop_path: rate of stochastic depth in the last block; it rises linearly with depth (`depth_rates`).
+      dropout: after the position and every linear map but query, key and value, in training.
+      remat: blocks are computed anew in the backward pass, which then keeps a block's input in place of all within.
+      kernel_init: initialiser of the blocks' matrices. Patches start from LeCun's, the rest from N(0, 0.02²).
+      dtype: of the computation; the logits have the promoted dtype of `dtype` and `param_dtype`.
+      param_dtype: of the parameters.
+      rngs: `nnx.Rngs`; `params` is used.
+
+    `train()` (the state at first) and `eval()` switch what is random. A network with `drop_path` or `dropout` is called
+    in training as `model(images, rngs=nnx.Rngs(dropout=key))`.
+
+    Raises:
+      ValueError: an argument out of its range, images whose shape does not fit, or no `rngs` where they are needed.
+
+    >>> from flax import nnx
+    >>> import jax.numpy as jnp
+    >>> sizes = dict(image_size=8, patch_size=2, in_features=1, num_classes=10, width=16, depth=2, num_heads=4)
+    >>> model = ViT(**sizes, mlp_dim=32, mix=("local", "global"), window=3, rngs=nnx.Rngs(0))
+    >>> nnx.eval_shape(lambda x: model(x), jnp.ones((2, 8, 8, 1))).shape
+    (2, 10)
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int | tuple[int, int],
+        patch_size: int | tuple[int, int],
+        in_features: int,
+        num_classes: int,
+        width: int,
+        depth: int,
+        num_heads: int,
+        mlp_dim: int,
+        mix: str | Sequence[str] = "global",
+        window: int | tuple[int, int] = 7,
+        class_token: bool = True,
+        pool: str | None = None,
+        position: str = "learned",
+        norm: str = "pre",
+        qkv_bias: bool = True,
+        drop_path: float = 0.0,
+        dropout: float = 0.0,
+        remat: bool = False,
+        kernel_init: Callable[..., Any] = xavier_init,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.image_size, self.patch_size, window = (_pair(size) for size in (image_size, patch_size, window))
+        self.in_features, self.position_kind = in_features, position
+        self.pool = ("token" if class_token else "mean") if pool is None else pool
+        self.drop_path_rate, self.dropout_rate, self.deterministic, self.remat = drop_path, dropout, False, remat
+        mixes = (mix,) * depth if isinstance(mix, str) else tuple(mix)
+        _check_sizes(width=width, depth=depth, num_heads=num_heads, mlp_dim=mlp_dim, num_classes=num_classes)
+        check_rates("ViT", drop_path=drop_path, dropout=dropout)
+        _check_names(self.pool, position, norm, class_token, width)
+        _check_mixes(mixes, depth, class_token, window, self._grid(self.image_size))
+        self.joins = _joins(mixes) if class_token else depth
+
+        kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.patches = Conv(in_features, width, self.patch_size, self.patch_size, padding="VALID", **kwargs)
+        self._make_tokens(class_token, width, param_dtype, rngs)
+        self.dropout = nnx.Dropout(dropout)
+        make = partial(
+            Block, width, num_heads, mlp_dim, norm=norm, window=window, qkv_bias=qkv_bias, dropout=dropout,
+            kernel_init=kernel_init, **kwargs,
+        )  # fmt: skip
+        rates = depth_rates(drop_path, depth)
+        self.blocks = nnx.List(
+            [make(mix, axes=2 if n < self.joins else 1, drop_path_rate=rates[n]) for n, mix in enumerate(mixes)]
+        )
+        self.norm = layer_norm(width, **kwargs) if norm == "pre" else nnx.data(None)
+        # dtype is left to promotion: bfloat16 features and float32 weights make float32 logits, as a loss wants them
+        self.head = nnx.Linear(width, num_classes, kernel_init=small_init, param_dtype=param_dtype, rngs=rngs)
+
+    def _make_tokens(self, class_token: bool, width: int, dtype: Any, rngs: nnx.Rngs):
+        """The parameters that are added to the patches, or stand beside them."""
+
+        def table(*shape):
+            return nnx.Param(small_init(rngs.params(), (*shape, width), dtype))
+
+        learned, first = self.position_kind == "learned", class_token and self.joins == 0
+        self.position = table(*self._grid(self.image_size)) if learned else nnx.data(None)
+        self.class_token = table() if class_token else nnx.data(None)
+        self.class_position = table() if learned and first else nnx.data(None)
+
+    def _grid(self, size: Sequence[int]) -> tuple[int, int]:
+        """The grid of the patches of an image of `size` (height, width)."""
+        if any(n < 1 or n % p for n, p in zip(size, self.patch_size, strict=True)):
+            raise ValueError(f"ViT: patch_size (={self.patch_size}) must divide the image's size, got {tuple(size)}")
+        rows, columns = (n // p for n, p in zip(size, self.patch_size, strict=True))
+        return rows, columns
+
+    def _tokens(self, images: Array) -> Float[Array, "*batch height width features"]:
+        """The patches, and where they stand."""
+        x = self.patches(images)
+        if self.position is not None:
+            return x + self.position[...].astype(x.dtype)
+        if self.position_kind == "sincos2d":
+            return x + jnp.asarray(sincos_2d(*x.shape[-3:]), x.dtype)
+        return x
+
+    def _join(self, x: Float[Array, "*batch height width features"]) -> Float[Array, "*batch tokens features"]:
+        """The class token, and then all others."""
+        assert self.class_token is not None
+        token = self.class_token[...]
+        token = token if self.class_position is None else token + self.class_position[...]
+        batch, features = x.shape[:-3], x.shape[-1]
+        first = jnp.broadcast_to(token.astype(x.dtype), (*batch, 1, features))
+        return jnp.concatenate([first, x.reshape(*batch, -1, features)], axis=-2)
+
+    def features(
+        self, images: Num[ArrayLike, "..."], *, sow_weights: bool = False, rngs: nnx.Rngs | None = None
+    ) -> Float[Array, "..."]:
+        """The last norm's output: a grid `[*batch, height, width, features]`, or with a class token a sequence
+        `[*batch, 1 + height · width, features]`."""
+        images = jnp.asarray(images)
+        self._check_images(images)
+        check_rngs("ViT", self.deterministic, rngs, drop_path=self.drop_path_rate, dropout=self.dropout_rate)
+        x = self._tokens(images)
+        for n, block in enumerate(self.blocks):
+            x = self._join(x) if n == self.joins else x
+            # what joins first is dropped with the rest, after the position
+            x = self.dropout(x, rngs=rngs) if n == 0 else x
+            x = run_block(block, x, sow_weights=sow_weights, rngs=rngs, remat=self.remat)
+        return x if self.norm is None else self.norm(x)
+
+    def __call__(
+        self, images: Num[ArrayLike, "..."], *, sow_weights: bool = False, rngs: nnx.Rngs | None = None
+    ) -> Float[Array, "*batch classes"]:
+        """Logits of `images` `[*batch, height, width, in_features]`.
+
+        Args:
+          images: of `image_size`; where the position is not learned, of any size that the patches divide.
+          sow_weights: stores the weights of each "global" and "local" layer for `nnx.capture`:
+            `logits, weights = nnx.capture(model, nnx.Intermediate)(images, sow_weights=True)`.
+          rngs: for `drop_path` and `dropout`, in training: `nnx.Rngs(dropout=key)`.
+        """
+        x = self.features(images, sow_weights=sow_weights, rngs=rngs)
+        if self.class_token is None:
+            return self.head(x.mean(axis=(-3, -2)))
+        return self.head(x[..., 0, :] if self.pool == "token" else x[..., 1:, :].mean(axis=-2))
+
+    def centers(self) -> Float[np.ndarray, "layers heads 2"]:
+        """Where the heads of each "quadratic" layer look, in tokens: rows and columns away from the query."""
+        return np.stack([np.asarray(layer.centre[...], np.float64) for layer in self._quadratic()])
+
+    def spreads(self) -> Float[np.ndarray, "layers heads 2 2"]:
+        """How widely they look: the covariance I / (2 α) of each head's Gaussian, for `plots.head_centers_on_grid`."""
+        alpha = np.stack([np.asarray(layer.alpha[...], np.float64) for layer in self._quadratic()])
+        return np.eye(2) / (2 * alpha[..., None, None])
+
+    def _quadratic(self) -> list[QuadraticAttention]:
+        layers = [block.mix.layer for block in self.blocks if isinstance(block.mix.layer, QuadraticAttention)]
+        if not layers:
+            raise ValueError("ViT: only heads of mix='quadratic' have centres, and no block of this network has any")
+        return layers
+
+    def _check_images(self, images: Array):
+        size = self.image_size if self.position_kind == "learned" else ("height", "width")
+        fits = images.ndim >= 3 and images.shape[-1] == self.in_features
+        if not fits or (self.position_kind == "learned" and images.shape[-3:-1] != self.image_size):
+            shape = f"[*batch, {size[0]}, {size[1]}, in_features (={self.in_features})]"
+            raise ValueError(f"ViT: images must be {shape}, got {images.shape}")
+        self._grid(images.shape[-3:-1])
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _joins(mixes: Sequence[str]) -> int:
+    """The first of the blocks that end the network in "global": from there on, no layer needs a grid."""
+    return max((n + 1 for n, mix in enumerate(mixes) if mix != "global"), default=0)
+
+
+def _check_sizes(**sizes: int):
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"ViT: {name} must be at least 1, got {size}")
+
+
+def _check_names(pool: str, position: str, norm: str, class_token: bool, width: int):
+    for name, value, allowed in (("pool", pool, POOLS), ("position", position, POSITIONS), ("norm", norm, NORMS)):
+        if value not in allowed:
+            raise ValueError(f"ViT: {name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    if pool == "token" and not class_token:
+        raise ValueError("ViT: pool='token' needs a class token, got class_token=False; pool='mean' needs none")
+    if position == "sincos2d" and width % 4:
+        raise ValueError(f"ViT: with position='sincos2d', 4 must divide width (={width})")
+
+
+def _check_mixes(mixes: Sequence[str], depth: int, class_token: bool, window: tuple[int, int], grid: tuple[int, int]):
+    if len(mixes) != depth:
+        raise ValueError(f"ViT: mix must be a string or one per block ({depth}), got {mixes!r}")
+    for mix in mixes:
+        if mix not in MIXES:
+            raise ValueError(f"ViT: mix must be one of {', '.join(map(repr, MIXES))}, got {mix!r}")
+    if class_token and mixes[-1] != "global":
+        raise ValueError(
+            f"ViT: a class token is not on the grid that mix={mixes[-1]!r} needs: give class_token=False (and "
+            "pool='mean'), or a mix that ends in 'global', where the token then joins"
+        )
+    if "local" in mixes and any(w > n for w, n in zip(window, grid, strict=True)):
+        raise ValueError(f"ViT: window (={window}) must fit in the grid of the patches, {grid}")
+
+
+def vit_ti(**kwargs: Any) -> ViT:
+    """ViT-Ti/16, for images of 224 × 224: 5,717,416 parameters with its defaults (Touvron et al. 2021, DeiT, arXiv
+    2012.12877)."""
+    return _vit16(192, 3, kwargs)
+
+
+def vit_s(**kwargs: Any) -> ViT:
+    """ViT-S/16, for images of 224 × 224: 22,050,664 parameters with its defaults (Touvron et al. 2021, DeiT, arXiv
+    2012.12877)."""
+    return _vit16(384, 6, kwargs)
+
+
+def vit_b(**kwargs: Any) -> ViT:
+    """ViT-B/16, for images of 224 × 224: 86,567,656 parameters with its defaults (Dosovitskiy et al. 2021, arXiv
+    2010.11929).
+
+    >>> import jax
+    >>> from flax import nnx
+    >>> model = nnx.eval_shape(lambda: vit_b(rngs=nnx.Rngs(0)))
+    >>> sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    86567656
+    """
+    return _vit16(768, 12, kwargs)
+
+
+def convit_ti(**kwargs: Any) -> ViT:
+    """ConViT-Ti, for images of 224 × 224: 5.7 M parameters (d'Ascoli et al. 2021, arXiv 2103.10697).
+
+    Ten blocks of "gpsa", which start as a convolution does, and two of "global", which the class token joins.
+    """
+    return _convit(4, kwargs)
+
+
+def convit_s(**kwargs: Any) -> ViT:
+    """ConViT-S, for images of 224 × 224: 27.8 M parameters (d'Ascoli et al. 2021, arXiv 2103.10697).
+
+    >>> from flax import nnx
+    >>> model = nnx.eval_shape(lambda: convit_s(rngs=nnx.Rngs(0)))
+    >>> model.joins  # blocks before the class token
+    10
+    """
+    return _convit(9, kwargs)
+
+
+def cordonnier(**kwargs: Any) -> ViT:
+    """The fully attentional network of Cordonnier, Loukas & Jaggi (2020, arXiv 1911.03584) for CIFAR-10, with quadratic
+    heads: 12.1 M parameters. Patches of 2 × 2 pixels, six blocks of nine heads with the norm after the sum, no position
+    but the heads' own, and the mean of all tokens.
+
+    Theirs also drops, at a rate of 0.1, attention weights and what the linear maps add to the sum.
+
+    >>> from flax import nnx
+    >>> model = cordonnier(width=8, depth=2, mlp_dim=8, rngs=nnx.Rngs(0))
+    >>> model.centers().shape  # layers, heads, row and column
+    (2, 9, 2)
+    """
+    sizes = {"image_size": 32, "patch_size": 2, "in_features": 3, "num_classes": 10}
+    layers = {"width": 400, "depth": 6, "num_heads": 9, "mlp_dim": 512, "mix": "quadratic", "norm": "post"}
+    ends = {"class_token": False, "position": "none", "kernel_init": torch_init}
+    return ViT(**{**sizes, **layers, **ends, **kwargs})
+
+
+def vit_tiny8(**kwargs: Any) -> ViT:
+    """For 8 × 8 digits: a token for each pixel, four blocks of width 64, windows of 3, and no class token, so that
+    every `mix` works."""
+    sizes = {"image_size": 8, "patch_size": 1, "in_features": 1, "num_classes": 10, "window": 3}
+    layers = {"width": 64, "depth": 4, "num_heads": 4, "mlp_dim": 128, "class_token": False}
+    return ViT(**{**sizes, **layers, **kwargs})
+
+
+def vit_small32(**kwargs: Any) -> ViT:
+    """For images of 28 (`image_size=28`) or 32 pixels: patches of 4 × 4, six blocks of width 128, windows of 3, and no
+    class token, so that every `mix` works."""
+    sizes = {"image_size": 32, "patch_size": 4, "in_features": 3, "num_classes": 10, "window": 3}
+    layers = {"width": 128, "depth": 6, "num_heads": 4, "mlp_dim": 256, "class_token": False}
+    return ViT(**{**sizes, **layers, **kwargs})
+
+
+def _vit16(width: int, num_heads: int, kwargs: dict[str, Any]) -> ViT:
+    sizes = {"image_size": 224, "patch_size": 16, "in_features": 3, "num_classes": 1000}
+    layers = {"width": width, "depth": 12, "num_heads": num_heads, "mlp_dim": 4 * width}
+    return ViT(**{**sizes, **layers, **kwargs})
+
+
+def _convit(num_heads: int, kwargs: dict[str, Any]) -> ViT:
+    mix = {"mix": ("gpsa",) * 10 + ("global",) * 2, "qkv_bias": False, "kernel_init": small_init}
+    return _vit16(48 * num_heads, num_heads, {**mix, **kwargs})

@@ -18,6 +18,7 @@ FLOOR = {
     "einsum": 3,
     "attention": 3,
     "zoo": 4,
+    "halo": 4,
     "measure": 4,
     "nn": 5,
     "equivalence": 6,

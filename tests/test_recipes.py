@@ -153,9 +153,9 @@ def test_clipping_shortens_long_gradients_only(gradients):
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_accumulation_is_one_update_by_the_mean(gradients, optimizer):
     config = Config(optimizer=optimizer, learning_rate=0.1, weight_decay=0.3, clip=0.5)
-    pairs = [
+    means = [
         {name: (a[name] + b[name]) / 2 for name in a} for a, b in zip(gradients[::2], gradients[1::2], strict=True)
     ]
     accumulated = updated(dataclasses.replace(config, accumulate=2), 8, gradients)
-    for name, weight in updated(config, 4, pairs).items():
+    for name, weight in updated(config, 4, means).items():
         np.testing.assert_allclose(accumulated[name], weight, rtol=1e-5)

@@ -9,8 +9,9 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from jaxtyping import Array, ArrayLike, Float, Num
 
-from jaxattn.attention import attention, merge_attentions
+from jaxattn.attention import merge_attentions
 from jaxattn.einsum import einsum
+from jaxattn.halo import shard_count, split_attention, split_pad
 from jaxattn.models.residual import check_rates, check_rngs, depth_rates, drop_path, run_block
 from jaxattn.nn.attention import Attention
 from jaxattn.nn.conv import Conv
@@ -22,10 +23,34 @@ EXPANSION = {"basic": 1, "bottleneck": 4}
 he_init = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
-def average_pool(x: Float[Array, "*batch height width channels"]) -> Float[Array, "*batch height2 width2 channels"]:
+def average_pool(
+    x: Float[Array, "*batch height width channels"], axis_name: str | None = None
+) -> Float[Array, "*batch height2 width2 channels"]:
     """2 × 2 means, stride 2; an odd edge has nothing beyond it to average with, and repeating it says so."""
     quarter = jnp.full((2, 2), 0.25, x.dtype)
+    if axis_name is not None:
+        x = split_pad(x, x.ndim - 3, axis_name, (0, 0), size=2, stride=2)
     return einsum("... 2*i+r 2*j+s c, r s -> ... i j c", x, quarter, padding="SAME", boundary="edge")
+
+
+def max_pool(
+    x: Float[Array, "*batch height width channels"],
+    size: tuple[int, int],
+    strides: tuple[int, int],
+    padding: Any,
+    axis_name: str | None = None,
+) -> Float[Array, "*batch height2 width2 channels"]:
+    """Maxima over windows; nothing stands outside the grid."""
+    if axis_name is None:
+        return nnx.max_pool(x, size, strides, padding)
+    height, width = x.shape[-3] * shard_count(axis_name), x.shape[-2]
+    if isinstance(padding, str):
+        padding = jax.lax.padtype_to_pads((height, width), size, strides, padding)
+    rows, columns = padding
+    # a window that leaves the grid holds the edge already: repeating that changes no maximum
+    x = split_pad(x, x.ndim - 3, axis_name, rows, size=size[0], stride=strides[0], boundary="edge")
+    pads: Any = ((0, 0), columns)
+    return nnx.max_pool(x, size, strides, pads)
 
 
 class AttentionStem(nnx.Module):
@@ -40,6 +65,7 @@ class AttentionStem(nnx.Module):
     """
 
     size = (4, 4)
+    axis_name: str | None = None
 
     def __init__(
         self,
@@ -84,10 +110,11 @@ class AttentionStem(nnx.Module):
         pads = [(k - 1 - k // 2, k // 2) for k in self.size]
         tables = jnp.pad(self.log_mixture(), [(0, 0), *pads]).astype(query.dtype)
         parts = [
-            attention(
+            split_attention(
                 query,
                 key,
                 values[..., m, :, :],
+                axis_name=self.axis_name,
                 window=self.window,
                 relative_bias=jnp.broadcast_to(table, (heads, *table.shape)),
                 return_residuals=True,
@@ -105,6 +132,8 @@ class Mixer(nnx.Module):
     projection, tokens beyond the border left out, and a 2 × 2 average pool where the convolution would have a stride.
     Their q·k has no 1/√head_dim; here it has, which is the same layer with W_K scaled, and starts with small scores.
     """
+
+    axis_name: str | None = None
 
     def __init__(
         self, in_features: int, features: int, stride: int, mix: str, *, window: int, num_heads: int, **kwargs: Any
@@ -128,7 +157,7 @@ class Mixer(nnx.Module):
 
     def __call__(self, x: Num[Array, "*batch height width channels"], *, sow_weights: bool = False):
         y = self.layer(x, sow_weights=sow_weights) if isinstance(self.layer, Attention) else self.layer(x)
-        return average_pool(y) if self.pool else y
+        return average_pool(y, self.axis_name) if self.pool else y
 
 
 class Block(nnx.Module):
@@ -138,6 +167,8 @@ class Block(nnx.Module):
     "basic": two mixers. "bottleneck": 1 × 1, mixer, 1 × 1 to four times the features. The stride is the (first)
     mixer's (v1.5, as torchvision), and the shortcut is a 1 × 1 projection where the shape changes.
     """
+
+    axis_name: str | None = None
 
     def __init__(
         self,
@@ -242,6 +273,8 @@ class ResNet(nnx.Module):
     (2, 10)
     """
 
+    axis_name: str | None = None
+
     def __init__(
         self,
         stage_sizes: Sequence[int],
@@ -272,7 +305,7 @@ class ResNet(nnx.Module):
             _one_of("mix", each, MIXES)
         check_rates("ResNet", drop_path=drop_path)
         self.in_features = in_features
-        self.drop_path_rate, self.deterministic, self.remat = drop_path, False, remat
+        self.remat = remat
         rates = iter(depth_rates(drop_path, sum(stage_sizes)))
         kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.stem, self.stem_pool = _stem(stem, stem_mix, in_features, width, num_heads, **kwargs)
@@ -308,9 +341,9 @@ class ResNet(nnx.Module):
             raise ValueError(
                 f"ResNet: images must be [*batch, height, width, in_features (={self.in_features})], got {images.shape}"
             )
-        check_rngs("ResNet", self.deterministic, rngs, drop_path=self.drop_path_rate)
+        check_rngs("ResNet", rngs, drop_path=self.blocks[-1].drop_path)
         x = jax.nn.relu(self.stem_norm(self.stem(images)))
-        x = x if self.stem_pool is None else nnx.max_pool(x, *self.stem_pool)
+        x = x if self.stem_pool is None else max_pool(x, *self.stem_pool, axis_name=self.axis_name)
         for block in self.blocks:
             x = run_block(block, x, sow_weights=sow_weights, rngs=rngs, remat=self.remat)
         return x
@@ -323,7 +356,8 @@ class ResNet(nnx.Module):
         With `sow_weights`, each attention's weights are stored for `nnx.capture`:
         `logits, weights = nnx.capture(model, nnx.Intermediate)(images, sow_weights=True)`. `rngs` is for `drop_path`.
         """
-        return self.head(self.features(images, sow_weights=sow_weights, rngs=rngs).mean(axis=(-3, -2)))
+        x = self.features(images, sow_weights=sow_weights, rngs=rngs).mean(axis=(-3, -2))
+        return self.head(x if self.axis_name is None else jax.lax.pmean(x, self.axis_name))
 
 
 def _stem(

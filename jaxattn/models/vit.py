@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Num
 
+from jaxattn.halo import shard_count
 from jaxattn.models.residual import check_rates, check_rngs, depth_rates, drop_path, run_block
 from jaxattn.nn.attention import Attention
 from jaxattn.nn.conv import Conv
@@ -49,6 +50,8 @@ class Mixer(nnx.Module):
     matrix, and a linear map after it (Cordonnier, Loukas & Jaggi 2020, arXiv 1911.03584, as in their code).
     """
 
+    axis_name: str | None = None
+
     def __init__(
         self,
         width: int,
@@ -79,16 +82,16 @@ class Mixer(nnx.Module):
     def __call__(self, x: Float[Array, "*batch width"], *, axes: int, sow_weights: bool = False):
         """`axes`: how many axes of tokens x has."""
         tokens = x.reshape(*x.shape[: -1 - axes], -1, x.shape[-1]) if self.flat else x
-        if isinstance(self.layer, Attention):
-            y = self.layer(tokens, sow_weights=sow_weights)
-        else:  # these have no weights to show
-            y = self.layer(tokens)
-        y = y.reshape(x.shape)
+        # the others have no weights to show
+        shown = partial(self.layer, sow_weights=sow_weights) if isinstance(self.layer, Attention) else self.layer
+        y = shown(tokens).reshape(x.shape)
         return y if self.out is None else self.out(y)
 
 
 class MLP(nnx.Module):
     """W₂ gelu(W₁ x + b₁) + b₂, with gelu by erf, and dropout after each linear map."""
+
+    axis_name: str | None = None
 
     def __init__(self, width: int, hidden: int, *, dropout: float, **kwargs: Any):
         self.first, self.second = nnx.Linear(width, hidden, **kwargs), nnx.Linear(hidden, width, **kwargs)
@@ -104,6 +107,8 @@ class Block(nnx.Module):
 
     `axes` of tokens come in: 2 for a grid, 1 for a sequence.
     """
+
+    axis_name: str | None = None
 
     def __init__(
         self,
@@ -192,6 +197,8 @@ class ViT(nnx.Module):
     (2, 10)
     """
 
+    axis_name: str | None = None
+
     def __init__(
         self,
         *,
@@ -221,7 +228,7 @@ class ViT(nnx.Module):
         self.image_size, self.patch_size, window = (_pair(size) for size in (image_size, patch_size, window))
         self.in_features, self.position_kind = in_features, position
         self.pool = ("token" if class_token else "mean") if pool is None else pool
-        self.drop_path_rate, self.dropout_rate, self.deterministic, self.remat = drop_path, dropout, False, remat
+        self.remat = remat
         mixes = (mix,) * depth if isinstance(mix, str) else tuple(mix)
         _check_sizes(width=width, depth=depth, num_heads=num_heads, mlp_dim=mlp_dim, num_classes=num_classes)
         check_rates("ViT", drop_path=drop_path, dropout=dropout)
@@ -266,11 +273,16 @@ class ViT(nnx.Module):
     def _tokens(self, images: Array) -> Float[Array, "*batch height width features"]:
         """The patches, and where they stand."""
         x = self.patches(images)
+        rows, columns, features = x.shape[-3:]
         if self.position is not None:
-            return x + self.position[...].astype(x.dtype)
-        if self.position_kind == "sincos2d":
-            return x + jnp.asarray(sincos_2d(*x.shape[-3:]), x.dtype)
-        return x
+            position = self.position[...].astype(x.dtype)
+        elif self.position_kind == "sincos2d":
+            position = jnp.asarray(sincos_2d(rows * shard_count(self.axis_name), columns, features), x.dtype)
+        else:
+            return x
+        if self.axis_name is not None:
+            position = jax.lax.dynamic_slice_in_dim(position, jax.lax.axis_index(self.axis_name) * rows, rows)
+        return x + position
 
     def _join(self, x: Float[Array, "*batch height width features"]) -> Float[Array, "*batch tokens features"]:
         """The class token, and then all others."""
@@ -288,7 +300,12 @@ class ViT(nnx.Module):
         `[*batch, 1 + height · width, features]`."""
         images = jnp.asarray(images)
         self._check_images(images)
-        check_rngs("ViT", self.deterministic, rngs, drop_path=self.drop_path_rate, dropout=self.dropout_rate)
+        if self.axis_name is not None and self.class_token is not None:
+            raise ValueError(
+                f"ViT: a class token is on no shard of a grid that is split over {self.axis_name!r}: give "
+                "class_token=False, or leave the grid whole"
+            )
+        check_rngs("ViT", rngs, drop_path=self.blocks[-1].drop_path, dropout=self.dropout)
         x = self._tokens(images)
         for n, block in enumerate(self.blocks):
             x = self._join(x) if n == self.joins else x
@@ -310,7 +327,8 @@ class ViT(nnx.Module):
         """
         x = self.features(images, sow_weights=sow_weights, rngs=rngs)
         if self.class_token is None:
-            return self.head(x.mean(axis=(-3, -2)))
+            x = x.mean(axis=(-3, -2))
+            return self.head(x if self.axis_name is None else jax.lax.pmean(x, self.axis_name))
         return self.head(x[..., 0, :] if self.pool == "token" else x[..., 1:, :].mean(axis=-2))
 
     def centers(self) -> Float[np.ndarray, "layers heads 2"]:
@@ -331,10 +349,11 @@ class ViT(nnx.Module):
     def _check_images(self, images: Array):
         size = self.image_size if self.position_kind == "learned" else ("height", "width")
         fits = images.ndim >= 3 and images.shape[-1] == self.in_features
-        if not fits or (self.position_kind == "learned" and images.shape[-3:-1] != self.image_size):
+        whole = (images.shape[-3] * shard_count(self.axis_name), images.shape[-2]) if fits else ()
+        if not fits or (self.position_kind == "learned" and whole != self.image_size):
             shape = f"[*batch, {size[0]}, {size[1]}, in_features (={self.in_features})]"
             raise ValueError(f"ViT: images must be {shape}, got {images.shape}")
-        self._grid(images.shape[-3:-1])
+        self._grid(whole)
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -440,9 +459,9 @@ def cordonnier(**kwargs: Any) -> ViT:
 
 
 def vit_tiny8(**kwargs: Any) -> ViT:
-    """For 8 × 8 digits: a token for each pixel, four blocks of width 64, windows of 3, and no class token, so that
-    every `mix` works."""
-    sizes = {"image_size": 8, "patch_size": 1, "in_features": 1, "num_classes": 10, "window": 3}
+    """For 8 × 8 digits: patches of 2 × 2, four blocks of width 64, windows of 3, and no class token, so that every
+    `mix` works."""
+    sizes = {"image_size": 8, "patch_size": 2, "in_features": 1, "num_classes": 10, "window": 3}
     layers = {"width": 64, "depth": 4, "num_heads": 4, "mlp_dim": 128, "class_token": False}
     return ViT(**{**sizes, **layers, **kwargs})
 

@@ -11,6 +11,7 @@ from flax.nnx.nn import dtypes
 from jaxtyping import Array, ArrayLike, Float, Num, Shaped
 
 from jaxattn.attention import attention
+from jaxattn.halo import shard_count, split_attention
 from jaxattn.normalize import NORMALIZERS
 from jaxattn.position import spread
 from jaxattn.window import Window
@@ -64,6 +65,8 @@ class Attention(nnx.Module):
       implementation: as `jaxattn.attention`.
       rngs: `nnx.Rngs`; `params` is used, and `dropout` if there is any.
       keep_rngs: False leaves no random stream in the module; each call that drops must bring its own.
+      axis_name: the mesh axis, inside `jax.shard_map`, over which the grid's first axis is split, as in
+        `jaxattn.halo.split_attention`; None where it is whole. Weights that drop or are shown need it whole.
 
     Raises:
       ValueError: an argument out of its range, or an input whose shape does not fit, by name.
@@ -108,7 +111,9 @@ class Attention(nnx.Module):
         implementation: str | None = None,
         rngs: nnx.Rngs,
         keep_rngs: bool = True,
+        axis_name: str | None = None,
     ):
+        self.axis_name = axis_name
         self.num_heads = num_heads
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.in_features = in_features
@@ -184,13 +189,15 @@ class Attention(nnx.Module):
         query, key, value = self._project(inputs_q, inputs_k, inputs_v)
         terms = self._terms(query.dtype, mask, bias, segment_ids)
         if sow_weights:
+            self._check_whole("sow_weights")
             self.sow(nnx.Intermediate, "attention_weights", _weights(query, key, terms))
         dropout_key = self._dropout_key(deterministic, rngs)
-        y = attention(
+        y = split_attention(
             query,
             key,
             value,
             **terms,
+            axis_name=self.axis_name,
             dropout_rate=0.0 if dropout_key is None else self.dropout_rate,
             dropout_key=dropout_key,
             precision=self.precision,
@@ -211,6 +218,7 @@ class Attention(nnx.Module):
 
         The slots are the window's, row-major (`Window.indices` says which token each is); without a window, all tokens.
         """
+        self._check_whole("weights")
         query, key, _ = self._project(inputs_q, inputs_k, None)
         return _weights(query, key, self._terms(query.dtype, mask, bias, segment_ids))
 
@@ -222,6 +230,10 @@ class Attention(nnx.Module):
         """
         if deterministic is not None:
             self.deterministic = deterministic
+
+    def _check_whole(self, what: str):
+        if self.axis_name is not None:
+            raise ValueError(f"Attention: {what} needs the whole grid, and it is split over {self.axis_name!r}")
 
     def _project(self, inputs_q, inputs_k, inputs_v):
         if inputs_k is None and inputs_v is not None:
@@ -246,7 +258,9 @@ class Attention(nnx.Module):
         if self.window is None or jnp.ndim(x) < rank + 1:
             return x
         x = jnp.asarray(x)
-        grid = self.window.query_grid(x.shape[-1 - rank : -1])
+        first, *others = x.shape[-1 - rank : -1]
+        queries, *grid = self.window.query_grid((first * shard_count(self.axis_name), *others))
+        grid = (queries // shard_count(self.axis_name), *grid)
         steps = (slice(0, n * s, s) for n, s in zip(grid, np.atleast_1d(self.window.stride), strict=True))
         return x[(..., *steps, slice(None))]
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, ArrayLike, Float, Num
 
 from jaxattn import zoo
 from jaxattn.einsum import einsum
+from jaxattn.halo import shard_count, split_pad
 
 default_kernel_init = nnx.initializers.lecun_normal()
 default_bias_init = nnx.initializers.zeros_init()
@@ -54,6 +55,8 @@ class Conv(nnx.Module):
       kernel_metadata: metadata of the `kernel` parameter, such as its sharding.
       bias_metadata: metadata of the `bias` parameter.
       implementation: `einsum`'s.
+      axis_name: the mesh axis, inside `jax.shard_map`, over which the first spatial axis is split; None where it is
+        whole. The result is a shard of what the whole input gives, exactly, its neighbours' tokens being exchanged.
 
     Raises:
       ValueError: an argument out of its range, or an input whose shape does not fit, by name.
@@ -98,7 +101,9 @@ class Conv(nnx.Module):
         kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
         implementation: str | None = None,
+        axis_name: str | None = None,
     ):
+        self.axis_name = axis_name
         self.kernel_size = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
         rank, groups = len(self.kernel_size), feature_group_count
         self.in_features, self.out_features, self.feature_group_count = in_features, out_features, groups
@@ -155,6 +160,8 @@ class Conv(nnx.Module):
             dilated = [f"{d}*{axis}" for d, axis in zip(self.input_dilation, axes, strict=True)]
             x = einsum(f"... {' '.join(axes)} c -> ... {' '.join(dilated)} c", x)
         pads, boundary = self._pads(x.shape[-1 - rank : -1])
+        if self.axis_name is not None:
+            x, pads = self._with_neighbours(x, self.axis_name)
         y = zoo.conv(
             x,
             kernel,
@@ -169,6 +176,19 @@ class Conv(nnx.Module):
         )
         y = y if bias is None else y + bias
         return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
+
+    def _with_neighbours(self, x: Array, axis_name: str) -> tuple[Array, Any]:
+        """A shard's input with what it sees of its neighbours', and the pads of the axes that are whole."""
+        if any(d != 1 for d in self.input_dilation):
+            raise ValueError(
+                f"Conv: input_dilation (={self.input_dilation}) must be 1 where axis_name (={axis_name!r}) is given"
+            )
+        axis = x.ndim - 1 - len(self.kernel_size)
+        pads, boundary = self._pads((x.shape[axis] * shard_count(axis_name), *x.shape[axis + 1 : -1]))
+        size, stride, dilation = self.kernel_size[0], self.strides[0], self.kernel_dilation[0]
+        geometry = {"size": size, "stride": stride, "dilation": dilation}
+        x = split_pad(x, axis, axis_name, pads[0], **geometry, boundary=boundary)
+        return x, [(0, 0), *pads[1:]]
 
     def _pads(self, spatial: tuple[int, ...]) -> tuple[Any, str]:
         """The (low, high) pads of each axis of the input, and what they are filled with."""

@@ -3,6 +3,7 @@
 Everything is a pure function of a key, so that a run that is resumed sees the same changes again.
 """
 
+import functools
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -87,15 +88,15 @@ def augment(
     if config.shift:
         images = jax.vmap(shifted, (0, 0, None))(keys[0], images, config.shift)
     if config.flip:
-        images = jax.vmap(dm_pix.random_flip_left_right)(keys[1], images)
+        images = jnp.asarray(jax.vmap(dm_pix.random_flip_left_right)(keys[1], images))
     if config.cutout:
         images = jax.vmap(cutout, (0, 0, None))(keys[2], images, config.cutout)
     if config.erasing:
         images = jax.vmap(erased, (0, 0, None))(keys[3], images, config.erasing)
     if config.mixup or config.cutmix:
         others = jnp.roll(images, -1, 0), jnp.roll(targets, -1, 0)  # the batch is in random order already
-        both = lambda *pair: mixed(*pair, config.mixup, config.cutmix)
-        images, targets = jax.vmap(both)(keys[4], images, targets, *others)
+        mix = functools.partial(mixed, mixup_alpha=config.mixup, cutmix_alpha=config.cutmix)
+        images, targets = jax.vmap(mix)(keys[4], images, targets, *others)
     return images, targets
 
 
@@ -103,7 +104,7 @@ def shifted(key: Key[Array, ""], image: Float[Array, "height width channels"], s
     """One of the (2 shift + 1)² windows of the image padded by its edge."""
     height, width, _ = image.shape
     padded = dm_pix.pad_to_size(image, height + 2 * shift, width + 2 * shift, mode="edge")
-    return dm_pix.random_crop(key, padded, image.shape)
+    return jnp.asarray(dm_pix.random_crop(key, padded, image.shape))
 
 
 def cutout(key: Key[Array, ""], image: Float[Array, "height width channels"], side: int) -> Array:
@@ -135,31 +136,26 @@ def mixed(
     cutmix_alpha: float,
 ) -> tuple[Array, Array]:
     """Mixup, or cutmix, or one of the two by the toss of a coin: what has an alpha of 0 is off."""
-    coin, draw = jax.random.split(key)
-    if not cutmix_alpha:
-        result, share = mixup(draw, image, other, mixup_alpha)
-    elif not mixup_alpha:
-        result, share = cutmix(draw, image, other, cutmix_alpha)
-    else:
-        pairs = mixup(draw, image, other, mixup_alpha), cutmix(draw, image, other, cutmix_alpha)
-        result, share = jax.tree.map(lambda a, b: jnp.where(jax.random.bernoulli(coin), a, b), *pairs)
-    share = share.astype(target.dtype)
-    return result, share * target + (1 - share) * other_target
+    coin, draw, place = jax.random.split(key, 3)
+    blend = jax.random.bernoulli(coin, 0.5 if mixup_alpha and cutmix_alpha else float(mixup_alpha > 0))
+    alpha = jnp.where(blend, jnp.float32(mixup_alpha), jnp.float32(cutmix_alpha))
+    share = jax.random.beta(draw, alpha, alpha, dtype=jnp.float32)  # λ, of the image itself
+    blended = (share * image + (1 - share) * other).astype(image.dtype)
+    pasted, left = cutmix(place, image, other, share)
+    share = jnp.where(blend, share, left).astype(target.dtype)
+    return jnp.where(blend, blended, pasted), share * target + (1 - share) * other_target
 
 
-def mixup(key: Key[Array, ""], image: Array, other: Array, alpha: float) -> tuple[Array, Array]:
-    """λ · image + (1 - λ) · other, and λ."""
-    share = jax.random.beta(key, alpha, alpha, dtype=jnp.float32).astype(image.dtype)
-    return share * image + (1 - share) * other, share.astype(jnp.float32)
-
-
-def cutmix(key: Key[Array, ""], image: Array, other: Array, alpha: float) -> tuple[Array, Array]:
-    """The image with a rectangle of the other, (1 - λ) of the area before it is cut at the border; the share left."""
-    draw, place = jax.random.split(key)
+def cutmix(
+    key: Key[Array, ""],
+    image: Float[Array, "height width channels"],
+    other: Float[Array, "height width channels"],
+    share: Float[Array, ""],
+) -> tuple[Array, Array]:
+    """The image with a rectangle of the other, of 1 - share of the area until the border cuts it; the share left."""
     grid = jnp.array(image.shape[:2])
-    share = jax.random.beta(draw, alpha, alpha, dtype=jnp.float32)
     sides = jnp.round(grid * jnp.sqrt(1 - share)).astype(int)
-    chosen = inside(image, jax.random.randint(place, (2,), 0, grid) - sides // 2, sides)
+    chosen = inside(image, jax.random.randint(key, (2,), 0, grid) - sides // 2, sides)
     return jnp.where(chosen, other, image), 1 - chosen.mean(dtype=jnp.float32)
 
 

@@ -24,7 +24,7 @@ SWITCHES = ("flip", "remat", "skip_bad")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything that decides what is trained; `jaxattn train --help` shows it. The defaults are the recipe `digits`."""
+    """Everything that decides what is trained, and the flags of `jaxattn train`. The defaults are recipe "digits"."""
 
     recipe: RecipeName = "digits"
     """What the other fields default to. Chosen by the data where it is not given."""

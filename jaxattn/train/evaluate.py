@@ -11,10 +11,9 @@ from jaxattn.train.augment import normalise
 from jaxattn.train.data import Dataset, Source
 
 
-def make_predict(graph: nnx.GraphDef, data: Dataset) -> jax.stages.Wrapped:
-    """The jitted forward pass: (weights, rest, images [batch, *grid, channels] as `data` has them) -> classes [batch]."""
+def make_predict(graph: nnx.GraphDef, data: Dataset) -> Callable:
+    """The forward pass: (weights, rest, images [batch, *grid, channels] as `data` has them) -> classes [batch]."""
 
-    @jax.jit
     def predict(weights, rest, images):
         return nnx.merge(graph, weights, rest)(normalise(images, data.mean, data.std)).argmax(-1)
 
@@ -35,7 +34,7 @@ def evaluate(model: nnx.Module, data: Dataset, source: Source) -> int:
     """How many images of one part of the data the trained network classifies rightly."""
     model.eval()
     graph, weights, rest = nnx.split(model, nnx.Param, ...)
-    return count_correct(functools.partial(make_predict(graph, data), weights, rest), source)
+    return count_correct(functools.partial(jax.jit(make_predict(graph, data)), weights, rest), source)
 
 
 def count_parameters(model: nnx.Module) -> int:
@@ -48,7 +47,7 @@ def flops_per_image(model: nnx.Module, data: Dataset) -> float:
     model.eval()
     graph, weights, rest = nnx.split(model, nnx.Param, ...)
     image, _ = data.test.fetch(np.arange(1))
-    compiled = make_predict(graph, data).lower(weights, rest, image).compile()
+    compiled = jax.jit(make_predict(graph, data)).lower(weights, rest, image).compile()
     return float((compiled.cost_analysis() or {}).get("flops", np.nan))  # not every backend counts
 
 

@@ -13,23 +13,25 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from jaxattn.train.build import build
 from jaxattn.train.checkpoint import Checkpoints
 from jaxattn.train.config import Config
 from jaxattn.train.data import Dataset, batches
-from jaxattn.train.evaluate import count_correct, make_predict
+from jaxattn.train.evaluate import count_correct
 from jaxattn.train.extras import needs_extra
 from jaxattn.train.log import Log
 from jaxattn.train.meter import Diverged, Meter
-from jaxattn.train.optimizer import make_optimizer, schedule
+from jaxattn.train.optimizer import schedule
 from jaxattn.train.peak import peak_flops
-from jaxattn.train.step import init_state, jit_step, make_loss, make_step
+from jaxattn.train.program import assemble
 
 with needs_extra("train"):
     from tqdm import tqdm
 
 LINE = 50  # steps a line of steps.jsonl
+BAR = ("loss", "accuracy", "images_per_second", "of_peak")  # what the progress bar shows of one
 
 
 class Trained(NamedTuple):
@@ -44,7 +46,15 @@ class Stopped(Exception):
     """The system asked the process to end (SIGTERM), and all is saved."""
 
 
-def train(config: Config, data: Dataset, folder: Path, *, resume: bool = False, checkpoint_every: int = 0) -> Trained:
+def train(
+    config: Config,
+    data: Dataset,
+    folder: Path,
+    *,
+    resume: bool = False,
+    checkpoint_every: int = 0,
+    mesh: Mesh | None = None,
+) -> Trained:
     """Trains one network, with its log and its checkpoints in `folder`.
 
     Args:
@@ -54,25 +64,21 @@ def train(config: Config, data: Dataset, folder: Path, *, resume: bool = False, 
         `checkpoints/`.
       resume: go on from the newest checkpoint in `folder`, where there is one, exactly as if there had been no break.
       checkpoint_every: save after so many steps, beside the end of every epoch; 0 for the epochs alone.
+      mesh: of `make_mesh`, over which batch, weights and grid are split; None for one device. A run may go on with
+        another mesh than it began with.
 
     Raises:
       ValueError: a setting that does not fit the data, or a checkpoint that does not fit the settings.
       Diverged: the loss became NaN or senseless; it names the step, its images and the last good checkpoint.
       Stopped: the process got SIGTERM; the state is saved.
     """
-    stream = batches(data.train, config.batch_size, seed=config.seed)
+    process = jax.process_index(), jax.process_count()
+    stream = batches(data.train, config.batch_size, seed=config.seed, process=process)
     steps = len(data.train) // config.batch_size  # in an epoch
     total = config.epochs * steps
     rate = schedule(config, total // config.accumulate)
-    model = build(config, data.image_shape, len(data.class_names))
-    optimizer = make_optimizer(config, total)
-
-    # Split once into structure, weights and the rest (BatchNorm's statistics): a step is a pure function of arrays.
-    model.eval()
-    predict = make_predict(nnx.graphdef(model), data)
-    model.train()
-    advance = jit_step(make_step(config, data, make_loss(nnx.graphdef(model), config), optimizer))
-    state = init_state(config, model, optimizer)
+    program = assemble(config, data, total, mesh)
+    state = program.init()
 
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(folder))
@@ -89,15 +95,16 @@ def train(config: Config, data: Dataset, folder: Path, *, resume: bool = False, 
 
         # compiled before the clock starts, so that images per second measures training alone
         start = time.perf_counter()
-        images, labels = data.train.fetch(np.arange(config.batch_size))
-        compiled = advance.lower(state, {"image": images, "label": labels}).compile()
+        rows = np.arange(config.batch_size // jax.process_count())
+        images, labels = data.train.fetch(rows)
+        compiled = program.step.lower(state, program.place({"image": images, "label": labels})).compile()
         flops, peak = (compiled.cost_analysis() or {}).get("flops", math.nan), peak_flops(config.dtype)
         bar.set_description(config.mix)
 
         line = epoch = (done, time.perf_counter())  # since when the speed is measured
         for step in range(done + 1, total + 1):
             batch = next(stream)
-            state, metrics = compiled(state, {"image": batch["image"], "label": batch["label"]})
+            state, metrics = compiled(state, program.place(batch))
             try:
                 meter.add(step, batch["index"], metrics)
                 line_ends, epoch_ends = step % LINE == 0 or step == total, step % steps == 0
@@ -115,15 +122,14 @@ def train(config: Config, data: Dataset, folder: Path, *, resume: bool = False, 
                 speed, line = _speed(line, step), (step, time.perf_counter())
                 means = meter.line() | {"images_per_second": speed * config.batch_size, "of_peak": speed * flops / peak}
                 log.steps({"step": step, **means, "learning_rate": float(rate(step // config.accumulate))})
-                bar.set_postfix(
-                    {name: f"{means[name]:.3g}" for name in ("loss", "accuracy", "images_per_second", "of_peak")}
-                )
+                bar.set_postfix({name: f"{means[name]:.3g}" for name in BAR})
 
             validation = None
             if epoch_ends:
                 speed = _speed(epoch, step)
                 weights = state.weights if state.average is None else state.average
-                correct = count_correct(functools.partial(predict, weights, state.rest), data.validation)
+                predict = functools.partial(program.predict, weights, state.rest)
+                correct = count_correct(predict, data.validation, config.batch_size)
                 validation = correct / len(data.validation)
                 log.epoch(
                     {
@@ -145,7 +151,8 @@ def train(config: Config, data: Dataset, folder: Path, *, resume: bool = False, 
                     checkpoints.wait()
                     raise Stopped(f"stopped at step {step} of {total}, and saved: go on with --resume")
 
-        nnx.update(model, state.weights if state.average is None else state.average, state.rest)
+        model = build(config, data.image_shape, len(data.class_names))
+        nnx.update(model, *program.gather((state.weights if state.average is None else state.average, state.rest)))
         model.eval()
         return Trained(model, log.epochs, before + time.perf_counter() - start)
 

@@ -54,7 +54,7 @@ def check_out(out: Path, config: Config, *, resume: bool = False, overwrite: boo
 def start_run(out: Path, config: Config, *, resume: bool = False, overwrite: bool = False):
     """Makes the folder of a run, or finds the one that is to go on.
 
-    A run that is replaced is moved to `NAME.replaced` beside it, and goes when `end_run` says that the new one is whole.
+    A run that is replaced is moved to `NAME.replaced` beside it, and removed when `end_run` ends the new one.
 
     Raises:
       ValueError: as `check_out`, or `out` cannot be written to.

@@ -1,6 +1,5 @@
 """One step of training, as a pure function of arrays."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -81,8 +80,3 @@ def make_step(
         return State(state.step + 1, weights, rest, moments, average), metrics
 
     return step
-
-
-def jit_step(step: Callable, **kwargs) -> jax.stages.Wrapped:
-    """The step compiled in place: the new state takes the memory of the old one."""
-    return functools.partial(jax.jit, donate_argnums=0)(step, **kwargs)

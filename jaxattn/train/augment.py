@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key, Num, Real
 
 from jaxattn.train.extras import needs_extra
@@ -35,7 +36,9 @@ class Augmentation(Protocol):
 
 
 def normalise(
-    images: Num[Array, "batch height width channels"], mean: Real[Array, "channels"], std: Real[Array, "channels"]
+    images: Num[Array, "batch height width channels"],
+    mean: Real[Array | np.ndarray, "channels"],
+    std: Real[Array | np.ndarray, "channels"],
 ) -> Float[Array, "batch height width channels"]:
     """(images - mean) / std in float32, where uint8 images count in 255ths.
 

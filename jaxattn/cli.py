@@ -1,12 +1,12 @@
 """Convolution, attention, and everything between: train a network, evaluate a run, measure the speed."""
 
+import argparse
 import dataclasses
-import json
+import logging
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from flax import nnx
@@ -15,101 +15,143 @@ from jaxattn import plots
 from jaxattn.bench.run import run as run_benchmark
 from jaxattn.measure import attention_maps, mean_by_offset
 from jaxattn.models.resnet import Mixer
+from jaxattn.models.vit import ViT
 from jaxattn.nn.conv import Conv
+from jaxattn.nn.quadratic import QuadraticAttention
 from jaxattn.train import evaluate, loop
-from jaxattn.train.checkpoint import load_checkpoint, save_checkpoint
-from jaxattn.train.config import Config
+from jaxattn.train.augment import normalise
+from jaxattn.train.build import build
+from jaxattn.train.checkpoint import load_weights
+from jaxattn.train.config import Config, Options
 from jaxattn.train.data import Dataset, load
 from jaxattn.train.extras import InputError, needs_extra
+from jaxattn.train.recipes import recipe
 from jaxattn.train.report import MIXERS, write_report
-from jaxattn.train.run import default_folder, new_run, read_config, write_config, write_json
+from jaxattn.train.run import (
+    check_out,
+    default_folder,
+    end_run,
+    is_whole,
+    read_config,
+    read_epochs,
+    read_results,
+    start_run,
+)
+from jaxattn.train.sharding import check_batch, make_mesh
 
 with needs_extra("train"):
     import tyro
     from tyro.conf import OmitArgPrefixes, Positional
 
 
-class Trained(NamedTuple):
-    """What a report says of one run."""
-
-    epochs: list[dict]
-    results: dict[str, Any]
-    figures: dict[str, Any]
-
-
 def main(arguments: Sequence[str] | None = None):
     """Runs the command that `arguments` give, by default the process's own."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax shows the traceback of what is reported below
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"train": train, "eval": eval_run, "bench": bench}, prog="jaxattn", description=__doc__, args=arguments
+            {"train": train_command(arguments), "eval": eval_run, "bench": bench},
+            prog="jaxattn",
+            description=__doc__,
+            args=arguments,
         )
+    except loop.Stopped as stopped:
+        print(f"jaxattn: {stopped}")
     except InputError as error:
         sys.exit(f"jaxattn: {error}")
     except KeyboardInterrupt:
         sys.exit("jaxattn: interrupted")
 
 
-def train(config: OmitArgPrefixes[Config], out: Path | None = None, overwrite: bool = False):
-    """Train a network; with no arguments, a small one twice, by convolution and by local attention, with a report.
+def train_command(arguments: Sequence[str]) -> Callable:
+    """`train`, whose settings default to the recipe that the arguments name, or to the run that is to go on."""
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("recipe", "data", "out"):
+        peek.add_argument(f"--{name}")
+    peek.add_argument("--resume", action="store_true")
+    given, _ = peek.parse_known_args(arguments)
+    goes_on = given.resume and given.out and (Path(given.out) / "config.json").is_file()
+    default = read_config(Path(given.out)) if goes_on else recipe(given.recipe, given.data)
 
-    Args:
-      config: what is trained.
-      out: the folder of the run; by default one under runs/, named after data, network, mix and seed.
-      overwrite: replace the run that `out` holds.
-    """
+    def train(config: OmitArgPrefixes[Config] = default, options: OmitArgPrefixes[Options] = Options()):  # noqa: B008
+        """Train a network; with no arguments, a small one twice, by convolution and by attention, with a report."""
+        train_run(config, options)
+
+    return train
+
+
+def train_run(config: Config, options: Options):
+    """Trains what `config` says, as `options` say."""
     config.check()
-    out = out or default_folder(config)
-    with new_run(out, overwrite) as folder:
-        data = load(config.data, config.seed)
-        if config.mix == "both":
-            train_both(config, data, folder)
-        else:
-            train_one(config, data, folder)
-    print(f"report: {out / 'report.html'}" if config.mix == "both" else f"run: {out}")
+    options.check()
+    out, resume = options.out or default_folder(config), options.resume
+    mesh = None if options.mesh is None else make_mesh(options.mesh)
+    check_out(out, config, resume=resume, overwrite=options.overwrite)
+    data = load(config.data, config.seed, config.skip_bad)
+    if mesh is not None:
+        check_batch(mesh, config.batch_size, data.image_shape)
+    start_run(out, config, resume=resume, overwrite=options.overwrite)
+    for image in data.skipped:
+        print(f"left out: {image}", file=sys.stderr)
+    how = {"resume": resume, "checkpoint_every": options.checkpoint_every, "mesh": mesh}
+    if config.mix == "both":
+        for mix in MIXERS:
+            one = dataclasses.replace(config, mix=mix)
+            start_run(out / mix, one, resume=resume)
+            train_one(one, data, out / mix, **how)
+        report(config, data, out)
+        print(f"report: {out / 'report.html'}")
+    else:
+        train_one(config, data, out, **how)
+        draw(config, data, out)
+        print(f"run: {out}")
 
 
-def train_one(config: Config, data: Dataset, folder: Path) -> Trained:
-    """Trains one network and writes its run into `folder`."""
-    folder.mkdir(exist_ok=True)
-    write_config(config, folder)
-    start, epochs = time.perf_counter(), []
-    with open(folder / "metrics.jsonl", "w") as lines:
-
-        def log(epoch: dict):
-            epochs.append(epoch)
-            lines.write(json.dumps(epoch) + "\n")
-            lines.flush()
-
-        model = loop.train(config, data, log)
-    seconds = time.perf_counter() - start
-    correct, total = evaluate.evaluate(model, data.test_images, data.test_labels), len(data.test_labels)
-    print(accuracy_line(config.mix, correct, total), flush=True)
-    results = {
-        "test_accuracy": correct / total,
-        "test_correct": correct,
-        "test_images": total,
-        "parameters": evaluate.count_parameters(model),
-        "flops_per_image": evaluate.flops_per_image(model, data.test_images[0]),
-        "train_images_per_second": float(np.median([epoch["images_per_second"] for epoch in epochs])),
-        "seconds": seconds,
-    }
-    write_json(folder / "results.json", results)
-    save_checkpoint(folder, model)
-    figures = look_inside(model, data)
-    save_figures(folder, figures | {"learning_curves": plots.learning_curves({MIXERS[config.mix]: epochs})})
-    return Trained(epochs, results, figures)
+def train_one(config: Config, data: Dataset, folder: Path, **how: Any):
+    """Trains one network into its folder, unless it is trained already, and prints its accuracy on the test images."""
+    if not is_whole(folder):
+        trained = loop.train(config, data, folder, **how)
+        correct, total = evaluate.evaluate(trained.model, data, data.test), len(data.test)
+        results = {
+            "test_accuracy": correct / total,
+            "test_correct": correct,
+            "test_images": total,
+            "parameters": evaluate.count_parameters(trained.model),
+            "flops_per_image": evaluate.flops_per_image(trained.model, data),
+            "train_images_per_second": float(np.median([epoch["images_per_second"] for epoch in trained.epochs])),
+            "seconds": trained.seconds,
+        }
+        end_run(folder, results)
+    results = read_results(folder)
+    print(accuracy_line(config.mix, results["test_correct"], results["test_images"]), flush=True)
 
 
-def train_both(config: Config, data: Dataset, folder: Path):
-    """Trains by convolution and by local attention, into a folder each, and writes the report of both."""
-    write_config(config, folder)
-    runs = {mix: train_one(dataclasses.replace(config, mix=mix), data, folder / mix) for mix in MIXERS}
-    figures = {"learning_curves": plots.learning_curves({MIXERS[mix]: run.epochs for mix, run in runs.items()})}
-    for run in runs.values():
-        figures |= run.figures
+def draw(config: Config, data: Dataset, folder: Path) -> dict[str, Any]:
+    """The figures of a run: how it learned, and what its first mixer looks like. They are saved in its folder too."""
+    figures = look_inside(load_model(config, data, folder), data)
+    save_figures(folder, figures | {"learning_curves": plots.learning_curves({config.mix: read_epochs(folder)})})
+    return figures
+
+
+def report(config: Config, data: Dataset, folder: Path):
+    """Writes the report of two runs, one by convolution and one by local attention."""
+    runs = {mix: folder / mix for mix in MIXERS}
+    curves = {MIXERS[mix]: read_epochs(run) for mix, run in runs.items()}
+    figures = {"learning_curves": plots.learning_curves(curves)}
+    for mix, run in runs.items():
+        figures |= draw(dataclasses.replace(config, mix=mix), data, run)
     save_figures(folder, figures)
     pictures = {name: plots.inline_svg(figure, name) for name, figure in figures.items()}
-    write_report(folder / "report.html", config, data, {mix: run.results for mix, run in runs.items()}, pictures)
+    results = {mix: read_results(run) for mix, run in runs.items()}
+    write_report(folder / "report.html", config, data, results, pictures)
+    end_run(folder, results)
+
+
+def load_model(config: Config, data: Dataset, folder: Path) -> nnx.Module:
+    """The network of a run, as it ended."""
+    model = build(config, data.image_shape, len(data.class_names))
+    load_weights(folder, model, "last")
+    return model
 
 
 def eval_run(run: Positional[Path]):
@@ -121,11 +163,9 @@ def eval_run(run: Positional[Path]):
     both = read_config(run).mix == "both"
     for folder in [run / mix for mix in MIXERS] if both else [run]:
         config = read_config(folder)
-        data = load(config.data, config.seed)
-        model = loop.build(config, data)
-        load_checkpoint(folder, model)
-        correct = evaluate.evaluate(model, data.test_images, data.test_labels)
-        print(accuracy_line(config.mix, correct, len(data.test_labels)))
+        data = load(config.data, config.seed, config.skip_bad)
+        correct = evaluate.evaluate(load_model(config, data, folder), data, data.test)
+        print(accuracy_line(config.mix, correct, len(data.test)))
 
 
 def bench(
@@ -156,12 +196,17 @@ def accuracy_line(mix: str, correct: int, total: int) -> str:
 
 def look_inside(model: nnx.Module, data: Dataset) -> dict[str, Any]:
     """Figures of the first mixer: the kernels of its convolution, or where the heads of its attention look."""
+    if isinstance(model, ViT):
+        # of a transformer, where its quadratic heads look
+        quadratic = any(isinstance(layer, QuadraticAttention) for _, layer in nnx.iter_modules(model))
+        return {"head_centers": plots.head_centers_on_grid(model.centers(), model.spreads())} if quadratic else {}
     path, layer = next((path, mixer.layer) for path, mixer in nnx.iter_modules(model) if isinstance(mixer, Mixer))
     if isinstance(layer, Conv):
         return {"kernels": plots.kernels(np.asarray(layer.kernel[...]))}
     # one test image of each class, and others for the mean
-    first = [int(np.argmax(data.test_labels == label)) for label in range(len(data.class_names))]
-    images = np.concatenate([data.test_images[first], data.test_images[:200]])
+    images, labels = data.test.fetch(np.arange(min(len(data.test), 2000)))
+    first = np.unique(labels, return_index=True)[1]
+    images = np.asarray(normalise(np.concatenate([images[first], images[:200]]), data.mean, data.std))
     weights = evaluate.attention_weights(model, images, (*path, "layer"))  # [images, *grid, heads, slots]
     grid = weights.shape[1:3]
     indices = layer.window.indices(grid)  # pyright: ignore[reportOptionalMemberAccess]  a mixer's attention has a window
@@ -169,14 +214,15 @@ def look_inside(model: nnx.Module, data: Dataset) -> dict[str, Any]:
     brightest = [np.unravel_index(picture.argmax(), picture.shape) for picture in pictures]
     queries = np.array(brightest) * grid // pictures.shape[1:]
     maps = [attention_maps(weights[n], indices, grid)[tuple(query)] for n, query in enumerate(queries)]
+    names = [data.class_names[label] for label in labels[first]]
     return {
-        "attention_maps": plots.attention_maps(pictures, queries, np.stack(maps), data.class_names),
+        "attention_maps": plots.attention_maps(pictures, queries, np.stack(maps), names),
         "mean_attention": plots.mean_attention(*mean_by_offset(weights[len(first) :], indices)),
     }
 
 
 def save_figures(folder: Path, figures: Mapping[str, Any]):
     """Writes each figure as `folder/figures/NAME.png`."""
-    (folder / "figures").mkdir()
+    (folder / "figures").mkdir(exist_ok=True)
     for name, figure in figures.items():
         figure.savefig(folder / "figures" / f"{name}.png", dpi=160, facecolor="white")

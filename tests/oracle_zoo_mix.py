@@ -43,6 +43,18 @@ def positions(grid, strides):
     return tuple(-(-n // s) for n, s in zip(grid, strides, strict=True))
 
 
+def conv(p, strides, dilation, lows, groups=1):
+    x, w = p["x"], p["kernel"]
+    grid, size, (width, out) = x.shape[:-1], w.shape[:-2], w.shape[-2:]
+    y = np.zeros((*positions(grid, strides), out), complex)
+    for i in np.ndindex(*y.shape[:-1]):
+        for r, j in slots(i, size, grid, strides, dilation, lows):
+            for o in range(out if j is not None else 0):
+                g = o // (out // groups)
+                y[(*i, o)] += x[j][g * width : (g + 1) * width] @ w[r][:, o]
+    return y
+
+
 def depthwise_conv(p, strides, dilation, lows):
     x, w = p["x"], p["kernel"]
     grid, size, m = x.shape[:-1], w.shape[:-1], w.shape[-1] // x.shape[-1]

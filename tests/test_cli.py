@@ -8,18 +8,30 @@ import json
 import re
 import sys
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
 
 from jaxattn import cli
 from jaxattn.train import data, loop
-from jaxattn.train.checkpoint import save_checkpoint
-from jaxattn.train.config import Config
+from jaxattn.train.build import build
+from jaxattn.train.checkpoint import Checkpoints
+from jaxattn.train.config import Config, Options
+from jaxattn.train.log import Log
 from jaxattn.train.run import read_config
 
 OUT = "digits & <co>"  # a name that HTML and shells would stumble over
-EPOCH_KEYS = {"epoch", "train_loss", "train_accuracy", "validation_accuracy", "images_per_second", "learning_rate"}
+EPOCH_KEYS = {
+    "step",
+    "epoch",
+    "train_loss",
+    "train_accuracy",
+    "train_gradient_norm",
+    "validation_accuracy",
+    "images_per_second",
+    "learning_rate",
+}
 RESULT_KEYS = {
     "test_accuracy",
     "test_correct",
@@ -31,17 +43,12 @@ RESULT_KEYS = {
 }
 
 
-def few(name: str, seed: int = 0) -> data.Dataset:
+def few(name: str, seed: int = 0, skip_bad: bool = False) -> data.Dataset:
     """A part of digits, so that an epoch takes a moment."""
-    digits = data.load(name, seed)
+    digits = data.load(name, seed, skip_bad)
     sizes = {"train": 200, "validation": 30, "test": 130}
     return dataclasses.replace(
-        digits,
-        **{
-            f"{part}_{what}": getattr(digits, f"{part}_{what}")[:size]
-            for part, size in sizes.items()
-            for what in ("images", "labels")
-        },
+        digits, **{part: data.Arrays(*getattr(digits, part).fetch(np.arange(size))) for part, size in sizes.items()}
     )
 
 
@@ -62,13 +69,14 @@ def both(tmp_path_factory):
 
 def test_every_file_is_written(both):
     out, _, _ = both
-    files = {str(path.relative_to(out)) for path in out.rglob("*") if "checkpoint" not in path.parts[:-1]}
-    per_run = {"config.json", "metrics.jsonl", "results.json", "checkpoint", "figures", "figures/learning_curves.png"}
+    files = {str(path.relative_to(out)) for path in out.rglob("*")}
+    per_run = {"config.json", "metrics.jsonl", "steps.jsonl", "tensorboard", "checkpoints", "results.json", "figures"}
+    per_run |= {"figures/learning_curves.png"}
     inside = {
         "conv": {"figures/kernels.png"},
         "attention": {"figures/attention_maps.png", "figures/mean_attention.png"},
     }
-    expected = {"config.json", "report.html", "conv", "attention", "figures"}
+    expected = {"config.json", "results.json", "report.html", "conv", "attention", "figures"}
     for mix, own in inside.items():
         expected |= {f"{mix}/{name}" for name in per_run | own}
         expected |= own
@@ -167,8 +175,13 @@ def fails(capsys, *arguments) -> str:
         (["train", "--mix", "mlp"], "attention"),
         (["train", "--epochs", "-3"], "jaxattn: epochs (=-3) must be at least 1"),
         (["train", "--epochs", "many"], "many"),
-        (["train", "--data", "mnist"], "jaxattn: data (='mnist') must be 'digits' or 'fashion-mnist:PATH'"),
+        (["train", "--data", "mnist"], "jaxattn: data (='mnist') must be one of 'digits', 'fashion-mnist:PATH'"),
+        (["train", "--recipe", "soup"], "jaxattn: recipe (='soup') must be one of digits, fashion"),
+        (["train", "--checkpoint-every", "-1"], "jaxattn: checkpoint_every (=-1) must be at least 0"),
+        (["train", "--resume", "--overwrite"], "jaxattn: resume and overwrite exclude each other"),
         (["train", "--data", "fashion-mnist:nowhere"], "jaxattn: nowhere: has neither train-images-idx3-ubyte"),
+        (["train", "--mesh", "data=3"], "jaxattn: mesh (='data=3') takes 3 devices and there are 8; this fits: data=8"),
+        (["train", "--mesh", "data=8"], "jaxattn: batch_size (=50) must be a multiple of data·fsdp (=8)"),
         (["eval"], "run"),
         (["eval", "nowhere"], "jaxattn: run (=nowhere) is not a folder"),
         (["eval", "."], "jaxattn: run (=.) is not a run: config.json is missing"),
@@ -182,7 +195,7 @@ def test_a_mistake_is_explained_and_leaves_nothing(tmp_path, monkeypatch, capsys
 
 def test_a_run_without_its_checkpoint(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps({"mix": "conv"}))
-    assert "is not a whole run: checkpoint is missing" in fails(capsys, "eval", str(tmp_path))
+    assert "is not a whole run: checkpoints is missing or empty" in fails(capsys, "eval", str(tmp_path))
 
 
 def test_an_existing_run_is_not_overwritten(both, capsys):
@@ -193,15 +206,27 @@ def test_an_existing_run_is_not_overwritten(both, capsys):
     assert (out / "report.html").read_bytes() == before
 
 
-def test_an_interrupted_training_leaves_nothing(tmp_path, monkeypatch, capsys):
-    def interrupted(config, data, log):
-        log({"epoch": 1})
-        raise KeyboardInterrupt
+def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, capsys):
+    """Ctrl-C after the first of two networks: it is not trained again, and the report is there in the end."""
+    real = loop.train
 
-    monkeypatch.setattr(loop, "train", interrupted)
+    def interrupted(config, *args, **kwargs):
+        if config.mix == "attention":
+            raise KeyboardInterrupt
+        return real(config, *args, **kwargs)
+
+    monkeypatch.setattr(cli, "load", few)
     monkeypatch.chdir(tmp_path)
-    assert "interrupted" in fails(capsys, "train", "--mix", "conv")
-    assert list((tmp_path / "runs").iterdir()) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train", interrupted)
+        assert "interrupted" in fails(capsys, "train", "--epochs", "1")
+    assert "unfinished run: go on with --resume" in fails(capsys, "train", "--epochs", "1")
+    assert "epochs is 1, not 2" in fails(capsys, "train", "--epochs", "2", "--resume")
+    first = (tmp_path / "runs" / "digits" / "conv" / "results.json").read_bytes()
+    cli.main(["train", "--resume", "--out", "runs/digits"])  # whose settings are the run's
+    assert (tmp_path / "runs" / "digits" / "conv" / "results.json").read_bytes() == first
+    assert (tmp_path / "runs" / "digits" / "report.html").stat().st_size > 50_000
+    assert "holds a run already" in fails(capsys, "train", "--epochs", "1")
 
 
 def test_help_explains_every_flag(capsys):
@@ -209,15 +234,24 @@ def test_help_explains_every_flag(capsys):
         cli.main(["train", "--help"])
     assert stopped.value.code == 0
     said = capsys.readouterr().out
-    for flag in ("model", "mix", "data", "epochs", "seed", "out", "learning-rate", "batch-size", "weight-decay"):
-        assert f"--{flag}" in said
+    for field in dataclasses.fields(Config):
+        assert f"--{field.name.replace('_', '-')}" in said
+    for field in dataclasses.fields(Options):
+        assert f"--{field.name.replace('_', '-')}" in said
+    assert "default: 0.003" in said
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--recipe", "resnet", "--help"])
+    assert "default: resnet18" in " ".join(capsys.readouterr().out.split())  # that recipe's own
 
 
 @pytest.mark.parametrize(
     ("module", "using"),
     [
         ("sklearn", lambda path: data.load("digits")),
-        ("orbax", lambda path: save_checkpoint(path, nnx.Linear(1, 1, rngs=nnx.Rngs(0)))),
+        ("orbax", lambda path: Checkpoints(path).save(1, {}, {})),
+        ("grain", "jaxattn.train.data.pipeline"),
+        ("dm_pix", "jaxattn.train.augment"),
+        ("tensorboardX", lambda path: Log(path, 0)),
         ("tqdm", "jaxattn.train.loop"),
         ("tyro", "jaxattn.cli"),
         ("matplotlib", "jaxattn.plots"),
@@ -229,3 +263,15 @@ def test_a_missing_extra_names_the_install_that_brings_it(tmp_path, monkeypatch,
     monkeypatch.setitem(sys.modules, module, None)  # so importing it fails
     with pytest.raises(ImportError, match=re.escape("pip install 'jaxattn[train]'")):
         importlib.import_module(using) if isinstance(using, str) else using(tmp_path)
+
+
+def test_eval_is_of_the_network_as_it_ended_and_not_of_its_best_epoch(tmp_path):
+    config, digits = Config(mix="conv"), few("digits")
+    with Checkpoints(tmp_path) as checkpoints:
+        for step, validation in ((1, 0.9), (2, 0.1)):
+            model = build(config, digits.image_shape, 10)
+            weights, rest = nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
+            weights = jax.tree.map(lambda weight, step=step: weight + step, weights)
+            checkpoints.save(step, {"weights": weights, "rest": rest}, {}, validation)
+    loaded = nnx.state(cli.load_model(config, digits, tmp_path), nnx.Param)
+    assert jax.tree.all(jax.tree.map(lambda one, two: (one == two).all(), loaded, weights))

@@ -9,8 +9,11 @@ import pytest
 from flax import nnx
 from test_nn import normal, randomized
 
-from jaxattn import models, nn, zoo
+from jaxattn import cli, models, nn, zoo
 from jaxattn.equivalence import conv_to_attention, convert
+from jaxattn.train import data
+from jaxattn.train.augment import normalise
+from jaxattn.train.run import read_config
 
 # Two orders of the same float64 sums.
 TOLERANCE = 1e-10
@@ -66,6 +69,26 @@ def test_more_layers(kind):
     attends.value[...] = 0 * attends.value[...]
     attends.bias[...] = 0 * attends.bias[...]
     jax.tree.map(np.testing.assert_array_equal, before, nnx.to_pure_dict(nnx.state(layer)))
+
+
+@pytest.mark.parametrize(
+    ("size", "kwargs"),
+    [
+        ((7,), {"padding": [(6, 0)]}),
+        ((3, 2), {"multiplier": 3, "strides": (1, 2), "dilation": 2}),
+        ((3, 3), {"use_bias": False, "padding": "VALID"}),
+    ],
+)
+def test_depthwise_layers(size, kwargs):
+    """They come back as convolutions of as many groups."""
+    layer = conv(nn.DepthwiseConv, 4, size, **kwargs)
+    x = normal(1, 2, *(7, 6)[: len(size)], 4)
+    attends = convert(layer)
+    assert type(attends) is nn.QuadraticAttention
+    back = convert(attends, to="conv")
+    np.testing.assert_array_equal(back.kernel[...], layer.kernel[...][..., None, :])
+    for made in (attends, back):
+        np.testing.assert_allclose(run(made, x), run(layer, x), atol=TOLERANCE)
 
 
 class Mine(nnx.Module):
@@ -163,6 +186,38 @@ def test_networks(make, shape):
     jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(back)), nnx.to_pure_dict(nnx.state(model)))
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The residual network that `jaxattn train` made, read from its run, and the test images and labels of its data."""
+    run = tmp_path_factory.mktemp("runs") / "digits"
+    cli.main(["train", "--mix", "conv", "--epochs", "8", "--out", str(run)])
+    config = read_config(run)
+    digits = data.load(config.data, config.seed)
+    model = cli.load_model(config, digits, run)
+    images, labels = digits.test.fetch(np.arange(len(digits.test)))
+    return model, normalise(images, digits.mean, digits.std), labels
+
+
+def test_what_jaxattn_train_made(trained):
+    """A trained network sees the same as attention, and again as convolutions: logits, classes and accuracy."""
+    model, images, labels = trained
+    model.eval()
+    logits = np.asarray(run(model, images))
+    assert (logits.argmax(-1) == labels).mean() > 0.9
+    attends = convert(model)
+    soft = convert(model, rtol=1e-3)  # heads of finite width, each layer within a thousandth of its norm
+    kinds = [type(module) for _, module in nnx.iter_modules(attends)]
+    assert nn.Conv not in kinds
+    assert kinds.count(nn.QuadraticAttention) == [type(module) for _, module in nnx.iter_modules(model)].count(nn.Conv)
+    for network, rtol in ((attends, 1e-5), (convert(attends, to="conv"), 1e-6)):
+        seen = np.asarray(run(network, images))
+        np.testing.assert_allclose(seen, logits, atol=rtol * np.abs(logits).max())
+        np.testing.assert_array_equal(seen.argmax(-1), logits.argmax(-1))
+    seen = np.asarray(run(soft, images))
+    assert 1e-6 < np.abs(seen - logits).max() / np.abs(logits).max() < 1e-2
+    assert (seen.argmax(-1) == labels).mean() > 0.9
+
+
 def test_rtol():
     layer = conv(nn.Conv, 3, 4, (3, 3))
     x = jnp.asarray(np.random.default_rng(7).choice([-1.0, 1.0], size=(6, 6, 3)))
@@ -188,10 +243,16 @@ class Scaled(nnx.Conv):
             {},
             "the model is a ConvTranspose, whose .* known are nn.Conv",
         ),
+        (lambda r: nn.ConvTranspose(2, 2, 3, rngs=r), {}, "the model is a ConvTranspose, whose output is finer"),
         (
             lambda r: nnx.Sequential(Scaled(2, 2, 3, rngs=r)),
             {},
             "layers/0 is a Scaled, which calls something of its own",
+        ),
+        (
+            lambda r: nn.Conv(2, 2, 3, axis_name="space", rngs=r),
+            {},
+            "the model has axis_name 'space', .*: None",
         ),
         (lambda r: nnx.Conv(2, 2, 3, input_dilation=2, rngs=r), {}, "the model has input_dilation 2; allowed: 1"),
         (
@@ -199,7 +260,7 @@ class Scaled(nnx.Conv):
             {},
             "the model has a preferred_element_type of its own; allowed: the default",
         ),
-        (lambda r: nnx.Linear(2, 2, rngs=r), {}, "Linear holds no layer to convert; known are nn.Conv and nnx.Conv"),
+        (lambda r: nnx.Linear(2, 2, rngs=r), {}, "Linear holds no layer to convert; known are nn.Conv, nnx.Conv and"),
         (lambda r: nnx.Conv(2, 2, 3, rngs=r), {"to": "conv"}, "Conv holds no layer to convert; known are nn.Quadratic"),
         (lambda r: nnx.Conv(2, 2, 3, rngs=r), {"to": "dense"}, "to is 'dense'; allowed: 'attention', 'conv'"),
         (lambda r: nnx.Conv(2, 2, 3, rngs=r), {"to": "conv", "alpha": 1.0}, r"alpha \(=1.0\) .* the way back is exact"),

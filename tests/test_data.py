@@ -1,29 +1,27 @@
-"""The data sets: read strictly, split as promised, shuffled and moved as promised."""
+"""The data sets: split as promised, shuffled as promised, and resumed anywhere."""
 
-import gzip
-import struct
+import json
 
 import numpy as np
 import pytest
 
-from jaxattn.train.data import Dataset, batches, load, read_idx
+from jaxattn.train.data import Arrays, Dataset, batches, load
+from jaxattn.train.data.split import statistics, stratify
 
 PARTS = ("train", "validation", "test")
 
 
+def everything(source):
+    return source.fetch(np.arange(len(source)))
+
+
 def parts(data: Dataset):
-    return {part: (getattr(data, f"{part}_images"), getattr(data, f"{part}_labels")) for part in PARTS}
+    return {part: everything(getattr(data, part)) for part in PARTS}
 
 
 @pytest.fixture(scope="module")
 def digits():
     return load("digits", seed=0)
-
-
-def original(data: Dataset, images):
-    """The grey levels 0 to 16 of scikit-learn's file, whatever the normalisation."""
-    low, high = min(x.min() for x, _ in parts(data).values()), max(x.max() for x, _ in parts(data).values())
-    return np.rint((images - low) / (high - low) * 16).astype(int)
 
 
 def test_digits_are_all_of_scikit_learns_and_each_once(digits):
@@ -32,7 +30,7 @@ def test_digits_are_all_of_scikit_learns_and_each_once(digits):
     pixels, labels = load_digits(return_X_y=True)
     expected = sorted((*x.astype(int), y) for x, y in zip(pixels, labels, strict=True))
     split = [
-        (*original(digits, x).reshape(-1), y)
+        (*np.rint(x * 16).astype(int).reshape(-1), y)
         for images, ys in parts(digits).values()
         for x, y in zip(images, ys, strict=True)
     ]
@@ -42,168 +40,162 @@ def test_digits_are_all_of_scikit_learns_and_each_once(digits):
 def test_digits_shapes_and_dtypes(digits):
     sizes = {"train": 1200, "validation": 200, "test": 397}
     for part, (images, labels) in parts(digits).items():
-        assert images.shape == (sizes[part], 8, 8, 1)
+        assert images.shape == (sizes[part], *digits.image_shape)
         assert images.dtype == np.float32
         assert labels.shape == (sizes[part],)
         assert labels.dtype == np.int32
+    assert digits.image_shape == (8, 8, 1)
     assert digits.class_names == tuple("0123456789")
+    assert digits.skipped == ()
 
 
-def test_normalised_by_the_training_images_alone(digits):
-    assert abs(digits.train_images.mean()) < 1e-5
-    assert abs(digits.train_images.std() - 1) < 1e-5
-    assert abs(digits.test_images.mean()) > 1e-4  # so the test images had no say
+def test_mean_and_std_are_of_the_training_images_alone(digits):
+    images, _ = everything(digits.train)
+    np.testing.assert_allclose(digits.mean, [images.astype(float).mean()], rtol=1e-6)
+    np.testing.assert_allclose(digits.std, [images.astype(float).std()], rtol=1e-6)
+    test_images, _ = everything(digits.test)
+    assert abs(test_images.mean() - digits.mean[0]) > 1e-4  # so the test images had no say
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_statistics_are_per_channel_and_a_constant_channel_has_deviation_one(dtype):
+    images = np.random.default_rng(0).integers(0, 256, (7, 5, 3, 3)).astype(np.uint8)
+    images[..., 2] = 51
+    unit = images / 255
+    mean, std = statistics(images if dtype == np.uint8 else unit.astype(np.float32))
+    np.testing.assert_allclose(mean, unit.mean((0, 1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(std, [*unit.std((0, 1, 2))[:2], 1], rtol=1e-6)
 
 
 def test_every_part_has_every_class_in_proportion(digits):
-    everything = np.concatenate([labels for _, labels in parts(digits).values()])
-    share = np.bincount(everything, minlength=10) / len(everything)
-    for _, labels in parts(digits).values():
-        assert np.abs(np.bincount(labels, minlength=10) - share * len(labels)).max() <= 2
+    labels = {part: ys for part, (_, ys) in parts(digits).items()}
+    total = np.concatenate(list(labels.values()))
+    share = np.bincount(total, minlength=10) / len(total)
+    for ys in labels.values():
+        assert np.abs(np.bincount(ys, minlength=10) - share * len(ys)).max() <= 2
+
+
+def test_stratify_takes_out_without_loss():
+    left, taken = stratify(np.array([2, 0, 1] * 10), 6, seed=0)
+    assert sorted([*left, *taken]) == list(range(30))
+    np.testing.assert_array_equal(np.bincount(np.array([2, 0, 1] * 10)[taken]), 2)
 
 
 def test_the_seed_decides_the_validation_images_and_never_the_test_images(digits):
-    again, other = load("digits", seed=0), load("digits", seed=1)
-    for field in ("train_images", "validation_images", "test_images", "test_labels"):
-        np.testing.assert_array_equal(getattr(again, field), getattr(digits, field))
-    np.testing.assert_array_equal(original(other, other.test_images), original(digits, digits.test_images))
-    assert (other.validation_labels != digits.validation_labels).any() or (
-        original(other, other.validation_images) != original(digits, digits.validation_images)
-    ).any()
+    again, other = parts(load("digits", seed=0)), parts(load("digits", seed=1))
+    for part, (images, labels) in parts(digits).items():
+        np.testing.assert_array_equal(again[part][0], images)
+        np.testing.assert_array_equal(again[part][1], labels)
+    np.testing.assert_array_equal(other["test"][0], again["test"][0])
+    assert (other["validation"][0] != again["validation"][0]).any()
 
 
-@pytest.mark.parametrize("name", ["mnist", "digits:", "digits:x", "fashion-mnist", "fashion-mnist:", ""])
+@pytest.mark.parametrize("name", ["mnist", "digits:", "digits:x", "fashion-mnist", "fashion-mnist:", "numpy", ""])
 def test_an_unknown_name_lists_what_is_allowed(name):
-    with pytest.raises(ValueError, match=r"data \(=.*must be 'digits' or 'fashion-mnist:PATH'"):
+    with pytest.raises(ValueError, match=r"data \(=.*must be one of 'digits', .*'fashion-mnist:PATH'"):
         load(name)
-
-
-# fashion-mnist
-
-
-def idx(array: np.ndarray) -> bytes:
-    return (
-        bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.astype(np.uint8).tobytes()
-    )
-
-
-def write_fashion(folder, compress, train=240, test=50, replace=None):
-    """Idx files of random images whose labels run 0 to 9; `replace` maps a file's name to other content."""
-    rng = np.random.default_rng(0)
-    files = {}
-    for part, count in (("train", train), ("t10k", test)):
-        files[f"{part}-images-idx3-ubyte"] = idx(rng.integers(0, 256, (count, 6, 5)))
-        files[f"{part}-labels-idx1-ubyte"] = idx(np.arange(count) % 10)
-    for name, content in (files | (replace or {})).items():
-        if content is None:
-            continue
-        path = folder / (f"{name}.gz" if compress else name)
-        path.write_bytes(gzip.compress(content) if compress else content)
-    return files
-
-
-@pytest.mark.parametrize("compress", [False, True])
-def test_fashion_mnist(tmp_path, compress):
-    files = write_fashion(tmp_path, compress)
-    data = load(f"fashion-mnist:{tmp_path}", seed=3)
-    assert [len(labels) for _, labels in parts(data).values()] == [220, 20, 50]
-    np.testing.assert_array_equal(data.test_labels, np.arange(50) % 10)
-    np.testing.assert_array_equal(np.bincount(data.validation_labels), 2)
-    assert len(data.class_names) == 10
-    raw = np.frombuffer(files["t10k-images-idx3-ubyte"][16:], np.uint8).reshape(50, 6, 5, 1).astype(float)
-    # one affine map takes the file's bytes to what was loaded
-    slope, intercept = np.polyfit(raw.ravel(), data.test_images.ravel(), 1)
-    np.testing.assert_allclose(data.test_images, raw * slope + intercept, atol=1e-5)
-    assert abs(data.train_images.mean()) < 1e-5
-
-
-def test_read_idx_takes_any_number_of_axes(tmp_path):
-    array = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
-    (tmp_path / "x").write_bytes(idx(array))
-    np.testing.assert_array_equal(read_idx(tmp_path / "x", 3), array)
-
-
-IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
-GOOD = idx(np.zeros((240, 6, 5)))
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        (IMAGES, None, f"has neither {IMAGES} nor {IMAGES}.gz"),
-        (IMAGES, b"", "starts with nothing, expected 00 00 08 03"),
-        (IMAGES, b"\0\0\x08", "starts with 00 00 08, expected 00 00 08 03"),
-        (IMAGES, idx(np.zeros(240)), "starts with 00 00 08 01, expected 00 00 08 03"),
-        (IMAGES, b"\0\0\x0d\x03" + GOOD[4:], "starts with 00 00 0d 03, expected 00 00 08 03"),
-        (IMAGES, GOOD[:10], "10 bytes, too short for a header of 16"),
-        (IMAGES, GOOD[:-1], r"7215 bytes, expected 7216 for the shape \(240, 6, 5\)"),
-        (IMAGES, GOOD + b"\0", r"7217 bytes, expected 7216 for the shape \(240, 6, 5\)"),
-        (IMAGES, b"\0\0\x08\x03" + b"\xff" * 12 + b"\0" * 99, "115 bytes, expected "),
-        (LABELS, GOOD, "starts with 00 00 08 03, expected 00 00 08 01"),
-        (LABELS, idx(np.zeros(239)), "239 labels for 240 images"),
-        (LABELS, idx(np.full(240, 10)), "a label is 10, expected 0 to 9"),
-        ("t10k-images-idx3-ubyte", idx(np.zeros((50, 6, 6))), r"training images are \(6, 5\), test images \(6, 6\)"),
-    ],
-)
-@pytest.mark.parametrize("compress", [False, True])
-def test_a_bad_file_is_named_with_what_it_holds(tmp_path, compress, name, content, message):
-    write_fashion(tmp_path, compress, replace={name: content})
-    with pytest.raises(ValueError, match=message) as caught:
-        load(f"fashion-mnist:{tmp_path}")
-    assert str(tmp_path) in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "damage", [lambda b: b[: len(b) // 2], lambda b: b"no gzip" + b, lambda b: b[:20] + b"\xff" * 40 + b[60:]]
-)
-def test_damaged_gzip(tmp_path, damage):
-    write_fashion(tmp_path, compress=True)
-    path = tmp_path / f"{IMAGES}.gz"
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match=f"{IMAGES}.gz: cannot be read"):
-        load(f"fashion-mnist:{tmp_path}")
-
-
-def test_no_such_folder(tmp_path):
-    with pytest.raises(ValueError, match="nowhere: has neither train-images-idx3-ubyte"):
-        load(f"fashion-mnist:{tmp_path / 'nowhere'}")
 
 
 # batches
 
 
+def numbered(count):
+    """A source whose image i holds the number i, and whose label is 3 i."""
+    images = np.arange(count, dtype=np.float32).reshape(count, 1, 1, 1) * np.ones((1, 2, 3, 1), np.float32)
+    return Arrays(images, 3 * np.arange(count, dtype=np.int32))
+
+
+class Endless:
+    endless = True
+
+    def __len__(self):
+        return 20
+
+    def fetch(self, indices):
+        return np.zeros((len(indices), 2, 2, 1), np.uint8), (indices % 7).astype(np.int32)
+
+
+def shown(iterator):
+    return [batch["index"].tolist() for batch in iterator]
+
+
 def test_an_epoch_has_every_image_once_with_its_label():
-    images, labels = np.arange(24.0).reshape(12, 1, 2, 1), np.arange(12)
-    seen = list(batches(images, labels, 4, np.random.default_rng(0)))
-    assert [len(y) for _, y in seen] == [4, 4, 4]
-    order = np.concatenate([y for _, y in seen])
+    seen = list(batches(numbered(12), 4, seed=0, epochs=1))
+    assert [batch["image"].shape for batch in seen] == [(4, 2, 3, 1)] * 3
+    order = np.concatenate([batch["index"] for batch in seen])
+    assert order.dtype == np.int64
     assert sorted(order) == list(range(12))
     assert list(order) != list(range(12))
-    np.testing.assert_array_equal(np.concatenate([x for x, _ in seen]), images[order])
+    np.testing.assert_array_equal(np.concatenate([batch["image"] for batch in seen])[:, 0, 0, 0], order)
+    np.testing.assert_array_equal(np.concatenate([batch["label"] for batch in seen]), 3 * order)
 
 
-def test_the_last_incomplete_batch_is_left_out():
-    seen = list(batches(np.zeros((10, 2, 2, 1)), np.arange(10), 4, np.random.default_rng(0)))
-    assert [len(y) for _, y in seen] == [4, 4]
+def test_the_last_incomplete_batch_of_every_epoch_is_left_out():
+    seen = shown(batches(numbered(10), 4, seed=0, epochs=3))
+    assert [len(indices) for indices in seen] == [4] * 6
+    for epoch in range(3):
+        assert len({*seen[2 * epoch], *seen[2 * epoch + 1]}) == 8
 
 
-def test_shifts_move_each_image_by_at_most_that_and_repeat_its_edge():
-    rng = np.random.default_rng(0)
-    images = rng.normal(size=(200, 5, 4, 2))
-    ((moved, labels),) = batches(images, np.arange(200), 200, rng, shift=1)
-    found = set()
-    for x, label in zip(moved, labels, strict=True):
-        padded = np.pad(images[label], ((1, 1), (1, 1), (0, 0)), mode="edge")
-        fits = [(r, c) for r in range(3) for c in range(3) if (padded[r : r + 5, c : c + 4] == x).all()]
-        assert len(fits) == 1
-        found.update(fits)
-    assert len(found) == 9  # every shift is drawn
+def test_seed_and_epoch_decide_the_order():
+    one, two, other = (shown(batches(numbered(64), 32, seed=seed, epochs=2)) for seed in (1, 1, 2))
+    assert one == two
+    assert one != other
+    assert one[:2] != one[2:]
 
 
-def test_batches_are_decided_by_the_generator():
-    images, labels = np.random.default_rng(0).normal(size=(20, 4, 4, 1)), np.arange(20)
-    one, two, other = (list(batches(images, labels, 5, np.random.default_rng(seed), shift=1)) for seed in (1, 1, 2))
-    for (x, y), (x2, y2) in zip(one, two, strict=True):
-        np.testing.assert_array_equal(x, x2)
-        np.testing.assert_array_equal(y, y2)
-    assert any((y != y2).any() for (_, y), (_, y2) in zip(one, other, strict=True))
+def test_without_epochs_it_never_ends():
+    iterator = batches(numbered(4), 2, seed=0)
+    assert len([next(iterator) for _ in range(50)]) == 50
+
+
+@pytest.mark.parametrize("source", [numbered(10), Endless()])
+@pytest.mark.parametrize("stop", [0, 1, 3, 4, 7])
+def test_a_run_that_stops_anywhere_goes_on_with_the_same_batches(source, stop):
+    whole = shown(batches(source, 3, seed=5, epochs=3))
+    first = batches(source, 3, seed=5, epochs=3)
+    before = [next(first)["index"].tolist() for _ in range(stop)]
+    state = json.loads(json.dumps(first.get_state()))
+    resumed = batches(source, 3, seed=5, epochs=3)
+    resumed.set_state(state)
+    assert before + shown(resumed) == whole
+
+
+def test_set_state_also_goes_back():
+    iterator = batches(numbered(12), 4, seed=0)
+    start = iterator.get_state()
+    first = [next(iterator)["index"].tolist() for _ in range(5)]
+    iterator.set_state(start)
+    assert [next(iterator)["index"].tolist() for _ in range(5)] == first
+
+
+@pytest.mark.parametrize("source", [numbered(26), Endless()])
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_processes_together_have_the_batches_of_one(source, count):
+    whole = list(batches(source, 6, seed=1, epochs=2))
+    shares = [list(batches(source, 6, seed=1, epochs=2, process=(rank, count))) for rank in range(count)]
+    for batch, *each in zip(whole, *shares, strict=True):
+        for key in ("image", "label", "index"):
+            assert all(len(share[key]) == 6 // count for share in each)
+            np.testing.assert_array_equal(np.concatenate([share[key] for share in each]), batch[key])
+
+
+def test_an_endless_source_never_repeats():
+    iterator = batches(Endless(), 8, seed=0)
+    order = np.concatenate([next(iterator)["index"] for _ in range(20)])
+    np.testing.assert_array_equal(order, np.arange(160))
+    assert len(shown(batches(Endless(), 8, seed=0, epochs=3))) == 6
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "process", "message"),
+    [
+        (11, (0, 1), r"batch_size \(=11\) is more than the 10 training images"),
+        (0, (0, 1), r"batch_size \(=0\) must be a positive multiple of the 1 processes"),
+        (5, (0, 2), r"batch_size \(=5\) must be a positive multiple of the 2 processes"),
+        (4, (2, 2), r"process \(=\(2, 2\)\) must be \(index, count\)"),
+    ],
+)
+def test_batches_that_cannot_be(batch_size, process, message):
+    with pytest.raises(ValueError, match=message):
+        batches(numbered(10), batch_size, seed=0, process=process)

@@ -84,6 +84,22 @@ def lax_padding(options, grid, window):
     return tuple(pairs)
 
 
+@pytest.mark.parametrize("size", range(1, 8))
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_every_size(rank, size):
+    """K from 1 to 7 in every rank, with strides, dilation and groups together: exact, back again, and in the bound."""
+    options = {"strides": 1 + size % 2, "dilation": 2 if size % 3 == 1 else 1, "groups": 2}
+    x, kernel = make((6, 4, 3)[:rank], (size,) * rank, 2, 4, options, seed=30 + size)
+    expected, (params, _) = lax_conv(x, kernel, **options), conv_to_attention(kernel, **options)
+    assert len(params["centre"]) == size**rank
+    np.testing.assert_allclose(attend(x, params), expected, atol=TOLERANCE)
+    back, found = attention_to_conv(params, groups=2)
+    np.testing.assert_array_equal(back, kernel)
+    assert (found["strides"], found["dilation"]) == ((options["strides"],) * rank, (options["dilation"],) * rank)
+    soft, bound = conv_to_attention(kernel, alpha=1.5, **options)
+    assert jnp.abs(attend(x, soft) - expected).max() <= bound * jnp.abs(x).max() + TOLERANCE
+
+
 @case
 def test_there_and_back(grid, window, features, out, options):
     x, kernel = make(grid, window, features, out, options)
@@ -109,18 +125,30 @@ def test_a_finite_alpha_is_within_its_bound(grid, window, features, out, options
     assert bound <= 2 * error_bound(alpha, len(window)) * jnp.abs(kernel).sum(range(kernel.ndim - 1)).max()
 
 
-@pytest.mark.parametrize(("window", "alpha"), [((7,), 0.1), ((3, 3), 8.0), ((7, 7), 1.0), ((2, 3, 2), 0.1)])
-def test_the_bound_is_reached(window, alpha):
+@pytest.mark.parametrize(
+    ("window", "alpha", "options"),
+    [
+        ((7,), 0.1, {}),
+        ((4,), 0.5, {"groups": 2, "dilation": 3}),
+        ((3, 3), 8.0, {}),
+        ((7, 7), 1.0, {}),
+        ((2, 3, 2), 0.1, {"groups": 2, "dilation": (2, 1, 1)}),
+    ],
+)
+def test_the_bound_is_reached(window, alpha, options):
     """By the x whose signs are those of the difference of the operators, which is measured by the attention itself."""
-    kernel = normal(3, *window, 2, 3)
-    params, bound = conv_to_attention(kernel, alpha=alpha, padding="VALID")
-    taps = int(np.prod(window)) * 2
+    groups, dilation = options.get("groups", 1), options.get("dilation", 1)
+    kernel = normal(3, *window, 2, 4)
+    params, bound = conv_to_attention(kernel, alpha=alpha, padding="VALID", **options)
+    dilation = (dilation,) * len(window) if isinstance(dilation, int) else dilation
+    grid = tuple((k - 1) * d + 1 for k, d in zip(window, dilation, strict=True))
+    x = jnp.eye(entries := int(np.prod(grid)) * 2 * groups).reshape(entries, *grid, 2 * groups)
 
-    operator = attend(jnp.eye(taps).reshape(taps, *window, 2), params)
-    difference = operator.reshape(taps, 3) - kernel.reshape(taps, 3)
+    direct = jax.vmap(lambda x: lax_conv(x, kernel, padding="VALID", **options))
+    difference = (attend(x, params) - direct(x)).reshape(entries, 4)
     worst = jnp.abs(difference).sum(0).argmax()
-    x = jnp.sign(difference[:, worst]).reshape(*window, 2)
-    error = jnp.abs(attend(x, params) - lax_conv(x, kernel, padding="VALID")).max()
+    x = jnp.sign(difference[:, worst]).reshape(x.shape[1:])
+    error = jnp.abs(attend(x, params) - lax_conv(x, kernel, padding="VALID", **options)).max()
     np.testing.assert_allclose(error, bound, rtol=1e-9)
 
 

@@ -521,11 +521,13 @@ def test_transformations():
             assert_close(compiled(x), expected, tolerance)
 
 
-def test_a_training_step_lowers_the_loss():
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_a_training_step_lowers_the_loss(dtype):
     class Net(nnx.Module):
         def __init__(self, rngs):
-            self.conv = Conv(1, 8, (3, 3), rngs=rngs)
-            self.attention = Attention(2, 8, window=(3, 3), relative_bias=True, key_embedding=True, rngs=rngs)
+            tables = {"relative_bias": True, "key_embedding": True}
+            self.conv = Conv(1, 8, (3, 3), dtype=dtype, rngs=rngs)
+            self.attention = Attention(2, 8, window=(3, 3), **tables, dtype=dtype, rngs=rngs)
 
         def __call__(self, x):
             return self.attention(jax.nn.relu(self.conv(x))).mean(axis=(1, 2))
@@ -537,7 +539,9 @@ def test_a_training_step_lowers_the_loss():
     @nnx.jit
     def step(net, optimizer):
         def loss_fn(net):
-            return optax.softmax_cross_entropy_with_integer_labels(net(x), labels).mean()
+            logits = net(x)
+            assert logits.dtype == dtype
+            return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels).mean()
 
         loss, gradients = nnx.value_and_grad(loss_fn)(net)
         optimizer.update(net, gradients)

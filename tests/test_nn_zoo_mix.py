@@ -8,6 +8,7 @@ import numpy as np
 import oracle_zoo_mix as oracle
 import pytest
 from flax import nnx
+from test_nn_zoo_attention import LAYERS as ATTENTION_LAYERS
 
 from jaxattn import nn
 
@@ -128,9 +129,40 @@ def test_a_training_step(module, dtype):
 
 
 def test_every_module_is_here():
-    files = ("aft", "augmented", "cvt", "depthwise", "dynamic", "lambdas", "learned", "outlook", "transposed")
-    public = [module for module in vars(nn).values() if isinstance(module, type)]
-    assert set(LAYERS) == {module for module in public if module.__module__.rpartition(".")[2] in files}
+    """In a training step here or in one of the other files."""
+    elsewhere = {nn.Conv, nn.Attention, nn.QuadraticAttention}  # test_nn, test_quadratic
+    public = {module for module in vars(nn).values() if isinstance(module, type)}
+    assert set(LAYERS) | set(ATTENTION_LAYERS) | elsewhere == public
+
+
+@pytest.mark.parametrize(
+    ("module", "kwargs"),
+    [
+        (nn.DepthwiseConv, {"in_features": 4, "strides": [2, 1], "padding": [(1, 0), 1], "dilation": [1, 2]}),
+        (
+            nn.ConvTranspose,
+            {"in_features": 4, "out_features": 3, "strides": [2, 1], "padding": [(1, 0), 1], "kernel_dilation": [1, 2]},
+        ),
+        (nn.LightConv, {"num_heads": 2, "in_features": 4, "dilation": [1, 2]}),
+        (nn.DynamicConv, {"num_heads": 2, "in_features": 4, "dilation": [1, 2]}),
+        (nn.Involution, {"in_features": 4, "reduction": 2, "strides": [2, 1], "dilation": [1, 2]}),
+        (nn.DynamicDepthwiseConv, {"in_features": 4, "dilation": [1, 2]}),
+        (nn.OutlookAttention, {"num_heads": 2, "in_features": 4, "strides": [2, 1]}),
+        (nn.CvTAttention, {"num_heads": 2, "in_features": 4, "strides": [2, 1], "kv_strides": [1, 2]}),
+        (nn.QnA, {"num_heads": 2, "in_features": 4, "strides": [2, 1]}),
+        (nn.HaloAttention, {"num_heads": 2, "in_features": 4, "block": [3, 3], "halo": [1, 1]}),
+        (nn.ShiftedWindowAttention, {"num_heads": 2, "in_features": 4, "window": [3, 3], "shift": [1, 0]}),
+    ],
+)
+def test_lists_are_sizes_too(module, kwargs):
+    """And leave the module's graph what `jax.jit` can hash."""
+    windowed = {} if "window" in kwargs or "block" in kwargs else {"kernel_size": [3, 3]}
+    layer = module(**kwargs, **windowed, rngs=nnx.Rngs(0))
+    assert isinstance(hash(nnx.graphdef(layer)), int)
+    x = jnp.ones((6, 6, 4))
+    tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in kwargs.items()}
+    expected = jax.eval_shape(module(**tuples, **windowed, rngs=nnx.Rngs(0)), x)
+    assert jax.eval_shape(layer, x).shape == expected.shape
 
 
 @pytest.mark.parametrize("strides", [1, (2, 3)])

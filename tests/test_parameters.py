@@ -38,7 +38,7 @@ TABLE = [
         12 * 400 + 400 + 6 * (10 * 400**2 + 2 * 400 + 2 * 400 * 512 + 912 + 4 * 400 + 9 * 3) + 400 * 10 + 10,
     ),
     # patches and positions, 4 blocks, norm and head; without a class token
-    (models.vit_tiny8, {}, 2 * 64 + 64 * 64 + 4 * (4 * (64**2 + 64) + 2 * 64 * 128 + 192 + 256) + 128 + 650),
+    (models.vit_tiny8, {}, 5 * 64 + 16 * 64 + 4 * (4 * (64**2 + 64) + 2 * 64 * 128 + 192 + 256) + 128 + 650),
     # and in each of 6 blocks the window's biases of 5² offsets in 4 heads
     (models.vit_small32, {"mix": "local"}, 6_272 + 8_192 + 6 * (66_048 + 65_920 + 512 + 100) + 256 + 1_290),
     (

@@ -56,6 +56,7 @@ def masked(size, **kwargs):
 CASES = {
     "global": ("global_attention", projections(), {}, {}, (5,)),
     "global bare": ("global_attention", projections(*NO_OUT), {"scale": 0.3}, {"scale": 0.3}, (1,)),
+    "global over a grid": ("global_attention", projections(), {"rank": 2}, {}, (3, 2)),
     "sasa 1d": ("sasa", projections() | tables((3,), DIM), masked((3,)), {"size": (3,)}, (5,)),
     "sasa 2d": ("sasa", projections() | tables((3, 2), 3), masked((3, 2)), {"size": (3, 2)}, (4, 3)),
     "sasa 2d zeros": (
@@ -330,8 +331,8 @@ def test_sasa_is_the_module_with_its_settings():
 @pytest.mark.parametrize(
     ("layer", "kwargs", "change", "message"),
     [
-        ("gpsa", {}, {"gate": None}, "gpsa: params lack 'gate'; they are query, key, value, position, gate"),
-        ("gpsa", {}, {"gait": np.ones(2)}, "gpsa: params have 'gait'; allowed: query, "),
+        ("gpsa", {}, {"gate": None}, "gpsa: params lack 'gate'; needed are query, key, value, position, gate"),
+        ("gpsa", {}, {"gait": np.ones(2)}, "gpsa: params have 'gait'; allowed are query, "),
         ("gpsa", {}, {"out": None}, "gpsa: params have 'out_bias' and lack 'out'"),
         ("learned_relative_attention", {}, tables((4, 5), 6) | {"key": None}, "params have 'key_bias' and lack 'key'"),
         (

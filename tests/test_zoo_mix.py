@@ -78,6 +78,21 @@ def both(**kwargs):
 
 # name: the layer, the grid, its parameters' shapes, its keywords and the loop's
 CASES = {
+    "conv 1d": ("conv", (6,), {"kernel": (4, 4, 3)}, {}, {"strides": (1,), "dilation": (1,), "lows": (1,)}),
+    "conv 2d": (
+        "conv",
+        (5, 4),
+        {"kernel": (3, 2, 2, 6)},
+        {"strides": (2, 1), "dilation": (1, 2), "groups": 2},
+        {"strides": (2, 1), "dilation": (1, 2), "lows": (1, 1), "groups": 2},
+    ),
+    "conv 3d": (
+        "conv",
+        (3, 2, 3),
+        {"kernel": (2, 1, 3, 4, 2)},
+        {"padding": [(1, 0), 0, 1]},
+        {"strides": (1, 1, 1), "dilation": (1, 1, 1), "lows": (1, 0, 1)},
+    ),
     "depthwise 1d": ("depthwise_conv", (5,), {"kernel": (3, 4)}, {}, {"strides": (1,), "dilation": (1,), "lows": (1,)}),
     "depthwise 2d": (
         "depthwise_conv",
@@ -351,6 +366,6 @@ def test_errors(name, shapes, kwargs, message):
 
 
 def test_every_layer_is_here_and_in_the_table():
-    files = ("aft", "augmented", "cvt", "depthwise", "dynamic", "lambdas", "learned", "outlook", "transposed")
+    files = ("aft", "dense", "augmented", "cvt", "depthwise", "dynamic", "lambdas", "learned", "outlook", "transposed")
     ours = {name for name, f in vars(zoo).items() if callable(f) and f.__module__.rpartition(".")[2] in files}
     assert {case[0] for case in CASES.values()} == ours <= set(zoo.ROWS)

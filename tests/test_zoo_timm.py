@@ -13,7 +13,8 @@ pytest.importorskip("timm")
 from flax import nnx  # noqa: E402
 from timm.layers.bottleneck_attn import BottleneckAttn  # noqa: E402
 from timm.layers.halo_attn import HaloAttn  # noqa: E402
-from timm.models import convit, swin_transformer, vision_transformer  # noqa: E402
+from timm.layers.lambda_layer import LambdaLayer  # noqa: E402
+from timm.models import convit, swin_transformer, vision_transformer, volo  # noqa: E402
 
 HEADS, FEATURES = 2, 16
 
@@ -24,6 +25,9 @@ def randomized(layer):
     layer = layer.double().eval()
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
+    for name, statistic in layer.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            torch.nn.init.uniform_(statistic, 0.5, 2)
     return layer
 
 
@@ -129,3 +133,44 @@ def test_gpsa_begins_where_timm_does(heads):
     np.testing.assert_allclose(layer.position[...], rows, atol=1e-6)
     np.testing.assert_allclose(layer.gate[...], expected["gate"])
     np.testing.assert_array_equal(layer.value[...], expected["value"])
+
+
+def normalized(weight, bias, norm):
+    """A projection and its bias that hold the batch normalisation after it."""
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    return weight.flatten(1) * scale[:, None], (bias - norm.running_mean) * scale + norm.bias
+
+
+@pytest.mark.parametrize("radius", [3, None])
+def test_lambda_layer(radius):
+    """timm normalises queries and values by batch statistics, and its local convolution has a bias b: what a second
+    intra-depth sees, of values 1, keys 0 and E = b - 1 at the token itself, for its content lambda is 1."""
+    grid, dim = (4, 5), 3
+    theirs = randomized(LambdaLayer(FEATURES, num_heads=HEADS, dim_head=dim, r=radius, feat_size=grid, qkv_bias=True))
+    sizes = (HEADS * dim, dim, FEATURES // HEADS)
+    (query, key, value), biases = theirs.qkv.weight.split(sizes), theirs.qkv.bias.split(sizes)
+    query, query_bias = normalized(query, biases[0], theirs.norm_q)
+    value, value_bias = normalized(value, biases[2], theirs.norm_v)
+    params = {"query": by_heads(query), "query_bias": array(query_bias).reshape(HEADS, dim)}
+    params |= {"key": array(key.flatten(1)).T[..., None], "key_bias": array(biases[1])[:, None]}
+    params |= {"value": array(value).T[..., None], "value_bias": array(value_bias)[:, None]}
+    if radius is None:
+        params["position"] = array(theirs.pos_emb)[..., None]
+    else:
+        kernel, bias = array(theirs.conv_lambda.weight)[:, 0, ..., 0], array(theirs.conv_lambda.bias)
+        params |= {name: np.pad(params[name], [(0, 0), (0, 0), (0, 1)]) for name in ("key", "value")}
+        params["key_bias"] = np.pad(params["key_bias"], [(0, 0), (0, 1)])
+        params["value_bias"] = np.pad(params["value_bias"], [(0, 0), (0, 1)], constant_values=1)
+        params["position"] = np.stack([kernel.transpose(1, 2, 0), np.zeros((radius, radius, dim))], -1)
+        params["position"][radius // 2, radius // 2, :, 1] = bias - 1
+    assert_same(lambda x: zoo.lambda_layer(x, params), theirs, *grid, channels_first=True)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("grid", [(4, 6), (5, 3)])
+def test_outlook(grid, stride):
+    theirs = randomized(volo.OutlookAttention(FEATURES, num_heads=HEADS, stride=stride, qkv_bias=True))
+    params = {"value": by_heads(theirs.v.weight), "value_bias": array(theirs.v.bias).reshape(HEADS, -1)}
+    params |= {"attention": array(theirs.attn.weight).T.reshape(FEATURES, HEADS, 3, 3, 3, 3), **out(theirs.proj)}
+    params["attention_bias"] = array(theirs.attn.bias).reshape(HEADS, 3, 3, 3, 3)
+    assert_same(lambda x: zoo.outlook_attention(x, params, strides=stride), theirs, *grid)

@@ -8,19 +8,24 @@ from jax import lax
 
 from jaxattn.equivalence.theorem import attention_to_conv, conv_to_attention
 from jaxattn.nn.conv import Conv
+from jaxattn.nn.depthwise import DepthwiseConv
 from jaxattn.nn.quadratic import QuadraticAttention
+from jaxattn.nn.transposed import ConvTranspose
 from jaxattn.zoo.slide import Slide
 
+KNOWN = (Conv, nnx.Conv, DepthwiseConv)
+TRANSPOSED = (ConvTranspose, nnx.ConvTranspose)
 WRAPPED = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
 
 
 def convert(model: Any, to: str = "attention", *, alpha: float | None = None, rtol: float | None = None) -> Any:
     """A copy of a model whose convolutions are quadratic attention, or whose quadratic attentions are convolutions.
 
-    Every `nn.Conv` and `nnx.Conv`, wherever it is in the model, becomes an `nn.QuadraticAttention` of one head to a
-    tap, with its strides, dilation, groups, padding, bias, mask and dtypes; with `to="conv"`, every
-    `nn.QuadraticAttention` becomes an `nn.Conv`. A layer that stands in two places does so afterwards. All else is
-    copied as it is. There and back gives the kernels bit by bit in the hard limit, and W' = Σ_h A_h W_h else.
+    Every `nn.Conv`, `nnx.Conv` and `nn.DepthwiseConv`, wherever it is in the model, becomes an `nn.QuadraticAttention`
+    of one head to a tap, with its strides, dilation, groups, padding, bias, mask and dtypes; with `to="conv"`, every
+    `nn.QuadraticAttention` becomes an `nn.Conv`. A layer that stands in two places does so afterwards. A transposed
+    convolution is refused; all else is copied as it is. There and back gives the kernels bit by bit in the hard limit,
+    and W' = Σ_h A_h W_h else.
 
     The outputs stay. In the hard limit, the default, they differ as two orders of the same sums do: by rounding, some
     units in the last place at each layer. With a finite alpha, or rtol, each layer keeps the bound of
@@ -50,7 +55,7 @@ def convert(model: Any, to: str = "attention", *, alpha: float | None = None, rt
     converted = []
 
     def replace(path, layer):
-        known = (Conv, nnx.Conv, nnx.ConvTranspose) if to == "attention" else QuadraticAttention
+        known = (*KNOWN, *TRANSPOSED) if to == "attention" else QuadraticAttention
         if not isinstance(layer, known):
             return layer
         where = "/".join(map(str, path)) or "the model"
@@ -60,13 +65,15 @@ def convert(model: Any, to: str = "attention", *, alpha: float | None = None, rt
     # the copy comes first: recursive_map would share the variables with the model
     made = nnx.recursive_map(replace, nnx.clone(model))
     if not converted:
-        what = "nn.Conv and nnx.Conv" if to == "attention" else "nn.QuadraticAttention"
+        what = "nn.Conv, nnx.Conv and nn.DepthwiseConv" if to == "attention" else "nn.QuadraticAttention"
         raise ValueError(f"convert: {type(model).__name__} holds no layer to convert; known are {what}")
     return made
 
 
 def _to_attention(where: str, layer: Any, alpha: float | None, rtol: float | None) -> QuadraticAttention:
-    _check_conv(where, layer)
+    _check_kind(where, layer)
+    layer = _grouped(layer) if isinstance(layer, DepthwiseConv) else layer
+    _check_options(where, layer)
     rank = len(layer.kernel_size)
     dilation = _each(layer.kernel_dilation, rank)
     padding, boundary = _pads(layer, dilation)
@@ -99,30 +106,40 @@ def _to_attention(where: str, layer: Any, alpha: float | None, rtol: float | Non
     return made
 
 
+def _grouped(layer: DepthwiseConv) -> Conv:
+    """The convolution with as many groups as features."""
+    kernel = layer.kernel[...][..., None, :]
+    return _conv(layer, kernel, layer.bias, layer.strides, layer.padding, layer.dilation, layer.in_features)
+
+
 def _to_conv(where: str, layer: Any) -> Conv:
     params = nnx.to_pure_dict(nnx.state(layer, nnx.Param))
     try:
         kernel, options = attention_to_conv({**params, "window": layer.window}, groups=layer.groups)
-        slide: Any = layer.window
-        padding = _word(slide)
+        padding = _word(layer.window)
     except ValueError as error:
         raise ValueError(f"convert: {where}: {error}") from error
+    return _conv(layer, kernel, params.get("bias"), options["strides"], padding, options["dilation"], layer.groups)
+
+
+def _conv(layer: Any, kernel: Any, bias: Any, strides: Any, padding: Any, dilation: Any, groups: int) -> Conv:
+    """An `nn.Conv` in the layer's place, of this kernel and bias."""
     made = Conv(
         layer.in_features,
         layer.out_features,
-        slide.size,
-        options["strides"],
+        kernel.shape[:-2],
+        strides,
         padding=padding,
-        kernel_dilation=options["dilation"],
-        feature_group_count=layer.groups,
-        use_bias="bias" in params,
+        kernel_dilation=dilation,
+        feature_group_count=groups,
+        use_bias=bias is not None,
         dtype=layer.dtype,
         param_dtype=kernel.dtype,
         precision=layer.precision,
         kernel_init=nnx.initializers.zeros,
         rngs=nnx.Rngs(0),
     )
-    _fill(made, {"kernel": kernel}, params.get("bias"))
+    _fill(made, {"kernel": kernel}, bias)
     return made
 
 
@@ -158,20 +175,29 @@ def _word(slide: Slide) -> Any:
     )
 
 
-def _check_conv(where: str, layer: Any) -> None:
+def _check_kind(where: str, layer: Any) -> None:
     """Refuse a layer that computes something else than a convolution that slides."""
-    name = type(layer).__name__
-    if isinstance(layer, nnx.ConvTranspose):
+    name, known = type(layer).__name__, "known are nn.Conv, nnx.Conv and nn.DepthwiseConv"
+    if isinstance(layer, TRANSPOSED):
         raise ValueError(
-            f"convert: {where} is a {name}, whose output is finer than its input; known are nn.Conv and nnx.Conv. "
+            f"convert: {where} is a {name}, whose output is finer than its input; {known}. "
             "A transposed convolution of strides 1 can be written as one of them, with the kernel flipped"
         )
-    if type(layer).__call__ not in (Conv.__call__, nnx.Conv.__call__):
-        raise ValueError(f"convert: {where} is a {name}, which calls something of its own; known are nn.Conv, nnx.Conv")
+    if type(layer).__call__ not in [kind.__call__ for kind in KNOWN]:
+        raise ValueError(f"convert: {where} is a {name}, which calls something of its own; {known}")
+
+
+def _check_options(where: str, layer: Any) -> None:
+    """Refuse arguments that an attention has no place for."""
     if any(d != 1 for d in _each(layer.input_dilation, len(layer.kernel_size))):
         raise ValueError(
             f"convert: {where} has input_dilation {layer.input_dilation}; allowed: 1. Put the zeros between the inputs "
             "in a layer before it"
+        )
+    if getattr(layer, "axis_name", None) is not None:
+        raise ValueError(
+            f"convert: {where} has axis_name {layer.axis_name!r}, a grid split over a mesh; allowed: None. "
+            "nn.QuadraticAttention slides over a whole grid"
         )
     defaults = {
         "preferred_element_type": None,

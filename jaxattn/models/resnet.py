@@ -305,7 +305,7 @@ class ResNet(nnx.Module):
             _one_of("mix", each, MIXES)
         check_rates("ResNet", drop_path=drop_path)
         self.in_features = in_features
-        self.drop_path_rate, self.deterministic, self.remat = drop_path, False, remat
+        self.remat = remat
         rates = iter(depth_rates(drop_path, sum(stage_sizes)))
         kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.stem, self.stem_pool = _stem(stem, stem_mix, in_features, width, num_heads, **kwargs)
@@ -341,7 +341,7 @@ class ResNet(nnx.Module):
             raise ValueError(
                 f"ResNet: images must be [*batch, height, width, in_features (={self.in_features})], got {images.shape}"
             )
-        check_rngs("ResNet", self.deterministic, rngs, drop_path=self.drop_path_rate)
+        check_rngs("ResNet", rngs, drop_path=self.blocks[-1].drop_path)
         x = jax.nn.relu(self.stem_norm(self.stem(images)))
         x = x if self.stem_pool is None else max_pool(x, *self.stem_pool, axis_name=self.axis_name)
         for block in self.blocks:

@@ -228,7 +228,7 @@ class ViT(nnx.Module):
         self.image_size, self.patch_size, window = (_pair(size) for size in (image_size, patch_size, window))
         self.in_features, self.position_kind = in_features, position
         self.pool = ("token" if class_token else "mean") if pool is None else pool
-        self.drop_path_rate, self.dropout_rate, self.deterministic, self.remat = drop_path, dropout, False, remat
+        self.remat = remat
         mixes = (mix,) * depth if isinstance(mix, str) else tuple(mix)
         _check_sizes(width=width, depth=depth, num_heads=num_heads, mlp_dim=mlp_dim, num_classes=num_classes)
         check_rates("ViT", drop_path=drop_path, dropout=dropout)
@@ -305,7 +305,7 @@ class ViT(nnx.Module):
                 f"ViT: a class token is on no shard of a grid that is split over {self.axis_name!r}: give "
                 "class_token=False, or leave the grid whole"
             )
-        check_rngs("ViT", self.deterministic, rngs, drop_path=self.drop_path_rate, dropout=self.dropout_rate)
+        check_rngs("ViT", rngs, drop_path=self.blocks[-1].drop_path, dropout=self.dropout)
         x = self._tokens(images)
         for n, block in enumerate(self.blocks):
             x = self._join(x) if n == self.joins else x
@@ -459,9 +459,9 @@ def cordonnier(**kwargs: Any) -> ViT:
 
 
 def vit_tiny8(**kwargs: Any) -> ViT:
-    """For 8 × 8 digits: a token for each pixel, four blocks of width 64, windows of 3, and no class token, so that
-    every `mix` works."""
-    sizes = {"image_size": 8, "patch_size": 1, "in_features": 1, "num_classes": 10, "window": 3}
+    """For 8 × 8 digits: patches of 2 × 2, four blocks of width 64, windows of 3, and no class token, so that every
+    `mix` works."""
+    sizes = {"image_size": 8, "patch_size": 2, "in_features": 1, "num_classes": 10, "window": 3}
     layers = {"width": 64, "depth": 4, "num_heads": 4, "mlp_dim": 128, "class_token": False}
     return ViT(**{**sizes, **layers, **kwargs})
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, ArrayLike, Float, Num
 from jaxattn import zoo
 from jaxattn.nn.depthwise import window_weight
 from jaxattn.nn.layer import operands
-from jaxattn.nn.weights import default_kernel_init, divided, linear, small_init
+from jaxattn.nn.weights import default_kernel_init, divided, frozen, linear, small_init
 
 
 class CvTAttention(nnx.Module):
@@ -65,7 +65,7 @@ class CvTAttention(nnx.Module):
     ):
         qkv_features = in_features if qkv_features is None else qkv_features
         out_features = in_features if out_features is None else out_features
-        self.strides, self.kv_strides, self.scale = strides, kv_strides, scale
+        self.strides, self.kv_strides, self.scale = frozen(strides), frozen(kv_strides), scale
         self.dtype, self.precision = dtype, precision
         heads = (num_heads, divided(self, "num_heads", num_heads, qkv_features, "qkv_features"))
         how: dict[str, Any] = {"bias": use_bias, "init": kernel_init, "rngs": rngs, "dtype": param_dtype}

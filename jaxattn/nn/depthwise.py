@@ -9,7 +9,7 @@ from jaxtyping import Array, ArrayLike, Float, Num
 
 from jaxattn import zoo
 from jaxattn.nn.layer import operands
-from jaxattn.nn.weights import default_bias_init, default_kernel_init, divided, ints
+from jaxattn.nn.weights import default_bias_init, default_kernel_init, divided, frozen, ints
 
 glorot_init = nnx.initializers.xavier_uniform()
 
@@ -64,7 +64,8 @@ class DepthwiseConv(nnx.Module):
             raise ValueError(
                 f"DepthwiseConv: in_features (={in_features}) and multiplier (={multiplier}) must be positive"
             )
-        self.strides, self.padding, self.dilation = strides, padding, dilation
+        self.strides, self.padding, self.dilation = frozen(strides), frozen(padding), frozen(dilation)
+        self.in_features, self.out_features = in_features, in_features * multiplier
         self.dtype, self.precision = dtype, precision
         self.kernel = window_weight(kernel_init, rngs, kernel_size, in_features * multiplier, param_dtype)
         self.bias = nnx.data(None)
@@ -120,7 +121,7 @@ class LightConv(nnx.Module):
         rngs: nnx.Rngs,
     ):
         divided(self, "num_heads", num_heads, in_features)
-        self.dilation, self.causal, self.dtype, self.precision = dilation, causal, dtype, precision
+        self.dilation, self.causal, self.dtype, self.precision = frozen(dilation), causal, dtype, precision
         self.kernel = window_weight(kernel_init, rngs, kernel_size, num_heads, param_dtype)
 
     def __call__(self, inputs: Num[ArrayLike, "..."]) -> Float[Array, "..."]:

@@ -10,7 +10,7 @@ from jaxtyping import Array, ArrayLike, Float, Num
 
 from jaxattn import zoo
 from jaxattn.nn.layer import operands
-from jaxattn.nn.weights import default_kernel_init, divided, ints, linear, weight
+from jaxattn.nn.weights import default_kernel_init, divided, frozen, ints, linear, weight
 
 glorot_init = nnx.initializers.xavier_uniform()
 
@@ -56,7 +56,7 @@ class DynamicConv(nnx.Module):
         rngs: nnx.Rngs,
     ):
         divided(self, "num_heads", num_heads, in_features)
-        self.dilation, self.causal, self.dtype, self.precision = dilation, causal, dtype, precision
+        self.dilation, self.causal, self.dtype, self.precision = frozen(dilation), causal, dtype, precision
         self.kernel = weight(kernel_init, rngs, (in_features,), (*ints(kernel_size), num_heads), param_dtype)
 
     def __call__(self, inputs: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
@@ -111,7 +111,7 @@ class Involution(nnx.Module):
     ):
         divided(self, "groups", groups, in_features)
         reduced = divided(self, "reduction", reduction, in_features)
-        self.strides, self.dilation, self.activation = strides, dilation, activation
+        self.strides, self.dilation, self.activation = frozen(strides), frozen(dilation), activation
         self.dtype, self.precision = dtype, precision
         how: dict[str, Any] = {"bias": True, "init": kernel_init, "rngs": rngs, "dtype": param_dtype}
         linear(self, "reduce", (in_features,), (reduced,), **how)
@@ -166,7 +166,7 @@ class DynamicDepthwiseConv(nnx.Module):
         rngs: nnx.Rngs,
     ):
         reduced = divided(self, "reduction", reduction, in_features)
-        self.dilation, self.activation, self.dtype, self.precision = dilation, activation, dtype, precision
+        self.dilation, self.activation, self.dtype, self.precision = frozen(dilation), activation, dtype, precision
         how: dict[str, Any] = {"bias": True, "init": kernel_init, "rngs": rngs, "dtype": param_dtype}
         linear(self, "reduce", (in_features,), (reduced,), **how)
         linear(self, "span", (reduced,), (*ints(kernel_size), in_features), **how)

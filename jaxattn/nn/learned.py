@@ -9,7 +9,7 @@ from jaxtyping import Array, ArrayLike, Float, Num
 
 from jaxattn import zoo
 from jaxattn.nn.layer import operands
-from jaxattn.nn.weights import default_bias_init, default_kernel_init, divided, ints, linear
+from jaxattn.nn.weights import default_bias_init, default_kernel_init, divided, frozen, ints, linear
 
 unit_init = nnx.initializers.normal(1.0)
 short_init = nnx.initializers.variance_scaling(1.0, "fan_out", "normal")  # of length one: head_dim ** -0.5
@@ -66,7 +66,7 @@ class QnA(nnx.Module):
         rngs: nnx.Rngs,
     ):
         qkv_features = in_features if qkv_features is None else qkv_features
-        self.strides, self.scale, self.dtype, self.precision = strides, scale, dtype, precision
+        self.strides, self.scale, self.dtype, self.precision = frozen(strides), scale, dtype, precision
         heads = (num_heads, divided(self, "num_heads", num_heads, qkv_features, "qkv_features"))
         how: dict[str, Any] = {"bias": use_bias, "init": kernel_init, "rngs": rngs, "dtype": param_dtype}
         self.query = nnx.Param(query_init(rngs.params(), heads, param_dtype))

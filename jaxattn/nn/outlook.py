@@ -9,7 +9,7 @@ from jaxtyping import Array, ArrayLike, Float, Num
 
 from jaxattn import zoo
 from jaxattn.nn.layer import operands
-from jaxattn.nn.weights import divided, ints, linear, small_init
+from jaxattn.nn.weights import divided, frozen, ints, linear, small_init
 
 
 class OutlookAttention(nnx.Module):
@@ -58,7 +58,7 @@ class OutlookAttention(nnx.Module):
     ):
         heads = (num_heads, divided(self, "num_heads", num_heads, in_features))
         window, out = ints(kernel_size), in_features if out_features is None else out_features
-        self.strides, self.scale, self.dtype, self.precision = strides, scale, dtype, precision
+        self.strides, self.scale, self.dtype, self.precision = frozen(strides), scale, dtype, precision
         how: dict[str, Any] = {"init": kernel_init, "rngs": rngs, "dtype": param_dtype}
         linear(self, "value", (in_features,), heads, bias=use_bias, **how)
         linear(self, "attention", (in_features,), (num_heads, *window, *window), bias=True, **how)

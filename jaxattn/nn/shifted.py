@@ -10,6 +10,7 @@ from jaxtyping import Array, ArrayLike, Float, Num
 from jaxattn import zoo
 from jaxattn.nn.heads import make_projections, offset_bias, small_init
 from jaxattn.nn.layer import operands
+from jaxattn.nn.weights import frozen
 
 
 class ShiftedWindowAttention(nnx.Module):
@@ -59,7 +60,7 @@ class ShiftedWindowAttention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.window = (window,) if isinstance(window, int) else tuple(window)
-        self.shift, self.dtype, self.precision = shift, dtype, precision
+        self.shift, self.dtype, self.precision = frozen(shift), dtype, precision
         make_projections(
             self, num_heads, in_features, qkv_features, out_features, use_bias=use_bias, kernel_init=kernel_init,
             param_dtype=param_dtype, rngs=rngs,

@@ -9,7 +9,7 @@ from jaxtyping import Array, ArrayLike, Float, Num
 
 from jaxattn import zoo
 from jaxattn.nn.layer import operands
-from jaxattn.nn.weights import default_bias_init, default_kernel_init, ints
+from jaxattn.nn.weights import default_bias_init, default_kernel_init, frozen, ints
 
 
 class ConvTranspose(nnx.Module):
@@ -62,9 +62,10 @@ class ConvTranspose(nnx.Module):
         transpose_kernel: bool = False,
         rngs: nnx.Rngs,
     ):
-        self.strides = 1 if strides is None else strides
-        self.dilation = 1 if kernel_dilation is None else kernel_dilation
-        self.padding, self.transpose_kernel, self.dtype, self.precision = padding, transpose_kernel, dtype, precision
+        self.strides = 1 if strides is None else frozen(strides)
+        self.dilation = 1 if kernel_dilation is None else frozen(kernel_dilation)
+        self.padding, self.transpose_kernel = frozen(padding), transpose_kernel
+        self.dtype, self.precision = dtype, precision
         channels = (out_features, in_features) if transpose_kernel else (in_features, out_features)
         self.kernel = nnx.Param(kernel_init(rngs.params(), (*ints(kernel_size), *channels), param_dtype))
         self.bias = nnx.data(None)

@@ -46,6 +46,11 @@ def ints(size: int | Sequence[int]) -> tuple[int, ...]:
     return (size,) if isinstance(size, int) else tuple(size)
 
 
+def frozen(value: Any) -> Any:
+    """Lists as tuples: what a module keeps beside its arrays is part of its graph, which `jax.jit` hashes."""
+    return tuple(map(frozen, value)) if isinstance(value, list | tuple) else value
+
+
 def divided(layer: nnx.Module, name: str, groups: int, features: int, of: str = "in_features") -> int:
     """features / groups, or an error that names them."""
     if groups < 1 or features % groups:

@@ -17,6 +17,7 @@ from jaxattn.nn.heads import (
     small_init,
 )
 from jaxattn.nn.layer import operands
+from jaxattn.nn.weights import frozen
 from jaxattn.window import Window
 from jaxattn.zoo.windows import halo_window
 
@@ -140,7 +141,7 @@ class HaloAttention(nnx.Module):
         embedding_init: Callable[..., Any] | None = None,
         rngs: nnx.Rngs,
     ):
-        self.block, self.halo, self.boundary = block, halo, boundary
+        self.block, self.halo, self.boundary = frozen(block), frozen(halo), frozen(boundary)
         self.scale, self.dtype, self.precision = scale, dtype, precision
         sizes = halo_window(block, halo, boundary).sizes
         head_dim = make_projections(

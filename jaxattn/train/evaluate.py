@@ -6,36 +6,35 @@ from collections.abc import Callable
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Float, Int
+
+from jaxattn.train.augment import normalise
+from jaxattn.train.data import Dataset, Source
 
 
-def make_predict(graph: nnx.GraphDef) -> jax.stages.Wrapped:
-    """The jitted forward pass: (weights, rest, images [batch, height, width, channels]) -> classes [batch]."""
-    return jax.jit(lambda weights, rest, images: nnx.merge(graph, weights, rest)(images).argmax(-1))
+def make_predict(graph: nnx.GraphDef, data: Dataset) -> Callable:
+    """The forward pass: (weights, rest, images [batch, *grid, channels] as `data` has them) -> classes [batch]."""
+
+    def predict(weights, rest, images):
+        return nnx.merge(graph, weights, rest)(normalise(images, data.mean, data.std)).argmax(-1)
+
+    return predict
 
 
-def count_correct(
-    predict: Callable[[np.ndarray], jax.Array],
-    images: Float[np.ndarray, "n height width channels"],
-    labels: Int[np.ndarray, "n"],
-    batch_size: int = 100,
-) -> int:
+def count_correct(predict: Callable[[np.ndarray], jax.Array], source: Source, batch_size: int = 100) -> int:
     """How many images are classified rightly, in batches of one size: what fills up the last is not counted."""
     correct = 0
-    for start in range(0, len(labels), batch_size):
-        batch, truth = images[start : start + batch_size], labels[start : start + batch_size]
-        filled = np.pad(batch, ((0, batch_size - len(batch)), (0, 0), (0, 0), (0, 0)))
+    for start in range(0, len(source), batch_size):
+        images, truth = source.fetch(np.arange(start, min(start + batch_size, len(source))))
+        filled = np.pad(images, [(0, batch_size - len(images))] + [(0, 0)] * (images.ndim - 1))
         correct += int((np.asarray(predict(filled))[: len(truth)] == truth).sum())
     return correct
 
 
-def evaluate(
-    model: nnx.Module, images: Float[np.ndarray, "n height width channels"], labels: Int[np.ndarray, "n"]
-) -> int:
-    """How many images the trained network classifies rightly."""
+def evaluate(model: nnx.Module, data: Dataset, source: Source) -> int:
+    """How many images of one part of the data the trained network classifies rightly."""
     model.eval()
     graph, weights, rest = nnx.split(model, nnx.Param, ...)
-    return count_correct(functools.partial(make_predict(graph), weights, rest), images, labels)
+    return count_correct(functools.partial(jax.jit(make_predict(graph, data)), weights, rest), source)
 
 
 def count_parameters(model: nnx.Module) -> int:
@@ -43,11 +42,12 @@ def count_parameters(model: nnx.Module) -> int:
     return sum(weight.size for weight in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
-def flops_per_image(model: nnx.Module, image: np.ndarray) -> float:
+def flops_per_image(model: nnx.Module, data: Dataset) -> float:
     """XLA's count for the compiled forward pass of one image."""
     model.eval()
     graph, weights, rest = nnx.split(model, nnx.Param, ...)
-    compiled = make_predict(graph).lower(weights, rest, image[None]).compile()
+    image, _ = data.test.fetch(np.arange(1))
+    compiled = jax.jit(make_predict(graph, data)).lower(weights, rest, image).compile()
     return float((compiled.cost_analysis() or {}).get("flops", np.nan))  # not every backend counts
 
 

@@ -1,112 +1,176 @@
-"""The training loop: the schedule, one pure step, and the epochs around it."""
+"""The training loop, from the untrained network to the last checkpoint."""
 
+import contextlib
 import functools
+import math
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
+from jax.sharding import Mesh
 
-from jaxattn.models import resnet
+from jaxattn.train.build import build
+from jaxattn.train.checkpoint import Checkpoints
 from jaxattn.train.config import Config
 from jaxattn.train.data import Dataset, batches
-from jaxattn.train.evaluate import count_correct, make_predict
-from jaxattn.train.extras import InputError, needs_extra
+from jaxattn.train.evaluate import count_correct
+from jaxattn.train.extras import needs_extra
+from jaxattn.train.log import Log
+from jaxattn.train.meter import Diverged, Meter
+from jaxattn.train.optimizer import schedule
+from jaxattn.train.peak import peak_flops
+from jaxattn.train.program import assemble
 
 with needs_extra("train"):
     from tqdm import tqdm
 
-
-def build(config: Config, data: Dataset) -> nnx.Module:
-    """The untrained network that `config` names, for the images of `data`."""
-    config.check()
-    # an ImageNet stem would leave an image of 28 pixels a grid of one
-    stem = "cifar" if max(data.train_images.shape[1:3]) <= 64 else "imagenet"
-    return getattr(resnet, config.model)(
-        num_classes=len(data.class_names),
-        in_features=data.train_images.shape[-1],
-        stem=stem,
-        mix=config.mix,
-        rngs=nnx.Rngs(config.seed),
-    )
+LINE = 50  # steps a line of steps.jsonl
+BAR = ("loss", "accuracy", "images_per_second", "of_peak")  # what the progress bar shows of one
 
 
-def schedule(config: Config, steps: int) -> optax.Schedule:
-    """The learning rate: a linear rise over the share `warmup` of all steps, then half a cosine down to zero."""
-    rise = round(config.warmup * steps)
-    return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, rise, max(steps, rise + 1))
+class Trained(NamedTuple):
+    """The network as it ends, what every epoch measured, and the seconds that all of it took."""
+
+    model: nnx.Module
+    epochs: list[dict]
+    seconds: float
 
 
-def make_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation) -> jax.stages.Wrapped:
-    """One pure, jitted step: (weights, rest, moments, images, labels) -> the first three anew, and [loss, accuracy]."""
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
-    def step(weights, rest, moments, images, labels):
-        def loss_fn(weights):
-            model = nnx.merge(graph, weights, rest, copy=True)
-            logits = model(images).astype(jnp.float32)  # [batch, classes]
-            loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-            accuracy = (logits.argmax(-1) == labels).mean(dtype=jnp.float32)
-            return loss, (nnx.state(model, nnx.Not(nnx.Param)), accuracy)
-
-        (loss, (rest, accuracy)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(weights)
-        updates, moments = optimizer.update(gradients, moments, weights)
-        return optax.apply_updates(weights, updates), rest, moments, jnp.stack([loss, accuracy])
-
-    return step
+class Stopped(Exception):
+    """The system asked the process to end (SIGTERM), and all is saved."""
 
 
-def train(config: Config, data: Dataset, log: Callable[[dict[str, int | float]], None]) -> nnx.Module:
-    """Trains one network, and calls `log` with the measurements of every epoch. Returns the network as it ends."""
-    model = build(config, data)
-    steps = len(data.train_labels) // config.batch_size  # in an epoch
-    if steps == 0:
-        raise InputError(f"batch_size (={config.batch_size}) is more than the {len(data.train_labels)} training images")
-    rate = schedule(config, config.epochs * steps)
-    # biases and normalisation scales are vectors, and do not decay
-    decaying = lambda weights: jax.tree.map(lambda weight: weight.ndim >= 2, weights)
-    optimizer = optax.adamw(rate, weight_decay=config.weight_decay, mask=decaying)
+def train(
+    config: Config,
+    data: Dataset,
+    folder: Path,
+    *,
+    resume: bool = False,
+    checkpoint_every: int = 0,
+    mesh: Mesh | None = None,
+) -> Trained:
+    """Trains one network, with its log and its checkpoints in `folder`.
 
-    # Split once into structure, weights and the rest (BatchNorm's statistics), so that a step is a pure function of
-    # arrays. It is compiled ahead of the epochs, so that images per second measures training alone.
-    model.eval()
-    predict = make_predict(nnx.graphdef(model))
-    model.train()
-    graph, weights, rest = nnx.split(model, nnx.Param, ...)
-    moments = optimizer.init(weights)
-    first = data.train_images[: config.batch_size], data.train_labels[: config.batch_size]
+    Args:
+      config: what is trained.
+      data: on what.
+      folder: of the run. It gets `metrics.jsonl` (a line an epoch), `steps.jsonl`, `tensorboard/` and
+        `checkpoints/`.
+      resume: go on from the newest checkpoint in `folder`, where there is one, exactly as if there had been no break.
+      checkpoint_every: save after so many steps, beside the end of every epoch; 0 for the epochs alone.
+      mesh: of `make_mesh`, over which batch, weights and grid are split; None for one device. A run may go on with
+        another mesh than it began with.
 
-    rng = np.random.default_rng(config.seed)
-    with tqdm(total=config.epochs * steps, desc=f"{config.mix}, compiling", unit="step") as bar:
-        step = make_step(graph, optimizer).lower(weights, rest, moments, *first).compile()
-        bar.reset()
+    Raises:
+      ValueError: a setting that does not fit the data, or a checkpoint that does not fit the settings.
+      Diverged: the loss became NaN or senseless; it names the step, its images and the last good checkpoint.
+      Stopped: the process got SIGTERM; the state is saved.
+    """
+    process = jax.process_index(), jax.process_count()
+    stream = batches(data.train, config.batch_size, seed=config.seed, process=process)
+    steps = len(data.train) // config.batch_size  # in an epoch
+    total = config.epochs * steps
+    rate = schedule(config, total // config.accumulate)
+    program = assemble(config, data, total, mesh)
+    state = program.init()
+
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(Checkpoints(folder))
+        restored = checkpoints.restore(state) if resume else None
+        meter, before = Meter(worst=100 * math.log(len(data.class_names) + 1)), 0.0
+        if restored:
+            state, before = restored.tree, restored.position["seconds"]
+            stream.set_state(restored.position["data"])
+            meter = Meter(meter.worst, **restored.position["meter"])
+        done = int(state.step)
+        log = stack.enter_context(contextlib.closing(Log(folder, done)))
+        stopping = stack.enter_context(stop_signal())
+        bar = stack.enter_context(tqdm(total=total, initial=done, desc=f"{config.mix}, compiling", unit="step"))
+
+        # compiled before the clock starts, so that images per second measures training alone
+        start = time.perf_counter()
+        rows = np.arange(config.batch_size // jax.process_count())
+        images, labels = data.train.fetch(rows)
+        compiled = program.step.lower(state, program.place({"image": images, "label": labels})).compile()
+        flops, peak = (compiled.cost_analysis() or {}).get("flops", math.nan), peak_flops(config.dtype)
         bar.set_description(config.mix)
-        for epoch in range(1, config.epochs + 1):
-            start, measured = time.perf_counter(), []
-            for images, labels in batches(data.train_images, data.train_labels, config.batch_size, rng, config.shift):
-                # images [batch, height, width, channels], labels [batch]
-                weights, rest, moments, loss_and_accuracy = step(weights, rest, moments, images, labels)
-                measured.append(loss_and_accuracy)
-                bar.update()
-            loss, accuracy = np.mean(jax.device_get(measured), axis=0, dtype=float)  # waits for the last step
-            speed = steps * config.batch_size / (time.perf_counter() - start)
-            trained = functools.partial(predict, weights, rest)
-            correct = count_correct(trained, data.validation_images, data.validation_labels)
-            validation = correct / len(data.validation_labels)
-            bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{validation:.3f}", images_per_s=f"{speed:.0f}")
-            log(
-                {
-                    "epoch": epoch,
-                    "train_loss": loss,
-                    "train_accuracy": accuracy,
-                    "validation_accuracy": validation,
-                    "images_per_second": speed,
-                    "learning_rate": float(np.asarray(rate(epoch * steps))),
-                }
-            )
-    nnx.update(model, weights, rest)
-    model.eval()
-    return model
+
+        line = epoch = (done, time.perf_counter())  # since when the speed is measured
+        for step in range(done + 1, total + 1):
+            batch = next(stream)
+            state, metrics = compiled(state, program.place(batch))
+            try:
+                meter.add(step, batch["index"], metrics)
+                line_ends, epoch_ends = step % LINE == 0 or step == total, step % steps == 0
+                saves = epoch_ends or stopping.is_set() or (checkpoint_every and step % checkpoint_every == 0)
+                if line_ends or saves:
+                    meter.settle()
+            except Diverged as error:
+                checkpoints.wait()
+                good = checkpoints.steps()
+                where = f"is {checkpoints.folder / str(good[-1])}" if good else "was not saved yet"
+                raise Diverged(f"{error}; the last good checkpoint {where}") from None
+            bar.update()
+
+            if line_ends:
+                speed, line = _speed(line, step), (step, time.perf_counter())
+                means = meter.line() | {"images_per_second": speed * config.batch_size, "of_peak": speed * flops / peak}
+                log.steps({"step": step, **means, "learning_rate": float(rate(step // config.accumulate))})
+                bar.set_postfix({name: f"{means[name]:.3g}" for name in BAR})
+
+            validation = None
+            if epoch_ends:
+                speed = _speed(epoch, step)
+                weights = state.weights if state.average is None else state.average
+                predict = functools.partial(program.predict, weights, state.rest)
+                correct = count_correct(predict, data.validation, config.batch_size)
+                validation = correct / len(data.validation)
+                log.epoch(
+                    {
+                        "step": step,
+                        "epoch": step // steps,
+                        **meter.epoch(),
+                        "validation_accuracy": validation,
+                        "images_per_second": speed * config.batch_size,
+                        "learning_rate": float(rate(step // config.accumulate)),
+                    }
+                )
+                line = epoch = (step, time.perf_counter())
+
+            if saves:
+                seconds = before + time.perf_counter() - start
+                position = {"data": stream.get_state(), "meter": meter.position(), "seconds": seconds}
+                checkpoints.save(step, state, position, validation)
+                if stopping.is_set() and step < total:
+                    checkpoints.wait()
+                    raise Stopped(f"stopped at step {step} of {total}, and saved: go on with --resume")
+
+        model = build(config, data.image_shape, len(data.class_names))
+        nnx.update(model, *program.gather((state.weights if state.average is None else state.average, state.rest)))
+        model.eval()
+        return Trained(model, log.epochs, before + time.perf_counter() - start)
+
+
+def _speed(since: tuple[int, float], step: int) -> float:
+    """Steps per second."""
+    return (step - since[0]) / (time.perf_counter() - since[1])
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, where this thread can be told of signals."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    previous = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -15,6 +15,7 @@ import jax
 
 from jaxattn.train.config import Config
 from jaxattn.train.data import Dataset
+from jaxattn.train.recipes import changed, recipe
 
 TEMPLATE = Path(__file__).with_name("report.html")
 MIXERS = {"conv": "convolution", "attention": "local attention"}
@@ -38,8 +39,8 @@ def write_report(
 
 def texts(config: Config, data: Dataset, results: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """What stands in the report beside its figures, as HTML."""
-    train, validation, test = (len(y) for y in (data.train_labels, data.validation_labels, data.test_labels))
-    height, width = data.train_images.shape[1:3]
+    train, validation, test = (len(part) for part in (data.train, data.validation, data.test))
+    height, width, _ = data.image_shape
     return {
         "title": f"Convolution and local attention on {html.escape(data.name)}",
         "lede": f"The network <b>{config.model}</b>, trained twice on {train:,} images of {height} × {width} "
@@ -69,9 +70,10 @@ def texts(config: Config, data: Dataset, results: Mapping[str, Mapping[str, Any]
 
 def commands(config: Config) -> str:
     """The command that makes this run again: what differs from the defaults is spelled out."""
-    default = Config()
-    changed = {k: v for k, v in dataclasses.asdict(config).items() if v != getattr(default, k)}
-    return "jaxattn train" + "".join(f" --{k.replace('_', '-')} {shlex.quote(str(v))}" for k, v in changed.items())
+    settings = changed(config)
+    if recipe(None, config.data).recipe != config.recipe:
+        settings = {"recipe": config.recipe} | settings
+    return "jaxattn train" + "".join(f" {_flag(name, value)}" for name, value in settings.items())
 
 
 def environment() -> dict[str, str]:
@@ -82,6 +84,13 @@ def environment() -> dict[str, str]:
         "device": jax.devices()[0].device_kind,
         "CPU cores": str(os.cpu_count()),
     }
+
+
+def _flag(name: str, value: object) -> str:
+    name = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {shlex.quote(str(value))}"
 
 
 def _card(mix: str, result: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What the attention layers share: queries, keys and values by heads, the way back, and parameters checked by name."""
+"""What the attention layers share: queries, keys and values by heads, the way back, and the positions of these."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -6,11 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jaxattn.einsum import einsum
 from jaxattn.position import spread
+from jaxattn.zoo.named import affine, check_names, features, match
 
 PROJECTIONS = ("query", "key", "value")
 OPTIONAL = ("query_bias", "key_bias", "value_bias", "out", "out_bias")
@@ -41,66 +41,47 @@ class Heads:
         optional: Sequence[str] = (),
         precision: lax.PrecisionLike = None,
     ):
-        self.layer, self.params, self.precision = layer, params, precision
-        self.sizes: dict[str, int] = {}
         required = [name for name in (*PROJECTIONS, *tables) if name not in optional]
-        for name in required:
-            if name not in params:
-                raise ValueError(f"{layer}: params lack {name!r}; they are {', '.join(required)}")
-        known = (*required, *optional, *OPTIONAL)
-        for name in params:
-            if name not in known:
-                raise ValueError(f"{layer}: params have {name!r}; allowed: {', '.join(known)}")
-        for name in (*PROJECTIONS, "out"):
-            if f"{name}_bias" in params and name not in params:
-                raise ValueError(f"{layer}: params have '{name}_bias' and lack {name!r}, which it belongs to")
+        check_names(layer, params, required, [*required, *optional, *OPTIONAL])
+        self.layer, self.precision = layer, precision
+        self.params = {name: jnp.asarray(x) for name, x in params.items()}
+        self.known: dict[str, tuple[int, ...]] = {}
 
     def table(self, name: str, *axes: str | int) -> jax.Array:
         """`params[name]`, of these axes: sizes, or names that stand for one size wherever they are used."""
-        shape = np.shape(self.params[name])
-        expected = [self.sizes.get(axis, axis) if isinstance(axis, str) else axis for axis in axes]
-        if len(shape) != len(axes) or any(n != e for n, e in zip(shape, expected, strict=True) if isinstance(e, int)):
-            raise ValueError(
-                f"{self.layer}: params[{name!r}] has shape {list(shape)}; expected [{', '.join(map(str, axes))}] = "
-                f"[{', '.join(map(str, expected))}]"
-            )
-        self.sizes |= {axis: n for axis, n in zip(axes, shape, strict=True) if isinstance(axis, str)}
-        return jnp.asarray(self.params[name])
+        self.known |= {str(axis): (axis,) for axis in axes if isinstance(axis, int)}
+        match(f"{self.layer}: params[{name!r}]", self.params[name].shape, [str(axis) for axis in axes], self.known)
+        return self.params[name]
 
     def grid(self, x, rank: int) -> tuple[int, ...]:
         """The last `rank` axes of x before its features."""
-        shape = np.shape(x)
-        if len(shape) < rank + 1:
-            raise ValueError(
-                f"{self.layer}: x has shape {list(shape)}; expected [*batch, *grid, features] with {rank} grid axes"
-            )
-        return shape[-1 - rank : -1]
+        features(self.layer, x, rank)
+        return jnp.shape(x)[-1 - rank : -1]
 
     def project(self, x, rank: int) -> list[jax.Array]:
         """The query, key and value of every token of x `[*batch, *grid, features]`: `[*batch, *grid, heads, head_dim]`.
 
         Where there is no key among the parameters, the keys are zeros.
         """
-        self.grid(x, rank)
-        x = jnp.asarray(x)
-        self.sizes["features"] = x.shape[-1]
+        self.known |= {"features": (features(self.layer, x, rank)["features"],)}
         widths = {"query": "head_dim", "key": "head_dim", "value": "value_dim"}
-        return [self._project(x, name, width) for name, width in widths.items()]
+        return [self._project(jnp.asarray(x), name, width) for name, width in widths.items()]
 
     def _project(self, x: jax.Array, name: str, width: str) -> jax.Array:
         if name not in self.params:
-            return jnp.zeros((*x.shape[:-1], self.sizes["heads"], self.sizes[width]), x.dtype)
-        kernel = self.table(name, "features", "heads", width)
-        y = einsum("... c, c h d -> ... h d", x, kernel, precision=self.precision)
-        return y + self.table(f"{name}_bias", "heads", width) if f"{name}_bias" in self.params else y
+            return jnp.zeros((*x.shape[:-1], *self.known["heads"], *self.known[width]), x.dtype)
+        self.table(name, "features", "heads", width)
+        if f"{name}_bias" in self.params:
+            self.table(f"{name}_bias", "heads", width)
+        return affine("... c, c h d -> ... h d", x, self.params, name, self.precision)
 
     def embedding(self, size: Sequence[int]) -> jax.Array:
         """r `[heads or 1, *(2k-1), head_dim]`, of a table for each axis of a window of `size` k.
 
         Tables of head_dim are added; narrower ones, of head_dim / rank, stand one after the other.
         """
-        names, tables, head_dim = embeddings(len(size)), [], self.sizes["head_dim"]
-        shape = np.shape(self.params[names[0]])
+        names, tables, (head_dim,) = embeddings(len(size)), [], self.known["head_dim"]
+        shape = self.params[names[0]].shape
         added = shape[-1:] == (head_dim,) or head_dim % len(size) != 0
         for name, k in zip(names, size, strict=True):
             heads = 1 if shape[:1] == (1,) else "heads"
@@ -114,6 +95,7 @@ class Heads:
         """
         if "out" not in self.params:
             return einsum("... h d -> ... (h d)", y)
-        kernel = self.table("out", "heads", "value_dim", "out_features")
-        y = einsum("... h d, h d o -> ... o", y, kernel, precision=self.precision)
-        return y + self.table("out_bias", "out_features") if "out_bias" in self.params else y
+        self.table("out", "heads", "value_dim", "out_features")
+        if "out_bias" in self.params:
+            self.table("out_bias", "out_features")
+        return affine("... h d, h d o -> ... o", y, self.params, "out", self.precision)

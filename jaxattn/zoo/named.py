@@ -1,6 +1,6 @@
 """Parameters by name, whose shapes are checked against each other before anything is computed."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,19 +32,27 @@ def named(layer: str, params: Mapping[str, Any], sizes: Mapping[str, int], **sha
     >>> sorted(named("layer", {"out": jnp.ones((2, 3))}, {"heads": 2}, out="heads out", out_bias="?out"))
     ['out']
     """
-    required = [name for name, axes in shapes.items() if not axes.startswith("?")]
-    if missing := [name for name in required if name not in params]:
-        raise ValueError(f"{layer}: params lack {', '.join(map(repr, missing))}; needed are {', '.join(required)}")
-    if unknown := [name for name in params if name not in shapes]:
-        raise ValueError(f"{layer}: params have {', '.join(map(repr, unknown))}; allowed are {', '.join(shapes)}")
+    check_names(layer, params, [name for name, axes in shapes.items() if not axes.startswith("?")], shapes)
     known: dict[str, tuple[int, ...]] = {axis: (size,) for axis, size in sizes.items()}
     for name, axes in shapes.items():
         if name in params:
-            _match(f"{layer}: params[{name!r}]", np.shape(params[name]), axes.lstrip("?").split(), known)
+            match(f"{layer}: params[{name!r}]", np.shape(params[name]), axes.lstrip("?").split(), known)
     return {name: jnp.asarray(x) for name, x in params.items()}
 
 
-def _match(what: str, shape: tuple[int, ...], axes: list[str], known: dict[str, tuple[int, ...]]) -> None:
+def check_names(layer: str, params: Mapping[str, Any], required: Sequence[str], allowed: Iterable[str]) -> None:
+    """Raise where a parameter is missing, unknown, or the bias of one that is missing."""
+    if missing := [name for name in required if name not in params]:
+        raise ValueError(f"{layer}: params lack {', '.join(map(repr, missing))}; needed are {', '.join(required)}")
+    if unknown := [name for name in params if name not in allowed]:
+        raise ValueError(f"{layer}: params have {', '.join(map(repr, unknown))}; allowed are {', '.join(allowed)}")
+    for name in params:
+        owner = name.removesuffix("_bias")
+        if owner in allowed and owner not in params:
+            raise ValueError(f"{layer}: params have {name!r} and lack {owner!r}, which it belongs to")
+
+
+def match(what: str, shape: tuple[int, ...], axes: list[str], known: dict[str, tuple[int, ...]]) -> None:
     """Find each axis's size in `shape` and add it to `known`, or raise where it is known to be another."""
     stars = [axis for axis in axes if axis.startswith("*") and axis not in known]
     free = len(shape) - sum(len(known.get(axis, (0,))) for axis in axes if axis not in stars)

@@ -1,0 +1,139 @@
+"""CIFAR-10 and CIFAR-100 in their two published forms: pickles, read without running what is in them, and records."""
+
+import tarfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxattn.train.data.safe_pickle import read_pickle
+from jaxattn.train.data.split import Examples, Found
+from jaxattn.train.extras import InputError
+
+
+class _Layout(NamedTuple):
+    """The names of the files in both forms, and of what is in them."""
+
+    train: tuple[str, ...]
+    test: str
+    pickled_names: tuple[str, str]  # file, key
+    binary_names: str
+    label_key: str
+    label_bytes: int  # of a record, of which the last is the label
+
+
+TEN = _Layout(
+    tuple(f"data_batch_{i}" for i in range(1, 6)),
+    "test_batch",
+    ("batches.meta", "label_names"),
+    "batches.meta.txt",
+    "labels",
+    1,
+)
+HUNDRED = _Layout(("train",), "test", ("meta", "fine_label_names"), "fine_label_names.txt", "fine_labels", 2)
+
+
+def read_cifar10(path: Path) -> Found:
+    """60,000 images of 32×32 pixels in 10 classes (Krizhevsky 2009), from the archive or the folder in it."""
+    return _read(path, TEN)
+
+
+def read_cifar100(path: Path) -> Found:
+    """60,000 images of 32×32 pixels in 100 classes (Krizhevsky 2009), from the archive or the folder in it."""
+    return _read(path, HUNDRED)
+
+
+def _read(path: Path, layout: _Layout) -> Found:
+    train, test = layout.train, layout.test
+    files = _contents(path, {*train, test, layout.pickled_names[0], layout.binary_names})
+    if layout.test in files:
+        read = lambda name: _pickled(f"{path}: {name}", _content(path, files, name), layout)
+        where, key = layout.pickled_names
+        names = _strings(f"{path}: {where}", _unpickle(f"{path}: {where}", _content(path, files, where)), key)
+    else:
+        train, test = tuple(f"{name}.bin" for name in train), f"{test}.bin"
+        read = lambda name: _records(f"{path}: {name}", _content(path, files, name), layout.label_bytes)
+        names = tuple(_content(path, files, layout.binary_names).decode("ascii", "replace").split())
+    parts = [read(name) for name in train]
+    sizes = [len(labels) for _, labels in parts]
+    images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+
+    def origin(i: int) -> str:
+        batch = int(np.searchsorted(np.cumsum(sizes), i, side="right"))
+        return f"{path}: {train[batch]}: image {i - sum(sizes[:batch])}"
+
+    tested = Examples(*read(test), f"{path}: {test}: image {{}}".format)
+    return Found(str(path), names, Examples(images, labels, origin), test=tested)
+
+
+def _contents(path: Path, names: set[str]) -> dict[str, bytes]:
+    """The files of these names, with `.bin` or without, in a tar archive or in a folder or the one folder in that."""
+    wanted = names | {f"{name}.bin" for name in names}
+    try:
+        if path.is_dir():
+            found = [file for pattern in ("*", "*/*") for file in sorted(path.glob(pattern)) if file.name in wanted]
+            folders = {file.parent for file in found}
+            if len(folders) > 1:
+                raise InputError(f"{path}: more than one data set: name one of {', '.join(map(str, sorted(folders)))}")
+            return {file.name: file.read_bytes() for file in found if file.is_file()}
+        with tarfile.open(path) as archive:
+            members = [(PurePosixPath(member.name).name, archive.extractfile(member)) for member in archive]
+            return {name: file.read() for name, file in members if file and name in wanted}
+    except InputError:
+        raise
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+
+
+def _content(path: Path, files: Mapping[str, bytes], name: str) -> bytes:
+    if name not in files:
+        raise InputError(f"{path}: lacks {name}; it has {', '.join(sorted(files)) or 'no file of the data set'}")
+    return files[name]
+
+
+def _records(where: str, content: bytes, label_bytes: int) -> tuple[np.ndarray, np.ndarray]:
+    """The binary form: records of the label's bytes, then 3×32×32 of the image."""
+    size = label_bytes + 3072
+    if not content or len(content) % size:
+        raise InputError(f"{where}: {len(content)} bytes, expected a multiple of {size}")
+    records = np.frombuffer(content, np.uint8).reshape(-1, size)
+    return _upright(records[:, label_bytes:]), records[:, label_bytes - 1].astype(np.int32)
+
+
+def _pickled(where: str, content: bytes, layout: _Layout) -> tuple[np.ndarray, np.ndarray]:
+    """The form for Python: a dictionary with the images `[n, 3072]` and a list of the labels."""
+    batch = _unpickle(where, content)
+    pixels, labels = batch.get("data"), batch.get(layout.label_key)
+    if not isinstance(pixels, np.ndarray) or pixels.ndim != 2 or pixels.shape[1] != 3072:
+        raise InputError(f"{where}: data is {_describe(pixels)}, expected an array of shape [n, 3072]")
+    if not isinstance(labels, list) or len(labels) != len(pixels) or not all(type(label) is int for label in labels):
+        raise InputError(
+            f"{where}: {layout.label_key} is {_describe(labels)}, expected a list of {len(pixels)} integers"
+        )
+    return _upright(pixels), np.array(labels, np.int64)
+
+
+def _upright(pixels: np.ndarray) -> np.ndarray:
+    return np.moveaxis(pixels.reshape(-1, 3, 32, 32), 1, -1)  # [n, 3072] -> [n, 32, 32, 3]
+
+
+def _strings(where: str, found: dict[str, Any], key: str) -> tuple[str, ...]:
+    names = found.get(key)
+    if not isinstance(names, list) or not all(isinstance(name, bytes | str) for name in names):
+        raise InputError(f"{where}: {key} is {_describe(names)}, expected a list of names")
+    return tuple(name.decode("latin1") if isinstance(name, bytes) else name for name in names)
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        return f"an array of shape {list(value.shape)}"
+    return f"a list of {len(value)}" if isinstance(value, list) else type(value).__name__
+
+
+def _unpickle(where: str, content: bytes) -> dict[str, Any]:
+    try:
+        return read_pickle(content)
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from error

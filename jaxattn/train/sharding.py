@@ -7,7 +7,7 @@ and the first axis of the images' grid over "space".
 import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -30,8 +30,9 @@ TOKENWISE = (
 )  # fmt: skip
 
 
-def make_mesh(text: str) -> Mesh:
-    """The mesh that `text` describes, of all devices: sizes of "data", "fsdp" and "space", as in "data=4,space=2".
+def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh that `text` describes, of all devices or of those given: sizes of "data", "fsdp" and "space", as in
+    "data=4,space=2".
 
     An axis that is not named has size 1; nothing at all puts every device on "data".
 
@@ -52,13 +53,14 @@ def make_mesh(text: str) -> Mesh:
             )
         seen.add(match[1])
         sizes[match[1]] = int(match[2])
-    devices = jax.device_count()
+    count = jax.device_count() if devices is None else len(devices)
     if not seen:
-        sizes["data"] = devices
+        sizes["data"] = count
     asked = math.prod(sizes.values())
-    if asked != devices:
-        raise InputError(f"mesh (={text!r}) takes {asked} devices and there are {devices}; {_advice(sizes, devices)}")
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+    if asked != count:
+        raise InputError(f"mesh (={text!r}) takes {asked} devices and there are {count}; {_advice(sizes, count)}")
+    kinds = (jax.sharding.AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=devices)
 
 
 def _advice(sizes: dict[str, int], devices: int) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from jaxattn.train import evaluate, loop
 from jaxattn.train.augment import normalise
 from jaxattn.train.build import build
 from jaxattn.train.checkpoint import load_weights
-from jaxattn.train.config import Config
+from jaxattn.train.config import Config, Options
 from jaxattn.train.data import Dataset, load
 from jaxattn.train.extras import InputError, needs_extra
 from jaxattn.train.recipes import recipe
@@ -36,6 +37,7 @@ from jaxattn.train.run import (
     read_results,
     start_run,
 )
+from jaxattn.train.sharding import check_batch, make_mesh
 
 with needs_extra("train"):
     import tyro
@@ -45,6 +47,7 @@ with needs_extra("train"):
 def main(arguments: Sequence[str] | None = None):
     """Runs the command that `arguments` give, by default the process's own."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax shows the traceback of what is reported below
     try:
         tyro.extras.subcommand_cli_from_dict(
             {"train": train_command(arguments), "eval": eval_run, "bench": bench},
@@ -70,56 +73,44 @@ def train_command(arguments: Sequence[str]) -> Callable:
     goes_on = given.resume and given.out and (Path(given.out) / "config.json").is_file()
     default = read_config(Path(given.out)) if goes_on else recipe(given.recipe, given.data)
 
-    def train(
-        config: OmitArgPrefixes[Config] = default,
-        out: Path | None = None,
-        resume: bool = False,
-        overwrite: bool = False,
-        checkpoint_every: int = 0,
-    ):
-        """Train a network; with no arguments, a small one twice, by convolution and by local attention, with a report.
-
-        Args:
-          config: what is trained.
-          out: the folder of the run; by default one under runs/, named after data, network, mix and seed.
-          resume: go on with the run in that folder from its newest checkpoint, or start it where there is none.
-          overwrite: replace the run that `out` holds.
-          checkpoint_every: save after so many steps, beside the end of every epoch; 0 for the epochs alone.
-        """
-        train_run(config, out or default_folder(config), resume, overwrite, checkpoint_every)
+    def train(config: OmitArgPrefixes[Config] = default, options: OmitArgPrefixes[Options] = Options()):  # noqa: B008
+        """Train a network; with no arguments, a small one twice, by convolution and by attention, with a report."""
+        train_run(config, options)
 
     return train
 
 
-def train_run(config: Config, out: Path, resume: bool, overwrite: bool, checkpoint_every: int):
-    """Trains what `config` says, into `out`."""
+def train_run(config: Config, options: Options):
+    """Trains what `config` says, as `options` say."""
     config.check()
-    if resume and overwrite:
-        raise InputError("resume and overwrite exclude each other: go on with the run, or replace it")
-    if checkpoint_every < 0:
-        raise InputError(f"checkpoint_every (={checkpoint_every}) must be at least 0")
-    check_out(out, config, resume=resume, overwrite=overwrite)
+    options.check()
+    out, resume = options.out or default_folder(config), options.resume
+    mesh = None if options.mesh is None else make_mesh(options.mesh)
+    check_out(out, config, resume=resume, overwrite=options.overwrite)
     data = load(config.data, config.seed, config.skip_bad)
-    start_run(out, config, resume=resume, overwrite=overwrite)
+    if mesh is not None:
+        check_batch(mesh, config.batch_size, data.image_shape)
+    start_run(out, config, resume=resume, overwrite=options.overwrite)
     for image in data.skipped:
         print(f"left out: {image}", file=sys.stderr)
+    how = {"resume": resume, "checkpoint_every": options.checkpoint_every, "mesh": mesh}
     if config.mix == "both":
         for mix in MIXERS:
             one = dataclasses.replace(config, mix=mix)
             start_run(out / mix, one, resume=resume)
-            train_one(one, data, out / mix, resume, checkpoint_every)
+            train_one(one, data, out / mix, **how)
         report(config, data, out)
         print(f"report: {out / 'report.html'}")
     else:
-        train_one(config, data, out, resume, checkpoint_every)
+        train_one(config, data, out, **how)
         draw(config, data, out)
         print(f"run: {out}")
 
 
-def train_one(config: Config, data: Dataset, folder: Path, resume: bool, checkpoint_every: int):
+def train_one(config: Config, data: Dataset, folder: Path, **how: Any):
     """Trains one network into its folder, unless it is trained already, and prints its accuracy on the test images."""
     if not is_whole(folder):
-        trained = loop.train(config, data, folder, resume=resume, checkpoint_every=checkpoint_every)
+        trained = loop.train(config, data, folder, **how)
         correct, total = evaluate.evaluate(trained.model, data, data.test), len(data.test)
         results = {
             "test_accuracy": correct / total,
@@ -159,7 +150,7 @@ def report(config: Config, data: Dataset, folder: Path):
 def load_model(config: Config, data: Dataset, folder: Path) -> nnx.Module:
     """The network of a run, as it ended."""
     model = build(config, data.image_shape, len(data.class_names))
-    load_weights(folder, model)
+    load_weights(folder, model, "last")
     return model
 
 

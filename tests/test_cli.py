@@ -8,13 +8,16 @@ import json
 import re
 import sys
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxattn import cli
 from jaxattn.train import data, loop
+from jaxattn.train.build import build
 from jaxattn.train.checkpoint import Checkpoints
-from jaxattn.train.config import Config
+from jaxattn.train.config import Config, Options
 from jaxattn.train.log import Log
 from jaxattn.train.run import read_config
 
@@ -177,6 +180,8 @@ def fails(capsys, *arguments) -> str:
         (["train", "--checkpoint-every", "-1"], "jaxattn: checkpoint_every (=-1) must be at least 0"),
         (["train", "--resume", "--overwrite"], "jaxattn: resume and overwrite exclude each other"),
         (["train", "--data", "fashion-mnist:nowhere"], "jaxattn: nowhere: has neither train-images-idx3-ubyte"),
+        (["train", "--mesh", "data=3"], "jaxattn: mesh (='data=3') takes 3 devices and there are 8; this fits: data=8"),
+        (["train", "--mesh", "data=8"], "jaxattn: batch_size (=50) must be a multiple of data·fsdp (=8)"),
         (["eval"], "run"),
         (["eval", "nowhere"], "jaxattn: run (=nowhere) is not a folder"),
         (["eval", "."], "jaxattn: run (=.) is not a run: config.json is missing"),
@@ -231,8 +236,8 @@ def test_help_explains_every_flag(capsys):
     said = capsys.readouterr().out
     for field in dataclasses.fields(Config):
         assert f"--{field.name.replace('_', '-')}" in said
-    for flag in ("out", "resume", "overwrite", "checkpoint-every"):
-        assert f"--{flag}" in said
+    for field in dataclasses.fields(Options):
+        assert f"--{field.name.replace('_', '-')}" in said
     assert "default: 0.003" in said
     with pytest.raises(SystemExit):
         cli.main(["train", "--recipe", "resnet", "--help"])
@@ -258,3 +263,15 @@ def test_a_missing_extra_names_the_install_that_brings_it(tmp_path, monkeypatch,
     monkeypatch.setitem(sys.modules, module, None)  # so importing it fails
     with pytest.raises(ImportError, match=re.escape("pip install 'jaxattn[train]'")):
         importlib.import_module(using) if isinstance(using, str) else using(tmp_path)
+
+
+def test_eval_is_of_the_network_as_it_ended_and_not_of_its_best_epoch(tmp_path):
+    config, digits = Config(mix="conv"), few("digits")
+    with Checkpoints(tmp_path) as checkpoints:
+        for step, validation in ((1, 0.9), (2, 0.1)):
+            model = build(config, digits.image_shape, 10)
+            weights, rest = nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
+            weights = jax.tree.map(lambda weight, step=step: weight + step, weights)
+            checkpoints.save(step, {"weights": weights, "rest": rest}, {}, validation)
+    loaded = nnx.state(cli.load_model(config, digits, tmp_path), nnx.Param)
+    assert jax.tree.all(jax.tree.map(lambda one, two: (one == two).all(), loaded, weights))

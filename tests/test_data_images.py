@@ -124,6 +124,7 @@ BAD = {
     "truncated png": (encoded(pictures(1, (50, 40, 3))[0])[:-600], "cannot be decoded: .*truncated"),
     "truncated jpeg": (encoded(pictures(1, (50, 40, 3))[0], "JPEG")[:-300], "cannot be decoded: .*truncated"),
     "damaged": (encoded(pictures(1, (50, 40, 3))[0]).replace(b"IDAT", b"IDAT\xff\xff"), "cannot be decoded: "),
+    "16 bits": (encoded(np.full((50, 40), 999, np.uint16)), "has pixels of mode I;16, expected 8 bits a channel"),
     "another size": (encoded(pictures(1, (40, 50, 3))[0]), "is 40×50 .*, where most are 50×40"),
 }
 
@@ -142,6 +143,11 @@ def test_a_bad_image_is_named_or_left_out(tmp_path, kind):
     assert len(data.skipped) == 1
     assert data.skipped[0].startswith(f"{bad}: ")
     assert everything(data.train, data.validation, data.test) == expected(images)
+
+
+def test_a_home_folder(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert len(load(f"folder:~/{folder.name}").test) == 6
 
 
 def test_a_folder_among_the_images(folder):
@@ -283,6 +289,9 @@ def test_parquet_files_that_cannot_be(parquet, tmp_path):
             load(f"parquet:{parquet}")
     write_parquet(path, pictures(4), columns=("image", "kind"))
     with pytest.raises(ValueError, match=r"00001-of-00002\.parquet: lacks the column label; it has image, kind"):
+        load(f"parquet:{parquet}")
+    write_parquet(parquet / "test" / "train.parquet", pictures(4))
+    with pytest.raises(ValueError, match=r"test/train\.parquet: is it of test or of train\? Its path in"):
         load(f"parquet:{parquet}")
     with pytest.raises(ValueError, match=r"nowhere: has no \*\.parquet file with the word train"):
         load(f"parquet:{tmp_path / 'nowhere'}")

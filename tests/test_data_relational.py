@@ -20,6 +20,7 @@ NAMES = ["relational:same-different", "relational:copy"]
 )
 def test_same_different_by_looking(options, offset, glyph, size):
     data = load(f"relational:same-different{options}")
+    assert data.name == "relational-same-different"
     assert data.image_shape == (size, size, 1)
     assert data.class_names == ("different", "same")
     images, labels = data.train.fetch(MANY)

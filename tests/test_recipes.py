@@ -2,14 +2,17 @@
 
 import dataclasses
 import math
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
+from jaxattn import models
 from jaxattn.train.config import Config
-from jaxattn.train.optimizer import make_optimizer, schedule
+from jaxattn.train.optimizer import decaying, make_optimizer, schedule
 from jaxattn.train.recipes import RECIPES, changed, recipe
 
 # Settings
@@ -159,3 +162,26 @@ def test_accumulation_is_one_update_by_the_mean(gradients, optimizer):
     accumulated = updated(dataclasses.replace(config, accumulate=2), 8, gradients)
     for name, weight in updated(config, 4, means).items():
         np.testing.assert_allclose(accumulated[name], weight, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "kept"),
+    [
+        (models.tiny, {"bias", "scale"}),
+        (partial(models.vit_small32, mix="local"), {"bias", "scale", "position", "relative_bias"}),
+        (
+            partial(models.vit_small32, mix="gpsa"),
+            {"bias", "scale", "position", "gate", "query_bias", "key_bias", "value_bias", "out_bias"},
+        ),
+        (models.cordonnier, {"bias", "scale", "centre", "alpha"}),
+        (models.vit_ti, {"bias", "scale", "position", "class_token", "class_position"}),
+    ],
+)
+def test_what_multiplies_features_decays_and_nothing_else(make, kept):
+    model = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
+    decays: dict[str, set[bool]] = {}
+    for path, answer in nnx.to_flat_state(decaying(nnx.state(model, nnx.Param))):
+        decays.setdefault(path[-1], set()).add(answer.get_raw_value() if isinstance(answer, nnx.Variable) else answer)
+    assert {name for name, answers in decays.items() if answers == {False}} == kept
+    assert all(answers == {True} for name, answers in decays.items() if name not in kept)
+    assert "kernel" in decays.keys() - kept

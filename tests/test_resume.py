@@ -174,6 +174,14 @@ def test_sigterm_saves_and_exits_with_0(uninterrupted, copy, environment):
     assert_same_end(copy, uninterrupted)
 
 
+def test_a_kill_after_the_last_step_costs_the_results_alone(uninterrupted, environment, tmp_path):
+    out = shutil.copytree(uninterrupted, tmp_path / "run")
+    (out / "results.json").unlink()
+    status, said = resume(out, environment)
+    assert status == 0, said
+    assert_same_end(out, uninterrupted)
+
+
 def test_a_damaged_and_a_half_written_checkpoint_cost_only_their_steps(uninterrupted, copy, environment):
     damaged = copy / "checkpoints" / str(newest(copy))
     largest = max(filter(Path.is_file, damaged.rglob("*")), key=lambda file: file.stat().st_size)
@@ -236,6 +244,7 @@ def test_a_disk_that_fills_up_leaves_the_run_resumable(uninterrupted, copy, envi
     status, said = command.end()
     assert status == 1
     assert "the checkpoint cannot be written" in said
+    assert "Traceback" not in said
     assert "whole are those of the steps" in said
     assert before < newest(copy) < STEPS
     assert resume(copy, environment)[0] == 0

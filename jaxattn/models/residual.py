@@ -57,7 +57,7 @@ def run_block(
 ) -> Float[Array, "..."]:
     """The block's output. With `remat` the backward pass computes again what the block computed, from x alone.
 
-    Compiled for a TPU v5e at 32 px and 512 images, a training step's temporary memory falls from 789 to 229 MiB
+    Compiled for a TPU v5e at 32 px and 512 images, the temporary memory of a gradient falls from 789 to 229 MiB
     (`vit_small32`) and from 1609 to 967 MiB (`resnet18`); compiled for the CPU, it does not fall.
     """
     call = nnx.remat(_call, static_argnums=2) if remat else _call

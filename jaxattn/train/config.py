@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Literal, get_args
 
 from jaxattn.train.extras import InputError
@@ -47,7 +48,7 @@ class Config:
     warmup: float = 0.1
     """Share of all steps in which the learning rate rises linearly from zero."""
     weight_decay: float = 0.05
-    """Decay of the weights that have two axes or more, as a share of the learning rate."""
+    """Decay of the weights that multiply features, as a share of the learning rate."""
     momentum: float = 0.9
     """Of SGD; AdamW has its usual 0.9 and 0.999."""
     label_smoothing: float = 0.0
@@ -105,3 +106,27 @@ class Config:
             fitting = ("gpsa",) if self.model.startswith("convit") else ("global", "attention", "quadratic", "gpsa")
         if self.mix not in fitting:
             raise InputError(f"mix (={self.mix!r}) must be one of {', '.join(fitting)} for the model {self.model}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a run is run, which changes nothing in what it ends with."""
+
+    out: Path | None = None
+    """Folder of the run; by default one under runs/, named after data, network, mix and seed."""
+    resume: bool = False
+    """Go on with the run in that folder from its newest checkpoint, or start it where there is none."""
+    overwrite: bool = False
+    """Replace the run that the folder holds."""
+    checkpoint_every: int = 0
+    """Save after so many steps, beside the end of every epoch; 0 for the epochs alone."""
+    mesh: str | None = None
+    """Devices, as in `data=4,space=2`: the batch is split over data and fsdp, the weights over fsdp, and the images'
+    first axis over space. By default one device."""
+
+    def check(self):
+        """Raises a ValueError that names the first field out of its range."""
+        if self.resume and self.overwrite:
+            raise InputError("resume and overwrite exclude each other: go on with the run, or replace it")
+        if self.checkpoint_every < 0:
+            raise InputError(f"checkpoint_every (={self.checkpoint_every}) must be at least 0")

@@ -2,14 +2,33 @@
 
 import jax
 import optax
+from jaxtyping import PyTree
 
 from jaxattn.train.config import Config
+
+PLACES = ("position", "centre")
 
 
 def schedule(config: Config, updates: int) -> optax.Schedule:
     """The learning rate: a linear rise over the share `warmup` of all updates, then half a cosine down to zero."""
     rise = round(config.warmup * updates)
     return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, rise, max(updates, rise + 1))
+
+
+def decaying(weights: PyTree) -> PyTree:
+    """Which weights decay: those that multiply features. Not biases and scales, nor what says where a token stands or a
+    head looks, for which zero is a place like any other.
+
+    >>> import numpy as np
+    >>> decaying({"kernel": np.ones((2, 3)), "scale": np.ones(3), "centre": np.ones((9, 2)), "bias": np.ones((4, 8))})
+    {'bias': False, 'centre': False, 'kernel': True, 'scale': False}
+    """
+
+    def decays(path, weight) -> bool:
+        name = next((str(key.key) for key in reversed(path) if isinstance(key, jax.tree_util.DictKey)), "")
+        return weight.ndim >= 2 and not name.endswith("bias") and name not in PLACES
+
+    return jax.tree_util.tree_map_with_path(decays, weights)
 
 
 def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
@@ -21,8 +40,6 @@ def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
       steps: of the whole run, from which the schedule follows.
     """
     rate = schedule(config, steps // config.accumulate)
-    # biases and normalisation scales are vectors, and do not decay
-    decaying = lambda weights: jax.tree.map(lambda weight: weight.ndim >= 2, weights)
     if config.optimizer == "adamw":
         parts = [optax.adamw(rate, weight_decay=config.weight_decay, mask=decaying)]
     else:

@@ -17,6 +17,7 @@ with needs_extra("train"):
     from PIL import Image, ImageOps
 
 BROKEN = (OSError, EOFError, SyntaxError, ValueError, IndexError, Image.DecompressionBombError)  # says Pillow
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "YCbCr", "CMYK")  # 16 bits would be cut off at 255
 
 
 class Encoded(NamedTuple):
@@ -65,6 +66,8 @@ def _header(file: Encoded) -> tuple[tuple[int, int], bool] | str:
     """((height, width), is it grey?) without decoding, or what is wrong."""
     try:
         with _open(file) as image:
+            if image.mode not in MODES:
+                return f"has pixels of mode {image.mode}, expected 8 bits a channel"
             return (image.height, image.width), image.mode in ("1", "L", "LA")
     except BROKEN as error:
         return _message(error)

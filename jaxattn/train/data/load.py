@@ -60,5 +60,5 @@ def load(name: str, seed: int = 0, skip_bad: bool = False) -> Dataset:
         return make_relational(rest, seed)
     if kind in READERS and path:
         read, allowed = READERS[kind]
-        return assemble(kind, read(Path(path), read_options(options, allowed), skip_bad), seed, skip_bad)
+        return assemble(kind, read(Path(path).expanduser(), read_options(options, allowed), skip_bad), seed, skip_bad)
     raise InputError(f"data (={name!r}) must be one of {ALLOWED}")

@@ -24,31 +24,37 @@ def read_parquet(path: Path, options: Mapping[str, str], skip_bad: bool) -> Foun
     the classes are the numbers up to the largest label.
     """
     size = whole_number(options, "size", None, least=1)
-    files: dict[str, list[Path]] = {}
-    for file in sorted(path.rglob("*.parquet")):
-        words = re.split("[^a-z]+", str(file.relative_to(path)).lower())
-        for split in {SPLITS[word] for word in words if word in SPLITS}:
-            files.setdefault(split, []).append(file)
-    if "train" not in files:
-        raise InputError(f"{path}: has no *.parquet file with the word train in its name")
+    files = _files(path)
     tables = {split: [_read_table(file) for file in found] for split, found in files.items()}
     first = tables["train"][0].schema
     image, label = _columns(files["train"][0], first, options)
-    rows = {
-        split: [
-            row for file, table in zip(files[split], found, strict=True) for row in _rows(file, table, image, label)
-        ]
-        for split, found in tables.items()
-    }
-    names = _class_names(first, label) or tuple(
-        map(str, range(1 + max((row.label for row in rows["train"]), default=-1)))
-    )
+    rows: dict[str, list[Encoded]] = {}
+    for split, found in tables.items():
+        each = [_rows(file, table, image, label) for file, table in zip(files[split], found, strict=True)]
+        rows[split] = [row for part in each for row in part]
+    count = 1 + max((row.label for row in rows["train"]), default=-1)
+    names = _class_names(first, label) or tuple(map(str, range(count)))
     skipped: list[str] = []
     parts = {split: decode_all(found, size, skip_bad, skipped) for split, found in rows.items()}
     validation, test = parts.get("validation"), parts.get("test")
     if test is None:  # as for folders
         validation, test = None, validation
     return Found(str(path), names, parts["train"], validation, test, tuple(skipped))
+
+
+def _files(path: Path) -> dict[str, list[Path]]:
+    """The files of each part, by the words in their paths."""
+    files: dict[str, list[Path]] = {}
+    for file in sorted(path.rglob("*.parquet")):
+        words = re.split("[^a-z]+", str(file.relative_to(path)).lower())
+        splits = sorted({SPLITS[word] for word in words if word in SPLITS})
+        if len(splits) > 1:
+            raise InputError(f"{file}: is it of {' or of '.join(splits)}? Its path in {path} has both words")
+        for split in splits:
+            files.setdefault(split, []).append(file)
+    if "train" not in files:
+        raise InputError(f"{path}: has no *.parquet file with the word train in its name")
+    return files
 
 
 def _read_table(file: Path) -> Any:

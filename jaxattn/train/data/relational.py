@@ -136,7 +136,7 @@ def make_relational(text: str, seed: int) -> Dataset:
     test = Made(task, 0, VALIDATION, TEST, endless=False)
     mean, std = statistics(train.fetch(np.arange(4096))[0])
     shape = (task.size, task.size, task.channels)
-    return Dataset("relational", task.class_names, shape, mean, std, train, validation, test)
+    return Dataset(f"relational-{text.partition('?')[0]}", task.class_names, shape, mean, std, train, validation, test)
 
 
 def _task(text: str) -> SameDifferent | Copy:

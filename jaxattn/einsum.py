@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from jaxattn.extents import OUTPUT, Resolved, check_options, resolve
-from jaxattn.kernels import convolution, local
+from jaxattn.kernels import convolution, local, target
 from jaxattn.kernels.gather import axes_of, contract, gather, merge, split, unfolded
 from jaxattn.kernels.slices import can_slice, loop_axes, slices
 
@@ -157,7 +157,7 @@ def _make_plan(equation, operands, padding, boundary, preferred_element_type, im
     dtypes = tuple(np.dtype(x.dtype) for x in operands)
     pads, edges, extents = check_options(equation, shapes, tuple(map(str, dtypes)), padding, boundary, sizes)
     dtype = np.dtype(preferred_element_type or jnp.result_type(*operands))
-    return _plan(equation, shapes, dtypes, dtype, pads, edges, extents, implementation, jax.default_backend())
+    return _plan(equation, shapes, dtypes, dtype, pads, edges, extents, implementation, target.backend())
 
 
 def plan(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxattn.kernels import problem, tiles
+from jaxattn.kernels import problem, target, tiles
 from jaxattn.kernels.problem import Operands, Options
 from jaxattn.kernels.tiles import AxisTiles
 from jaxattn.kernels.walk import take
@@ -33,7 +33,7 @@ def attend(operands: Operands, options: Options) -> tuple[Array, ...]:
     if 0 in query.shape[:-1]:
         return problem.nothing(operands, options)
     batch, heads, dims = query.ndim - len(axes) - 2, query.shape[-2], (query.shape[-1], operands.value.shape[-1])
-    backend = jax.default_backend()
+    backend = target.backend()
     sizes = options.tile or tiles.best_sizes(axes, heads, dims, backend)
     tables = tuple(tiles.cut(axis, t) for axis, t in zip(axes, sizes, strict=True))
     grid = tuple(len(table.queries) for table in tables)

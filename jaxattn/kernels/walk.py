@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from jaxattn.kernels import tiles
+from jaxattn.kernels import target, tiles
 from jaxattn.kernels.layout import AxisLayout, lay_out
 from jaxattn.kernels.problem import Operands, Options
 from jaxattn.kernels.tiles import AxisTiles
@@ -69,7 +69,7 @@ def plan(operands: Operands, options: Options) -> Walk:
     batch = math.prod(operands.query.shape[: -len(options.queries) - 2])
     heads, head_dim = operands.query.shape[-2:]
     dims = head_dim, operands.value.shape[-1]
-    return _plan(options, batch, heads, dims, jax.default_backend(), jax.device_count())
+    return _plan(options, batch, heads, dims, target.backend(), target.device_count())
 
 
 @functools.lru_cache(maxsize=128)

@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from jaxattn.kernels import plain, problem
+from jaxattn.kernels import plain, problem, target
 from jaxattn.kernels import walk as walking
 from jaxattn.kernels.problem import Operands, Options
 from jaxattn.kernels.walk import Rows, Step, Walk
@@ -173,7 +173,7 @@ def _heads_first(x: Array, rank: int) -> Array:
 
 def _product_dtype(dtype: Any) -> Any:
     """A CPU has no fast product in half precision."""
-    return problem.statistics_dtype(dtype) if jax.default_backend() == "cpu" else dtype
+    return problem.statistics_dtype(dtype) if target.backend() == "cpu" else dtype
 
 
 def _grouped(x: Array, key_heads: int) -> Array:

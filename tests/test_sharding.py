@@ -32,11 +32,10 @@ from jaxattn.train.sharding import (
 CLASSES = 8
 
 
-def resnet(**kwargs):
+def resnet(stages=(1, 1), **kwargs):
     sizes = dict(block="basic", num_classes=CLASSES, in_features=2, width=8, window=3, num_heads=2)
-    return ResNet(
-        (1, 1), **{**sizes, "mix": ("conv", "attention"), "zero_init_residual": False, **kwargs}, rngs=nnx.Rngs(0)
-    )
+    settings = {**sizes, "mix": ("conv", "attention")[: len(stages)], "zero_init_residual": False, **kwargs}
+    return ResNet(stages, **settings, rngs=nnx.Rngs(0))
 
 
 def vit():
@@ -90,6 +89,7 @@ def descent(model, mesh=None, steps=20):
         return (weights, rest, gradients), jnp.stack([loss, accuracy])
 
     run = jax.jit(lambda carry, batch: jax.lax.scan(step, carry, batch))
+    run = jax.jit(functools.partial(jax.lax.scan, step))
     (weights, rest, gradients), measured = run(
         (weights, rest, jax.tree.map(jnp.zeros_like, weights)), (images, targets)
     )
@@ -160,16 +160,16 @@ def memory(devices, axis, model, side):
 
 def test_activations_fall_with_space():
     """As 1/n, but for a halo, and for attention the buffers of one tile."""
-    one, two, eight = (memory(n, "space", resnet(mix="conv"), 64).temp_size_in_bytes for n in (1, 2, 8))
+    one, two, eight = (memory(n, "space", resnet((1,), mix="conv"), 64).temp_size_in_bytes for n in (1, 2, 8))
     assert two < 1.2 * one / 2
     assert eight < 1.2 * one / 8
-    assert eight < 1.05 * two / 4
+    assert eight < 1.1 * two / 4
     one, eight = (memory(n, "space", resnet(mix="attention"), 128).temp_size_in_bytes for n in (1, 8))
     assert eight < 1.3 * one / 8
 
 
 def test_arguments_fall_with_fsdp():
-    one, eight = (memory(n, "fsdp", resnet(width=64), 8).argument_size_in_bytes for n in (1, 8))
+    one, eight = (memory(n, "fsdp", resnet((1,), width=64), 8).argument_size_in_bytes for n in (1, 8))
     assert eight < 1.1 * one / 8
 
 

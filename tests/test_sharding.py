@@ -39,10 +39,8 @@ def resnet(stages=(1, 1), **kwargs):
 
 
 def vit():
-    return models.vit_tiny8(
-        image_size=16, patch_size=2, in_features=2, num_classes=CLASSES, width=16, depth=2, mlp_dim=16,
-        mix=("local", "global"), rngs=nnx.Rngs(0),
-    )  # fmt: skip
+    grid = dict(image_size=(16, 4), patch_size=2, in_features=2, window=(3, 2), mix=("local", "global"))
+    return models.vit_tiny8(**grid, num_classes=CLASSES, width=16, depth=2, mlp_dim=16, rngs=nnx.Rngs(0))
 
 
 def loss_of(graph):
@@ -56,12 +54,16 @@ def loss_of(graph):
     return loss_fn
 
 
-def batches(steps, size=8, side=16):
-    """Noise, and for each class its own pattern of waves, along the axis that will be split."""
+def batches(steps, size=8, side=16, width=4):
+    """Noise, and for each class its own pattern of waves, along the axis that will be split.
+
+    The images are small, for of many units one may come so near to zero that rounding decides whether its relu is
+    open, and that changes a gradient by more than rounding does.
+    """
     rng = np.random.default_rng(0)
     labels = rng.integers(CLASSES, size=(steps, size))
     waves = np.sin(np.arange(side) * (labels[..., None] + 1) * np.pi / side)
-    images = 0.5 * rng.normal(size=(steps, size, side, side, 2)) + 2 * waves[..., None, None]
+    images = 0.5 * rng.normal(size=(steps, size, side, width, 2)) + 2 * waves[..., None, None]
     return images.astype(np.float32), np.eye(CLASSES, dtype=np.float32)[labels]
 
 

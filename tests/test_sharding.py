@@ -32,18 +32,15 @@ from jaxattn.train.sharding import (
 CLASSES = 8
 
 
-def resnet(**kwargs):
+def resnet(stages=(1, 1), **kwargs):
     sizes = dict(block="basic", num_classes=CLASSES, in_features=2, width=8, window=3, num_heads=2)
-    return ResNet(
-        (1, 1), **{**sizes, "mix": ("conv", "attention"), "zero_init_residual": False, **kwargs}, rngs=nnx.Rngs(0)
-    )
+    settings = {**sizes, "mix": ("conv", "attention")[: len(stages)], "zero_init_residual": False, **kwargs}
+    return ResNet(stages, **settings, rngs=nnx.Rngs(0))
 
 
 def vit():
-    return models.vit_tiny8(
-        image_size=16, patch_size=2, in_features=2, num_classes=CLASSES, width=16, depth=2, mlp_dim=16,
-        mix=("local", "global"), rngs=nnx.Rngs(0),
-    )  # fmt: skip
+    grid = dict(image_size=(16, 4), patch_size=2, in_features=2, window=(3, 2), mix=("local", "global"))
+    return models.vit_tiny8(**grid, num_classes=CLASSES, width=16, depth=2, mlp_dim=16, rngs=nnx.Rngs(0))
 
 
 def loss_of(graph):
@@ -57,12 +54,16 @@ def loss_of(graph):
     return loss_fn
 
 
-def batches(steps, size=8, side=16):
-    """Noise, and for each class its own pattern of waves, along the axis that will be split."""
+def batches(steps, size=8, side=16, width=4):
+    """Noise, and for each class its own pattern of waves, along the axis that will be split.
+
+    The images are small, for of many units one may come so near to zero that rounding decides whether its relu is
+    open, and that changes a gradient by more than rounding does.
+    """
     rng = np.random.default_rng(0)
     labels = rng.integers(CLASSES, size=(steps, size))
     waves = np.sin(np.arange(side) * (labels[..., None] + 1) * np.pi / side)
-    images = 0.5 * rng.normal(size=(steps, size, side, side, 2)) + 2 * waves[..., None, None]
+    images = 0.5 * rng.normal(size=(steps, size, side, width, 2)) + 2 * waves[..., None, None]
     return images.astype(np.float32), np.eye(CLASSES, dtype=np.float32)[labels]
 
 
@@ -90,6 +91,7 @@ def descent(model, mesh=None, steps=20):
         return (weights, rest, gradients), jnp.stack([loss, accuracy])
 
     run = jax.jit(lambda carry, batch: jax.lax.scan(step, carry, batch))
+    run = jax.jit(functools.partial(jax.lax.scan, step))
     (weights, rest, gradients), measured = run(
         (weights, rest, jax.tree.map(jnp.zeros_like, weights)), (images, targets)
     )
@@ -160,16 +162,16 @@ def memory(devices, axis, model, side):
 
 def test_activations_fall_with_space():
     """As 1/n, but for a halo, and for attention the buffers of one tile."""
-    one, two, eight = (memory(n, "space", resnet(mix="conv"), 64).temp_size_in_bytes for n in (1, 2, 8))
+    one, two, eight = (memory(n, "space", resnet((1,), mix="conv"), 64).temp_size_in_bytes for n in (1, 2, 8))
     assert two < 1.2 * one / 2
     assert eight < 1.2 * one / 8
-    assert eight < 1.05 * two / 4
+    assert eight < 1.1 * two / 4
     one, eight = (memory(n, "space", resnet(mix="attention"), 128).temp_size_in_bytes for n in (1, 8))
     assert eight < 1.3 * one / 8
 
 
 def test_arguments_fall_with_fsdp():
-    one, eight = (memory(n, "fsdp", resnet(width=64), 8).argument_size_in_bytes for n in (1, 8))
+    one, eight = (memory(n, "fsdp", resnet((1,), width=64), 8).argument_size_in_bytes for n in (1, 8))
     assert eight < 1.1 * one / 8
 
 

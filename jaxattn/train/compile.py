@@ -148,9 +148,13 @@ def _brief(message: str) -> str:
     return " ".join(lines[:6])
 
 
-def plan(config: Config, topology: str, mesh: str, image_shape: tuple[int, ...], classes: int) -> Report:
+def plan(config: Config, topology: str, mesh: str, image_shape: tuple[int, int, int], classes: int) -> Report:
     """The report of a configuration's training step, for images that need not be there either."""
     config.check()
+    if config.mix == "both":
+        raise InputError("mix (='both') is two networks; compile one, with --mix conv or --mix attention")
+    if min(image_shape) < 1 or classes < 1:
+        raise InputError(f"image_shape (={image_shape}) and classes (={classes}) must be at least 1")
     devices = find_devices(topology)
     over = make_mesh(mesh, devices)
     program = assemble(config, _described(image_shape, classes), STEPS, over)
@@ -162,7 +166,7 @@ def plan(config: Config, topology: str, mesh: str, image_shape: tuple[int, ...],
     return compile_report(program.step, program.state, batch, topology=topology, devices=len(devices))
 
 
-def _described(image_shape: tuple[int, ...], classes: int) -> Dataset:
+def _described(image_shape: tuple[int, int, int], classes: int) -> Dataset:
     """A data set without images."""
     nothing = Arrays(np.zeros((0, *image_shape), np.uint8), np.zeros(0, np.int32))
     middle = np.full(image_shape[-1], 0.5, np.float32)

@@ -102,7 +102,7 @@ def test_the_command(tmp_path, capsys):
     found = {each["kind"]: each for each in report["text"]["collectives"]}
     assert {"all-reduce", "collective-permute"} <= set(found)
     for each in found.values():
-        assert re.search(rf"{each['kind']} +{each['count']}  ", said)
+        assert re.search(rf"{each['kind']} +{each['number']}  ", said)
     assert report["peak"] > report["arguments"] > 0
 
 

@@ -30,7 +30,7 @@ TOKENWISE = (
 )  # fmt: skip
 
 
-def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh that `text` describes, of all devices or of those given: sizes of "data", "fsdp" and "space", as in
     "data=4,space=2".
 

@@ -42,7 +42,8 @@ def test_normalise(dtype):
     rng = np.random.default_rng(0)
     levels, mean, std = rng.integers(0, 256, (3, 4, 5, 2)), rng.random(2), rng.random(2) + 0.1
     images = levels.astype(np.uint8) if dtype == np.uint8 else (levels / 255).astype(np.float32)
-    found = jax.jit(normalise)(images, mean.astype(np.float32), std.astype(np.float32))
+    # as a data set gives them: NumPy's
+    found = jax.jit(lambda x: normalise(x, mean.astype(np.float32), std.astype(np.float32)))(images)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, (levels / 255 - mean) / std, rtol=2e-5, atol=2e-6)
 
@@ -106,13 +107,12 @@ def test_cutout_is_a_square_of_zeros_about_a_pixel_of_the_image(side):
     assert len(squares) > 0.9 * len(expected)
 
 
-@pytest.mark.parametrize("probability", [0.3, 1.0])
-def test_erasing_puts_noise_in_a_rectangle_within_the_image(probability):
+def test_erasing_puts_noise_in_a_rectangle_within_the_image():
     images, targets = make(shape=(20, 16, 2))
-    found, _ = run(Settings(erasing=probability), images, targets)
+    found, _ = run(Settings(erasing=0.3), images, targets)
     changed = (found != images).any(-1)
     erased = changed.any((1, 2))
-    assert abs(erased.mean() - probability) < 0.1
+    assert abs(erased.mean() - 0.3) < 0.1
     sides = np.array([rectangle(mask)[2:] for mask in changed[erased]])
     share = sides.prod(1) / 320
     assert share.min() > 0.005

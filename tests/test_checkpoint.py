@@ -420,8 +420,9 @@ def _raise(error: Exception, *_):
 
 @failing
 def test_a_folder_that_becomes_read_only_is_an_error_at_the_save(run):
-    for folder in (run, *run.parents[:3]):  # pytest lets nobody else in
-        folder.chmod(0o755)
+    for folder in (run, *run.parents):  # pytest lets nobody else in
+        if "pytest-" in str(folder):
+            folder.chmod(0o755)
     with Checkpoints(run) as checkpoints:
         with (
             read_only(run / "checkpoints"),

@@ -101,8 +101,9 @@ class Checkpoints:
             from orbax.checkpoint import v1 as ocp
         self.wait()
         path = self.folder / str(step)
-        if path.exists():
-            return
+        with self._writing(path):
+            if path.exists():
+                return
         arrays = _by_name(tree)
         manifest = {"step": step, "metric": metric, "position": position, "arrays": _describe(arrays)}
         manifest = json.loads(json.dumps(manifest))  # a copy, as it will be read

@@ -23,7 +23,7 @@ class Fashion(Config):
     epochs: int = 6
     batch_size: int = 128
     optimizer: OptimizerName = "sgd"
-    learning_rate: float = 0.1
+    learning_rate: float = 0.4
     weight_decay: float = 5e-4
     flip: bool = True
 

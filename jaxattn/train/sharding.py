@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from jaxattn.nn.attention import Attention
@@ -31,10 +31,11 @@ TOKENWISE = (
 
 
 def make_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh that `text` describes, of all devices or of those given: sizes of "data", "fsdp" and "space", as in
-    "data=4,space=2".
+    """The mesh that `text` describes: sizes of "data", "fsdp" and "space", as in "data=4,space=2".
 
-    An axis that is not named has size 1; nothing at all puts every device on "data".
+    Args:
+      text: an axis that it does not name has size 1; nothing at all puts every device on "data".
+      devices: all of which the mesh is made; None: those of all processes.
 
     Raises:
       ValueError: an axis that is none of these, a size that is no number, or as many devices as there are not.
@@ -42,7 +43,7 @@ def make_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
     >>> dict(make_mesh("").shape) == {"data": jax.device_count(), "fsdp": 1, "space": 1}
     True
     """
-    sizes = dict.fromkeys(AXES, 1)
+    sizes: dict[str, int] = dict.fromkeys(AXES, 1)
     seen = set()
     for part in filter(None, text.replace(" ", "").split(",")):
         match = re.fullmatch(r"(\w+)=(\d+)", part)
@@ -53,14 +54,14 @@ def make_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
             )
         seen.add(match[1])
         sizes[match[1]] = int(match[2])
-    count = jax.device_count() if devices is None else len(devices)
+    devices = jax.devices() if devices is None else devices
     if not seen:
-        sizes["data"] = count
-    asked = math.prod(sizes.values())
-    if asked != count:
-        raise InputError(f"mesh (={text!r}) takes {asked} devices and there are {count}; {_advice(sizes, count)}")
-    kinds = (jax.sharding.AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=devices)
+        sizes["data"] = len(devices)
+    asked, given = math.prod(sizes.values()), len(devices)
+    if asked != given:
+        raise InputError(f"mesh (={text!r}) takes {asked} devices and there are {given}; {_advice(sizes, given)}")
+    axis_types = (jax.sharding.AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types, devices=devices)
 
 
 def _advice(sizes: dict[str, int], devices: int) -> str:
@@ -99,12 +100,14 @@ def _image_spec(mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(BATCH, "space") if mesh.shape["space"] > 1 else PartitionSpec(BATCH)
 
 
-def weight_specs(mesh: Mesh, weights: PyTree) -> PyTree:
+def weight_specs(mesh: Mesh | AbstractMesh, weights: PyTree) -> PyTree:
     """How each array of `weights` is split over "fsdp": along the largest axis that it divides; otherwise not at all.
 
     >>> mesh = jax.sharding.AbstractMesh((2, 4, 1), ("data", "fsdp", "space"))
-    >>> weight_specs(mesh, {"kernel": np.ones((3, 3, 8, 16)), "scale": np.ones(7)})
-    {'kernel': PartitionSpec(None, None, None, 'fsdp'), 'scale': PartitionSpec()}
+    >>> weight_specs(mesh, np.ones((3, 3, 8, 16))) == PartitionSpec(None, None, None, "fsdp")
+    True
+    >>> weight_specs(mesh, np.ones(7)) == PartitionSpec()
+    True
     """
     parts = mesh.shape["fsdp"]
 
@@ -168,7 +171,7 @@ def split_grid(model: nnx.Module, axis_name: str | None) -> None:
                 )
     for _, module in modules:
         if hasattr(type(module), "axis_name") or isinstance(module, Conv | Attention):
-            module.axis_name = axis_name
+            module.axis_name = axis_name  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _splits(module: nnx.Module) -> bool:

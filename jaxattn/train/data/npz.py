@@ -9,6 +9,8 @@ import numpy as np
 from jaxattn.train.data.split import Examples, Found
 from jaxattn.train.extras import InputError
 
+# what zipfile and NumPy make of a damaged file
+DAMAGED = (OSError, EOFError, ValueError, TypeError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
 PARTS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
@@ -32,7 +34,7 @@ def read_npz(path: Path) -> Found:
             arrays = {name: archive[name] for name in (*PARTS, "class_names") if name in archive}
     except InputError:
         raise
-    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+    except DAMAGED as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
     train, test = (_examples(path, part, arrays) for part in ("train", "test"))
     names = arrays.get("class_names", np.arange(max(train.labels, default=-1) + 1))

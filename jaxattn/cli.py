@@ -22,6 +22,8 @@ from jaxattn.train import evaluate, loop
 from jaxattn.train.augment import normalise
 from jaxattn.train.build import build
 from jaxattn.train.checkpoint import load_weights
+from jaxattn.train.compile import describe, plan
+from jaxattn.train.compile import write_report as write_json_report
 from jaxattn.train.config import Config, Options
 from jaxattn.train.data import Dataset, load
 from jaxattn.train.extras import InputError, needs_extra
@@ -49,8 +51,14 @@ def main(arguments: Sequence[str] | None = None):
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax shows the traceback of what is reported below
     try:
+        commands = {
+            "train": train_command(arguments),
+            "eval": eval_run,
+            "bench": bench,
+            "compile": compile_command(arguments),
+        }
         tyro.extras.subcommand_cli_from_dict(
-            {"train": train_command(arguments), "eval": eval_run, "bench": bench},
+            commands,
             prog="jaxattn",
             description=__doc__,
             args=arguments,
@@ -78,6 +86,38 @@ def train_command(arguments: Sequence[str]) -> Callable:
         train_run(config, options)
 
     return train
+
+
+def compile_command(arguments: Sequence[str]) -> Callable:
+    """`compile`, whose settings default to the recipe that the arguments name."""
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--recipe")
+    default = recipe(peek.parse_known_args(arguments)[0].recipe, None)
+
+    def compile(
+        config: OmitArgPrefixes[Config] = default,
+        topology: str = "v5e:4x4",
+        mesh: str = "",
+        image_shape: tuple[int, int, int] = (224, 224, 3),
+        classes: int = 1000,
+        json: Path | None = None,
+    ):
+        """Compile a training step for a machine that need not be there: its memory, operations and collectives.
+
+        Args:
+          config: what would be trained; the data need not be there either.
+          topology: v4, v5e, v5p or v6e and its shape, such as v5e:16x16 (this needs libtpu), or cpu:N.
+          mesh: as in `train`; by default the batch is split over all devices.
+          image_shape: height, width and channels of the images.
+          classes: their number.
+          json: a file for the same figures.
+        """
+        report = plan(config, topology, mesh, image_shape, classes)
+        print(describe(report))
+        if json is not None:
+            write_json_report(report, json)
+
+    return compile
 
 
 def train_run(config: Config, options: Options):

@@ -66,7 +66,7 @@ class Report(NamedTuple):
         return self.limit is None or self.peak <= self.limit
 
 
-def find_devices(topology: str) -> list[jax.Device]:
+def find_devices(topology: str) -> list[Any]:
     """The devices of a machine that `topology` describes: "v5e:16x16" as TPUs are named, or "cpu:8" for virtual ones.
 
     Raises:
@@ -94,7 +94,7 @@ def find_devices(topology: str) -> list[jax.Device]:
         raise InputError(f"topology (={topology!r}) is none that the TPU's compiler knows: {error}") from error
 
 
-def _virtual(topology: str, count: int) -> list[jax.Device]:
+def _virtual(topology: str, count: int) -> list[Any]:
     with contextlib.suppress(RuntimeError):  # JAX has its devices already
         jax.config.update("jax_num_cpu_devices", count)
     devices = jax.devices("cpu")
@@ -137,7 +137,7 @@ def compile_report(function: jax.stages.Wrapped, *arguments: Any, topology: str,
         peak=sum(sizes) - 2 * sizes[2],
         limit=CHIPS[kind].memory * 2**30 if kind in CHIPS else None,
         flops=costs.get("flops", float("nan")),
-        text=hlo.read(compiled.as_text()),
+        text=hlo.read(compiled.as_text() or ""),
         seconds=time.perf_counter() - start,
     )
 
@@ -148,9 +148,13 @@ def _brief(message: str) -> str:
     return " ".join(lines[:6])
 
 
-def plan(config: Config, topology: str, mesh: str, image_shape: tuple[int, ...], classes: int) -> Report:
+def plan(config: Config, topology: str, mesh: str, image_shape: tuple[int, int, int], classes: int) -> Report:
     """The report of a configuration's training step, for images that need not be there either."""
     config.check()
+    if config.mix == "both":
+        raise InputError("mix (='both') is two networks; compile one, with --mix conv or --mix attention")
+    if min(image_shape) < 1 or classes < 1:
+        raise InputError(f"image_shape (={image_shape}) and classes (={classes}) must be at least 1")
     devices = find_devices(topology)
     over = make_mesh(mesh, devices)
     program = assemble(config, _described(image_shape, classes), STEPS, over)
@@ -162,7 +166,7 @@ def plan(config: Config, topology: str, mesh: str, image_shape: tuple[int, ...],
     return compile_report(program.step, program.state, batch, topology=topology, devices=len(devices))
 
 
-def _described(image_shape: tuple[int, ...], classes: int) -> Dataset:
+def _described(image_shape: tuple[int, int, int], classes: int) -> Dataset:
     """A data set without images."""
     nothing = Arrays(np.zeros((0, *image_shape), np.uint8), np.zeros(0, np.int32))
     middle = np.full(image_shape[-1], 0.5, np.float32)
@@ -193,7 +197,7 @@ def describe(report: Report) -> str:
     lines = [f"{report.topology}: {report.devices} devices, compiled in {report.seconds:.0f} s"]
     lines += [f"  {name:<20}{value:>14}  {note}".rstrip() for name, value, note in rows]
     lines += [f"  collectives of a device and step{'' if report.text.collectives else ': none'}"]
-    lines += [f"    {each.kind:<18}{each.count:>14,}  {_size(each.bytes)}" for each in report.text.collectives]
+    lines += [f"    {each.kind:<18}{each.number:>14,}  {_size(each.bytes)}" for each in report.text.collectives]
     if report.text.loops or report.text.unknown:
         lines.append(
             f"  {report.text.loops + report.text.unknown} loops: collectives and cycles count as often as they run "

@@ -20,7 +20,7 @@ class Collective(NamedTuple):
     """
 
     kind: str
-    count: int
+    number: int
     bytes: int
 
 

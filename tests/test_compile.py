@@ -1,0 +1,129 @@
+"""`jaxattn compile`: the collectives of real compiled programs, and the command for eight virtual devices."""
+
+import json
+import re
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxattn import cli
+from jaxattn.kernels import target
+from jaxattn.train import hlo
+from jaxattn.train.compile import compile_report, describe, find_devices
+
+MESH = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def compiled(function):
+    """The text of a program on eight devices, each of which holds 16 numbers of float32."""
+    mapped = partial(jax.shard_map, mesh=MESH, in_specs=PartitionSpec("x"), out_specs=PartitionSpec("x"))
+    x = jax.ShapeDtypeStruct((128,), jnp.float32, sharding=NamedSharding(MESH, PartitionSpec("x")))
+    return jax.jit(mapped(function)).lower(x).compile().as_text()
+
+
+ROUND = [(n, (n + 1) % 8) for n in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (jnp.sin, ()),
+        (lambda x: x * lax.psum(jnp.sin(x), "x"), [("all-reduce", 1, 64)]),
+        (lambda x: x * lax.all_gather(x, "x", tiled=True).max(), [("all-gather", 1, 512)]),
+        (lambda x: lax.ppermute(x, "x", ROUND), [("collective-permute", 1, 64)]),
+        (lambda x: lax.psum_scatter(x, "x", tiled=True), [("reduce-scatter", 1, 64)]),
+        (lambda x: lax.all_to_all(x.reshape(8, 2), "x", 0, 0).reshape(16), [("all-to-all", 1, 64)]),
+        (
+            lambda x: lax.scan(lambda c, _: (jnp.sin(lax.ppermute(c, "x", ROUND)), None), x, length=5)[0],
+            [("collective-permute", 5, 320)],
+        ),
+    ],
+)
+def test_collectives(function, expected):
+    assert hlo.read(compiled(function)).collectives == tuple(expected)
+
+
+def test_loops_within_loops_multiply():
+    inner = lambda x: lax.scan(lambda c, _: (jnp.sin(lax.ppermute(c, "x", ROUND)), None), x, length=5)[0]
+    read = hlo.read(compiled(lambda x: lax.scan(lambda c, _: (jnp.cos(inner(c)), None), x, length=3)[0]))
+    assert read.collectives == (("collective-permute", 15, 960),)
+    assert read.unknown == 0
+
+
+def test_a_loop_of_unknown_length_counts_once():
+    far = lambda x: lax.psum(x.max(), "x") < 7.0
+    step = lambda x: 2 * lax.ppermute(x, "x", ROUND)
+    read = hlo.read(compiled(lambda x: lax.while_loop(far, step, x)))
+    assert read.unknown == 1
+    assert ("collective-permute", 1, 64) in read.collectives
+
+
+def test_a_report_counts_memory():
+    """Weights given back in their own place, beside a batch: float32, eight devices."""
+    devices = find_devices("cpu:8")
+    step = jax.jit(lambda w, x: (w - x.sum(), x.max()), donate_argnums=0)
+    w = jax.ShapeDtypeStruct((1024,), jnp.float32, sharding=NamedSharding(MESH, PartitionSpec()))
+    x = jax.ShapeDtypeStruct((8 * 256,), jnp.float32, sharding=NamedSharding(MESH, PartitionSpec("x")))
+    report = compile_report(step, w, x, topology="cpu:8", devices=len(devices))
+    assert report.arguments == 4096 + 1024
+    assert report.aliased == 4096
+    assert report.peak == 4096 + 1024 + report.outputs - 4096 + report.temporaries + report.code
+    assert report.limit is None
+    assert report.fits
+    fitting = report._replace(topology="v5e:2x4", limit=16 * 2**30)
+    assert "fits 16.00 GiB" in describe(fitting)
+    assert "DOES NOT FIT 16.00 GiB" in describe(fitting._replace(peak=17 * 2**30))
+
+
+def test_what_is_traced_for_another_machine():
+    here = target.backend(), target.device_count()
+    with target.traced_for("tpu", 256):
+        assert (target.backend(), target.device_count()) == ("tpu", 256)
+    assert (target.backend(), target.device_count()) == here
+
+
+def run(*arguments):
+    shape = ["--image-shape", "8", "8", "1", "--classes", "10", "--batch-size", "16"]
+    cli.main(["compile", "--recipe", "digits", *shape, *arguments])
+
+
+def test_the_command(tmp_path, capsys):
+    """Attention in windows over a grid that is split: halos go round, and gradients are summed."""
+    out = tmp_path / "report.json"
+    run("--mix", "attention", "--topology", "cpu:8", "--mesh", "data=4,space=2", "--json", str(out))
+    said, report = capsys.readouterr().out, json.loads(out.read_text())
+    assert said.startswith("cpu:8: 8 devices, compiled in")
+    assert "memory per device" in said
+    found = {each["kind"]: each for each in report["text"]["collectives"]}
+    assert {"all-reduce", "collective-permute"} <= set(found)
+    for each in found.values():
+        assert re.search(rf"{each['kind']} +{each['number']}  ", said)
+    assert report["peak"] > report["arguments"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--topology", "v9:2x2"], "topology (='v9:2x2') must be KIND:SHAPE, such as v5e:4x4"),
+        (["--topology", "v5e:2"], "topology (='v5e:2') must be KIND:SHAPE"),
+        (["--topology", "cpu:64"], "topology (='cpu:64') asks for 64 of the 8 devices"),
+        (["--topology", "cpu:8", "--mesh", "data=3"], "takes 3 devices and there are 8"),
+        (["--topology", "cpu:8", "--batch-size", "9"], "batch_size (=9) must be a multiple of data·fsdp (=8)"),
+        (["--topology", "cpu:8", "--mix", "both"], "mix (='both') is two networks"),
+    ],
+)
+def test_a_mistake_is_explained(arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        run("--mix", "conv", *arguments)
+    assert message in str(stopped.value.code)
+
+
+def test_without_the_compiler(monkeypatch):
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    with pytest.raises(ImportError, match=re.escape("pip install 'jaxattn[tpu]'")):
+        find_devices("v5e:2x2")

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from jaxattn.train.config import RESNETS, Config
 from jaxattn.train.data import Arrays, Dataset
 from jaxattn.train.meter import METRICS, Diverged
 from jaxattn.train.optimizer import schedule
+from jaxattn.train.recipes import RECIPES
 from jaxattn.train.step import init_state, make_loss, make_step
 
 SHAPE = (4, 4, 1)
@@ -296,3 +298,35 @@ def test_parameters_and_flops(small):
     assert evaluate.count_parameters(model) == 16 * 12 + 2 * 12 + (12 * 3 + 3)  # the running statistics are none
     products = 2 * (16 * 12 + 12 * 3)
     assert products <= evaluate.flops_per_image(model, data) <= 1.5 * products
+
+
+# Recipes: all that one sets, on a smaller network of its kind
+
+SMALLER = {
+    "tiny": {},
+    "resnet18": {"width": 8},
+    "vit_small32": {"width": 16, "depth": 2, "mlp_dim": 16},
+    "cordonnier": {"width": 12, "depth": 2, "mlp_dim": 12},
+    "vit_b": {"width": 24, "depth": 2, "mlp_dim": 24, "patch_size": 4},
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_trains(name, monkeypatch, tmp_path):
+    recipe = RECIPES[name]
+    mix = "attention" if recipe.mix == "both" else recipe.mix
+    config = dataclasses.replace(recipe, mix=mix, epochs=2, batch_size=16, warmup=0.0)
+    rng = np.random.default_rng(0)
+    parts = [Arrays(rng.integers(0, 256, (n, 8, 8, 1), np.uint8), rng.integers(0, 3, n, np.int32)) for n in (40, 9, 9)]
+    half = np.full(1, 0.5, np.float32)
+    data = Dataset("made", ("a", "b", "c"), (8, 8, 1), half, half, *parts)
+    monkeypatch.setattr(models, config.model, partial(getattr(models, config.model), **SMALLER[config.model]))
+    before = build(config, data.image_shape, 3)
+    model, lines, _ = loop.train(config, data, tmp_path)
+    assert [line["step"] for line in lines] == [2, 4]
+    for line in lines:
+        assert line["train_loss"] > 0
+        assert line["train_gradient_norm"] > 0
+    assert all(np.isfinite(leaf).all() and leaf.dtype == jnp.float32 for leaf in leaves(model))
+    moved = [np.abs(one - other).max() for one, other in zip(leaves(before), leaves(model), strict=True)]
+    assert min(moved) > 0  # every weight and every statistic

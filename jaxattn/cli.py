@@ -6,10 +6,12 @@ import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
+import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from jaxattn import plots
 from jaxattn.bench.run import run as run_benchmark
@@ -26,6 +28,7 @@ from jaxattn.train.compile import describe, plan
 from jaxattn.train.compile import write_report as write_json_report
 from jaxattn.train.config import Config, Options
 from jaxattn.train.data import Dataset, load
+from jaxattn.train.distributed import is_main, joined
 from jaxattn.train.extras import InputError, needs_extra
 from jaxattn.train.recipes import recipe
 from jaxattn.train.report import MIXERS, write_report
@@ -63,8 +66,6 @@ def main(arguments: Sequence[str] | None = None):
             description=__doc__,
             args=arguments,
         )
-    except loop.Stopped as stopped:
-        print(f"jaxattn: {stopped}")
     except InputError as error:
         sys.exit(f"jaxattn: {error}")
     except KeyboardInterrupt:
@@ -121,65 +122,94 @@ def compile_command(arguments: Sequence[str]) -> Callable:
 
 
 def train_run(config: Config, options: Options):
-    """Trains what `config` says, as `options` say."""
+    """Trains what `config` says, as `options` say, alone or as one of several processes."""
     config.check()
     options.check()
+    with joined(options.coordinator, options.processes, options.process):
+        try:
+            train_here(config, options)
+        except loop.Stopped as stopped:
+            say(f"jaxattn: {stopped}")
+
+
+def train_here(config: Config, options: Options):
+    """Trains in this process. The first of several writes the files and talks; the others compute."""
     out, resume = options.out or default_folder(config), options.resume
-    mesh = None if options.mesh is None else make_mesh(options.mesh)
-    check_out(out, config, resume=resume, overwrite=options.overwrite)
+    mesh = make_mesh(options.mesh or "") if options.mesh is not None or jax.process_count() > 1 else None
+    if is_main():
+        check_out(out, config, resume=resume, overwrite=options.overwrite)
     data = load(config.data, config.seed, config.skip_bad)
     if mesh is not None:
         check_batch(mesh, config.batch_size, data.image_shape)
-    start_run(out, config, resume=resume, overwrite=options.overwrite)
+    if is_main():
+        start_run(out, config, resume=resume, overwrite=options.overwrite)
     for image in data.skipped:
-        print(f"left out: {image}", file=sys.stderr)
+        say(f"left out: {image}", file=sys.stderr)
     how = {"resume": resume, "checkpoint_every": options.checkpoint_every, "mesh": mesh}
-    if config.mix == "both":
-        for mix in MIXERS:
-            one = dataclasses.replace(config, mix=mix)
+    if config.mix != "both":
+        model = train_one(config, data, out, **how)
+        if is_main():
+            draw(config, data, out, model)
+        say(f"run: {out}")
+        return
+    models = {}
+    for mix in MIXERS:
+        one = dataclasses.replace(config, mix=mix)
+        if is_main():
             start_run(out / mix, one, resume=resume)
-            train_one(one, data, out / mix, **how)
-        report(config, data, out)
-        print(f"report: {out / 'report.html'}")
+        models[mix] = train_one(one, data, out / mix, **how)
+    if is_main():
+        report(config, data, out, models)
+    say(f"report: {out / 'report.html'}")
+
+
+def train_one(config: Config, data: Dataset, folder: Path, **how: Any) -> nnx.Module:
+    """Trains one network into its folder, unless it is trained already, and says its accuracy on the test images."""
+    together(f"start {folder}")  # the folder is there now, for every process
+    whole = is_whole(folder)
+    together(f"seen {folder}")
+    if whole:
+        model = load_model(config, data, folder)
     else:
-        train_one(config, data, out, **how)
-        draw(config, data, out)
-        print(f"run: {out}")
-
-
-def train_one(config: Config, data: Dataset, folder: Path, **how: Any):
-    """Trains one network into its folder, unless it is trained already, and prints its accuracy on the test images."""
-    if not is_whole(folder):
         trained = loop.train(config, data, folder, **how)
-        correct, total = evaluate.evaluate(trained.model, data, data.test), len(data.test)
-        results = {
-            "test_accuracy": correct / total,
-            "test_correct": correct,
-            "test_images": total,
-            "parameters": evaluate.count_parameters(trained.model),
-            "flops_per_image": evaluate.flops_per_image(trained.model, data),
-            "train_images_per_second": float(np.median([epoch["images_per_second"] for epoch in trained.epochs])),
-            "seconds": trained.seconds,
-        }
-        end_run(folder, results)
-    results = read_results(folder)
-    print(accuracy_line(config.mix, results["test_correct"], results["test_images"]), flush=True)
+        model = trained.model
+        if is_main():
+            end_run(folder, measure(trained, data))
+    if is_main():
+        results = read_results(folder)
+        say(accuracy_line(config.mix, results["test_correct"], results["test_images"]))
+    return model
 
 
-def draw(config: Config, data: Dataset, folder: Path) -> dict[str, Any]:
+def measure(trained: loop.Trained, data: Dataset) -> dict[str, Any]:
+    """What results.json says of a network."""
+    model, total = trained.model, len(data.test)
+    correct = evaluate.evaluate(model, data, data.test)
+    return {
+        "test_accuracy": correct / total,
+        "test_correct": correct,
+        "test_images": total,
+        "parameters": evaluate.count_parameters(model),
+        "flops_per_image": evaluate.flops_per_image(model, data),
+        "train_images_per_second": float(np.median([epoch["images_per_second"] for epoch in trained.epochs])),
+        "seconds": trained.seconds,
+    }
+
+
+def draw(config: Config, data: Dataset, folder: Path, model: nnx.Module) -> dict[str, Any]:
     """The figures of a run: how it learned, and what its first mixer looks like. They are saved in its folder too."""
-    figures = look_inside(load_model(config, data, folder), data)
+    figures = look_inside(model, data)
     save_figures(folder, figures | {"learning_curves": plots.learning_curves({config.mix: read_epochs(folder)})})
     return figures
 
 
-def report(config: Config, data: Dataset, folder: Path):
+def report(config: Config, data: Dataset, folder: Path, models: Mapping[str, nnx.Module]):
     """Writes the report of two runs, one by convolution and one by local attention."""
     runs = {mix: folder / mix for mix in MIXERS}
     curves = {MIXERS[mix]: read_epochs(run) for mix, run in runs.items()}
     figures = {"learning_curves": plots.learning_curves(curves)}
     for mix, run in runs.items():
-        figures |= draw(dataclasses.replace(config, mix=mix), data, run)
+        figures |= draw(dataclasses.replace(config, mix=mix), data, run, models[mix])
     save_figures(folder, figures)
     pictures = {name: plots.inline_svg(figure, name) for name, figure in figures.items()}
     results = {mix: read_results(run) for mix, run in runs.items()}
@@ -227,6 +257,18 @@ def bench(
       out: a folder for the figures, which replace those of an earlier run.
     """
     run_benchmark(what, quick, cases, out, json)
+
+
+def say(text: str, file: TextIO | None = None):
+    """Prints, if this is the first process."""
+    if is_main():
+        print(text, file=file, flush=True)
+
+
+def together(what: str):
+    """Waits until all processes are here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
 
 
 def accuracy_line(mix: str, correct: int, total: int) -> str:

@@ -1,5 +1,6 @@
 """Processes that train together: two real ones, joined on this machine, and what each says when the other is gone."""
 
+import json
 import os
 import re
 import signal
@@ -241,3 +242,54 @@ def test_a_pod_of_no_indexed_job_is_alone(monkeypatch):
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     monkeypatch.delenv("JOB_COMPLETION_INDEX", raising=False)
     assert distributed.launched() == 1
+
+
+# The command itself
+
+SETTINGS = ["--mix", "conv", "--epochs", "2", "--batch-size", "60", "--ema", "0.9"]
+TRAIN = "import sys; from jaxattn.cli import main; main(['train', *sys.argv[1:]])"
+
+
+def start_training(out: Path, *flags: str) -> subprocess.Popen:
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return subprocess.Popen(
+        [sys.executable, "-c", TRAIN, *SETTINGS, "--out", str(out), *flags],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen):
+    said, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, said
+
+
+def lines_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_train_as_one_does_and_one_goes_on_for_them(tmp_path):
+    """The same losses; and what two processes left when they were told to stop, one process takes to the same end."""
+    alone, pair = tmp_path / "alone", tmp_path / "pair"
+    finish(start_training(alone))
+    address = f"127.0.0.1:{free_port()}"
+    group = [
+        start_training(pair, "--coordinator", address, "--processes", "2", "--process", str(n), "--checkpoint-every", "5")
+        for n in range(2)
+    ]
+    deadline = time.monotonic() + 120
+    while len(list((pair / "checkpoints").glob("[0-9]"))) < 1 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for process in group:
+        process.terminate()
+    said = [process.communicate(timeout=180)[0] for process in group]
+    assert [process.returncode for process in group] == [0, 0], said
+    assert "and saved: go on with --resume" in said[0]
+    assert "jaxattn" not in said[1]  # one of them talks
+    assert lines_of(pair) == []  # before the first of two epochs ended
+    finish(start_training(pair, "--resume"))
+    for expected, line in zip(lines_of(alone), lines_of(pair), strict=True):
+        for name in ("train_loss", "train_accuracy", "validation_accuracy"):
+            assert line[name] == pytest.approx(expected[name], rel=1e-4)

@@ -36,7 +36,7 @@ class Augmentation(Protocol):
 
 
 def normalise(
-    images: Num[Array, "batch height width channels"],
+    images: Num[Array | np.ndarray, "batch height width channels"],
     mean: Real[Array | np.ndarray, "channels"],
     std: Real[Array | np.ndarray, "channels"],
 ) -> Float[Array, "batch height width channels"]:
@@ -45,6 +45,7 @@ def normalise(
     >>> normalise(jnp.full((1, 1, 1, 1), 255, jnp.uint8), jnp.array([0.5]), jnp.array([0.25])).item()
     2.0
     """
+    images = jnp.asarray(images)
     unit = images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images.astype(jnp.float32)
     return (unit - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
 

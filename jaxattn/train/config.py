@@ -122,7 +122,13 @@ class Options:
     """Save after so many steps, beside the end of every epoch; 0 for the epochs alone."""
     mesh: str | None = None
     """Devices, as in `data=4,space=2`: the batch is split over data and fsdp, the weights over fsdp, and the images'
-    first axis over space. By default one device."""
+    first axis over space. By default one device, or of several processes all, over data."""
+    coordinator: str | None = None
+    """HOST:PORT of the first of several processes that train together. TPU pods, SLURM and GKE say it by themselves."""
+    processes: int | None = None
+    """How many processes there are."""
+    process: int | None = None
+    """Which of them this is, from 0."""
 
     def check(self):
         """Raises a ValueError that names the first field out of its range."""

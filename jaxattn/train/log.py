@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from jaxattn.train.extras import needs_extra
 
@@ -21,11 +22,11 @@ class Log:
         self.files = {name: open(folder / f"{name}.jsonl", "a") for name in ("steps", "metrics")}  # noqa: SIM115
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step or None, flush_secs=10)
 
-    def steps(self, values: dict[str, int | float]):
+    def steps(self, values: dict[str, Any]):
         """Means over the last few steps."""
         self._write("steps", values)
 
-    def epoch(self, values: dict[str, int | float]):
+    def epoch(self, values: dict[str, Any]):
         """Means over an epoch, and the validation."""
         self.epochs.append(values)
         self._write("metrics", values)
@@ -35,12 +36,29 @@ class Log:
         for file in (*self.files.values(), self.board):
             file.close()
 
-    def _write(self, name: str, values: dict[str, int | float]):
+    def _write(self, name: str, values: dict[str, Any]):
         self.files[name].write(json.dumps(values) + "\n")
         self.files[name].flush()
         for key, value in values.items():
             if key != "step":
                 self.board.add_scalar(f"{name}/{key}", value, values["step"])
+
+
+class Silent:
+    """The log of a process that writes nothing, as another does."""
+
+    def __init__(self):
+        self.epochs: list[dict] = []
+
+    def steps(self, values: dict[str, Any]):
+        """Means over the last few steps."""
+
+    def epoch(self, values: dict[str, Any]):
+        """Means over an epoch, and the validation."""
+        self.epochs.append(values)
+
+    def close(self):
+        """There is nothing to close."""
 
 
 def _keep(path: Path, step: int) -> list[dict]:

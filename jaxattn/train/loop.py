@@ -13,16 +13,18 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxattn.train.build import build
 from jaxattn.train.checkpoint import Checkpoints
 from jaxattn.train.config import Config
 from jaxattn.train.data import Dataset, batches
+from jaxattn.train.distributed import is_main
 from jaxattn.train.evaluate import count_correct
 from jaxattn.train.extras import needs_extra
-from jaxattn.train.log import Log
-from jaxattn.train.meter import Diverged, Meter
+from jaxattn.train.log import Log, Silent
+from jaxattn.train.meter import AHEAD, Diverged, Meter
 from jaxattn.train.optimizer import schedule
 from jaxattn.train.peak import peak_flops
 from jaxattn.train.program import assemble
@@ -31,6 +33,7 @@ with needs_extra("train"):
     from tqdm import tqdm
 
 LINE = 50  # steps a line of steps.jsonl
+ASK = 5  # steps after which several processes ask each other whether one was told to stop
 BAR = ("loss", "accuracy", "images_per_second", "of_peak")  # what the progress bar shows of one
 
 
@@ -83,15 +86,18 @@ def train(
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(folder))
         restored = checkpoints.restore(state) if resume else None
-        meter, before = Meter(worst=100 * math.log(len(data.class_names) + 1)), 0.0
+        position = {"seconds": 0.0, "meter": {}}
         if restored:
-            state, before = restored.tree, restored.position["seconds"]
-            stream.set_state(restored.position["data"])
-            meter = Meter(meter.worst, **restored.position["meter"])
-        done = int(state.step)
-        log = stack.enter_context(contextlib.closing(Log(folder, done)))
+            state, position = restored.tree, restored.position
+            stream.set_state(position["data"])
+        # CPUs of several processes can wait for one another forever if one runs ahead
+        ahead = 0 if jax.process_count() > 1 and jax.default_backend() == "cpu" else AHEAD
+        meter = Meter(100 * math.log(len(data.class_names) + 1), **position["meter"], ahead=ahead)
+        done, before = int(state.step), position["seconds"]
+        log = stack.enter_context(contextlib.closing(Log(folder, done) if is_main() else Silent()))
         stopping = stack.enter_context(stop_signal())
-        bar = stack.enter_context(tqdm(total=total, initial=done, desc=f"{config.mix}, compiling", unit="step"))
+        bar = tqdm(total=total, initial=done, desc=f"{config.mix}, compiling", unit="step", disable=not is_main())
+        stack.enter_context(bar)
 
         # compiled before the clock starts, so that images per second measures training alone
         start = time.perf_counter()
@@ -108,7 +114,8 @@ def train(
             try:
                 meter.add(step, batch["index"], metrics)
                 line_ends, epoch_ends = step % LINE == 0 or step == total, step % steps == 0
-                saves = epoch_ends or stopping.is_set() or (checkpoint_every and step % checkpoint_every == 0)
+                stops = agreed(stopping.is_set(), step)
+                saves = epoch_ends or stops or (checkpoint_every and step % checkpoint_every == 0)
                 if line_ends or saves:
                     meter.settle()
             except Diverged as error:
@@ -121,7 +128,7 @@ def train(
             if line_ends:
                 speed, line = _speed(line, step), (step, time.perf_counter())
                 means = meter.line() | {"images_per_second": speed * config.batch_size, "of_peak": speed * flops / peak}
-                log.steps({"step": step, **means, "learning_rate": float(rate(step // config.accumulate))})
+                log.steps({"step": step, **means, "learning_rate": float(np.asarray(rate(step // config.accumulate)))})
                 bar.set_postfix({name: f"{means[name]:.3g}" for name in BAR})
 
             validation = None
@@ -138,7 +145,7 @@ def train(
                         **meter.epoch(),
                         "validation_accuracy": validation,
                         "images_per_second": speed * config.batch_size,
-                        "learning_rate": float(rate(step // config.accumulate)),
+                        "learning_rate": float(np.asarray(rate(step // config.accumulate))),
                     }
                 )
                 line = epoch = (step, time.perf_counter())
@@ -147,7 +154,7 @@ def train(
                 seconds = before + time.perf_counter() - start
                 position = {"data": stream.get_state(), "meter": meter.position(), "seconds": seconds}
                 checkpoints.save(step, state, position, validation)
-                if stopping.is_set() and step < total:
+                if stops and step < total:
                     checkpoints.wait()
                     raise Stopped(f"stopped at step {step} of {total}, and saved: go on with --resume")
 
@@ -160,6 +167,13 @@ def train(
 def _speed(since: tuple[int, float], step: int) -> float:
     """Steps per second."""
     return (step - since[0]) / (time.perf_counter() - since[1])
+
+
+def agreed(stops: bool, step: int) -> bool:
+    """Whether to stop after this step, of which several processes must think alike: now and then they ask."""
+    if jax.process_count() == 1:
+        return stops
+    return step % ASK == 0 and bool(multihost_utils.process_allgather(np.array(stops)).any())
 
 
 @contextlib.contextmanager

@@ -26,17 +26,20 @@ class Meter:
     Args:
       worst: a loss above this has diverged.
       sums, count: what an interrupted run had measured in its epoch.
+      ahead: steps that the host may be ahead.
     """
 
-    def __init__(self, worst: float, sums: Sequence[float] = (0.0,) * len(METRICS), count: int = 0):
-        self.worst, self.sums, self.count = worst, np.array(sums), count
+    def __init__(
+        self, worst: float, sums: Sequence[float] = (0.0,) * len(METRICS), count: int = 0, *, ahead: int = AHEAD
+    ):
+        self.worst, self.sums, self.count, self.ahead = worst, np.array(sums), count, ahead
         self.pending: collections.deque = collections.deque()
         self.recent: list[np.ndarray] = []
 
     def add(self, step: int, index: Int[np.ndarray, "batch"], metrics: Float[jax.Array, "metrics"]):
         """Takes the metrics of one step, and the numbers of its images."""
         self.pending.append((step, index, metrics))
-        self.settle(AHEAD)
+        self.settle(self.ahead)
 
     def settle(self, ahead: int = 0):
         """Waits until at most `ahead` steps are unseen.

@@ -41,7 +41,7 @@ def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
     """
     rate = schedule(config, steps // config.accumulate)
     if config.optimizer == "adamw":
-        parts = [optax.adamw(rate, weight_decay=config.weight_decay, mask=decaying)]
+        parts: list[optax.GradientTransformation] = [optax.adamw(rate, weight_decay=config.weight_decay, mask=decaying)]
     else:
         parts = [
             optax.add_decayed_weights(config.weight_decay, decaying),

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from jaxattn.train.augment import augment, normalise
 from jaxattn.train.config import Config
@@ -19,10 +19,10 @@ class State(NamedTuple):
     """All that a step changes, and so all that a checkpoint holds beside the position in the data."""
 
     step: Int[Array, ""]  # steps done
-    weights: nnx.State  # what is learned, float32
-    rest: nnx.State  # BatchNorm's statistics
+    weights: PyTree  # what is learned, float32
+    rest: PyTree  # BatchNorm's statistics
     moments: optax.OptState
-    average: nnx.State | None  # the mean of the weights that `ema` asks for
+    average: PyTree  # the mean of the weights that `ema` asks for, or None
 
 
 def init_state(config: Config, model: nnx.Module, optimizer: optax.GradientTransformation) -> State:

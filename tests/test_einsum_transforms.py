@@ -31,6 +31,7 @@ CASES = {
     "gather": ("b 4*i+t-1 c -> b i t c", [(2, 8, 3)], {"i": 2, "t": 6, "boundary": "reflect"}),
 }
 TOLERANCE = {"float64": 1e-12, "float32": 2e-6, "float16": 2e-3, "bfloat16": 1e-2}  # a few units in the last place
+ROUNDS = {"xla_allow_excess_precision": False}  # a program rounds where operations one by one would
 
 
 def arrays(shapes, dtype="float64", seed=0):
@@ -56,10 +57,14 @@ def test_dtypes_under_strict_promotion(case, dtype, implementation):
     run, shapes, oracle = case
     operands = arrays(shapes, dtype)
     exact = [np.asarray(x, np.float64) for x in operands]
-    with jax.numpy_dtype_promotion("strict"):
+
+    @functools.partial(jax.jit, compiler_options=ROUNDS)
+    def both(*operands):
         y, back = jax.vjp(functools.partial(run, implementation=implementation), *operands)
-        cotangent = jnp.ones_like(y)
-        grads = back(cotangent)
+        return y, back(jnp.ones_like(y))
+
+    with jax.numpy_dtype_promotion("strict"):
+        y, grads = both(*operands)
     assert y.dtype == dtype
     scale = abs(oracle.value(*map(np.abs, exact))).max()
     np.testing.assert_allclose(np.asarray(y, float), oracle.value(*exact), atol=TOLERANCE[dtype] * scale)
@@ -99,6 +104,7 @@ def test_half_precision_accumulates_in_float32_backward_too(equation, shapes, op
     operands = [jnp.asarray(np.random.default_rng(0).uniform(size=s), dtype) for s in shapes]
     run = functools.partial(jaxattn.einsum, equation, **options)
 
+    @functools.partial(jax.jit, compiler_options=ROUNDS)
     def both(*xs):
         y, back = jax.vjp(run, *xs)
         return y, *back(jnp.ones_like(y))
@@ -119,7 +125,7 @@ def test_preferred_element_type_under_strict_promotion(case, dtype, wider):
     run, shapes, _ = case
     with jax.numpy_dtype_promotion("strict"):
         operands = [jnp.ones(s, dtype) for s in shapes]
-        assert run(*operands, preferred_element_type=wider).dtype == wider
+        assert jax.jit(functools.partial(run, preferred_element_type=wider))(*operands).dtype == wider
 
 
 def test_a_plan_takes_what_einsum_takes():
@@ -147,14 +153,21 @@ def test_promotion_and_preferred_element_type(case):
     run, shapes, oracle = case
     if len(shapes) == 2:
         mixed = [x.astype(t) for x, t in zip(arrays(shapes), ["bfloat16", "float32"], strict=True)]
-        assert run(*mixed).dtype == jnp.float32
+        assert jax.jit(run)(*mixed).dtype == jnp.float32
     small = arrays(shapes, "bfloat16")
-    y, back = jax.vjp(functools.partial(run, preferred_element_type=jnp.float32), *small)
+
+    @functools.partial(jax.jit, compiler_options=ROUNDS)
+    def both(*xs):
+        y, back = jax.vjp(functools.partial(run, preferred_element_type=jnp.float32), *xs)
+        return y, back(y)
+
+    y, grads = both(*small)
     assert y.dtype == jnp.float32
     exact = [np.asarray(x, float) for x in small]
     np.testing.assert_allclose(y, oracle.value(*exact), rtol=1e-5, atol=1e-5)
-    assert all(grad.dtype == jnp.bfloat16 for grad in back(y))
-    assert run(*arrays(shapes, "float32"), preferred_element_type=jnp.bfloat16).dtype == jnp.bfloat16
+    assert all(grad.dtype == jnp.bfloat16 for grad in grads)
+    narrow = functools.partial(run, preferred_element_type=jnp.bfloat16)
+    assert jax.jit(narrow)(*arrays(shapes, "float32")).dtype == jnp.bfloat16
 
 
 def test_jit_vmap_jvp_checkpoint_and_second_derivatives(case):
@@ -164,13 +177,13 @@ def test_jit_vmap_jvp_checkpoint_and_second_derivatives(case):
     close = functools.partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-11)
     close(jax.jit(run)(*operands), want)
     stacked = [jnp.stack([x, 2 * x, t]) for x, t in zip(operands, tangents, strict=True)]
-    got = jax.vmap(run)(*stacked)
+    got = jax.jit(jax.vmap(run))(*stacked)
     for k in range(3):
         close(got[k], oracle.value(*[x[k] for x in stacked]))
 
     # the sum is linear in each operand, so its derivative along t is the sum with that operand replaced
     slope = sum(oracle.value(*[*operands[:k], tangents[k], *operands[k + 1 :]]) for k in range(len(operands)))
-    value, tangent = jax.jvp(run, operands, tangents)
+    value, tangent = jax.jit(functools.partial(jax.jvp, run))(operands, tangents)
     close(value, want)
     close(tangent, slope)
 
@@ -179,18 +192,19 @@ def test_jit_vmap_jvp_checkpoint_and_second_derivatives(case):
 
     grads = oracle.gradients([np.asarray(x) for x in operands], want)
     for f in (run, jax.checkpoint(run)):
-        for mine, theirs in zip(jax.grad(loss(f), range(len(operands)))(*operands), grads, strict=True):
+        for mine, theirs in zip(jax.jit(jax.grad(loss(f), range(len(operands))))(*operands), grads, strict=True):
             close(mine, theirs)
-    hvp = lambda xs, ts: jax.jvp(jax.grad(loss(run), range(len(xs))), xs, ts)[1]
+    hvp = jax.jit(lambda xs, ts: jax.jvp(jax.grad(loss(run), range(len(xs))), xs, ts)[1])
     reverse = jax.grad(lambda *xs: sum(map(jnp.vdot, jax.grad(loss(run), range(len(xs)))(*xs), tangents)), 0)
-    close(hvp(tuple(operands), tuple(tangents))[0], reverse(*operands))
+    reversed_twice = jax.jit(reverse)(*operands)
+    close(hvp(tuple(operands), tuple(tangents))[0], reversed_twice)
     # central differences of the loops' own gradient
     step = 1e-5
     ends = []
     for sign in (1, -1):
         moved = [np.asarray(x + sign * step * t) for x, t in zip(operands, tangents, strict=True)]
         ends.append(oracle.gradients(moved, oracle.value(*moved))[0])
-    np.testing.assert_allclose(reverse(*operands), (ends[0] - ends[1]) / (2 * step), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(reversed_twice, (ends[0] - ends[1]) / (2 * step), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -206,7 +220,7 @@ def test_shard_map_over_the_batch(name):
     loss = lambda f: lambda *xs: (f(*xs) ** 2).sum()
     for mine, want in zip(
         jax.jit(jax.grad(loss(sharded), range(len(operands))))(*operands),
-        jax.grad(loss(run), range(len(local)))(*local),
+        jax.grad(loss(run), range(len(local)))(*local),  # operation by operation, too
         strict=True,
     ):
         np.testing.assert_allclose(mine, want, rtol=1e-11, atol=1e-11)
@@ -227,7 +241,7 @@ def test_a_sharded_batch_stays_sharded(name, axis_type):
         grads = jax.jit(jax.grad(lambda *xs: (run(*xs) ** 2).sum(), range(len(shapes))))(*operands)
     assert y.sharding.spec[0] == "batch"
     np.testing.assert_allclose(np.asarray(y), run(*local), rtol=1e-12, atol=1e-12)
-    wanted = jax.grad(lambda *xs: (run(*xs) ** 2).sum(), range(len(shapes)))(*local)
+    wanted = jax.jit(jax.grad(lambda *xs: (run(*xs) ** 2).sum(), range(len(shapes))))(*local)
     for mine, want in zip(grads, wanted, strict=True):
         np.testing.assert_allclose(np.asarray(mine), want, rtol=1e-11, atol=1e-11)
 

@@ -229,10 +229,19 @@ def test_divergence_names_the_step_the_images_and_the_last_good_checkpoint(run, 
 # Interruptions, in one process; tests/test_resume.py has those of the command
 
 
+INTERRUPTED = dataclasses.replace(CONFIG, epochs=3, shift=1, ema=0.9, optimizer="sgd", accumulate=2)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "tiny", Small)
+        return loop.train(INTERRUPTED, make_data(), tmp_path_factory.mktemp("whole"))
+
+
 @pytest.mark.parametrize("when", [1, 2, 3, 4, 7])
-def test_a_terminated_run_is_saved_and_goes_on_exactly(run, tmp_path, monkeypatch, when):
-    config = dataclasses.replace(CONFIG, epochs=3, shift=1, ema=0.9, optimizer="sgd", accumulate=2)
-    whole, lines, _ = run(config)
+def test_a_terminated_run_is_saved_and_goes_on_exactly(run, uninterrupted, tmp_path, monkeypatch, when):
+    whole, lines, _ = uninterrupted
     real, handler = loop.Meter.add, signal.getsignal(signal.SIGTERM)
 
     def terminated(self, step, *args):
@@ -243,9 +252,9 @@ def test_a_terminated_run_is_saved_and_goes_on_exactly(run, tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(loop.Meter, "add", terminated)
         with pytest.raises(loop.Stopped, match=f"stopped at step {when} of 9, and saved: go on with --resume"):
-            run(config, folder=tmp_path)
+            run(INTERRUPTED, folder=tmp_path)
     assert signal.getsignal(signal.SIGTERM) is handler
-    resumed, again, _ = run(config, folder=tmp_path, resume=True)
+    resumed, again, _ = run(INTERRUPTED, folder=tmp_path, resume=True)
     assert timeless(again) == timeless(lines)
     for one, other in zip(leaves(whole), leaves(resumed), strict=True):
         np.testing.assert_array_equal(one, other)

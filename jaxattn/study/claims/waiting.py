@@ -1,4 +1,4 @@
-"""The claims whose experiments train networks, and are not written yet. The report says so."""
+"""The claims whose experiments are not written yet: they train networks. The report says so."""
 
 from jaxattn.study.claim import Claim
 
@@ -7,12 +7,6 @@ CLAIMS = (
         3, "吼吼", "The essence of attention is the similarity of query and key.", "注意力的本质是 Q 与 K 的相似度。"
     ),
     Claim(6, "吼吼", "Softmax is optional; ReLU does as well.", "softmax 不是必需的，换成 ReLU 也可以。"),
-    Claim(
-        8,
-        "吼吼",
-        "Attention learns its receptive field; a CNN's is set by hand.",
-        "注意力的感受野是学出来的，CNN 的感受野是人为设定的。",
-    ),
     Claim(
         10,
         "吼吼",

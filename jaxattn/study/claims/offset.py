@@ -11,7 +11,7 @@ from jaxattn.study import figures
 from jaxattn.study.claim import Measurement, Setting, claim, decide
 from jaxattn.study.fit import fit
 
-N, OFFSET, STEPS = 24, 4, 600
+N, OFFSET, STEPS = 24, 4, 400
 
 
 @claim(

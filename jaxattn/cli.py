@@ -1,4 +1,4 @@
-"""Convolution, attention, and everything between: train a network, evaluate a run, measure the speed."""
+"""Convolution, attention, and everything between: train a network, evaluate a run, study, measure the speed."""
 
 import argparse
 import dataclasses
@@ -20,6 +20,8 @@ from jaxattn.models.resnet import Mixer
 from jaxattn.models.vit import ViT
 from jaxattn.nn.conv import Conv
 from jaxattn.nn.quadratic import QuadraticAttention
+from jaxattn.study.run import study as run_study
+from jaxattn.study.run import summary
 from jaxattn.train import evaluate, loop
 from jaxattn.train.augment import normalise
 from jaxattn.train.build import build
@@ -57,15 +59,11 @@ def main(arguments: Sequence[str] | None = None):
         commands = {
             "train": train_command(arguments),
             "eval": eval_run,
+            "study": study,
             "bench": bench,
             "compile": compile_command(arguments),
         }
-        tyro.extras.subcommand_cli_from_dict(
-            commands,
-            prog="jaxattn",
-            description=__doc__,
-            args=arguments,
-        )
+        tyro.extras.subcommand_cli_from_dict(commands, prog="jaxattn", description=__doc__, args=arguments)
     except InputError as error:
         sys.exit(f"jaxattn: {error}")
     except KeyboardInterrupt:
@@ -269,6 +267,28 @@ def together(what: str):
     """Waits until all processes are here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
+
+
+def study(
+    claims: str | None = None,
+    profile: Literal["quick", "full"] = "quick",
+    seeds: int | None = None,
+    data: str = "digits",
+    out: Path = Path("runs/study"),
+):
+    """Is a CNN a kind of local self-attention? Each claim of that debate as an experiment, with a verdict.
+
+    What was measured is kept in the folder, so that a study that was interrupted goes on.
+
+    Args:
+      claims: their numbers, as 5,10,21; all of them by default.
+      profile: quick, or full with more seeds.
+      seeds: how many; by default 3, and 5 in the full profile.
+      data: the images, as in `jaxattn train`.
+      out: a folder for report.html and report.json.
+    """
+    print(summary(run_study(claims, profile, seeds, data, out)))
+    print(f"report: {out / 'report.html'}")
 
 
 def accuracy_line(mix: str, correct: int, total: int) -> str:

@@ -276,7 +276,9 @@ def test_two_processes_train_as_one_does_and_one_goes_on_for_them(tmp_path):
     finish(start_training(alone))
     address = f"127.0.0.1:{free_port()}"
     group = [
-        start_training(pair, "--coordinator", address, "--processes", "2", "--process", str(n), "--checkpoint-every", "5")
+        start_training(
+            pair, "--coordinator", address, "--processes", "2", "--process", str(n), "--checkpoint-every", "5"
+        )
         for n in range(2)
     ]
     deadline = time.monotonic() + 120

@@ -97,7 +97,7 @@ def compile_command(arguments: Sequence[str]) -> Callable:
         config: OmitArgPrefixes[Config] = default,
         topology: str = "v5e:4x4",
         mesh: str = "",
-        image_shape: tuple[int, int, int] = (224, 224, 3),
+        image_shape: tuple[int, ...] = (224, 224, 3),
         classes: int = 1000,
         json: Path | None = None,
     ):
@@ -107,7 +107,7 @@ def compile_command(arguments: Sequence[str]) -> Callable:
           config: what would be trained; the data need not be there either.
           topology: v4, v5e, v5p or v6e and its shape, such as v5e:16x16 (this needs libtpu), or cpu:N.
           mesh: as in `train`; by default the batch is split over all devices.
-          image_shape: height, width and channels of the images.
+          image_shape: height, width and channels of the images; or depth before them, for `volume_small`.
           classes: their number.
           json: a file for the same figures.
         """

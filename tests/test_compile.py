@@ -106,6 +106,20 @@ def test_the_command(tmp_path, capsys):
     assert report["peak"] > report["arguments"] > 0
 
 
+def test_a_volume_is_split(capsys):
+    """Windows in three dimensions: the halo goes round, and a split grid takes less memory."""
+    network = ["compile", "--model", "volume_small", "--mix", "attention", "--shift", "0", "--batch-size", "1"]
+    volume = ["--image-shape", "64", "16", "16", "1", "--classes", "3"]
+    temporaries = {}
+    for count in (1, 4):
+        cli.main([*network, *volume, "--topology", f"cpu:{count}", "--mesh", f"space={count}"])
+        said = capsys.readouterr().out
+        assert ("collective-permute" in said) == (count > 1)
+        value, unit = re.search(r"temporaries +([\d.]+) (\w+)", said).groups()
+        temporaries[count] = float(value) * {"KiB": 2**10, "MiB": 2**20}[unit]
+    assert temporaries[4] < temporaries[1] / 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -115,6 +129,30 @@ def test_the_command(tmp_path, capsys):
         (["--topology", "cpu:8", "--mesh", "data=3"], "takes 3 devices and there are 8"),
         (["--topology", "cpu:8", "--batch-size", "9"], "batch_size (=9) must be a multiple of data·fsdp (=8)"),
         (["--topology", "cpu:8", "--mix", "both"], "mix (='both') is two networks"),
+        (
+            ["--topology", "cpu:8", "--model", "volume_small", "--mix", "attention"],
+            "takes images of 3 axes and channels, got (8, 8, 1)",
+        ),
+        (
+            ["--topology", "cpu:8", "--image-shape", "8", "8", "8", "1"],
+            "model (='tiny') takes images of 2 axes and channels, got (8, 8, 8, 1)",
+        ),
+        (
+            [
+                "--topology",
+                "cpu:8",
+                "--model",
+                "volume_small",
+                "--mix",
+                "attention",
+                "--image-shape",
+                "8",
+                "8",
+                "8",
+                "1",
+            ],
+            "shift (=1) is for images of two axes; for volumes it must be 0",
+        ),
     ],
 )
 def test_a_mistake_is_explained(arguments, message):

@@ -55,6 +55,13 @@ TABLE = [
         },
         20 + 6 * 4 + 2 * 4 + 80 + 40 + 36 + 16 + 8 + 15,
     ),
+    # patches of 64 voxels; 4 blocks of 4 maps, an MLP, 2 norms and 5³ offsets in 4 heads; norm and head
+    (
+        models.volume_small,
+        {},
+        65 * 96 + 4 * (4 * (96**2 + 96) + 2 * 96 * 192 + 288 + 4 * 96 + 500) + 192 + 970,
+    ),
+    (models.VolumeNet, {"in_features": 1, "num_classes": 2, "depth": 1}, 65 * 96 + 37_248 + 37_152 + 884 + 192 + 194),
     # (3·3·8 / 2)·6 + 6
     (nn.Conv, {"in_features": 8, "out_features": 6, "kernel_size": (3, 3), "feature_group_count": 2}, 222),
     # 4·(8·8 + 8), and 2 heads' tables of 13² numbers, and of 13² or 2·13 rows of 4 or 2

@@ -17,3 +17,5 @@ from .vit import vit_s as vit_s
 from .vit import vit_small32 as vit_small32
 from .vit import vit_ti as vit_ti
 from .vit import vit_tiny8 as vit_tiny8
+from .volume import VolumeNet as VolumeNet
+from .volume import volume_small as volume_small

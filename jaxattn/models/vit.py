@@ -58,7 +58,7 @@ class Mixer(nnx.Module):
         num_heads: int,
         mix: str,
         *,
-        window: tuple[int, int],
+        window: tuple[int, ...],
         qkv_bias: bool,
         kernel_init: Callable[..., Any],
         **kwargs: Any,
@@ -105,7 +105,7 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """A transformer's block: x + mix(norm(x)), and then x + MLP(norm(x)); or with the norm after the sum, "post".
 
-    `axes` of tokens come in: 2 for a grid, 1 for a sequence.
+    `axes` of tokens come in: 3 for a volume, 2 for a grid, 1 for a sequence.
     """
 
     axis_name: str | None = None
@@ -119,7 +119,7 @@ class Block(nnx.Module):
         *,
         axes: int,
         norm: str,
-        window: tuple[int, int],
+        window: tuple[int, ...],
         qkv_bias: bool,
         drop_path_rate: float,
         dropout: float,

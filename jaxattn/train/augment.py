@@ -36,10 +36,10 @@ class Augmentation(Protocol):
 
 
 def normalise(
-    images: Num[Array | np.ndarray, "batch height width channels"],
+    images: Num[Array | np.ndarray, "batch *grid channels"],
     mean: Real[Array | np.ndarray, "channels"],
     std: Real[Array | np.ndarray, "channels"],
-) -> Float[Array, "batch height width channels"]:
+) -> Float[Array, "batch *grid channels"]:
     """(images - mean) / std in float32, where uint8 images count in 255ths.
 
     >>> normalise(jnp.full((1, 1, 1, 1), 255, jnp.uint8), jnp.array([0.5]), jnp.array([0.25])).item()
@@ -52,10 +52,10 @@ def normalise(
 
 def augment(
     key: Key[Array, ""],
-    images: Float[Array, "batch height width channels"],
+    images: Float[Array, "batch *grid channels"],
     targets: Float[Array, "batch classes"],
     config: Augmentation,
-) -> tuple[Float[Array, "batch height width channels"], Float[Array, "batch classes"]]:
+) -> tuple[Float[Array, "batch *grid channels"], Float[Array, "batch classes"]]:
     """Changes every image of a batch by keys of its own, in this order, and the targets with them.
 
     Args:
@@ -128,9 +128,9 @@ def erased(key: Key[Array, ""], image: Float[Array, "height width channels"], pr
 
 def mixed(
     key: Key[Array, ""],
-    image: Float[Array, "height width channels"],
+    image: Float[Array, "*grid channels"],
     target: Float[Array, "classes"],
-    other: Float[Array, "height width channels"],
+    other: Float[Array, "*grid channels"],
     other_target: Float[Array, "classes"],
     mixup_alpha: float,
     cutmix_alpha: float,

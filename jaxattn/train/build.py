@@ -4,13 +4,23 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxattn import models
-from jaxattn.train.config import RESNETS, Config
+from jaxattn.train.config import RESNETS, VITS, Config
+from jaxattn.train.extras import InputError
+
+FLAT = ("shift", "flip", "cutout", "cutmix", "erasing")  # augmentations that know two axes
 
 
 def build(config: Config, image_shape: tuple[int, ...], num_classes: int) -> nnx.Module:
-    """The untrained network that `config` names, for images of `image_shape` `(height, width, channels)`."""
+    """The untrained network that `config` names, for images of `image_shape`, `(height, width, channels)` or
+    `(depth, height, width, channels)`."""
     config.check()
-    height, width, channels = image_shape
+    *grid, channels = image_shape
+    rank = 3 if config.model == "volume_small" else 2
+    if len(grid) != rank:
+        raise InputError(f"model (={config.model!r}) takes images of {rank} axes and channels, got {image_shape}")
+    flat = [name for name in FLAT if getattr(config, name)]
+    if rank == 3 and flat:
+        raise InputError(f"{flat[0]} (={getattr(config, flat[0])}) is for images of two axes; for volumes it must be 0")
     settings = {
         "num_classes": num_classes,
         "in_features": channels,
@@ -23,9 +33,9 @@ def build(config: Config, image_shape: tuple[int, ...], num_classes: int) -> nnx
     if config.model in RESNETS:
         settings["mix"] = config.mix
         # an ImageNet stem would leave an image of 28 pixels a grid of one
-        settings["stem"] = "cifar" if max(height, width) <= 64 else "imagenet"
-    else:
-        settings["image_size"] = (height, width)
+        settings["stem"] = "cifar" if max(grid) <= 64 else "imagenet"
+    elif config.model in VITS:
+        settings["image_size"] = tuple(grid)
         if not config.model.startswith("convit"):  # which ends in two blocks of global attention, whatever comes before
             settings["mix"] = "local" if config.mix == "attention" else config.mix
     return getattr(models, config.model)(**settings)

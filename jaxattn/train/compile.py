@@ -148,7 +148,7 @@ def _brief(message: str) -> str:
     return " ".join(lines[:6])
 
 
-def plan(config: Config, topology: str, mesh: str, image_shape: tuple[int, int, int], classes: int) -> Report:
+def plan(config: Config, topology: str, mesh: str, image_shape: tuple[int, ...], classes: int) -> Report:
     """The report of a configuration's training step, for images that need not be there either."""
     config.check()
     if config.mix == "both":
@@ -166,7 +166,7 @@ def plan(config: Config, topology: str, mesh: str, image_shape: tuple[int, int, 
     return compile_report(program.step, program.state, batch, topology=topology, devices=len(devices))
 
 
-def _described(image_shape: tuple[int, int, int], classes: int) -> Dataset:
+def _described(image_shape: tuple[int, ...], classes: int) -> Dataset:
     """A data set without images."""
     nothing = Arrays(np.zeros((0, *image_shape), np.uint8), np.zeros(0, np.int32))
     middle = np.full(image_shape[-1], 0.5, np.float32)

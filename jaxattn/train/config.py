@@ -10,7 +10,7 @@ from jaxattn.train.extras import InputError
 RecipeName = Literal["digits", "fashion", "resnet", "vit", "cordonnier", "vit_b"]
 ResnetName = Literal["tiny", "resnet18", "resnet34", "resnet50"]
 VitName = Literal["vit_tiny8", "vit_small32", "vit_ti", "vit_s", "vit_b", "convit_ti", "convit_s", "cordonnier"]
-ModelName = Literal[ResnetName, VitName]
+ModelName = Literal[ResnetName, VitName, "volume_small"]
 Mix = Literal["both", "conv", "attention", "global", "quadratic", "gpsa"]
 OptimizerName = Literal["adamw", "sgd"]
 DtypeName = Literal["float32", "bfloat16"]
@@ -102,6 +102,8 @@ class Config:
                 raise InputError(f"{name} (={value}) must be {'at most' if name == 'warmup' else 'less than'} 1")
         if self.model in RESNETS:
             fitting = ("both", "conv", "attention")
+        elif self.model == "volume_small":
+            fitting = ("attention",)
         else:
             fitting = ("gpsa",) if self.model.startswith("convit") else ("global", "attention", "quadratic", "gpsa")
         if self.mix not in fitting:

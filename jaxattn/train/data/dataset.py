@@ -33,7 +33,7 @@ class Arrays:
     ((2, 8, 8, 1), array([2, 0], dtype=int32))
     """
 
-    images: Shaped[np.ndarray, "n height width channels"]
+    images: Shaped[np.ndarray, "n *grid channels"]
     labels: Int32[np.ndarray, "n"]
     endless: bool = dataclasses.field(default=False, init=False)
 
@@ -53,7 +53,7 @@ class Dataset:
 
     name: str
     class_names: tuple[str, ...]
-    image_shape: tuple[int, int, int]  # height, width, channels
+    image_shape: tuple[int, ...]  # height, width, channels; or depth before them
     mean: Float32[np.ndarray, "channels"]
     std: Float32[np.ndarray, "channels"]
     train: Source

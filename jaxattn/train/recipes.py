@@ -16,7 +16,10 @@ class Digits(Config):
 
 @dataclasses.dataclass(frozen=True)
 class Fashion(Config):
-    """Fashion-MNIST, 28×28, by the same two blocks, with SGD, Nesterov's momentum, warm-up and a cosine."""
+    """Fashion-MNIST, 28×28, by the same two blocks, with SGD, Nesterov's momentum, warm-up and a cosine.
+
+    Cost: 600 images/s on two CPU cores, so a minute and a half an epoch. Accuracy: not measured here.
+    """
 
     recipe: RecipeName = "fashion"
     mix: Mix = "conv"
@@ -32,7 +35,7 @@ class Fashion(Config):
 class Resnet(Config):
     """ResNet-18 on pictures of 32 px, as CIFAR is usually trained: SGD, Nesterov's momentum, a cosine, pad and crop.
 
-    Not trained to its end here: on two CPU cores an epoch of 50,000 takes the better part of an hour.
+    Not trained to its end here: two CPU cores train 55 images/s, so an epoch of 50,000 takes a quarter of an hour.
     """
 
     recipe: RecipeName = "resnet"

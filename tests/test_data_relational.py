@@ -7,7 +7,7 @@ from jaxattn.train.data import batches, load
 from jaxattn.train.data.relational import _draw
 
 MANY = np.arange(2000)
-NAMES = ["relational:same-different", "relational:copy"]
+NAMES = ["relational:same-different", "relational:copy", "relational:match"]
 
 
 @pytest.mark.parametrize(
@@ -79,6 +79,32 @@ def test_copy_by_looking(options, offset, classes, size):
     assert np.abs(share - 1 / classes).max() < 4 * np.sqrt(1 / classes / len(labels))
 
 
+@pytest.mark.parametrize(("options", "size", "bits"), [("", 4, 8), ("?size=2&bits=4", 2, 4), ("?size=5&bits=32", 5, 32)])
+def test_match_by_looking(options, size, bits):
+    data = load(f"relational:match{options}")
+    assert data.image_shape == (size, size, 2 * bits)
+    assert data.class_names == ("different", "same")
+    images, labels = data.train.fetch(MANY)
+    assert set(np.unique(images)) == {0, 255}
+    assert abs(labels.mean() - 0.5) < 0.05
+    probes, lit = [], []
+    for image, label in zip(images.reshape(len(MANY), size**2, -1), labels, strict=True):
+        held, asked = image[:, :bits], image[:, bits:]
+        ((probe, *more),) = (np.flatnonzero(asked.any(1)),) if asked.any() else ((None,),)
+        assert not more
+        if probe is None:  # it asks for the vector of zeros
+            assert label == (sum(not h.any() for h in held) > 1)
+            continue
+        assert not held[probe].any()
+        assert label == any((held[j] == asked[probe]).all() for j in range(size**2) if j != probe)
+        probes.append(probe)
+        lit.append((asked[probe] > 0, np.delete(held, probe, axis=0).mean(0) / 255))
+    assert len(np.unique(probes)) == size**2
+    # every bit is set half of the time, asked for or held
+    np.testing.assert_allclose(np.mean([l[0] for l in lit], axis=0), 0.5, atol=0.08)
+    np.testing.assert_allclose(np.mean([l[1] for l in lit], axis=0), 0.5, atol=0.08)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_an_example_depends_on_seed_and_index_alone(name):
     source = load(name, seed=3).train
@@ -103,7 +129,7 @@ def test_the_parts_are_apart_and_the_test_never_changes(name):
     # no image of one part is in another, nor twice in one: there are far more images than are drawn
     parts = [all_of(one.validation)[0], all_of(one.test)[0], one.train.fetch(np.arange(4000))[0]]
     seen = np.concatenate([part.reshape(len(part), -1) for part in parts])
-    assert len(np.unique(seen, axis=0)) > (0.999 if "copy" in name else 0.8) * len(seen)
+    assert len(np.unique(seen, axis=0)) > (0.8 if "same" in name else 0.999) * len(seen)
 
 
 def test_mean_and_std_are_those_of_training_images():
@@ -149,7 +175,7 @@ def test_draws_are_splitmix64():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("relational", "must be 'relational:same-different' or 'relational:copy'"),
+        ("relational", "must be 'relational:same-different', 'relational:copy' or 'relational:match'"),
         ("relational:sort", r"data \(='relational:sort'\) must be 'relational:same-different'"),
         ("relational:copy?glyph=3", "unknown option 'glyph'; allowed: size, offset, classes"),
         ("relational:copy?offset=3", r"option offset \(='3'\) must be ROWS,COLUMNS"),
@@ -158,6 +184,8 @@ def test_draws_are_splitmix64():
         ("relational:copy?classes=1", r"option classes \(=1\) must be 2 to 256"),
         ("relational:same-different?glyph=8", r"option glyph \(=8\) must be 2 to 7"),
         ("relational:same-different?offset=2,-2", "must keep glyphs of 3 pixels apart"),
+        ("relational:match?size=1", r"option size \(=1\) must be at least 2"),
+        ("relational:match?size=8&bits=7", r"option bits \(=7\) must be 8 to 32 for size 8"),
         ("relational:same-different?offset=14,0", "must be at most 13 in an image of size 16"),
     ],
 )

@@ -21,6 +21,7 @@ MIXES = ("global", "local", "quadratic", "gpsa")
 POOLS = ("token", "mean")
 POSITIONS = ("learned", "sincos2d", "none")
 NORMS = ("pre", "post")
+Mix = str | Callable[..., nnx.Module]
 small_init = nnx.initializers.normal(0.02)
 xavier_init = nnx.initializers.xavier_uniform()
 torch_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # what PyTorch's linear maps start from
@@ -47,7 +48,8 @@ class Mixer(nnx.Module):
 
     "global": `nn.Attention` of all tokens. "local": the same in a window, with a relative bias (NAT, Hassani et al.
     2022, arXiv 2204.07143). "gpsa": `nn.GPSA`. "quadratic": `nn.QuadraticAttention`, each head with a whole value
-    matrix, and a linear map after it (Cordonnier, Loukas & Jaggi 2020, arXiv 1911.03584, as in their code).
+    matrix, and a linear map after it (Cordonnier, Loukas & Jaggi 2020, arXiv 1911.03584, as in their code). A function
+    makes its own: `mix(width, dtype=..., param_dtype=..., rngs=...)` gives a module that keeps a grid's shape.
     """
 
     axis_name: str | None = None
@@ -56,7 +58,7 @@ class Mixer(nnx.Module):
         self,
         width: int,
         num_heads: int,
-        mix: str,
+        mix: Mix,
         *,
         window: tuple[int, ...],
         qkv_bias: bool,
@@ -64,7 +66,9 @@ class Mixer(nnx.Module):
         **kwargs: Any,
     ):
         self.out = nnx.data(None)
-        if mix == "quadratic":
+        if not isinstance(mix, str):
+            self.layer = mix(width, **kwargs)
+        elif mix == "quadratic":
             self.layer = QuadraticAttention(num_heads, width, kernel_init=kernel_init, **kwargs)
             self.out = nnx.Linear(width, width, kernel_init=kernel_init, **kwargs)
         elif mix == "gpsa":
@@ -115,7 +119,7 @@ class Block(nnx.Module):
         width: int,
         num_heads: int,
         mlp_dim: int,
-        mix: str,
+        mix: Mix,
         *,
         axes: int,
         norm: str,
@@ -167,7 +171,8 @@ class ViT(nnx.Module):
       depth: blocks.
       num_heads: of every mixing layer. "gpsa" takes a square, and all but "quadratic" one that divides `width`.
       mlp_dim: features within each MLP.
-      mix: "global", "local", "quadratic", "gpsa" (see `Mixer`), or one of them for each block.
+      mix: "global", "local", "quadratic", "gpsa" (see `Mixer`), a function that makes another layer, as
+        `lambda width, **kwargs: nn.Conv(width, width, (3, 3), **kwargs)`, or one of these for each block.
       window: side of the window of "local", or (height, width); at most the grid's.
       class_token: whether there is one; the last block must then be "global", as the other layers need a grid.
       pool: "token", the class token's features, or "mean", of all others; None: the token's, if there is one.
@@ -210,7 +215,7 @@ class ViT(nnx.Module):
         depth: int,
         num_heads: int,
         mlp_dim: int,
-        mix: str | Sequence[str] = "global",
+        mix: Mix | Sequence[Mix] = "global",
         window: int | tuple[int, int] = 7,
         class_token: bool = True,
         pool: str | None = None,
@@ -229,7 +234,7 @@ class ViT(nnx.Module):
         self.in_features, self.position_kind = in_features, position
         self.pool = ("token" if class_token else "mean") if pool is None else pool
         self.remat = remat
-        mixes = (mix,) * depth if isinstance(mix, str) else tuple(mix)
+        mixes = (mix,) * depth if isinstance(mix, str) or callable(mix) else tuple(mix)
         _check_sizes(width=width, depth=depth, num_heads=num_heads, mlp_dim=mlp_dim, num_classes=num_classes)
         check_rates("ViT", drop_path=drop_path, dropout=dropout)
         _check_names(self.pool, position, norm, class_token, width)
@@ -360,7 +365,7 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def _joins(mixes: Sequence[str]) -> int:
+def _joins(mixes: Sequence[Mix]) -> int:
     """The first of the blocks that end the network in "global": from there on, no layer needs a grid."""
     return max((n + 1 for n, mix in enumerate(mixes) if mix != "global"), default=0)
 
@@ -381,12 +386,12 @@ def _check_names(pool: str, position: str, norm: str, class_token: bool, width: 
         raise ValueError(f"ViT: with position='sincos2d', 4 must divide width (={width})")
 
 
-def _check_mixes(mixes: Sequence[str], depth: int, class_token: bool, window: tuple[int, int], grid: tuple[int, int]):
+def _check_mixes(mixes: Sequence[Mix], depth: int, class_token: bool, window: tuple[int, int], grid: tuple[int, int]):
     if len(mixes) != depth:
-        raise ValueError(f"ViT: mix must be a string or one per block ({depth}), got {mixes!r}")
+        raise ValueError(f"ViT: mix must be a string, a function, or one per block ({depth}), got {mixes!r}")
     for mix in mixes:
-        if mix not in MIXES:
-            raise ValueError(f"ViT: mix must be one of {', '.join(map(repr, MIXES))}, got {mix!r}")
+        if mix not in MIXES and not callable(mix):
+            raise ValueError(f"ViT: mix must be one of {', '.join(map(repr, MIXES))}, or a function, got {mix!r}")
     if class_token and mixes[-1] != "global":
         raise ValueError(
             f"ViT: a class token is not on the grid that mix={mixes[-1]!r} needs: give class_token=False (and "

@@ -1,6 +1,7 @@
-"""Two tasks made on the fly whose answer depends on two places at a known offset from each other.
+"""Tasks made on the fly whose answer depends on two places: at a known offset from each other, or at any.
 
-What a layer must do for them is known: compare, or fetch, at that offset. Example i is a function of (seed, i) alone.
+What a layer must do for them is known: compare, or fetch, at that offset; or search. Example i is a function of
+(seed, i) alone.
 """
 
 import dataclasses
@@ -95,11 +96,65 @@ class Copy:
         return images, symbols[np.arange(n), source[:, 0], source[:, 1]].astype(np.int32)
 
 
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """Does one of the pixels hold what the probe holds?
+
+    Every pixel is a vector of random bits, in the first `bits` channels, but one, the probe, whose bits are in the last
+    `bits` channels. In half the images some other pixel has the probe's bits; in the rest none has. Where they stand says
+    nothing, and each pixel alone is as likely in either class.
+    """
+
+    size: int
+    bits: int
+
+    class_names = ("different", "same")
+
+    def __post_init__(self) -> None:
+        if self.size < 2:
+            raise InputError(f"data: option size (={self.size}) must be at least 2")
+        if not self._least <= self.bits <= 32:  # else a vector that no pixel holds is hard to find
+            raise InputError(f"data: option bits (={self.bits}) must be {self._least} to 32 for size {self.size}")
+
+    @property
+    def _least(self) -> int:
+        return (2 * self.size**2).bit_length()
+
+    @property
+    def channels(self) -> int:
+        return 2 * self.bits
+
+    def make(self, seed: int, indices: Int[np.ndarray, "n"]) -> Pair:
+        n, pixels = len(indices), self.size**2
+        draws = _draw(seed, indices, pixels + 3)
+        held = (draws[3:] >> (64 - self.bits)).T  # [n, pixels]
+        probe, step = (draws[0] % pixels).astype(int), 1 + (draws[1] % (pixels - 1)).astype(int)
+        labels, rows = (draws[2] >> 63).astype(np.int32), np.arange(n)
+        there, absent = held[rows, (probe + step) % pixels], _absent(held, draws[2], self.bits)
+        wanted = np.where(labels == 1, there, absent)
+        bits = np.arange(self.bits, dtype=np.uint64)
+        held[rows, probe] = 0
+        images = np.zeros((n, pixels, 2 * self.bits), np.uint8)
+        images[..., : self.bits] = (held[..., None] >> bits & 1) * BRIGHT
+        images[rows, probe, self.bits :] = (wanted[:, None] >> bits & 1) * BRIGHT
+        return images.reshape(n, self.size, self.size, -1), labels
+
+
+def _absent(held: UInt64[np.ndarray, "n pixels"], draw: UInt64[np.ndarray, "n"], bits: int) -> UInt64[np.ndarray, "n"]:
+    """For each row a random number of so many bits that is not in it."""
+    wanted, taken, tries = np.zeros_like(draw), np.ones(len(draw), bool), 0
+    while taken.any():
+        tries += 1
+        wanted[taken] = _mix(draw[taken] + np.uint64(tries)) >> (64 - bits)
+        taken = (held == wanted[:, None]).any(1)
+    return wanted
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Made:
     """A source that makes its examples: number i is the task's number `first + i`."""
 
-    task: SameDifferent | Copy
+    task: SameDifferent | Copy | Match
     seed: int
     first: int
     length: int
@@ -117,7 +172,7 @@ def make_relational(text: str, seed: int) -> Dataset:
 
     Args:
       text: `same-different`, with the options size (16), offset (3,5: rows down, columns right) and glyph (3), or
-        `copy`, with size (8), offset (3,2) and classes (4): `copy?offset=-1,4`.
+        `copy`, with size (8), offset (3,2) and classes (4): `copy?offset=-1,4`; or `match`, with size (4) and bits (8).
       seed: of the training and validation images. The test images are the same for every seed.
 
     Raises:
@@ -139,7 +194,7 @@ def make_relational(text: str, seed: int) -> Dataset:
     return Dataset(f"relational-{text.partition('?')[0]}", task.class_names, shape, mean, std, train, validation, test)
 
 
-def _task(text: str) -> SameDifferent | Copy:
+def _task(text: str) -> SameDifferent | Copy | Match:
     kind, _, rest = text.partition("?")
     if kind == "same-different":
         options = read_options(rest, ("size", "offset", "glyph"))
@@ -149,7 +204,10 @@ def _task(text: str) -> SameDifferent | Copy:
         options = read_options(rest, ("size", "offset", "classes"))
         offset = _offset(options, (3, 2))
         return Copy(whole_number(options, "size", 8, 1), offset, whole_number(options, "classes", 4, 1))
-    raise InputError(f"data (='relational:{text}') must be 'relational:same-different' or 'relational:copy'")
+    if kind == "match":
+        options = read_options(rest, ("size", "bits"))
+        return Match(whole_number(options, "size", 4, 1), whole_number(options, "bits", 8, 1))
+    raise InputError(f"data (='relational:{text}') must be 'relational:same-different', 'relational:copy' or 'relational:match'")
 
 
 def _offset(options: Mapping[str, str], default: tuple[int, int]) -> tuple[int, int]:

@@ -469,7 +469,10 @@ def test_where_the_papers_start():
         ({"depth": 0}, r"ViT: depth must be at least 1, got 0"),
         ({"mlp_dim": 0}, r"ViT: mlp_dim must be at least 1, got 0"),
         ({"mix": "conv"}, r"ViT: mix must be one of 'global', 'local', 'quadratic', 'gpsa', or a function, got 'conv'"),
-        ({"mix": ("global",) * 3}, r"ViT: mix must be a string, a function, or one per block \(4\), got \('global', 'global', 'gl"),
+        (
+            {"mix": ("global",) * 3},
+            r"ViT: mix must be a string, a function, or one per block \(4\), got \('global', 'global', 'gl",
+        ),
         ({"pool": "max"}, r"ViT: pool must be one of 'token', 'mean', got 'max'"),
         ({"pool": "token"}, r"ViT: pool='token' needs a class token, got class_token=False; pool='mean' needs none"),
         ({"position": "rope"}, r"ViT: position must be one of 'learned', 'sincos2d', 'none', got 'rope'"),

@@ -1,13 +1,12 @@
 """A claim: who says what, the experiment that tests it, and the threshold that was written down before it."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 from jaxattn.train.data import Dataset
 
 SOURCE = "Zhihu 448924025"
-NOT_YET = "not yet run"
 FAILED = "failed to run"
 Profile = Literal["quick", "full"]
 
@@ -23,19 +22,31 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """What one run of an experiment gave.
+    """What one run of an experiment gave, or what a judge made of all of them.
 
     Args:
       numbers: what was measured, by name.
-      verdict: "holds", "fails" or "depends on ...", computed from the numbers and the claim's threshold.
-      figure: a matplotlib figure, or None.
+      verdict: "holds", "fails" or "depends on ...", computed from the numbers and the claim's threshold; empty where
+        the claim has a judge.
+      figures: of matplotlib, or the text of an SVG.
       notes: what a reader should know beside the numbers.
     """
 
     numbers: Mapping[str, float]
-    verdict: str
-    figure: Any = None
+    verdict: str = ""
+    figures: Sequence[Any] = ()
     notes: str = ""
+
+
+Numbers = Mapping[str, Sequence[float]]  # each once a seed
+
+
+class Published(NamedTuple):
+    """Figures by others, that belong beside ours: quoted, with their source."""
+
+    source: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,24 +61,29 @@ class Claim:
       about: the experiment, in three sentences.
       hypothesis: what we expect of it.
       threshold: which numbers make it hold, and which make it depend on something.
-      experiment: `experiment(setting, ...) -> Measurement`, whose other arguments are the mechanism; None where there
-        is none yet.
+      experiment: `experiment(setting, ...) -> Measurement`, whose other arguments are the mechanism.
+      judge: `judge(numbers) -> Measurement`, from each number once a seed: the verdict of all seeds together. Without
+        it each seed has its own.
+      published: figures by others.
     """
 
     number: int
     author: str
     text: str
     chinese: str
-    about: str = ""
-    hypothesis: str = ""
-    threshold: str = ""
-    experiment: Callable[..., Measurement] | None = None
+    about: str
+    hypothesis: str
+    threshold: str
+    experiment: Callable[..., Measurement]
+    judge: Callable[[Numbers], Measurement] | None = None
+    published: Sequence[Published] = ()
 
 
 def claim(**fields: Any) -> Callable[[Callable[..., Measurement]], Claim]:
     """Makes an experiment a claim, with `Claim`'s other arguments as they are given here.
 
-    >>> @claim(number=0, author="nobody", text="Two is even.", chinese="二是偶数。", threshold="remainder = 0")
+    >>> words = {"about": "Divide.", "hypothesis": "Even.", "threshold": "remainder = 0"}
+    >>> @claim(number=0, author="nobody", text="Two is even.", chinese="二是偶数。", **words)
     ... def even(setting, n=2):
     ...     return Measurement({"remainder": n % 2}, decide(n % 2 == 0))
     >>> even.experiment(None).verdict, even.experiment(None, n=3).verdict

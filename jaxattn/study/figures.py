@@ -1,12 +1,15 @@
 """The figures of the study that `plots` has no function for."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from jaxattn.plots import COLORS, INK, STYLE
+from jaxattn.study.seeds import interval
 
 
 def lines(
@@ -27,4 +30,56 @@ def lines(
         axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear", xticks=x)
         axes.grid(axis="y", color=INK, alpha=0.2, linewidth=0.6)
         axes.legend()
+    return figure
+
+
+def dots(panels: Mapping[str, Mapping[str, Sequence[float]]], xlabel: str) -> Figure:
+    """One panel beside the other, a row for each name: a dot a seed, and a line at their mean.
+
+    >>> [axes.get_title() for axes in dots({"images": {"conv": [0.9, 0.8]}}, "accuracy").axes]
+    ['images']
+    """
+    most = max(map(len, panels.values()))
+    with matplotlib.rc_context(STYLE):  # pyright: ignore[reportArgumentType]
+        figure = Figure(figsize=(7.2, 0.9 + 0.34 * most), layout="constrained")
+        figure.set_label(f"Dots: {xlabel} of each seed, and their mean")
+        grid = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, (title, rows) in zip(grid, panels.items(), strict=True):
+            for y, values in enumerate(rows.values()):
+                axes.plot(values, [y] * len(values), "o", color=COLORS[0], markersize=5, alpha=0.6)
+                axes.plot([np.mean(values)] * 2, [y - 0.3, y + 0.3], color=COLORS[1])
+            axes.set(
+                title=title, xlabel=xlabel, yticks=range(len(rows)), yticklabels=list(rows), ylim=(most - 0.5, -0.5)
+            )
+            axes.grid(axis="y", color=INK, alpha=0.2, linewidth=0.6)
+            axes.margins(x=0.08)
+    return figure
+
+
+def curves(panels: Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]], xlabel: str) -> Figure:
+    """Test accuracy over how many images were known: of each mixer the mean over the seeds, and its 95 % interval.
+
+    >>> [axes.get_xscale() for axes in curves({"digits": {"conv": {10: [0.5, 0.6], 100: [0.8, 0.9]}}}, "images").axes]
+    ['log']
+    """
+    with matplotlib.rc_context(STYLE):  # pyright: ignore[reportArgumentType]
+        figure = Figure(figsize=(7.2, 3.2), layout="constrained")
+        figure.set_label(f"Lines: test accuracy by {xlabel}, with 95 % intervals")
+        grid = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, (title, mixers) in zip(grid, panels.items(), strict=True):
+            for (name, curve), color, mark in zip(mixers.items(), COLORS, "os^Dvx", strict=False):
+                found = [interval(values) for values in curve.values()]
+                axes.plot(
+                    list(curve), [value.mean for value in found], color=color, marker=mark, markersize=5, label=name
+                )
+                if all(map(math.isfinite, found[0])):
+                    low, high = zip(*[value[1:] for value in found], strict=True)
+                    axes.fill_between(list(curve), low, high, color=color, alpha=0.15, linewidth=0)
+            axes.set(title=title, xlabel=xlabel, xscale="log", ylim=(None, 1.02))
+            axes.set_xticks(list(next(iter(mixers.values()))))
+            axes.xaxis.set_major_formatter("{x:,.0f}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.grid(axis="y", color=INK, alpha=0.2, linewidth=0.6)
+        grid[0].set_ylabel("test accuracy")
+        grid[-1].legend()
     return figure

@@ -1,14 +1,28 @@
-"""The smallest training loop that an experiment can have."""
+"""The smallest training loops that an experiment can have."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
+from jaxattn.train.augment import normalise
+from jaxattn.train.data import Dataset
 
-def fit(model: nnx.Module, loss: Callable[[nnx.Module, jax.Array], jax.Array], rate: float, steps: int, seed: int):
+TEST_BATCH = 500
+FRAMES = 24  # in which what is watched is seen
+
+
+def fit(
+    model: nnx.Module,
+    loss: Callable[[nnx.Module, jax.Array], jax.Array],
+    rate: float | optax.Schedule,
+    steps: int,
+    seed: int | jax.Array,
+) -> jax.Array:
     """Trains a model in place, `steps` times by Adam, on `loss(model, key)`, whose key is new at each step.
 
     Returns:
@@ -24,12 +38,106 @@ def fit(model: nnx.Module, loss: Callable[[nnx.Module, jax.Array], jax.Array], r
     optimizer = optax.adam(rate)
 
     def step(carry, key):
-        weights, moments = carry
-        value, gradient = jax.value_and_grad(lambda w: loss(nnx.merge(graph, w, rest), key))(weights)
+        weights, rest, moments = carry
+
+        def value(weights):
+            model = nnx.merge(graph, weights, rest)
+            return loss(model, key), nnx.split(model, nnx.Param, ...)[2]
+
+        (loss_value, rest), gradient = jax.value_and_grad(value, has_aux=True)(weights)
         updates, moments = optimizer.update(gradient, moments)
-        return (optax.apply_updates(weights, updates), moments), value
+        return (optax.apply_updates(weights, updates), rest, moments), loss_value
 
     keys = jax.random.split(jax.random.key(seed), steps)
-    (weights, _), losses = jax.jit(lambda carry: jax.lax.scan(step, carry, keys))((weights, optimizer.init(weights)))
-    nnx.update(model, weights)
-    return jnp.asarray(losses)
+    carry = (weights, rest, optimizer.init(weights))
+    (weights, rest, _), losses = jax.jit(lambda carry: jax.lax.scan(step, carry, keys))(carry)
+    nnx.update(model, weights, rest)
+    return losses
+
+
+class Examples(NamedTuple):
+    """Images `[n, height, width, channels]`, float32 with mean 0 and variance 1, and labels `[n]`."""
+
+    images: jax.Array | np.ndarray
+    labels: jax.Array | np.ndarray
+
+
+class Trained(NamedTuple):
+    """What training gave: the network, its accuracy on the test images, and what was watched, now and then."""
+
+    model: nnx.Module
+    accuracy: float
+    seen: list[Any]
+
+
+def examples(data: Dataset, seed: int, count: int) -> tuple[Examples, Examples]:
+    """The first `count` training images, in an order that the seed draws, and the test images.
+
+    Where there are fewer, all. Of an endless source the first are as random as any.
+    """
+
+    def ready(images, labels):
+        return Examples(np.asarray(normalise(images, data.mean, data.std), np.float32), labels)
+
+    order = np.arange(count) if data.train.endless else np.random.default_rng(seed).permutation(len(data.train))[:count]
+    return ready(*data.train.fetch(order)), ready(*data.test.fetch(np.arange(len(data.test))))
+
+
+def classifier(build: Callable[[nnx.Rngs], nnx.Module], steps: int, batch: int, rate: float) -> Callable[..., Trained]:
+    """A training compiled once: `train(seed, known, test, watch=None)` gives `Trained`.
+
+    The network that `build` makes is trained by Adam, `steps` times on `batch` of the known images, drawn anew each
+    time. So trainings that differ in their data alone take the same steps. The rate rises for a tenth of them and then
+    falls along half a cosine.
+    """
+    graph, *_ = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param, ...)
+    optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0.0, rate, max(1, steps // 10), steps))
+
+    @jax.jit
+    def start(seed):
+        _, weights, rest = nnx.split(build(nnx.Rngs(jax.random.key(seed))), nnx.Param, ...)
+        return weights, rest, optimizer.init(weights)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
+    def step(weights, rest, moments, images, labels):
+        def loss(weights):
+            model = nnx.merge(graph, weights, rest)
+            value = optax.softmax_cross_entropy_with_integer_labels(model(images), labels).mean()
+            return value, nnx.split(model, nnx.Param, ...)[2]
+
+        gradient, rest = jax.grad(loss, has_aux=True)(weights)
+        updates, moments = optimizer.update(gradient, moments)
+        return optax.apply_updates(weights, updates), rest, moments
+
+    @jax.jit
+    def right(weights, rest, images, labels):
+        model = nnx.merge(graph, weights, rest)
+        model.eval()
+        return (model(images).argmax(-1) == labels).sum()
+
+    def train(seed: int, known: Examples, test: Examples, watch: Callable[[nnx.Module], Any] | None = None) -> Trained:
+        weights, rest, moments = start(seed)
+        seen, draw = [], np.random.default_rng(seed)
+        # a loop in Python: a convolution in a compiled one is slow on the CPU
+        for n in range(steps):
+            if watch is not None and n % max(1, steps // FRAMES) == 0:
+                seen.append(watch(nnx.merge(graph, weights, rest)))
+            chosen = draw.integers(len(known.labels), size=batch)
+            weights, rest, moments = step(weights, rest, moments, known.images[chosen], known.labels[chosen])
+        found = sum(right(weights, rest, *part) for part in _parts(test))
+        model = nnx.merge(graph, weights, rest)
+        seen += [] if watch is None else [watch(model)]
+        return Trained(model, float(found) / len(test.labels), seen)
+
+    return train
+
+
+def _parts(test: Examples) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The test images, so many at a time; what fills up the last has no label."""
+    for first in range(0, len(test.labels), TEST_BATCH):
+        images, labels = (np.asarray(x)[first : first + TEST_BATCH] for x in test)
+        lacking = TEST_BATCH - len(labels)
+        yield (
+            np.pad(images, [(0, lacking)] + [(0, 0)] * (images.ndim - 1)),
+            np.pad(labels, (0, lacking), constant_values=-1),
+        )

@@ -10,10 +10,12 @@ from pathlib import Path
 from string import Template
 from typing import Any, Protocol
 
-from jaxattn.study.claim import FAILED, NOT_YET, SOURCE, Claim
+from jaxattn.study.answer import QUESTION, answer
+from jaxattn.study.claim import FAILED, SOURCE, Claim, Published
 from jaxattn.train.report import environment
 from jaxattn.train.run import write_json
 
+MANY = 12  # rows of a table that is folded away
 TEMPLATE = Path(__file__).with_name("report.html")
 
 
@@ -25,11 +27,15 @@ class Outcome(Protocol):
     @property
     def numbers(self) -> Mapping[str, Sequence[float]]: ...
     @property
+    def summary(self) -> Mapping[str, float]: ...
+    @property
     def notes(self) -> str: ...
     @property
     def svg(self) -> str: ...
     @property
     def error(self) -> str: ...
+    @property
+    def seconds(self) -> float: ...
 
 
 def write_report(out: Path, results: Sequence[tuple[Claim, Outcome]], settings: Mapping[str, Any]):
@@ -37,6 +43,8 @@ def write_report(out: Path, results: Sequence[tuple[Claim, Outcome]], settings: 
     versions = environment()
     page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         source=SOURCE,
+        question=QUESTION,
+        answer=_answer(results),
         tally=tally([result.verdict for _, result in results]),
         verdicts="".join(_row(claim, result) for claim, result in results),
         sections="".join(section(claim, result) for claim, result in results),
@@ -53,7 +61,10 @@ def write_report(out: Path, results: Sequence[tuple[Claim, Outcome]], settings: 
             "threshold": claim.threshold,
             "verdict": result.verdict,
             "numbers": result.numbers,
+            "summary": result.summary,
+            "notes": result.notes,
             "error": result.error,
+            "seconds": round(result.seconds, 1),
         }
         for claim, result in results
     ]
@@ -70,15 +81,12 @@ def tally(verdicts: Sequence[str]) -> str:
     count = Counter(kind(verdict) for verdict in verdicts)
     parts = [f"{count[name]} {words[name][count[name] > 1]}" for name in words if count[name]]
     parts += [f"{count['error']} failed to run"] if count["error"] else []
-    parts += [f"{count['waiting']} not yet run"] if count["waiting"] else []
     return ", ".join(parts)
 
 
 def kind(verdict: str) -> str:
     """The verdict as a class of the page's style."""
-    if verdict in (FAILED, NOT_YET):
-        return "error" if verdict == FAILED else "waiting"
-    return verdict.split()[0].removesuffix("s")
+    return "error" if verdict == FAILED else verdict.split()[0].removesuffix("s")
 
 
 def section(claim: Claim, result: Outcome) -> str:
@@ -89,22 +97,39 @@ def section(claim: Claim, result: Outcome) -> str:
         f"<h2>{html.escape(claim.text)}</h2>",
         f'<p class="chinese" lang="zh">{html.escape(claim.chinese)}</p>{badge}',
     ]
-    if result.verdict == NOT_YET:
-        return "".join([*parts, "<p>The experiment of this claim is not written yet.</p></section>"])
     parts += [f"<p>{html.escape(claim.about)}</p>"]
     for name, text in (("Hypothesis", claim.hypothesis), ("Threshold", claim.threshold), ("Note", result.notes)):
         parts += [f"<p><b>{name}.</b> {html.escape(text)}</p>"] if text else []
     parts += [f'<p class="error">{html.escape(result.error)}</p>'] if result.error else []
-    parts += [f"<figure>{result.svg}<figcaption>The first seed.</figcaption></figure>"] if result.svg else []
-    parts += [_numbers(result.numbers)] if result.numbers else []
+    caption = "The first seed." if claim.judge is None else "All seeds."
+    parts += [f"<figure>{result.svg}<figcaption>{caption}</figcaption></figure>"] if result.svg else []
+    parts += [_numbers(result)] if result.numbers else []
+    parts += map(_published, claim.published)
     parts += [f"<details><summary>The code that ran</summary><pre>{html.escape(source(claim))}</pre></details>"]
     return "".join([*parts, "</section>"])
 
 
 def source(claim: Claim) -> str:
-    """The experiment's function, without the decorator, whose text the page shows by itself."""
-    assert claim.experiment is not None
-    return re.sub(r"\A.*?(?=^def )", "", inspect.getsource(claim.experiment), flags=re.DOTALL | re.MULTILINE)
+    """The experiment's function and the judge's, without decorators, whose text the page shows by itself."""
+    functions = [claim.experiment] if claim.judge is None else [claim.experiment, claim.judge]
+    texts = [re.sub(r"\A.*?(?=^def )", "", inspect.getsource(f), flags=re.DOTALL | re.MULTILINE) for f in functions]
+    return "\n\n".join(texts)
+
+
+def _answer(results: Sequence[tuple[Claim, Outcome]]) -> str:
+    said = answer({claim.number: kind(result.verdict) for claim, result in results})
+    sentences = [f'{html.escape(text)} <a href="#claim-{n}">({n})</a>' for text, n in said]
+    return f"<p>{' '.join(sentences)}</p>" if said else "<p>The claims that would answer it were not run.</p>"
+
+
+def _published(table: Published) -> str:
+    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in table.columns)
+    rows = "".join(
+        f'<tr><th scope="row">{html.escape(first)}</th>{"".join(f"<td>{html.escape(cell)}</td>" for cell in rest)}</tr>'
+        for first, *rest in table.rows
+    )
+    caption = f"<caption>Published, by others, and much larger: {html.escape(table.source)}</caption>"
+    return f'<div class="scroll"><table>{caption}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
 def _row(claim: Claim, result: Outcome) -> str:
@@ -115,18 +140,20 @@ def _row(claim: Claim, result: Outcome) -> str:
     )
 
 
-def _numbers(numbers: Mapping[str, Sequence[float]]) -> str:
-    rows = "".join(
-        f'<tr><th scope="row">{html.escape(name)}</th><td>{_short(sum(values) / len(values))}</td>'
-        f"<td>{_range(values)}</td></tr>"
-        for name, values in numbers.items()
-    )
+def _numbers(result: Outcome) -> str:
+    rows = [(name, _short(value), "") for name, value in result.summary.items()]
+    rows += [(name, _short(sum(v) / len(v)), _range(v)) for name, v in result.numbers.items()]
+    body = "".join(f'<tr><th scope="row">{html.escape(n)}</th><td>{mean}</td><td>{r}</td></tr>' for n, mean, r in rows)
     head = '<tr><th scope="col"></th><th scope="col">mean</th><th scope="col">least to largest of the seeds</th></tr>'
-    return f'<div class="scroll"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
+    table = f'<div class="scroll"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
+    if len(rows) <= MANY:
+        return table
+    return f"<details><summary>All {len(rows)} numbers</summary>{table}</details>"
 
 
 def _short(value: float) -> str:
-    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.3g}"
+    value = float(value)
+    return f"{value:,.0f}" if value.is_integer() or abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _range(values: Sequence[float]) -> str:

@@ -1,17 +1,19 @@
-"""The runner: each claim once, kept on disk, so that what was interrupted goes on."""
+"""The runner: each experiment once a seed, kept on disk, so that what was interrupted goes on."""
 
 import dataclasses
 import hashlib
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from jaxattn.plots import inline_svg
-from jaxattn.study.claim import FAILED, NOT_YET, Claim, Profile, Setting
+from jaxattn.study.claim import FAILED, Claim, Measurement, Profile, Setting, decide
 from jaxattn.study.claims import CLAIMS
 from jaxattn.study.report import write_report
+from jaxattn.study.seeds import UNDECIDED
 from jaxattn.train.data import Dataset, load
 from jaxattn.train.extras import InputError, needs_extra
 from jaxattn.train.run import write_json
@@ -24,15 +26,28 @@ PACKAGE = Path(__file__).parent.parent
 
 
 @dataclasses.dataclass(frozen=True)
+class Kept:
+    """What one seed of an experiment gave, as it is kept."""
+
+    numbers: dict[str, float]
+    verdict: str
+    notes: str
+    svg: str
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Result:
-    """What all seeds of a claim gave: each number once a seed, and the verdict that they share."""
+    """What all seeds of a claim gave: each number once a seed, what was made of all of them, and the verdict."""
 
     number: int
     verdict: str
     numbers: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    summary: dict[str, float] = dataclasses.field(default_factory=dict)
     notes: str = ""
     svg: str = ""
     error: str = ""
+    seconds: float = 0.0
 
 
 def study(claims: str | None, profile: Profile, seeds: int | None, data: str, out: Path) -> list[Result]:
@@ -48,18 +63,28 @@ def study(claims: str | None, profile: Profile, seeds: int | None, data: str, ou
         raise InputError(f"seeds (={count}) must be at least 1")
     dataset = load(data)
     cache = out / "cache"
+    settings = {"profile": profile, "seeds": count, "data": data}
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        write_json(out / "settings.json", {"profile": profile, "seeds": count, "data": data})
+        write_json(out / "settings.json", settings)
     except OSError as error:
         raise InputError(f"out (={out}) cannot be written to: {error.strerror}") from error
-    version = code_version()
+    key = digest(code_version(), profile, data, fingerprint(dataset))
     results = []
-    for claim in (bar := tqdm(chosen, desc="claims", unit="claim", disable=None)):  # None: shown on a terminal only
-        bar.set_postfix_str(f"claim {claim.number}")
-        key = digest(version, claim.number, profile, count, data, fingerprint(dataset))
-        results.append(cached(claim, cache / f"{claim.number:02d}-{key}.json", profile, count, dataset))
-    write_report(out, list(zip(chosen, results, strict=True)), {"profile": profile, "seeds": count, "data": data})
+    with tqdm(total=len(chosen) * count, unit="run", disable=None) as bar:  # None: shown on a terminal only
+        for claim in chosen:
+            bar.set_description(f"claim {claim.number}")
+            settled = []
+            try:
+                for seed in range(count):
+                    path = cache / f"{claim.experiment.__name__}-{seed}-{key}.json"
+                    settled.append(kept(claim, path, Setting(profile, seed, dataset)))
+                    bar.update()
+                results.append(conclude(claim, settled))
+            except Exception as error:  # whatever it is belongs in the report, and the others still run
+                bar.update(count - len(settled))
+                results.append(Result(claim.number, FAILED, error=f"{type(error).__name__}: {error}"))
+    write_report(out, list(zip(chosen, results, strict=True)), settings)
     return results
 
 
@@ -81,29 +106,36 @@ def select(text: str | None) -> list[Claim]:
     return [claim for claim in CLAIMS if claim.number in wanted]
 
 
-def cached(claim: Claim, path: Path, profile: Profile, seeds: int, data: Dataset) -> Result:
-    """The result that is kept at `path`, or a new one, which is kept unless it failed."""
+def kept(claim: Claim, path: Path, setting: Setting) -> Kept:
+    """What is kept at `path`, or a new run, which is kept. Two claims may share an experiment, and so its runs."""
     if path.is_file():
-        return Result(**json.loads(path.read_text()))
-    result = run_claim(claim, profile, seeds, data)
-    if result.verdict not in (FAILED, NOT_YET):
-        write_json(path, dataclasses.asdict(result))
+        return Kept(**json.loads(path.read_text()))
+    start = time.perf_counter()
+    run = claim.experiment(setting)
+    seconds = time.perf_counter() - start
+    numbers = {name: float(value) for name, value in run.numbers.items()}
+    result = Kept(numbers, run.verdict, run.notes, drawing(run, claim), seconds)
+    write_json(path, dataclasses.asdict(result))
     return result
 
 
-def run_claim(claim: Claim, profile: Profile, seeds: int, data: Dataset) -> Result:
-    """Runs a claim with each seed. What it raises is its result, so that the others still run."""
-    if claim.experiment is None:
-        return Result(claim.number, NOT_YET)
-    try:
-        runs = [claim.experiment(Setting(profile, seed, data)) for seed in range(seeds)]
-        numbers = {name: [float(run.numbers[name]) for run in runs] for name in runs[0].numbers}
-        verdicts = {run.verdict for run in runs}
-        verdict = verdicts.pop() if len(verdicts) == 1 else "depends on the seed"
-        svg = "" if runs[0].figure is None else inline_svg(runs[0].figure, f"claim{claim.number}")
-        return Result(claim.number, verdict, numbers, runs[0].notes, svg)
-    except Exception as error:  # whatever it is belongs in the report
-        return Result(claim.number, FAILED, error=f"{type(error).__name__}: {error}")
+def conclude(claim: Claim, seeds: Sequence[Kept]) -> Result:
+    """The verdict of all seeds: the judge's, or the one that they share."""
+    numbers = {name: [seed.numbers[name] for seed in seeds] for name in seeds[0].numbers}
+    seconds = sum(seed.seconds for seed in seeds)
+    if claim.judge is not None:
+        made = claim.judge(numbers)
+        svg = drawing(made, claim) + seeds[0].svg
+        return Result(claim.number, made.verdict, numbers, dict(made.numbers), made.notes, svg, seconds=seconds)
+    verdicts = {seed.verdict for seed in seeds}
+    verdict = verdicts.pop() if len(verdicts) == 1 else decide(True, UNDECIDED)
+    return Result(claim.number, verdict, numbers, {}, seeds[0].notes, seeds[0].svg, seconds=seconds)
+
+
+def drawing(made: Measurement, claim: Claim) -> str:
+    """A measurement's figures as SVG, one after the other."""
+    drawn = enumerate(made.figures)
+    return "".join(f if isinstance(f, str) else inline_svg(f, f"claim{claim.number}-{n}") for n, f in drawn)
 
 
 def code_version() -> str:

@@ -1,12 +1,23 @@
 """The claims of the debate, in its order."""
 
 from jaxattn.study.claim import Claim
-from jaxattn.study.claims import keys, matrix, offset, reach, similarity, template, theorem, waiting
+from jaxattn.study.claims import (
+    ablation,
+    curves,
+    distance,
+    keys,
+    matrix,
+    offset,
+    reach,
+    replacement,
+    selection,
+    similarity,
+    template,
+    theorem,
+)
 
-_ALL = [
-    value
-    for module in (keys, matrix, offset, reach, similarity, template, theorem)
-    for value in vars(module).values()
-    if isinstance(value, Claim)
-]
-CLAIMS: tuple[Claim, ...] = tuple(sorted([*_ALL, *waiting.CLAIMS], key=lambda claim: claim.number))
+_MODULES = (
+    ablation, curves, distance, keys, matrix, offset, reach, replacement, selection, similarity, template, theorem,
+)  # fmt: skip
+_ALL = [value for module in _MODULES for value in vars(module).values() if isinstance(value, Claim)]
+CLAIMS: tuple[Claim, ...] = tuple(sorted(_ALL, key=lambda claim: claim.number))

@@ -4,12 +4,15 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxattn import nn
 from jaxattn.study import figures
+from jaxattn.study.animation import moving_centres
 from jaxattn.study.claim import Measurement, Setting, claim, decide
 from jaxattn.study.fit import fit
+from jaxattn.study.mixers import train
 
 N, OFFSET, STEPS = 24, 4, 400
 
@@ -22,7 +25,8 @@ N, OFFSET, STEPS = 24, 4, 400
     about="Each token must give the content of the token 4 to its right, and the layers are told nothing of "
     "the 4. One quadratic head, which looks at a centre that it learns, is trained on random tokens; so "
     "are a convolution of size 3, which sees 1 to each side, and one of size 9, which sees 4. The loss "
-    "is the mean square error, of which the tokens' own variance is 1.",
+    "is the mean square error, of which the tokens' own variance is 1. To see the same on images, a network of nine "
+    "such heads a layer is trained on the study's, and its heads' centres drawn as they move.",
     hypothesis="The head's centre goes to 4; the small convolution learns nothing.",
     threshold="Holds if the centre is within 0.25 of 4 and the head's error below 0.1, the convolution of size 3 "
     "keeps an error above 0.9, and that of size 9 has one below 0.1.",
@@ -41,7 +45,18 @@ def planted_offset(setting: Setting, offset: int = OFFSET, steps: int = STEPS) -
     centre = float(head.centre[0, 0])
     numbers = {"centre of the head": centre} | {f"error: {name}": error for name, error in errors.items()}
     found = abs(centre - OFFSET) <= 0.25 and errors["head"] < 0.1
-    figure = figures.lines(
-        range(0, steps, 50), {n: c[::50] for n, c in curves.items()}, "step", "mean square error", log=True
-    )
-    return Measurement(numbers, decide(found and errors["size 3"] > 0.9 and errors["size 9"] < 0.1), figure)
+    drawn = [
+        figures.lines(
+            range(0, steps, 50), {n: c[::50] for n, c in curves.items()}, "step", "mean square error", log=True
+        )
+    ]
+    if setting.seed == 0:
+        drawn += [moving_heads(setting)]
+    return Measurement(numbers, decide(found and errors["size 3"] > 0.9 and errors["size 9"] < 0.1), drawn)
+
+
+def moving_heads(setting: Setting) -> str:
+    """Trains a network of nine quadratic heads a layer on the images: an SVG of their centres through training."""
+    centres = lambda model: np.stack([block.mix.layer.centre[...] for block in model.blocks])
+    tracks = np.stack(train("nine quadratic heads", setting, setting.data, watch=centres).seen)
+    return moving_centres(tracks, [f"layer {n + 1}" for n in range(tracks.shape[1])])

@@ -52,4 +52,4 @@ def theorem(setting: Setting, heads: int = 9) -> Measurement:
     numbers |= {f"bound at α = {a}": b for a, b in zip(SHARPNESS, bounds, strict=True)}
     numbers |= {"error in the limit": limit, "error of the kernel, there and back": back, "lost with 8 heads": lost}
     figure = figures.lines(SHARPNESS, {"error": errors, "bound": bounds}, "sharpness α", "largest error", log=True)
-    return Measurement(numbers, decide(kept and limit <= EXACT and back <= EXACT and lost >= SHORT), figure)
+    return Measurement(numbers, decide(kept and limit <= EXACT and back <= EXACT and lost >= SHORT), [figure])

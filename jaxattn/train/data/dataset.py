@@ -44,7 +44,7 @@ class Arrays:
         return self.images[indices], self.labels[indices]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
     """Three disjoint parts of one data set, and the mean and standard deviation of its training images in [0, 1].
 

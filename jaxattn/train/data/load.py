@@ -38,8 +38,8 @@ def load(name: str, seed: int = 0, skip_bad: bool = False) -> Dataset:
         `folder:PATH`, JPEG and PNG files in PATH/train/CLASS and PATH/test/CLASS, or in PATH/CLASS;
         `parquet:PATH`, a folder of *train*.parquet and *test*.parquet as the Hugging Face hub serves them.
         Images must be of one size, unless `?size=N` after the PATH of a folder or parquet makes all N×N. All of them
-        are decoded into memory, as uint8. `relational:same-different`, `relational:copy` and `relational:match` are made
-        on the fly, without end (see `relational.py` for their options).
+        are decoded into memory, as uint8. `relational:same-different`, `relational:copy` and `relational:match` are
+        made on the fly, without end (see `relational.py` for their options).
       seed: draws the validation images from the training images, stratified, where there are none apart. The test
         images never depend on it, so that the accuracies of different seeds are comparable.
       skip_bad: leaves out a bad example instead of refusing the data set, and lists it in `skipped`. A damaged

@@ -98,11 +98,11 @@ class Copy:
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """Does one of the pixels hold what the probe holds?
+    """Does any other pixel hold what the marked one holds?
 
-    Every pixel is a vector of random bits, in the first `bits` channels, but one, the probe, whose bits are in the last
-    `bits` channels. In half the images some other pixel has the probe's bits; in the rest none has. Where they stand says
-    nothing, and each pixel alone is as likely in either class.
+    Every pixel is a vector of random bits, in the first `bits` channels; the last channel is bright at the mark. In
+    half the images another pixel has the bits of the marked one; in the rest none has. Where they stand says nothing,
+    and each pixel alone is as likely in either class.
     """
 
     size: int
@@ -122,21 +122,19 @@ class Match:
 
     @property
     def channels(self) -> int:
-        return 2 * self.bits
+        return self.bits + 1
 
     def make(self, seed: int, indices: Int[np.ndarray, "n"]) -> Pair:
         n, pixels = len(indices), self.size**2
         draws = _draw(seed, indices, pixels + 3)
         held = (draws[3:] >> (64 - self.bits)).T  # [n, pixels]
-        probe, step = (draws[0] % pixels).astype(int), 1 + (draws[1] % (pixels - 1)).astype(int)
+        mark, step = (draws[0] % pixels).astype(int), 1 + (draws[1] % (pixels - 1)).astype(int)
         labels, rows = (draws[2] >> 63).astype(np.int32), np.arange(n)
-        there, absent = held[rows, (probe + step) % pixels], _absent(held, draws[2], self.bits)
-        wanted = np.where(labels == 1, there, absent)
-        bits = np.arange(self.bits, dtype=np.uint64)
-        held[rows, probe] = 0
-        images = np.zeros((n, pixels, 2 * self.bits), np.uint8)
-        images[..., : self.bits] = (held[..., None] >> bits & 1) * BRIGHT
-        images[rows, probe, self.bits :] = (wanted[:, None] >> bits & 1) * BRIGHT
+        there, absent = held[rows, (mark + step) % pixels], _absent(held, draws[2], self.bits)
+        held[rows, mark] = np.where(labels == 1, there, absent)
+        images = np.zeros((n, pixels, self.channels), np.uint8)
+        images[..., :-1] = (held[..., None] >> np.arange(self.bits, dtype=np.uint64) & 1) * BRIGHT
+        images[rows, mark, -1] = BRIGHT
         return images.reshape(n, self.size, self.size, -1), labels
 
 
@@ -207,7 +205,9 @@ def _task(text: str) -> SameDifferent | Copy | Match:
     if kind == "match":
         options = read_options(rest, ("size", "bits"))
         return Match(whole_number(options, "size", 4, 1), whole_number(options, "bits", 8, 1))
-    raise InputError(f"data (='relational:{text}') must be 'relational:same-different', 'relational:copy' or 'relational:match'")
+    raise InputError(
+        f"data (='relational:{text}') must be 'relational:same-different', 'relational:copy' or 'relational:match'"
+    )
 
 
 def _offset(options: Mapping[str, str], default: tuple[int, int]) -> tuple[int, int]:

@@ -1,0 +1,144 @@
+"""Claims 10 and 21: learning curves, of one network with four kinds of mixing, over how much data it is given."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+from jaxattn.study import figures
+from jaxattn.study.claim import Measurement, Numbers, Published, Setting, claim, decide
+from jaxattn.study.mixers import search, train
+from jaxattn.study.seeds import UNDECIDED, difference, interval, points, together
+
+MIXERS = ("convolution", "local attention", "gated attention", "global attention")
+SHARES = {"quick": (0.04, 0.2, 1.0), "full": (0.002, 0.02, 0.2, 1.0)}
+COUNTS = {"quick": (500, 20_000), "full": (500, 2000, 20_000)}
+CONV, GLOBAL = "convolution", "global attention"
+
+
+def learning_curves(setting: Setting, mixers: Sequence[str] = MIXERS, shuffled: bool = False, **size: float):
+    """Test accuracy, as "task, images: mixer", after the same steps on few and on many training images."""
+    total = len(setting.data.train)
+    tasks = {"images": (setting.data, [round(total * share) for share in SHARES[setting.profile]])}
+    tasks["match"] = (search(), list(COUNTS[setting.profile]))
+    return Measurement(
+        {
+            f"{task}, {count}: {name}": train(mixer, setting, data, count=count, shuffled=shuffled, **size).accuracy
+            for task, (data, counts) in tasks.items()
+            for count in counts
+            for name, mixer in zip(MIXERS, mixers, strict=True)
+        }
+    )
+
+
+def curves(numbers: Numbers, task: str) -> dict[str, dict[int, Sequence[float]]]:
+    """Of each mixer on that task: how many images, and the accuracy of each seed."""
+    found: dict[str, dict[int, Sequence[float]]] = {}
+    for name, values in numbers.items():
+        place, mixer = name.split(": ")
+        of, count = place.split(", ")
+        if of == task:
+            found.setdefault(mixer, {})[int(count)] = values
+    return found
+
+
+def crossing(counts: Sequence[int], leads: Sequence[float]) -> float:
+    """Where a lead that begins above zero first falls to it, on a straight line over log(count); NaN if nowhere."""
+    for (a, b), (high, low) in zip(pairwise(counts), pairwise(leads), strict=True):
+        if high > 0 >= low:
+            return math.exp(math.log(a) + math.log(b / a) * high / (high - low))
+    return math.nan
+
+
+def little_and_much(numbers: Numbers) -> Measurement:
+    images = curves(numbers, "images")
+    leads = {n: difference(images[CONV][n], images[GLOBAL][n]) for n in images[CONV]}
+    counts = list(leads)
+    least, most = leads[counts[0]], leads[counts[-1]]
+    each = [[a - b for a, b in zip(images[CONV][n], images[GLOBAL][n], strict=True)] for n in counts]
+    by_seed = list(zip(*each, strict=True))
+    shrinks = interval([lead[0] - lead[-1] for lead in by_seed])
+    crossings = [c for lead in by_seed if not math.isnan(c := crossing(counts, lead))]
+    if least.above(0) is False:
+        verdict = decide(False)
+    elif least.above(0) and most.above(0) is False:
+        verdict = decide(True)
+    elif least.above(0) and shrinks.above(0):
+        verdict = decide(True, "how much data is much")
+    elif None in (least.above(0), shrinks.above(0)):
+        verdict = decide(True, UNDECIDED)
+    else:
+        verdict = decide(False)
+    extra = {f"convolution's lead with {n} images": lead.mean for n, lead in leads.items()}
+    extra |= {"seeds whose curves cross": len(crossings)}
+    notes = f"Convolution leads global attention by {points(least)} with {counts[0]} images and by {points(most)} with "
+    notes += f"{counts[-1]}. The curves cross with {len(crossings)} of {len(by_seed)} seeds"
+    notes += f", at {min(crossings):,.0f} to {max(crossings):,.0f} images." if crossings else "."
+    return Measurement(extra, verdict, [_figure(numbers)], notes)
+
+
+def stronger_prior(numbers: Numbers) -> Measurement:
+    ahead = {}
+    for task in ("images", "match"):
+        curve = curves(numbers, task)
+        mean = {m: [sum(v) / len(v) for v in zip(*curve[m].values(), strict=True)] for m in (CONV, GLOBAL)}
+        ahead[task] = difference(mean[GLOBAL], mean[CONV])
+    verdict = together([value.above(0) for value in ahead.values()], "the task")
+    notes = "; ".join(f"attention is ahead on {task} by {points(value)}" for task, value in ahead.items()) + "."
+    return Measurement({f"ahead on {t}": v.mean for t, v in ahead.items()}, verdict, [_figure(numbers)], notes)
+
+
+def _figure(numbers: Numbers):
+    titles = {"images": "images", "match": "search for what a marked token holds"}
+    return figures.curves({title: curves(numbers, task) for task, title in titles.items()}, "training images")
+
+
+ABOUT = (
+    "One network is trained with convolution, local attention, ConViT's gated attention or global attention, of as "
+    "many parameters, for as many steps, on shares of the training images. It is also trained on a search, does any "
+    "token hold what a marked one holds, of which there are as many images as one asks for. The test accuracies are "
+    "two families of curves."
+)
+
+small_data = claim(
+    number=10,
+    author="吼吼",
+    text="Little data favours the CNN, much data favours attention.",
+    chinese="数据少时 CNN 占优，数据多时注意力占优。",
+    about=ABOUT,
+    hypothesis="On images convolution leads with little data; in so small an experiment attention only catches up.",
+    threshold="Holds if on images convolution leads with the least data and global attention with the most, each "
+    "with its 95 % interval; depends on how much data is much if convolution leads with the least, and its lead "
+    "shrinks, but not to the other side; fails if it does not lead with the least, or the lead does not shrink.",
+    judge=little_and_much,
+    published=[
+        Published(
+            "ImageNet, top-1, d'Ascoli et al. 2021 (arXiv 2103.10697)",
+            ("share of the images", "DeiT-S (global)", "ConViT-S (gated)"),
+            [
+                ("5 %", "34.8", "47.8"),
+                ("10 %", "48.0", "59.6"),
+                ("30 %", "66.1", "73.7"),
+                ("50 %", "74.6", "78.2"),
+                ("100 %", "79.9", "81.4"),
+            ],
+        ),
+        Published(
+            "JFT, Dosovitskiy et al. 2021 (arXiv 2010.11929)",
+            ("images", "ViT-B/32 against ResNet-50"),
+            [("9 M", "far below"), ("90 M and more", "above")],
+        ),
+    ],
+)(learning_curves)
+
+inductive_bias = claim(
+    number=21,
+    author="aluea",
+    text="Self-attention has the stronger inductive bias.",
+    chinese="自注意力的归纳偏置更强。",
+    about=ABOUT,
+    hypothesis="The stronger bias is the one that fits: convolution's for images, attention's for a search.",
+    threshold="A bias is stronger if it needs less data: a higher accuracy, in the mean of the curve. Holds if global "
+    "attention is ahead of convolution on both tasks, depends on the task if on one, fails if on neither; depends on "
+    "the seed if a 95 % interval has zero in it.",
+    judge=stronger_prior,
+)(learning_curves)

@@ -1,4 +1,26 @@
-"""Convolution, attention, and everything between, as one einsum."""
+"""Convolution, attention, and everything between, as one einsum in JAX:
+
+    y_i  =  Σ_h  Σ_{j in N(i)}  A_h(i, j) · V_h x_j
+
+Every layer of this library is that line. They differ only in where the weights `A` come from: fixed at an offset
+(convolution), learned at an offset (depthwise convolution), made from the centre (involution), made from the pair
+(local self-attention). So there are two primitives, both pure functions, both differentiable to any order:
+
+- `jaxattn.einsum`: an einsum whose axes may be indexed by a sum, so that a window is part of the notation;
+- `jaxattn.attention`: two such einsums around a normaliser, in tiles, so that the weights never reach memory.
+
+>>> import jax.numpy as jnp
+>>> import jaxattn
+>>> x, kernel = jnp.ones((2, 9, 9, 4)), jnp.ones((3, 3, 4, 8))
+>>> jaxattn.einsum("n i+r j+s c, r s c o -> n i j o", x, kernel).shape  # a convolution
+(2, 7, 7, 8)
+>>> q = k = v = jnp.ones((1, 32, 32, 4, 16))  # batch, *grid, heads, head_dim
+>>> jaxattn.attention(q, k, v, window=jaxattn.Window((7, 7))).shape  # each query over the 7 × 7 keys around it
+(1, 32, 32, 4, 16)
+
+`Window`, `plan` and `Plan`, `merge_attentions` and `conv` are here too. `jaxattn.zoo` has the layers as functions,
+`jaxattn.nn` as Flax modules, `jaxattn.models` networks made of them, and `jaxattn.train` trains those.
+"""
 
 from .attention import attention as attention
 from .attention import merge_attentions as merge_attentions

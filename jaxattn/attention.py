@@ -52,7 +52,7 @@ def attention(
 ) -> Any:
     """Multi-head attention, each query over its own window of keys.
 
-    For query i, with j over the slots of its window and then the extra tokens::
+    For query i, with j over the slots of its window and then the extra tokens:
 
         s_ij = scale·(q_i · k_j) + q_i · r[j-i] + relative_bias[j-i] + bias_ij     then soft cap, score_mod, mask
         y_i  = sum_j A_ij v_j,   A_i = normalize(s_i)

@@ -176,7 +176,7 @@ def plan(
     Args:
       equation: as for `einsum`.
       *operands: arrays, anything with a shape and a dtype, or shapes (tuples of ints, taken as float32).
-      padding, boundary, precision, preferred_element_type, implementation, **sizes: as for `einsum`.
+      padding, boundary, precision, preferred_element_type, implementation, sizes: as for `einsum`.
 
     Raises:
       ValueError: as `einsum` does.
@@ -217,7 +217,8 @@ def einsum(
     - an affine sum with integer coefficients, `2*i+r-1`: the axis of the operand is read at that index. The first
       axis is the *position* (its coefficient, positive, is the stride), the others are *windows* (dilations).
       In the output it is written at that index: the exact adjoint of the same token on the left;
-    - a composed axis `(g c)`, row-major; - or `...`, the same axes in every operand that writes it.
+    - a composed axis `(g c)`, row-major;
+    - or `...`, the same axes in every operand that writes it.
 
     Extents come from bare axes and keywords, a position's otherwise from `padding`.
 

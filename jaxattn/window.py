@@ -22,16 +22,13 @@ class Window:
     ``start(x) + dilation·u``, also where causality or the border excludes it (then it is masked). With
     g = x % dilation, j = x // dilation, s = block, and m = ceil((n - g) / dilation) keys in x's residue class:
 
-    ======================== ============================== ==========================================
-    boundary                 lead                           start
-    ======================== ============================== ==========================================
-    shift                    min((j//s)·s + s//2, m-1)      clamp(lead - k//2, 0, m-k)·dilation + g
-    shift, causal            min((j//s)·s + s-1, m-1)       max(lead - k + 1, 0)·dilation + g
-    mask, zero and the rest  (j//s)·s + s//2                (lead - k//2)·dilation + g
-    the same, causal         (j//s)·s + s-1                 (lead - k + 1)·dilation + g
-    ... with an offset       as above                       lead·dilation + g + offset
-    valid                    j                              x
-    ======================== ============================== ==========================================
+        boundary                 lead                           start
+        shift                    min((j//s)·s + s//2, m-1)      clamp(lead - k//2, 0, m-k)·dilation + g
+        shift, causal            min((j//s)·s + s-1, m-1)       max(lead - k + 1, 0)·dilation + g
+        mask, zero and the rest  (j//s)·s + s//2                (lead - k//2)·dilation + g
+        the same, causal         (j//s)·s + s-1                 (lead - k + 1)·dilation + g
+        ... with an offset       as above                       lead·dilation + g + offset
+        valid                    j                              x
 
     Args:
         size: k, the tokens per axis. An int is one axis: a 2-D window is ``Window((7, 7))``.

@@ -14,7 +14,7 @@ import jaxattn
 from jaxattn import zoo
 
 ROOT = pathlib.Path(__file__).parent.parent
-MODULES = sorted(module.name for module in pkgutil.walk_packages(jaxattn.__path__, "jaxattn."))
+MODULES = ["jaxattn", *sorted(module.name for module in pkgutil.walk_packages(jaxattn.__path__, "jaxattn."))]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -63,15 +63,15 @@ def augment(
       images: normalised, so that 0 is the mean colour.
       targets: each row the weights of the classes, which sum to 1.
       config: of each of these, how much:
-        `shift`: moved by up to so many pixels along each axis, its edge pixels repeated behind it.
-        `flip`: mirrored left to right, half of the time.
-        `cutout`: a square of this side about a random pixel, as far as it is in the image, is 0
+        - `shift`: moved by up to so many pixels along each axis, its edge pixels repeated behind it.
+        - `flip`: mirrored left to right, half of the time.
+        - `cutout`: a square of this side about a random pixel, as far as it is in the image, is 0
           (DeVries and Taylor 2017, arXiv 1708.04552).
-        `erasing`: with this probability a rectangle of 2 to 40 % of the area becomes noise (Zhong et al. 2017,
+        - `erasing`: with this probability a rectangle of 2 to 40 % of the area becomes noise (Zhong et al. 2017,
           arXiv 1708.04896).
-        `mixup`: λ · image + (1 - λ) · the next image of the batch, λ ~ Beta(α, α); the targets likewise (Zhang et al.
-          2017, arXiv 1710.09412).
-        `cutmix`: a rectangle is the next image's; the targets are weighted by area (Yun et al. 2019, arXiv
+        - `mixup`: λ · image + (1 - λ) · the next image of the batch, λ ~ Beta(α, α); the targets likewise (Zhang et
+          al. 2017, arXiv 1710.09412).
+        - `cutmix`: a rectangle is the next image's; the targets are weighted by area (Yun et al. 2019, arXiv
           1905.04899). With `mixup` as well, each image has one of the two, with equal chances.
 
     Returns:

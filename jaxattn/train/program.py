@@ -29,12 +29,13 @@ FED = ("image", "label")  # what a step takes of a batch
 class Program(NamedTuple):
     """Training and prediction, split once into structure and arrays.
 
-    `step`: (state, batch) -> state, metrics, jitted, in the memory of the state that it is given.
-    `predict`: (weights, rest, images) -> classes, jitted.
-    `state`: the untrained one, as `jax.ShapeDtypeStruct`s that know where they lie on the mesh.
-    `init`: () -> the untrained state.
-    `place`: a batch, or this process's part of it, to where the step wants it.
-    `gather`: arrays of the state, whole, on every process.
+    Args:
+      step: (state, batch) -> state, metrics, jitted, in the memory of the state that it is given.
+      predict: (weights, rest, images) -> classes, jitted.
+      state: the untrained one, as `jax.ShapeDtypeStruct`s that know where they lie on the mesh.
+      init: () -> the untrained state.
+      place: a batch, or this process's part of it, to where the step wants it.
+      gather: arrays of the state, whole, on every process.
     """
 
     step: jax.stages.Wrapped

@@ -36,7 +36,7 @@ def load(name: str, seed: int = 0, skip_bad: bool = False) -> Dataset:
         or not; `cifar10:PATH` or `cifar100:PATH`, the published archive or its folder, for Python or binary;
         `numpy:PATH.npz`, arrays train_images, train_labels, test_images, test_labels and class_names;
         `folder:PATH`, JPEG and PNG files in PATH/train/CLASS and PATH/test/CLASS, or in PATH/CLASS;
-        `parquet:PATH`, a folder of *train*.parquet and *test*.parquet as the Hugging Face hub serves them.
+        `parquet:PATH`, a folder of `*train*.parquet` and `*test*.parquet` as the Hugging Face hub serves them.
         Images must be of one size, unless `?size=N` after the PATH of a folder or parquet makes all N×N. All of them
         are decoded into memory, as uint8. `relational:same-different`, `relational:copy` and `relational:match` are
         made on the fly, without end (see `relational.py` for their options).

@@ -100,11 +100,12 @@ def normalisers(setting: Setting, relu: str = "relu", **size: float) -> Measurem
     return Measurement(images | by_task(setting, both, TASKS[1:], **size))
 
 
+MOVING = "weights from the data"
 FROZEN = ("weights frozen", "convolution 3 × 3", "convolution 5 × 5")
 
 
 def relational(numbers: Numbers) -> Measurement:
-    moving, *fixed = (interval(numbers[name]) for name in ("weights from the data", *FROZEN))
+    moving, *fixed = (interval(numbers[name]) for name in (MOVING, *FROZEN))
     solves = moving.above(0.8)
     verdict = together([solves and negated(value.above(0.65)) for value in fixed], "which weights are fixed")
     return Measurement({}, verdict, [figures.dots({"search": numbers}, "test accuracy")])
@@ -125,9 +126,7 @@ def relational(numbers: Numbers) -> Measurement:
     "not, or all are.",
     judge=relational,
 )
-def same_or_different(
-    setting: Setting, frozen: str = "frozen", convs=("convolution", "wide convolution"), **size: float
-):
-    mixers = dict(zip(("weights from the data", *FROZEN), ("global attention", frozen, *convs), strict=True))
-    made = by_task(setting, mixers, TASKS[1:], **size)
+def same_or_different(setting: Setting, frozen: str = "frozen", **size: float) -> Measurement:
+    fixed = dict(zip(FROZEN, (frozen, "convolution", "wide convolution"), strict=True))
+    made = by_task(setting, {MOVING: "global attention", **fixed}, TASKS[1:], **size)
     return Measurement({name.removeprefix("match: "): value for name, value in made.items()})

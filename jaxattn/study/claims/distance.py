@@ -1,7 +1,8 @@
 """Claim 13: whether attention's similarity is a distance."""
 
+from typing import Any
+
 import numpy as np
-from flax import nnx
 
 from jaxattn.measure import query_key_metric
 from jaxattn.study import figures
@@ -14,7 +15,7 @@ SHARES = (0, 25, 50, 75, 100)
 TRAINED, MADE = "two matrices", "one matrix, distances"
 
 
-def look(model: nnx.Module, seed: int, squared: bool) -> tuple[dict[str, float], np.ndarray]:
+def look(model: Any, seed: int, squared: bool) -> tuple[dict[str, float], np.ndarray]:
     """How near the heads' forms W_Q W_Kᵀ are to a distance's, and the mean of their spectra.
 
     Of a squared distance ‖W (x - y)‖² the form W Wᵀ is symmetric and has no negative eigenvalue, and no token is nearer

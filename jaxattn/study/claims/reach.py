@@ -74,15 +74,15 @@ def depth(setting: Setting, size: int = 3, steps: int | None = None) -> Measurem
     numbers |= {f"nine tenths at depth {d}": w for d, w in zip(DEPTHS, width, strict=True)}
     numbers |= {"nine tenths of attention's": attention}
     how = {} if steps is None else {"steps": steps}
-    search = {
+    right = {
         f"right in the search: {mixer}": train(mixer, setting, search(), depth=deep, **how).accuracy
         for mixer, deep in (("convolution", 4), ("global attention", 2))
     }
-    convs, attends = search.values()
+    convs, attends = right.values()
     series = {"support": reach, "nine tenths": width, "nine tenths of attention's": [attention] * len(DEPTHS)}
     figure = figures.lines(DEPTHS, series, "depth", "tokens")
     as_global = width[-1] >= 0.9 * attention and convs >= attends - 0.05
-    return Measurement(numbers | search, decide(theory, None if as_global else "what global means"), [figure])
+    return Measurement(numbers | right, decide(theory, None if as_global else "what global means"), [figure])
 
 
 def _width(field: np.ndarray) -> int:

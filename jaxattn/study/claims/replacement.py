@@ -1,6 +1,7 @@
 """Claim 22: a whole network whose convolutions are local attention, by one flag."""
 
 import functools
+from typing import Any
 
 from flax import nnx
 
@@ -12,7 +13,7 @@ from jaxattn.study.mixers import SIZES
 from jaxattn.study.seeds import difference, negated, points, together
 from jaxattn.train.evaluate import count_parameters, flops_per_image
 
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "convolution": {"mix": "conv"},
     "convolution stem, then attention": {"mix": "attention"},
     "attention alone": {"mix": "attention", "stem_mix": "attention"},

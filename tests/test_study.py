@@ -2,25 +2,30 @@
 
 import dataclasses
 import json
+import math
 import re
 
 import jax
+import numpy as np
 import pytest
 
 from jaxattn import cli
-from jaxattn.study import run
-from jaxattn.study.claim import FAILED, NOT_YET, Claim, Measurement, decide
+from jaxattn.study import animation, run
+from jaxattn.study.animation import moving_centres
+from jaxattn.study.answer import ANSWER, SHORT, answer
+from jaxattn.study.claim import FAILED, Claim, Measurement, Published, decide
 from jaxattn.study.claims import CLAIMS
 from jaxattn.study.figures import lines
+from jaxattn.study.seeds import interval
 from jaxattn.train.data import load
 from jaxattn.train.extras import InputError
 
-CALLS = []
+CALLS, DRAWN = [], []
 
 
 def even(setting, number=4):
     CALLS.append(setting)
-    return Measurement({"half": number / 2}, decide(number % 2 == 0), lines([1, 2], {"a & b": [1, 2]}, "x", "y"))
+    return Measurement({"half": number / 2}, decide(number % 2 == 0), [lines([1, 2], {"a & b": [1, 2]}, "x", "y")])
 
 
 def odd_seed(setting):
@@ -31,11 +36,23 @@ def broken(setting):
     raise RuntimeError("no <luck>")
 
 
+def drawn(setting):
+    DRAWN.append(setting)
+    return Measurement({"value": 0.25 + setting.seed})
+
+
+def mean_above_half(numbers):
+    mean = sum(numbers["value"]) / len(numbers["value"])
+    return Measurement({"mean of <all>": mean}, decide(mean > 0.5), ["<svg><text>judged</text></svg>"], "A note.")
+
+
+WORDS = {"about": "About.", "hypothesis": "Hypothesis.", "threshold": "Threshold."}
+TABLE = Published("Somebody & others 1999", ("network", "top-1"), [("large", "99 %")])
 FAKE = (
-    Claim(1, "a & b", "Four is <even>.", "四是偶数。", "About.", "Hypothesis.", "Threshold.", even),
-    Claim(2, "c", "It breaks.", "坏了。", experiment=broken),
-    Claim(3, "c", "Seeds matter.", "种子重要。", experiment=odd_seed),
-    Claim(4, "c", "It waits.", "等着。"),
+    Claim(1, "a & b", "Four is <even>.", "四是偶数。", **WORDS, experiment=even),
+    Claim(2, "c", "It breaks.", "坏了。", **WORDS, experiment=broken),
+    Claim(3, "c", "Seeds matter.", "种子重要。", **WORDS, experiment=odd_seed),
+    Claim(4, "c", "All together.", "一起。", **WORDS, experiment=drawn, judge=mean_above_half, published=[TABLE]),
 )
 
 
@@ -55,15 +72,14 @@ def test_all_twenty_two_claims_are_there_in_order():
         assert claim.author
         assert claim.text
         assert re.search("[一-鿿]", claim.chinese)
-        if claim.experiment is not None:
-            assert claim.about.count(".") >= 2
-            assert claim.hypothesis
-            assert claim.threshold.startswith("Holds if")
+        assert claim.about.count(".") >= 2
+        assert claim.hypothesis
+        assert "Holds if" in claim.threshold
 
 
 def test_a_claim_that_raises_does_not_stop_the_others(fake, tmp_path):
     run.study(None, "quick", 2, "digits", tmp_path)
-    assert verdicts(tmp_path) == {1: "holds", 2: FAILED, 3: "depends on the seed", 4: NOT_YET}
+    assert verdicts(tmp_path) == {1: "holds", 2: FAILED, 3: "depends on the seed", 4: "holds"}
     assert json.loads((tmp_path / "report.json").read_text())["claims"][1]["error"] == "RuntimeError: no <luck>"
 
 
@@ -73,14 +89,17 @@ def test_the_report_shows_everything_and_needs_nothing(fake, tmp_path):
     for text in ("Four is &lt;even&gt;.", "四是偶数。", "a &amp; b", "Hypothesis.", "Threshold.", "no &lt;luck&gt;"):
         assert text in page
     assert "def even(setting, number=4):" in page
-    assert "1 holds, 1 depends, 1 failed to run, 1 not yet run" in page
+    assert "2 hold, 1 depends, 1 failed to run" in page
     assert '<th scope="row">seed</th><td>0.5</td><td>0 to 1</td>' in page
+    assert '<th scope="row">mean of &lt;all&gt;</th><td>0.75</td><td></td>' in page
+    assert "Somebody &amp; others 1999" in page
+    assert "def mean_above_half(numbers):" in page
     for absent in ("http:", "https:", "<script", "<link", "@import", "$"):
         assert absent not in page
     ids = re.findall(r'\sid="([^"]*)"', page)
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'(?:href="|url\()#([^")]*)', page)) <= set(ids)
-    assert page.count("<svg") == page.count("</svg>") == 1
+    assert page.count("<svg") == page.count("</svg>") == 2
 
 
 def test_an_interrupted_study_goes_on(fake, tmp_path, monkeypatch):
@@ -103,7 +122,7 @@ def test_the_cache_knows_what_it_was_made_with(fake, tmp_path, monkeypatch, chan
         monkeypatch.setattr(run, "code_version", lambda: "other")
     data = "relational:copy" if change == "data" else "digits"
     run.study("1", "full" if change == "profile" else "quick", 2 if change == "seeds" else 1, data, tmp_path)
-    assert len(CALLS) == (3 if change == "seeds" else 2)
+    assert len(CALLS) == 2  # of two seeds, the first is there already
 
 
 def test_what_failed_is_tried_again(fake, tmp_path, monkeypatch):
@@ -115,9 +134,9 @@ def test_what_failed_is_tried_again(fake, tmp_path, monkeypatch):
 
 def test_the_command_prints_the_verdicts(tmp_path, capsys):
     with jax.enable_x64(False):
-        cli.main(["study", "--claims", "19,3", "--seeds", "1", "--out", str(tmp_path / "new" / "study")])
+        cli.main(["study", "--claims", "19,2", "--seeds", "1", "--out", str(tmp_path / "new" / "study")])
     printed = capsys.readouterr().out.splitlines()
-    assert printed[:2] == ["claim  3: not yet run", "claim 19: depends on the normaliser"]
+    assert printed[:2] == ["claim  2: holds", "claim 19: depends on the normaliser"]
     assert (tmp_path / "new" / "study" / "report.html").is_file()
 
 
@@ -147,3 +166,50 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
 
 def test_the_fingerprint_sees_other_images():
     assert run.fingerprint(load("digits", 0)) != run.fingerprint(load("digits", 1))
+
+
+def test_claims_that_share_an_experiment_share_its_runs(monkeypatch, tmp_path):
+    DRAWN.clear()
+    monkeypatch.setattr(run, "CLAIMS", (FAKE[3], dataclasses.replace(FAKE[3], number=5)))
+    run.study(None, "quick", 2, "digits", tmp_path)
+    assert len(DRAWN) == 2
+    assert verdicts(tmp_path) == {4: "holds", 5: "holds"}
+
+
+def test_a_judge_sees_all_seeds(monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "CLAIMS", FAKE[3:])
+    run.study(None, "quick", 1, "digits", tmp_path / "one")
+    assert verdicts(tmp_path / "one") == {4: "fails"}
+    run.study(None, "quick", 2, "digits", tmp_path / "two")
+    claim = json.loads((tmp_path / "two" / "report.json").read_text())["claims"][0]
+    assert claim["numbers"] == {"value": [0.25, 1.25]}
+    assert (claim["verdict"], claim["summary"], claim["notes"]) == ("holds", {"mean of <all>": 0.75}, "A note.")
+
+
+def test_an_interval_is_students():
+    assert interval([1.0, 2.0, 3.0]) == pytest.approx((2, 2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))
+    assert interval([0.5]) == (0.5, -math.inf, math.inf)
+    assert interval([0.5, 0.5]).above(0.4) is True
+    assert interval([0.5, 0.5]).above(0.5) is False
+    assert interval([0.4, 0.6]).above(0.5) is None
+
+
+def test_the_answer_says_what_came_out():
+    """Each outcome has its own sentence, and the short answer stands only where both halves of it hold."""
+    for number, ways in ANSWER:
+        assert {"hold", "fail"} <= set(ways)
+        assert len({text for text, _ in (answer({number: kind})[0] for kind in ways)}) == len(ways)
+    assert answer({}) == []
+    assert SHORT in [text for text, _ in answer({5: "hold", 18: "hold"})]
+    assert SHORT not in [text for text, _ in answer({5: "hold", 18: "fail"})]
+
+
+def test_moving_centres_end_where_training_ended():
+    tracks = np.zeros((3, 1, 1, 2))
+    tracks[-1, 0, 0] = (1.0, -1.0)  # down a row, left a column
+    svg = moving_centres(tracks, ["layer 1"])
+    middle = animation.SIDE / 2
+    x, y = map(float, re.search(r'<circle cx="([\d.]+)" cy="([\d.]+)" r="4.5"', svg).groups())
+    assert x < middle < y
+    assert f'values="{middle};{middle};{x}"' in svg
+    assert f'values="{middle};{middle};{y}"' in svg

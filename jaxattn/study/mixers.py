@@ -31,7 +31,8 @@ class Size(NamedTuple):
     rate: float = 1e-2
 
 
-SIZES: dict[Profile, Size] = {"quick": Size(32, 2, 600, 4), "full": Size(64, 3, 1000, 7)}
+SIZES: dict[Profile, Size] = {"quick": Size(32, 2, 400, 4), "full": Size(64, 3, 1000, 7)}
+SEARCH = {"depth": 1, "steps": 1500}  # of the networks that search: one comparison, which takes long to be found
 Grid = tuple[int, int]
 
 
@@ -152,5 +153,6 @@ def train(
     known, test = examples(data, setting.seed, count or (ENDLESS if data.train.endless else len(data.train)))
     if shuffled:
         known = known._replace(labels=np.random.default_rng(setting.seed).permutation(known.labels))
-    run = trainer(mixer, data.image_shape, len(data.class_names), SIZES[setting.profile]._replace(**size))
+    wanted = SIZES[setting.profile]._replace(**((SEARCH if data is search() else {}) | size))
+    run = trainer(mixer, data.image_shape, len(data.class_names), wanted)
     return run(setting.seed, known, test, watch)

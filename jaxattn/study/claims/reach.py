@@ -52,7 +52,7 @@ def support(setting: Setting, everything: tuple[int, int] = (9, 9)) -> Measureme
     "measured. What they can see is its support, L(k - 1) + 1 in theory; what they do see is the narrowest window "
     "about the middle that holds nine tenths of it. Global attention is measured beside them. Then networks are "
     "trained on a search, does any of 8 tokens hold what a marked one holds: four blocks of convolutions, each of "
-    "which has the whole grid in reach, and two of attention.",
+    "which has the whole grid in reach, and one of attention.",
     hypothesis="All is in reach at depth 16, but the weight lies near the middle, in a width that grows as √L; and to "
     "have all in reach is not to search it.",
     threshold="Holds if at each depth the support is L(k - 1) + 1, at depth 16 all tokens, nine tenths of the "
@@ -76,7 +76,7 @@ def depth(setting: Setting, size: int = 3, steps: int | None = None) -> Measurem
     how = {} if steps is None else {"steps": steps}
     right = {
         f"right in the search: {mixer}": train(mixer, setting, search(), depth=deep, **how).accuracy
-        for mixer, deep in (("convolution", 4), ("global attention", 2))
+        for mixer, deep in (("convolution", 4), ("global attention", 1))
     }
     convs, attends = right.values()
     series = {"support": reach, "nine tenths": width, "nine tenths of attention's": [attention] * len(DEPTHS)}

@@ -194,6 +194,19 @@ def test_an_interval_is_students():
     assert interval([0.4, 0.6]).above(0.5) is None
 
 
+def test_the_verdicts_as_a_table(fake, tmp_path):
+    run.study("1,4", "quick", 2, "digits", tmp_path)
+    assert (tmp_path / "verdicts.md").read_text(encoding="utf-8").splitlines() == [
+        "| | claim | who | verdict |",
+        "|---|---|---|---|",
+        "| 1 | Four is <even>. | a & b | holds |",
+        "| 4 | All together. | c | holds |",
+        "",
+        "- 4: A note.",
+    ]
+    assert not list(tmp_path.glob("*.partial"))
+
+
 def test_the_answer_says_what_came_out():
     """Each outcome has its own sentence, and the short answer stands only where both halves of it hold."""
     for number, ways in ANSWER:

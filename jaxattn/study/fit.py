@@ -93,11 +93,6 @@ def classifier(build: Callable[[nnx.Rngs], nnx.Module], steps: int, batch: int, 
     graph, *_ = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param, ...)
     optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0.0, rate, max(1, steps // 10), steps))
 
-    @jax.jit
-    def start(seed):
-        _, weights, rest = nnx.split(build(nnx.Rngs(jax.random.key(seed))), nnx.Param, ...)
-        return weights, rest, optimizer.init(weights)
-
     @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
     def step(weights, rest, moments, images, labels):
         def loss(weights):
@@ -116,7 +111,8 @@ def classifier(build: Callable[[nnx.Rngs], nnx.Module], steps: int, batch: int, 
         return (model(images).argmax(-1) == labels).sum()
 
     def train(seed: int, known: Examples, test: Examples, watch: Callable[[nnx.Module], Any] | None = None) -> Trained:
-        weights, rest, moments = start(seed)
+        _, weights, rest = nnx.split(build(nnx.Rngs(seed)), nnx.Param, ...)  # compiled, this takes longer than the rest
+        moments = optimizer.init(weights)
         seen, draw = [], np.random.default_rng(seed)
         # a loop in Python: a convolution in a compiled one is slow on the CPU
         for n in range(steps):

@@ -1,4 +1,4 @@
-"""The report of a study: one HTML file that needs nothing else and has no scripts, and report.json, its numbers."""
+"""The report of a study: one HTML file that needs nothing else and has no scripts, its numbers, and its verdicts."""
 
 import html
 import inspect
@@ -39,7 +39,7 @@ class Outcome(Protocol):
 
 
 def write_report(out: Path, results: Sequence[tuple[Claim, Outcome]], settings: Mapping[str, Any]):
-    """Writes `out/report.html` and `out/report.json`, each whole or not at all."""
+    """Writes `out/report.html`, `out/report.json` and `out/verdicts.md`, each whole or not at all."""
     versions = environment()
     page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         source=SOURCE,
@@ -50,9 +50,8 @@ def write_report(out: Path, results: Sequence[tuple[Claim, Outcome]], settings: 
         sections="".join(section(claim, result) for claim, result in results),
         settings=_definitions({**settings, **versions}),
     )
-    partial = out / "report.html.partial"
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, out / "report.html")
+    _write(out / "report.html", page)
+    _write(out / "verdicts.md", verdicts(results))
     claims = [
         {
             "number": claim.number,
@@ -69,6 +68,21 @@ def write_report(out: Path, results: Sequence[tuple[Claim, Outcome]], settings: 
         for claim, result in results
     ]
     write_json(out / "report.json", {"settings": dict(settings), "environment": versions, "claims": claims})
+
+
+def verdicts(results: Sequence[tuple[Claim, Outcome]]) -> str:
+    """The table of verdicts, in Markdown, and what the judges noted."""
+    lines = ["| | claim | who | verdict |", "|---|---|---|---|"]
+    lines += [f"| {claim.number} | {claim.text} | {claim.author} | {result.verdict} |" for claim, result in results]
+    noted = [(claim, result) for claim, result in results if claim.judge is not None and result.notes]
+    lines += ["", *(f"- {claim.number}: {result.notes[0].upper()}{result.notes[1:]}" for claim, result in noted)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _write(path: Path, text: str):
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
 
 
 def tally(verdicts: Sequence[str]) -> str:

@@ -41,7 +41,7 @@ def fit(
         weights, rest, moments = carry
 
         def value(weights):
-            model = nnx.merge(graph, weights, rest)
+            model = nnx.merge(graph, weights, rest, copy=True)
             return loss(model, key), nnx.split(model, nnx.Param, ...)[2]
 
         (loss_value, rest), gradient = jax.value_and_grad(value, has_aux=True)(weights)
@@ -96,7 +96,7 @@ def classifier(build: Callable[[nnx.Rngs], nnx.Module], steps: int, batch: int, 
     @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
     def step(weights, rest, moments, images, labels):
         def loss(weights):
-            model = nnx.merge(graph, weights, rest)
+            model = nnx.merge(graph, weights, rest, copy=True)
             value = optax.softmax_cross_entropy_with_integer_labels(model(images), labels).mean()
             return value, nnx.split(model, nnx.Param, ...)[2]
 
@@ -106,7 +106,7 @@ def classifier(build: Callable[[nnx.Rngs], nnx.Module], steps: int, batch: int, 
 
     @jax.jit
     def right(weights, rest, images, labels):
-        model = nnx.merge(graph, weights, rest)
+        model = nnx.merge(graph, weights, rest, copy=True)
         model.eval()
         return (model(images).argmax(-1) == labels).sum()
 
@@ -121,7 +121,7 @@ def classifier(build: Callable[[nnx.Rngs], nnx.Module], steps: int, batch: int, 
             chosen = draw.integers(len(known.labels), size=batch)
             weights, rest, moments = step(weights, rest, moments, known.images[chosen], known.labels[chosen])
         found = sum(right(weights, rest, *part) for part in _parts(test))
-        model = nnx.merge(graph, weights, rest)
+        model = nnx.merge(graph, weights, rest, copy=True)
         seen += [] if watch is None else [watch(model)]
         return Trained(model, float(found) / len(test.labels), seen)
 

@@ -96,7 +96,7 @@ def one_flag(setting: Setting, window: int = 5, steps: int | None = None) -> Mea
     known, test = examples(setting.data, setting.seed, len(setting.data.train))
     numbers = {}
     for kind in KINDS:
-        run = trainer(kind, shape, classes, window, size.steps if steps is None else steps, size.batch)
+        run = trainer(kind, shape, classes, window, size.steps // 2 if steps is None else steps, size.batch)
         numbers[f"accuracy: {kind}"] = run(setting.seed, known, test).accuracy
         model = resnet(kind, shape, classes, window, nnx.Rngs(setting.seed))
         numbers[f"parameters: {kind}"] = count_parameters(model)

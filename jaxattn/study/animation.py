@@ -22,16 +22,18 @@ def moving_centres(tracks: Float[np.ndarray, "frames layers heads 2"], titles: S
     layers = tracks.shape[1]
     reach = max(1.5, float(np.ceil(np.abs(tracks).max() + 0.5)))
     width, height = layers * (SIDE + GAP) - GAP, SIDE + 22
-    panels = [_panel(tracks[:, n], title, n * (SIDE + GAP), reach) for n, (title) in enumerate(titles)]
+    panels = [_panel(tracks[:, n], title, n * (SIDE + GAP), reach) for n, title in enumerate(titles)]
     label = "Head centres through training: a dot for each head that moves along its path, a panel for each layer"
     return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(panels)}</svg>'
 
 
 def _panel(tracks: np.ndarray, title: str, left: int, reach: float) -> str:
     place = lambda value: np.round(SIDE / 2 * (1 + value / reach), 1)
-    ticks = [float(place(offset)) for offset in range(-int(reach), int(reach) + 1)]
+    inside = int(np.ceil(reach)) - 1
+    ticks = [float(place(offset)) for offset in range(-inside, inside + 1)]
     parts = [f'<circle cx="{x}" cy="{y}" r="1" fill="currentColor" opacity=".45"/>' for x in ticks for y in ticks]
     middle = SIDE / 2
+    parts += [f'<rect x=".5" y=".5" width="{SIDE - 1}" height="{SIDE - 1}" rx="4" fill="none" stroke="currentColor"/>']
     parts += [
         f'<path d="M{middle - 5} {middle}h10M{middle} {middle - 5}v10" stroke="currentColor" stroke-width="1.5"/>'
     ]

@@ -43,8 +43,8 @@ ANSWER: tuple[tuple[int, Mapping[str, str]], ...] = (
         3,
         {
             "hold": "On images, too, the similarity of query and key carried what attention reached.",
-            "depend": "On images it hardly matters: positions alone did nearly as well, and similarity was needed "
-            "for the search only.",
+            "depend": "Of the two tasks, images and a search, one got by on positions alone, without the similarity of "
+            "query and key; the other did not.",
             "fail": "On neither task was the similarity of query and key what attention lived by.",
         },
     ),
@@ -53,7 +53,7 @@ ANSWER: tuple[tuple[int, Mapping[str, str]], ...] = (
         {
             "hold": "With few images the convolution's prior won, and with many attention did.",
             "depend": "With few images the convolution's prior was worth much, and with all of them less; how much "
-            "data turns the lead around was beyond what was tried, or beyond what so few seeds can say.",
+            "data turns the lead around was beyond what was tried.",
             "fail": "That more data turns the lead from convolution to attention was not seen at this size.",
         },
     ),
@@ -63,7 +63,7 @@ ANSWER: tuple[tuple[int, Mapping[str, str]], ...] = (
             "hold": "And in practice either does the other's work: one flag turns a network's convolutions into local "
             "attention, at about the same accuracy and fewer parameters.",
             "depend": "In practice one flag turns a network's convolutions into local attention, at an accuracy that "
-            "depends on the stem or the seed.",
+            "depends on the stem.",
             "fail": "In practice, at this size and with so few steps, local attention in a convolution's place cost "
             "accuracy.",
         },
@@ -74,6 +74,8 @@ SHORT = "So: a CNN is local attention whose weights have been fixed by position.
 
 def answer(kinds: Mapping[int, str]) -> list[tuple[str, int]]:
     """The sentences that the outcomes call for, each with its claim: `kinds` has "hold", "depend" or "fail" for each.
+
+    Of a claim that has no outcome, or one that the seeds do not decide, nothing is said.
 
     >>> answer({5: "hold", 18: "hold"})[-1]
     ('So: a CNN is local attention whose weights have been fixed by position. Local self-attention is not a CNN.', 18)

@@ -74,7 +74,7 @@ def curves(panels: Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]], xl
                 )
                 if all(map(math.isfinite, found[0])):
                     low, high = zip(*[value[1:] for value in found], strict=True)
-                    axes.fill_between(list(curve), low, high, color=color, alpha=0.15, linewidth=0)
+                    axes.fill_between(list(curve), low, np.minimum(high, 1), color=color, alpha=0.15, linewidth=0)
             axes.set(title=title, xlabel=xlabel, xscale="log", ylim=(None, 1.02))
             axes.set_xticks(list(next(iter(mixers.values()))))
             axes.xaxis.set_major_formatter("{x:,.0f}")

@@ -11,7 +11,8 @@ from string import Template
 from typing import Any, Protocol
 
 from jaxattn.study.answer import QUESTION, answer
-from jaxattn.study.claim import FAILED, SOURCE, Claim, Published
+from jaxattn.study.claim import FAILED, SOURCE, Claim, Published, decide
+from jaxattn.study.seeds import UNDECIDED
 from jaxattn.train.report import environment
 from jaxattn.train.run import write_json
 
@@ -131,7 +132,8 @@ def source(claim: Claim) -> str:
 
 
 def _answer(results: Sequence[tuple[Claim, Outcome]]) -> str:
-    said = answer({claim.number: kind(result.verdict) for claim, result in results})
+    undecided = decide(True, UNDECIDED)
+    said = answer({claim.number: kind(r.verdict) for claim, r in results if r.verdict != undecided})
     sentences = [f'{html.escape(text)} <a href="#claim-{n}">({n})</a>' for text, n in said]
     return f"<p>{' '.join(sentences)}</p>" if said else "<p>The claims that would answer it were not run.</p>"
 

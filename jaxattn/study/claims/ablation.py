@@ -7,7 +7,7 @@ from jaxattn.study.claim import Measurement, Numbers, Published, Setting, claim
 from jaxattn.study.mixers import search, train
 from jaxattn.study.seeds import Interval, difference, interval, negated, points, together
 
-TASKS = ("images", "match")
+TASKS = ("images", "search")
 FULL, BY_QUERY, BY_PLACE = "q·k and q·r", "q·r alone", "quadratic heads"
 NORMALIZERS = {"softmax": "global attention"} | {name: name for name in ("relu", "sigmoid", "sparsemax", "none")}
 LOST, AS_WELL, SOLVED, CHANCE = 0.05, 0.02, 0.75, 0.65
@@ -15,7 +15,7 @@ LOST, AS_WELL, SOLVED, CHANCE = 0.05, 0.02, 0.75, 0.65
 
 def by_task(setting: Setting, mixers: Mapping[str, str], tasks=TASKS, **size: float) -> dict[str, float]:
     """Test accuracy of each mixer, as "task: name", on the study's images, and on a search."""
-    data = {"images": setting.data, "match": search()}
+    data = {"images": setting.data, "search": search()}
     return {
         f"{task}: {name}": train(mixer, setting, data[task], **size).accuracy
         for task in tasks
@@ -35,7 +35,7 @@ def judged(numbers: Numbers, lost: Mapping[str, Interval], most: float, what: st
         {f"{what}, on {task}": value.mean for task, value in lost.items()},
         together(outcomes, "the task"),
         [figures.dots(series, "test accuracy")],
-        "; ".join(f"{what}, on {task}: {points(value)}" for task, value in lost.items()) + ".",
+        f"{what.capitalize()}: " + "; ".join(f"{task} {points(value)}" for task, value in lost.items()) + ".",
     )
 
 
@@ -129,4 +129,4 @@ def relational(numbers: Numbers) -> Measurement:
 def same_or_different(setting: Setting, frozen: str = "frozen", **size: float) -> Measurement:
     fixed = dict(zip(FROZEN, (frozen, "convolution", "wide convolution"), strict=True))
     made = by_task(setting, {MOVING: "global attention", **fixed}, TASKS[1:], **size)
-    return Measurement({name.removeprefix("match: "): value for name, value in made.items()})
+    return Measurement({name.removeprefix("search: "): value for name, value in made.items()})

@@ -19,7 +19,7 @@ def learning_curves(setting: Setting, mixers: Sequence[str] = MIXERS, shuffled: 
     """Test accuracy, as "task, images: mixer", after the same steps on few and on many training images."""
     total = len(setting.data.train)
     tasks = {"images": (setting.data, [round(total * share) for share in SHARES[setting.profile]])}
-    tasks["match"] = (search(), list(COUNTS[setting.profile]))
+    tasks["search"] = (search(), list(COUNTS[setting.profile]))
     return Measurement(
         {
             f"{task}, {count}: {name}": train(mixer, setting, data, count=count, shuffled=shuffled, **size).accuracy
@@ -78,25 +78,25 @@ def little_and_much(numbers: Numbers) -> Measurement:
 
 def stronger_prior(numbers: Numbers) -> Measurement:
     ahead = {}
-    for task in ("images", "match"):
+    for task in ("images", "search"):
         curve = curves(numbers, task)
         mean = {m: [sum(v) / len(v) for v in zip(*curve[m].values(), strict=True)] for m in (CONV, GLOBAL)}
         ahead[task] = difference(mean[GLOBAL], mean[CONV])
     verdict = together([value.above(0) for value in ahead.values()], "the task")
-    notes = "; ".join(f"attention is ahead on {task} by {points(value)}" for task, value in ahead.items()) + "."
+    notes = "Attention is ahead: " + "; ".join(f"{task} {points(value)}" for task, value in ahead.items()) + "."
     return Measurement({f"ahead on {t}": v.mean for t, v in ahead.items()}, verdict, [_figure(numbers)], notes)
 
 
 def _figure(numbers: Numbers):
-    titles = {"images": "images", "match": "search for what a marked token holds"}
+    titles = {"images": "images", "search": "search for what a marked token holds"}
     return figures.curves({title: curves(numbers, task) for task, title in titles.items()}, "training images")
 
 
 ABOUT = (
     "One network is trained with convolution, local attention, ConViT's gated attention or global attention, of as "
     "many parameters, for as many steps, on shares of the training images. It is also trained on a search, does any "
-    "token hold what a marked one holds, of which there are as many images as one asks for. The test accuracies are "
-    "two families of curves."
+    "token hold what a marked one holds, of which there are as many images as one asks for; its grid is 3 × 3, so "
+    "that there the window of local attention is the whole. The test accuracies are two families of curves."
 )
 
 small_data = claim(

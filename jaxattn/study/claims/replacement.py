@@ -49,7 +49,7 @@ def replaces(numbers: Numbers) -> Measurement:
     beyond = [value.above(MOST) for value in lost.values()]
     smaller = all(numbers[f"parameters: {kind}"][0] <= numbers["parameters: convolution"][0] for kind in ATTENTION)
     verdict = together(list(map(negated, beyond)), "the stem") if smaller else decide(False)
-    notes = "; ".join(f"lost with {kind}: {points(value)}" for kind, value in lost.items()) + "."
+    notes = "Lost: " + "; ".join(f"with {kind} {points(value)}" for kind, value in lost.items()) + "."
     accuracy = {kind: numbers[f"accuracy: {kind}"] for kind in KINDS}
     extra = {f"lost with {kind}": value.mean for kind, value in lost.items()}
     return Measurement(extra, verdict, [figures.dots({"images": accuracy}, "test accuracy")], notes)

@@ -282,10 +282,10 @@ def study(
 
     Args:
       claims: their numbers, as 5,10,21; all of them by default.
-      profile: quick, or full with more seeds.
+      profile: quick, or full, of larger networks and more seeds.
       seeds: how many; by default 3, and 5 in the full profile.
       data: the images, as in `jaxattn train`.
-      out: a folder for report.html and report.json.
+      out: a folder for report.html, report.json and verdicts.md.
     """
     print(summary(run_study(claims, profile, seeds, data, out)))
     print(f"report: {out / 'report.html'}")

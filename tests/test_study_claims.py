@@ -5,13 +5,15 @@ import math
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxattn import zoo
 from jaxattn.study.claim import Setting
 from jaxattn.study.claims import CLAIMS, curves, selection, template
 from jaxattn.study.claims.curves import MIXERS
-from jaxattn.study.mixers import train
+from jaxattn.study.mixers import SIZES, network, train
 from jaxattn.train.data import load
+from jaxattn.train.evaluate import count_parameters
 
 BY_NUMBER = {claim.number: claim for claim in CLAIMS}
 SMALL = {"steps": 400, "width": 16}  # of the networks that are trained
@@ -73,6 +75,15 @@ def test_shuffled_labels_teach_nothing(setting):
     with jax.enable_x64(False):
         right = [train("convolution", setting, setting.data, shuffled=s, **SMALL).accuracy for s in (False, True)]
     assert right[1] < 0.3 < 0.9 < right[0]
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 1), (28, 28, 1), (3, 3, 9)])
+def test_the_networks_that_are_compared_are_of_one_size(shape):
+    def parameters(mixer):
+        return count_parameters(nnx.eval_shape(lambda: network(mixer, shape, 10, SIZES["full"], nnx.Rngs(0))))
+
+    sizes = [parameters(mixer) for mixer in MIXERS]
+    assert max(sizes) < 1.06 * min(sizes)
 
 
 def test_zeros_under_every_normaliser_would_hold(setting):

@@ -25,7 +25,7 @@ PUBLIC = {
     "train study bench",
     "jaxattn.train": "config recipes data augment optimizer step sharding program loop checkpoint evaluate distributed "
     "compile",
-    "jaxattn.study": "claim run",
+    "jaxattn.study": "claim fit mixers run",
     "jaxattn.bench": "cases measure run",
 }
 MODULES = ["jaxattn", *(f"{package}.{name}" for package, names in PUBLIC.items() for name in names.split())]

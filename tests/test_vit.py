@@ -462,6 +462,26 @@ def test_where_the_papers_start():
     np.testing.assert_allclose(centers.var(), 2, rtol=0.2)  # of 1,200 draws
 
 
+def test_a_function_makes_the_mixing_layer():
+    """In every block or in some; it is given the width and what all layers are given, and its layer sees the grid."""
+    seen = []
+
+    def mix(width, **kwargs):
+        seen.append((width, sorted(kwargs)))
+        return nnx.Conv(width, width, (3, 3), kernel_init=nnx.initializers.zeros, **kwargs)
+
+    model = vit_tiny8(depth=2, mix=("local", mix), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    assert seen == [(64, ["dtype", "param_dtype", "rngs"])]
+    assert isinstance(model.blocks[1].mix.layer, nnx.Conv)
+    assert not model.blocks[1].mix.flat
+    # a convolution of zeros adds its bias alone, so that the block is its MLP
+    model = vit_tiny8(depth=1, mix=mix, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (4, 4, 64))
+    block = model.blocks[0]
+    np.testing.assert_allclose(block(x), x + block.mlp(block.mlp_norm(x)), atol=1e-6)
+    assert model(jnp.ones((3, 8, 8, 1))).shape == (3, 10)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

@@ -24,4 +24,4 @@ def test_a_notebook_runs_and_ends_with_a_picture(path):
 
 
 def test_there_are_notebooks():
-    assert len(NOTEBOOKS) >= 2
+    assert len(NOTEBOOKS) >= 5

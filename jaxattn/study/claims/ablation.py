@@ -105,8 +105,8 @@ FROZEN = ("weights frozen", "convolution 3 × 3", "convolution 5 × 5")
 
 
 def relational(numbers: Numbers) -> Measurement:
-    moving, *fixed = (interval(numbers[name]) for name in (MOVING, *FROZEN))
-    solves = moving.above(SOLVED)
+    solves = interval(numbers[MOVING]).above(SOLVED)
+    fixed = [interval(values) for name, values in numbers.items() if name != MOVING]
     verdict = together([solves and negated(value.above(CHANCE)) for value in fixed], "which weights are fixed")
     return Measurement({}, verdict, [figures.dots({"search": numbers}, "test accuracy")])
 

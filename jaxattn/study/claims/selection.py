@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -85,22 +86,22 @@ def solver(network: type, size: int, steps: int):
     threshold="Holds if the filters by hand are right on all 16 patterns, training finds two filters that are and "
     "not one, and attention of some size up to four is right as well.",
 )
-def pairs(setting: Setting, shift: int = 0, steps: int = 600) -> Measurement:
+def pairs(setting: Setting, shift: int = 0, steps: int = 600, sizes: Sequence[int] = SIZES) -> Measurement:
     labels = np.roll(USEFUL, shift)
     starts = setting.seed * RESTARTS + np.arange(RESTARTS)
     share = {
-        name: [float(solver(network, size, steps)(starts, labels).mean()) for size in SIZES]
+        name: [float(solver(network, size, steps)(starts, labels).mean()) for size in sizes]
         for name, network in (("filters", Filters), ("heads", Selecting))
     }
     right = int(((by_hand() > 0) == (labels > 0)).sum())
     least = {
-        name: next((n for n, found in zip(SIZES, shares, strict=True) if found > 0), 0)
+        name: next((n for n, found in zip(sizes, shares, strict=True) if found > 0), 0)
         for name, shares in share.items()
     }
     numbers = {"patterns right: two filters by hand": right}
     numbers |= {f"least {name} that solve it (0: none)": n for name, n in least.items()}
     numbers |= {
-        f"starts that solve it: {n} {k}": v for k, shares in share.items() for n, v in zip(SIZES, shares, strict=True)
+        f"starts that solve it: {n} {k}": v for k, shares in share.items() for n, v in zip(sizes, shares, strict=True)
     }
-    figure = figures.lines(SIZES, share, "filters, or heads", "share of starts that solve it")
+    figure = figures.lines(sizes, share, "filters, or heads", "share of starts that solve it")
     return Measurement(numbers, decide(right == 16 and least["filters"] == 2 and least["heads"] > 0), [figure])

@@ -57,10 +57,6 @@ class DistanceAttention(nnx.Module):
         return self.out(y).reshape(x.shape)
 
 
-def convolution(size: int) -> Callable[..., nnx.Module]:
-    return lambda width, **kwargs: nn.Conv(width, width, (size, size), **kwargs)
-
-
 def biased(**settings: Any) -> Callable[..., nnx.Module]:
     """Attention with a learned bias for each offset."""
     return lambda width, **kwargs: nn.Attention(HEADS, width, relative_bias=True, **settings, **kwargs)
@@ -71,8 +67,7 @@ def relative(grid: Grid, content: bool) -> Callable[..., nnx.Module]:
 
 
 MIXERS: dict[str, Callable[[Grid], Callable[..., nnx.Module]]] = {
-    "convolution": lambda grid: convolution(3),
-    "wide convolution": lambda grid: convolution(5),
+    "convolution": lambda grid: lambda width, **kwargs: nn.Conv(width, width, (3, 3), **kwargs),
     "local attention": lambda grid: biased(window=(3, 3)),
     "gated attention": lambda grid: lambda width, **kwargs: nn.GPSA(HEADS, width, **kwargs),
     "global attention": lambda grid: biased(window=grid),

@@ -6,16 +6,18 @@ import math
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxattn import cli
+from jaxattn import cli, models
 from jaxattn.study import animation, run
 from jaxattn.study.animation import moving_centres
 from jaxattn.study.answer import ANSWER, SHORT, answer
 from jaxattn.study.claim import FAILED, Claim, Measurement, Published, decide
 from jaxattn.study.claims import CLAIMS
 from jaxattn.study.figures import lines
+from jaxattn.study.fit import classifier, examples
 from jaxattn.study.seeds import interval
 from jaxattn.train.data import load
 from jaxattn.train.extras import InputError
@@ -226,3 +228,30 @@ def test_moving_centres_end_where_training_ended():
     assert x < middle < y
     assert f'values="{middle};{middle};{x}"' in svg
     assert f'values="{middle};{middle};{y}"' in svg
+
+
+def test_each_seed_knows_other_examples_and_is_tested_on_the_same():
+    for data, total in ((load("digits"), 1200), (load("relational:match"), 20_000)):
+        (one, test), (two, again), (more, _) = (examples(data, seed, n) for seed, n in ((0, 50), (1, 50), (0, 80)))
+        assert one.images.shape == (50, *data.image_shape)
+        assert one.images.dtype == np.float32
+        assert (one.images != two.images).any()
+        np.testing.assert_array_equal(more.images[:50], one.images)  # a larger share holds the smaller
+        np.testing.assert_array_equal(test.images, again.images)
+        everything = {image.tobytes() for image in examples(data, 0, total)[0].images}
+        if not data.train.endless:
+            assert {image.tobytes() for image in two.images} <= everything
+
+
+def test_a_small_set_is_learned_by_heart():
+    """Few images are learned by heart, batch statistics included, and the test images are counted one by one."""
+    known, _ = examples(load("digits"), 0, 40)
+    build = lambda rngs: models.tiny(width=8, num_heads=2, rngs=rngs)
+    with jax.enable_x64(False):
+        trained = classifier(build, steps=150, batch=40, rate=1e-2)(0, known, known, watch=lambda model: 1)
+        assert trained.accuracy > 0.9
+        trained.model.eval()
+        right = (np.asarray(trained.model(jnp.asarray(known.images))).argmax(-1) == known.labels).mean()
+    assert trained.accuracy == pytest.approx(right)
+    assert len(trained.seen) >= 24
+    assert float(trained.model.stem_norm.mean[...].std()) > 0  # running statistics moved

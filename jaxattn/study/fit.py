@@ -73,13 +73,15 @@ class Trained(NamedTuple):
 def examples(data: Dataset, seed: int, count: int) -> tuple[Examples, Examples]:
     """The first `count` training images, in an order that the seed draws, and the test images.
 
-    Where there are fewer, all. Of an endless source the first are as random as any.
+    Where there are fewer, all. Of an endless source, others for each seed.
     """
 
     def ready(images, labels):
         return Examples(np.asarray(normalise(images, data.mean, data.std), np.float32), labels)
 
-    order = np.arange(count) if data.train.endless else np.random.default_rng(seed).permutation(len(data.train))[:count]
+    everything = len(data.train)
+    first = seed * everything + np.arange(count)  # of an endless source, which is as random there as anywhere
+    order = first if data.train.endless else np.random.default_rng(seed).permutation(everything)[:count]
     return ready(*data.train.fetch(order)), ready(*data.test.fetch(np.arange(len(data.test))))
 
 

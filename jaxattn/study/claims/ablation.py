@@ -35,7 +35,7 @@ def judged(numbers: Numbers, lost: Mapping[str, Interval], most: float, what: st
         {f"{what}, on {task}": value.mean for task, value in lost.items()},
         together(outcomes, "the task"),
         [figures.dots(series, "test accuracy")],
-        f"{what.capitalize()}: " + "; ".join(f"{task} {points(value)}" for task, value in lost.items()) + ".",
+        f"{what[0].upper()}{what[1:]}: " + "; ".join(f"{task} {points(value)}" for task, value in lost.items()) + ".",
     )
 
 

@@ -18,7 +18,7 @@ CONV, GLOBAL = "convolution", "global attention"
 def learning_curves(setting: Setting, mixers: Sequence[str] = MIXERS, shuffled: bool = False, **size: float):
     """Test accuracy, as "task, images: mixer", after the same steps on few and on many training images."""
     total = len(setting.data.train)
-    tasks = {"images": (setting.data, [round(total * share) for share in SHARES[setting.profile]])}
+    tasks = {"images": (setting.data, sorted({math.ceil(total * share) for share in SHARES[setting.profile]}))}
     tasks["search"] = (search(), list(COUNTS[setting.profile]))
     return Measurement(
         {

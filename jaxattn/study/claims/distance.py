@@ -72,7 +72,8 @@ def metric(numbers: Numbers) -> Measurement:
     hypothesis="Trained attention is no metric; one by construction does as well.",
     threshold="A distance has a symmetric share and a definiteness of at least 0.95 (of 1), and no token that is "
     "nearer to another than to itself. Holds if trained attention is one; depends on W_Q = W_K if only the layer "
-    "made so is, and it loses at most 3 points of accuracy (95 % interval); fails otherwise.",
+    "made so is, and it loses at most 3 points of accuracy (95 % interval; depends on the seed if that has 3 points "
+    "in it); fails otherwise.",
     judge=metric,
 )
 def spectrum(setting: Setting, made: str = "distance", **size: float) -> Measurement:

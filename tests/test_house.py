@@ -29,6 +29,7 @@ FLOOR = {
     "bench": 9,
     "study": 9,
     "cli": 10,
+    "__main__": 11,
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

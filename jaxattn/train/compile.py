@@ -183,7 +183,7 @@ def describe(report: Report) -> str:
         ("temporaries", _size(report.temporaries), ""),
         ("code", _size(report.code), ""),
         ("memory per device", _size(report.peak), _verdict(report)),
-        ("operations", f"{report.flops / 1e12:.3f} TFLOP", ""),
+        ("operations", f"{report.flops / 1e12:.3g} TFLOP", ""),
     ]
     if chip:
         rows[-1] = (*rows[-1][:2], f"{report.flops / chip.tflops / 1e9:.3g} ms at {chip.tflops} TFLOP/s")

@@ -29,7 +29,7 @@ def resnet(kind: str, shape: tuple[int, ...], classes: int, window: int, rngs: n
         block="basic",
         width=16,
         window=window,
-        num_heads=4,
+        num_heads=2,
         in_features=shape[-1],
         num_classes=classes,
         stem="cifar" if shape[0] <= 16 else "imagenet",
@@ -96,7 +96,7 @@ def one_flag(setting: Setting, window: int = 5, steps: int | None = None) -> Mea
     known, test = examples(setting.data, setting.seed, len(setting.data.train))
     numbers = {}
     for kind in KINDS:
-        run = trainer(kind, shape, classes, window, size.steps // 2 if steps is None else steps, size.batch)
+        run = trainer(kind, shape, classes, window, size.steps // 2 if steps is None else steps, size.batch // 2)
         numbers[f"accuracy: {kind}"] = run(setting.seed, known, test).accuracy
         model = resnet(kind, shape, classes, window, nnx.Rngs(setting.seed))
         numbers[f"parameters: {kind}"] = count_parameters(model)

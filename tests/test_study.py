@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxattn import cli, models
 from jaxattn.study import animation, run
@@ -18,6 +19,7 @@ from jaxattn.study.claim import FAILED, Claim, Measurement, Published, decide
 from jaxattn.study.claims import CLAIMS
 from jaxattn.study.figures import lines
 from jaxattn.study.fit import classifier, examples
+from jaxattn.study.mixers import DistanceAttention
 from jaxattn.study.seeds import interval
 from jaxattn.train.data import load
 from jaxattn.train.extras import InputError
@@ -255,3 +257,21 @@ def test_a_small_set_is_learned_by_heart():
     assert trained.accuracy == pytest.approx(right)
     assert len(trained.seen) >= 24
     assert float(trained.model.stem_norm.mean[...].std()) > 0  # running statistics moved
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_distance_attention_is_softmax_of_distances(tied):
+    """By loops, in float64; with one matrix no token is nearer to another than to itself."""
+    layer = DistanceAttention(2, 6, tied=tied, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+    x = np.random.default_rng(0).normal(size=(2, 3, 2, 6))
+    of = lambda m: np.einsum("...f,fhd->...hd", x.reshape(2, 6, 6), np.asarray(m.kernel[...])) + np.asarray(m.bias[...])
+    query, key, value = of(layer.query), of(layer.key), of(layer.value)
+    wanted = np.zeros((2, 6, 6))
+    for n, i, h in np.ndindex(2, 6, 2):
+        scores = np.array([-0.5 * ((query[n, i, h] - key[n, j, h]) ** 2).sum() / np.sqrt(3) for j in range(6)])
+        weights = np.exp(scores) / np.exp(scores).sum()
+        assert not tied or weights.argmax() == i
+        wanted[n, i] += weights @ value[n, :, h] @ np.asarray(layer.out.kernel[h])
+    np.testing.assert_allclose(
+        layer(jnp.asarray(x)).reshape(2, 6, 6), wanted + np.asarray(layer.out.bias[...]), rtol=1e-9
+    )

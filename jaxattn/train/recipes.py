@@ -18,7 +18,8 @@ class Digits(Config):
 class Fashion(Config):
     """Fashion-MNIST, 28×28, by the same two blocks, with SGD, Nesterov's momentum, warm-up and a cosine.
 
-    Cost: 600 images/s on two CPU cores, so a minute and a half an epoch. Accuracy: not measured here.
+    Accuracy: 91.17 % of the 10,000 test images, by convolution (one seed).
+    Cost: 14 minutes on two CPU cores that trained 394 images/s; quiet ones have done 600.
     """
 
     recipe: RecipeName = "fashion"

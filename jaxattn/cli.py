@@ -283,7 +283,7 @@ def study(
     Args:
       claims: their numbers, as 5,10,21; all of them by default.
       profile: quick, or full, of larger networks and more seeds.
-      seeds: how many; by default 3, and 5 in the full profile.
+      seeds: how many; by default 3, and 5 in the full profile. Where networks are compared, one decides nothing.
       data: the images, as in `jaxattn train`.
       out: a folder for report.html, report.json and verdicts.md.
     """

@@ -119,21 +119,42 @@ def test_an_interrupted_study_goes_on(fake, tmp_path, monkeypatch):
     assert "<svg" in (tmp_path / "report.html").read_text(encoding="utf-8")  # the figure was kept as well
 
 
-@pytest.mark.parametrize("change", ["seeds", "profile", "code", "data"])
+@pytest.mark.parametrize("change", ["seeds", "profile", "code", "data", "fingerprint", "versions"])
 def test_the_cache_knows_what_it_was_made_with(fake, tmp_path, monkeypatch, change):
     run.study("1", "quick", 1, "digits", tmp_path)
     if change == "code":
         monkeypatch.setattr(run, "code_version", lambda: "other")
+    if change == "fingerprint":  # the images changed under their name
+        monkeypatch.setattr(run, "fingerprint", lambda data: "other")
+    if change == "versions":
+        monkeypatch.setattr(run, "environment", lambda: {"jax": "other"})
     data = "relational:copy" if change == "data" else "digits"
     run.study("1", "full" if change == "profile" else "quick", 2 if change == "seeds" else 1, data, tmp_path)
     assert len(CALLS) == 2  # of two seeds, the first is there already
 
 
-def test_what_failed_is_tried_again(fake, tmp_path, monkeypatch):
-    run.study("2", "quick", 1, "digits", tmp_path)
-    monkeypatch.setattr(run, "CLAIMS", (dataclasses.replace(FAKE[1], experiment=even),))
+def test_what_failed_is_tried_again(monkeypatch, tmp_path):
+    outcomes = iter([RuntimeError("at first"), Measurement({"half": 2}, "holds")])
+
+    def at_last(setting):
+        outcome = next(outcomes)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(run, "CLAIMS", (dataclasses.replace(FAKE[1], experiment=at_last),))
+    failed = run.study("2", "quick", 1, "digits", tmp_path)
+    assert run.summary(failed) == "claim  2: failed to run (RuntimeError: at first)"
     run.study("2", "quick", 1, "digits", tmp_path)
     assert verdicts(tmp_path) == {2: "holds"}
+
+
+def test_the_numbers_are_json_that_all_can_read(monkeypatch, tmp_path):
+    never = lambda setting: Measurement({"first": math.inf}, "fails")
+    monkeypatch.setattr(run, "CLAIMS", (dataclasses.replace(FAKE[1], experiment=never),))
+    run.study("2", "quick", 1, "digits", tmp_path)
+    strict = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    assert strict["claims"][0]["numbers"] == {"first": [None]}
 
 
 def test_the_command_prints_the_verdicts(tmp_path, capsys):

@@ -9,7 +9,7 @@ from flax import nnx
 
 from jaxattn import zoo
 from jaxattn.study.claim import Setting
-from jaxattn.study.claims import CLAIMS, curves, selection, template
+from jaxattn.study.claims import CLAIMS, ablation, curves, distance, replacement, selection, template
 from jaxattn.study.claims.curves import MIXERS
 from jaxattn.study.mixers import SIZES, network, train
 from jaxattn.train.data import load
@@ -162,3 +162,88 @@ def test_no_single_threshold_tells_the_pairs():
     useful = {text: selection.USEFUL[(row == selection.PATTERNS).all(1)][0] for text, row in pattern.items()}
     assert useful == {"ac": 1, "bd": 1, "ab": 0, "cd": 0}
     np.testing.assert_array_equal(np.add(pattern["ac"], pattern["bd"]), np.add(pattern["ab"], pattern["cd"]))
+
+
+SURE, UNSURE = (0.0, 0.001, -0.001), (0.0, 0.2, -0.2)
+
+
+def spread(means, noise=SURE):
+    """Numbers of three seeds about each mean."""
+    return {name: [mean + n for n in noise] for name, mean in means.items()}
+
+
+def ablated(images, search, noise=SURE):
+    """Accuracies with q·k, and without it, where so much is lost on each task."""
+    lost = {"images": images, "search": search}
+    names = (ablation.FULL, ablation.BY_QUERY, ablation.BY_PLACE)
+    means = {f"{task}: {name}": 0.9 - lost[task] * (name != names[0]) for task in lost for name in names}
+    numbers = spread(means)
+    return numbers | spread({f"search: {name}": means[f"search: {name}"] for name in names[1:]}, noise)
+
+
+def normalised(images, search):
+    lost = {"images: relu": images, "search: relu": search, "images: softmax": 0, "search: softmax": 0}
+    return spread({name: 0.9 - value for name, value in lost.items()})
+
+
+def frozen(moving, first, second, noise=SURE):
+    means = {ablation.MOVING: moving, ablation.FROZEN[0]: first, ablation.FROZEN[1]: second}
+    return spread(means) | spread({ablation.FROZEN[0]: first}, noise)
+
+
+def replaced(stem, alone, parameters=90, noise=SURE):
+    convolution, first, second = replacement.KINDS
+    numbers = spread({f"accuracy: {convolution}": 0.9, f"accuracy: {first}": 0.9 - stem})
+    numbers |= spread({f"accuracy: {second}": 0.9 - alone}, noise)
+    sizes = {convolution: 100, first: 90, second: parameters}
+    return numbers | {f"parameters: {kind}": [size] * 3 for kind, size in sizes.items()}
+
+
+def forms(trained, made, lost, noise=SURE):
+    """Symmetric shares, and definiteness, of attention as it is and of what is made a distance."""
+    names = ("symmetric share", "definiteness")
+    numbers = {f"{n}: {k}": [v] * 3 for n in names for k, v in ((distance.TRAINED, trained), (distance.MADE, made))}
+    numbers |= {
+        f"eigenvalues, {n} %: {k}": [0.5] * 3 for n in distance.SHARES for k in (distance.TRAINED, distance.MADE)
+    }
+    astray = "tokens nearer to another than to themselves"
+    numbers |= {
+        f"{astray}: {distance.TRAINED}": [0 if trained == 1 else 0.5] * 3,
+        f"{astray}: {distance.MADE}": [0] * 3,
+    }
+    return (
+        numbers
+        | spread({f"accuracy: {distance.TRAINED}": 0.9})
+        | spread({f"accuracy: {distance.MADE}": 0.9 - lost}, noise)
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "numbers", "expected"),
+    [
+        (3, ablated(0.2, 0.3), "holds"),
+        (3, ablated(0.0, 0.3), "depends on the task"),
+        (3, ablated(0.0, 0.0), "fails"),
+        (3, ablated(0.0, 0.1, UNSURE), "depends on the seed"),
+        (6, normalised(0.0, 0.0), "holds"),
+        (6, normalised(0.0, 0.3), "depends on the task"),
+        (6, normalised(0.1, 0.3), "fails"),
+        (13, forms(1, 1, 0.0), "holds"),
+        (13, forms(0.5, 1, 0.0), "depends on W_Q = W_K"),
+        (13, forms(0.5, 1, 0.1), "fails"),
+        (13, forms(0.5, 0.5, 0.0), "fails"),
+        (13, forms(0.5, 1, 0.0, UNSURE), "depends on the seed"),
+        (14, frozen(0.95, 0.5, 0.5), "holds"),
+        (14, frozen(0.95, 0.8, 0.5), "depends on which weights are fixed"),
+        (14, frozen(0.95, 0.8, 0.8), "fails"),
+        (14, frozen(0.6, 0.5, 0.5), "fails"),
+        (14, frozen(0.95, 0.6, 0.5, UNSURE), "depends on the seed"),
+        (22, replaced(0.0, 0.0), "holds"),
+        (22, replaced(0.0, 0.1), "depends on the stem"),
+        (22, replaced(0.0, 0.0, parameters=110), "depends on the stem"),
+        (22, replaced(0.1, 0.1), "fails"),
+        (22, replaced(0.0, 0.05, noise=UNSURE), "depends on the seed"),
+    ],
+)
+def test_how_seeds_are_judged(number, numbers, expected):
+    assert BY_NUMBER[number].judge(numbers).verdict == expected

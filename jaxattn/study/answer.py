@@ -16,8 +16,8 @@ ANSWER: tuple[tuple[int, Mapping[str, str]], ...] = (
     (
         18,
         {
-            "hold": "But such attention has no “self”: take the data out of local attention's scores and what is "
-            "left is a convolution, exactly; put them back and it is none.",
+            "hold": "Local attention without data in its scores, without “self”, is a convolution, to rounding; with "
+            "them it is none.",
             "fail": "Local attention without data in its scores did not come out as a convolution.",
         },
     ),
@@ -32,44 +32,46 @@ ANSWER: tuple[tuple[int, Mapping[str, str]], ...] = (
     (
         14,
         {
-            "hold": "It matters where the answer is a relation: with fixed weights the network could not tell same "
-            "from different, in reach or not.",
-            "depend": "It matters where the answer is a relation: with some of the fixed weights the network could "
+            "hold": "Data in the weights matter where the answer is a relation: with fixed weights a network could "
             "not tell same from different.",
-            "fail": "It did not matter even where the answer is a relation, in networks of this size.",
+            "depend": "Data in the weights matter where the answer is a relation, but with some fixed weights a "
+            "network could tell same from different.",
+            "fail": "That fixed weights cannot tell same from different was not seen: attention did not learn to "
+            "either, or fixed weights did as well.",
         },
     ),
     (
         3,
         {
-            "hold": "On images, too, the similarity of query and key carried what attention reached.",
-            "depend": "Of the two tasks, images and a search, one got by on positions alone, without the similarity of "
+            "hold": "On images, as in a search, the similarity of query and key was worth more than positions could "
+            "replace.",
+            "depend": "Of two tasks, images and a search, one got by on positions alone, without the similarity of "
             "query and key; the other did not.",
-            "fail": "On neither task was the similarity of query and key what attention lived by.",
+            "fail": "On neither task was the similarity of query and key worth what positions could not replace.",
         },
     ),
     (
         10,
         {
             "hold": "With few images the convolution's prior won, and with many attention did.",
-            "depend": "With few images the convolution's prior was worth much, and with all of them less; how much "
-            "data turns the lead around was beyond what was tried.",
+            "depend": "With few images the convolution's prior won, and with all of them it won by less; that "
+            "attention wins with more was not seen.",
             "fail": "That more data turns the lead from convolution to attention was not seen at this size.",
         },
     ),
     (
         22,
         {
-            "hold": "And in practice either does the other's work: one flag turns a network's convolutions into local "
-            "attention, at about the same accuracy and fewer parameters.",
-            "depend": "In practice one flag turns a network's convolutions into local attention, at an accuracy that "
-            "depends on the stem.",
-            "fail": "In practice, at this size and with so few steps, local attention in a convolution's place cost "
-            "accuracy.",
+            "hold": "In practice either does the other's work: one flag turns a network's convolutions into local "
+            "attention, at about the same accuracy and with no more parameters.",
+            "depend": "In practice one flag turns a network's convolutions into local attention, at about the same "
+            "accuracy with one stem and at less with another.",
+            "fail": "In practice, at this size and with so few steps, local attention in a convolution's place was "
+            "not as good.",
         },
     ),
 )
-SHORT = "So: a CNN is local attention whose weights have been fixed by position. Local self-attention is not a CNN."
+SHORT = "So a CNN is local attention whose weights have been fixed by position. Local self-attention is not a CNN."
 
 
 def answer(kinds: Mapping[int, str]) -> list[tuple[str, int]]:
@@ -78,7 +80,7 @@ def answer(kinds: Mapping[int, str]) -> list[tuple[str, int]]:
     Of a claim that has no outcome, or one that the seeds do not decide, nothing is said.
 
     >>> answer({5: "hold", 18: "hold"})[-1]
-    ('So: a CNN is local attention whose weights have been fixed by position. Local self-attention is not a CNN.', 18)
+    ('So a CNN is local attention whose weights have been fixed by position. Local self-attention is not a CNN.', 18)
     """
     said = [(ways[kinds[number]], number) for number, ways in ANSWER if kinds.get(number) in ways]
     both = kinds.get(5) == kinds.get(18) == "hold"

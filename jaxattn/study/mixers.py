@@ -92,7 +92,8 @@ def network(mixer: str, shape: tuple[int, ...], classes: int, size: Size, rngs: 
     same number of parameters, within a few percent.
     """
     height, width, channels = shape
-    patch = max((p for p in range(1, height) if height % p == width % p == 0 and height // p >= size.grid), default=1)
+    patches = [p for p in range(1, height) if height % p == width % p == 0 and min(height, width) >= p * size.grid]
+    patch = max(patches, default=1)
     features = size.width * 3 // 4 if mixer == "convolution" else size.width
     return ViT(
         image_size=(height, width),

@@ -2,6 +2,7 @@
 
 import html
 import inspect
+import math
 import os
 import re
 from collections import Counter
@@ -60,8 +61,8 @@ def write_report(out: Path, results: Sequence[tuple[Claim, Outcome]], settings: 
             "claim": claim.text,
             "threshold": claim.threshold,
             "verdict": result.verdict,
-            "numbers": result.numbers,
-            "summary": result.summary,
+            "numbers": {name: list(map(_finite, values)) for name, values in result.numbers.items()},
+            "summary": {name: _finite(value) for name, value in result.summary.items()},
             "notes": result.notes,
             "error": result.error,
             "seconds": round(result.seconds, 1),
@@ -135,7 +136,11 @@ def _answer(results: Sequence[tuple[Claim, Outcome]]) -> str:
     undecided = decide(True, UNDECIDED)
     said = answer({claim.number: kind(r.verdict) for claim, r in results if r.verdict != undecided})
     sentences = [f'{html.escape(text)} <a href="#claim-{n}">({n})</a>' for text, n in said]
-    return f"<p>{' '.join(sentences)}</p>" if said else "<p>The claims that would answer it were not run.</p>"
+    return (
+        f"<p>{' '.join(sentences)}</p>"
+        if said
+        else "<p>None of the claims that would answer it came to a decision here.</p>"
+    )
 
 
 def _published(table: Published) -> str:
@@ -172,9 +177,14 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if value.is_integer() or abs(value) >= 1000 else f"{value:.3g}"
 
 
+def _finite(value: float) -> float | None:
+    """JSON has no infinity, and no NaN."""
+    return value if math.isfinite(value) else None
+
+
 def _range(values: Sequence[float]) -> str:
-    low, high = _short(min(values)), _short(max(values))
-    return "the same" if low == high else f"{low} to {high}"
+    low, high = min(values), max(values)
+    return "the same" if low == high else f"{_short(low)} to {_short(high)}"
 
 
 def _definitions(values: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from jaxattn.plots import inline_svg
@@ -16,6 +17,7 @@ from jaxattn.study.report import write_report
 from jaxattn.study.seeds import UNDECIDED
 from jaxattn.train.data import Dataset, load
 from jaxattn.train.extras import InputError, needs_extra
+from jaxattn.train.report import environment
 from jaxattn.train.run import write_json
 
 with needs_extra("train"):
@@ -69,7 +71,8 @@ def study(claims: str | None, profile: Profile, seeds: int | None, data: str, ou
         write_json(out / "settings.json", settings)
     except OSError as error:
         raise InputError(f"out (={out}) cannot be written to: {error.strerror}") from error
-    key = digest(code_version(), profile, data, fingerprint(dataset))
+    made_with = {name: value for name, value in environment().items() if name != "CPU cores"}
+    key = digest(code_version(), profile, data, fingerprint(dataset), made_with)
     results = []
     with tqdm(total=len(chosen) * count, unit="run", disable=None) as bar:  # None: shown on a terminal only
         for claim in chosen:
@@ -111,7 +114,8 @@ def kept(claim: Claim, path: Path, setting: Setting) -> Kept:
     if path.is_file():
         return Kept(**json.loads(path.read_text()))
     start = time.perf_counter()
-    run = claim.experiment(setting)
+    with jax.default_matmul_precision("highest"):  # by default GPUs and TPUs round products of float32
+        run = claim.experiment(setting)
     seconds = time.perf_counter() - start
     numbers = {name: float(value) for name, value in run.numbers.items()}
     result = Kept(numbers, run.verdict, run.notes, drawing(run, claim), seconds)
@@ -160,4 +164,5 @@ def digest(*parts: object) -> str:
 
 def summary(results: Sequence[Result]) -> str:
     """A line a claim, for the terminal."""
-    return "\n".join(f"claim {result.number:2d}: {result.verdict}" for result in results)
+    reason = lambda result: f" ({result.error})" if result.error else ""
+    return "\n".join(f"claim {result.number:2d}: {result.verdict}{reason(result)}" for result in results)

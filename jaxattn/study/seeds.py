@@ -66,4 +66,6 @@ def points(value: Interval) -> str:
     >>> points(Interval(0.02, -0.01, 0.05))
     '+2.0 points (-1.0 to +5.0)'
     """
+    if not math.isfinite(value.low):
+        return f"{100 * value.mean:+.1f} points (of one seed, so without an interval)"
     return f"{100 * value.mean:+.1f} points ({100 * value.low:+.1f} to {100 * value.high:+.1f})"

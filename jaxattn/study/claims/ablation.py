@@ -52,9 +52,10 @@ def needed(numbers: Numbers) -> Measurement:
     author="吼吼",
     text="The essence of attention is the similarity of query and key.",
     chinese="注意力的本质是 Q 与 K 的相似度。",
-    about="One network is trained on images, and on a search: does any token hold what a marked one holds? Its heads "
-    "have q·k and relative positions, or positions alone, which the query weighs (q·r) or which are a centre that is "
-    "learned (quadratic heads). What is lost without q·k is measured against the better of the two.",
+    about="One network is trained on images, cut into about 4 × 4 patches, and on a search: does any token hold what "
+    "a marked one holds? Its heads have q·k and relative positions, or positions alone, which the query weighs (q·r) "
+    "or which are a centre that is learned (quadratic heads). What is lost without q·k is measured against the "
+    "better of the two.",
     hypothesis="On images positions do nearly all; a search needs the similarity.",
     threshold="Holds if without q·k more than 5 points of accuracy are lost on both tasks, depends on the task if on "
     "one, fails if on neither; depends on the seed if a 95 % interval has 5 points in it.",
@@ -118,12 +119,12 @@ def relational(numbers: Numbers) -> Measurement:
     chinese="卷积是局部的，注意力是关系性的；卷积是退化的注意力。",
     about="One network is trained to say whether any of 8 tokens holds what a marked one holds: same or different, a "
     "relation at no fixed offset. Its attention's weights come from the data; or they are frozen, for q·k is "
-    "multiplied by zero, and a learned weight for each offset is left, a convolution of the whole grid. Beside "
-    "them stand convolutions of 3 × 3 taps.",
+    "multiplied by zero, and a learned weight for each offset is left, positive and of sum one, which sees "
+    "the whole grid as a large convolution does. Beside it stand convolutions of 3 × 3 taps.",
     hypothesis="Whoever cannot move its weights with the data cannot compare, in reach or not.",
     threshold="Holds if attention is right in more than 80 % and no network with fixed weights in more than 65 % (a "
     "coin: 50 %), each with its 95 % interval; depends on which weights are fixed if some are; fails if attention is "
-    "not, or all are.",
+    "not, or all are; depends on the seed if an interval has its threshold in it.",
     judge=relational,
 )
 def same_or_different(setting: Setting, frozen: str = "frozen", **size: float) -> Measurement:

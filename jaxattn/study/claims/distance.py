@@ -12,7 +12,7 @@ from jaxattn.study.seeds import UNDECIDED, difference, interval, points
 
 NEAR, LOST = 0.95, 0.03
 SHARES = (0, 25, 50, 75, 100)
-TRAINED, MADE = "two matrices", "one matrix, distances"
+TRAINED, MADE = "as it is", "made a distance"
 
 
 def look(model: Any, seed: int, squared: bool) -> tuple[dict[str, float], np.ndarray]:
@@ -80,7 +80,7 @@ def spectrum(setting: Setting, made: str = "distance", **size: float) -> Measure
     numbers = {}
     for kind, mixer in ((TRAINED, "global attention"), (MADE, made)):
         trained = train(mixer, setting, setting.data, **size)
-        found, eigenvalues = look(trained.model, setting.seed, squared=mixer == "distance")
+        found, eigenvalues = look(trained.model, setting.seed, squared=mixer != "global attention")
         numbers |= {f"accuracy: {kind}": trained.accuracy} | {f"{n}: {kind}": v for n, v in found.items()}
         numbers |= {f"eigenvalues, {n} %: {kind}": float(np.percentile(eigenvalues, n)) for n in SHARES}
     return Measurement(numbers)

@@ -57,10 +57,10 @@ def whose_keys(setting: Setting, normalize: str = "none") -> Measurement:
     author="阿良",
     text="At most, a convolution is local attention without the “self”.",
     chinese="卷积顶多是没有“自”的局部注意力。",
-    about="A layer of local attention, 9 heads in windows of 3 × 3 with a learned bias by offset, is given "
-    "random weights. Multiplying its queries by zero takes the data out of its scores, and leaves the "
-    "window and the positions. We measure how much of the layer the nearest convolution leaves over, "
-    "with and without.",
+    about="A layer of local attention, 9 heads in windows of 3 × 3 with a learned bias by offset, is given random "
+    "weights, the queries' sixfold, so that softmax is not nearly flat. Multiplying its queries by zero takes the "
+    "data out of its scores, and leaves the window and the positions. We measure how much of the layer the nearest "
+    "convolution leaves over, with and without.",
     hypothesis="Without data in its scores the layer is a convolution; with them it is not.",
     threshold="Holds if the residual is below 1e-5 without, and above 1e-1 with data in the scores.",
 )

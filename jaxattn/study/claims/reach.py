@@ -51,8 +51,8 @@ def support(setting: Setting, everything: tuple[int, int] = (9, 9)) -> Measureme
     about="L random convolutions of size 3 are stacked on 33 tokens, and the gradient of the middle output is "
     "measured. What they can see is its support, L(k - 1) + 1 in theory; what they do see is the narrowest window "
     "about the middle that holds nine tenths of it. Global attention is measured beside them. Then networks are "
-    "trained on a search, does any of 8 tokens hold what a marked one holds: four blocks of convolutions, each of "
-    "which has the whole grid in reach, and one of attention.",
+    "trained on a search, does any of 8 tokens hold what a marked one holds: a stack of four blocks of "
+    "convolutions, which has the whole grid in reach, and one block of attention.",
     hypothesis="All is in reach at depth 16, but the weight lies near the middle, in a width that grows as √L; and to "
     "have all in reach is not to search it.",
     threshold="Holds if at each depth the support is L(k - 1) + 1, at depth 16 all tokens, nine tenths of the "

@@ -7,7 +7,7 @@ from flax import nnx
 
 from jaxattn import models
 from jaxattn.study import figures
-from jaxattn.study.claim import Measurement, Numbers, Published, Setting, claim, decide
+from jaxattn.study.claim import Measurement, Numbers, Published, Setting, claim
 from jaxattn.study.fit import classifier, examples
 from jaxattn.study.mixers import SIZES
 from jaxattn.study.seeds import difference, negated, points, together
@@ -44,11 +44,11 @@ def trainer(kind: str, shape: tuple[int, ...], classes: int, window: int, steps:
 
 
 def replaces(numbers: Numbers) -> Measurement:
-    """Whether the better of the two networks with attention is as good, and no larger."""
+    """Whether each network with attention is as good, and no larger."""
     lost = {kind: difference(numbers["accuracy: convolution"], numbers[f"accuracy: {kind}"]) for kind in ATTENTION}
-    beyond = [value.above(MOST) for value in lost.values()]
-    smaller = all(numbers[f"parameters: {kind}"][0] <= numbers["parameters: convolution"][0] for kind in ATTENTION)
-    verdict = together(list(map(negated, beyond)), "the stem") if smaller else decide(False)
+    larger = [numbers[f"parameters: {kind}"][0] > numbers["parameters: convolution"][0] for kind in ATTENTION]
+    as_good = [negated(value.above(MOST)) for value in lost.values()]
+    verdict = together([False if more else good for more, good in zip(larger, as_good, strict=True)], "the stem")
     notes = "Lost: " + "; ".join(f"with {kind} {points(value)}" for kind, value in lost.items()) + "."
     accuracy = {kind: numbers[f"accuracy: {kind}"] for kind in KINDS}
     extra = {f"lost with {kind}": value.mean for kind, value in lost.items()}
@@ -60,10 +60,10 @@ def replaces(numbers: Numbers) -> Measurement:
     author="mof.ii",
     text="Convolution is not local attention, yet local attention can replace it in a whole network.",
     chinese="卷积不是局部注意力，但局部注意力可以在整个网络里替代卷积。",
-    about="One ResNet, one flag: its convolutions are 3 × 3, or local attention in windows of 5 × 5 with relative "
-    "embeddings (SASA), with a convolution as stem or with attention there too. All are trained for the same steps "
-    "on the study's images. Accuracy, parameters and XLA's count of operations are compared. (That a layer of local "
-    "attention is no convolution is claim 18.)",
+    about="One ResNet, one flag: its blocks have convolutions of 3 × 3, or local attention in windows of 5 × 5 with "
+    "relative embeddings (SASA), with a convolution as stem or with attention there too. All are trained for the "
+    "same steps on the study's images. Accuracy, parameters and XLA's count of operations are compared. (That a "
+    "layer of local attention is no convolution is claim 18.)",
     hypothesis="It can, at fewer parameters.",
     threshold="Holds if both networks with attention lose at most 3 points of accuracy, with no more parameters; "
     "depends on the stem if one does; fails if none; depends on the seed if a 95 % interval has 3 points in it.",

@@ -62,12 +62,15 @@ def curves(panels: Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]], xl
     >>> [axes.get_xscale() for axes in curves({"digits": {"conv": {10: [0.5, 0.6], 100: [0.8, 0.9]}}}, "images").axes]
     ['log']
     """
+    names = list(dict.fromkeys(name for mixers in panels.values() for name in mixers))
+    looks = dict(zip(names, zip(COLORS, "os^Dvx", strict=True), strict=False))
     with matplotlib.rc_context(STYLE):  # pyright: ignore[reportArgumentType]
         figure = Figure(figsize=(7.2, 3.2), layout="constrained")
         figure.set_label(f"Lines: test accuracy by {xlabel}, with 95 % intervals")
         grid = figure.subplots(1, len(panels), squeeze=False)[0]
         for axes, (title, mixers) in zip(grid, panels.items(), strict=True):
-            for (name, curve), color, mark in zip(mixers.items(), COLORS, "os^Dvx", strict=False):
+            for name, curve in mixers.items():
+                color, mark = looks[name]
                 found = [interval(values) for values in curve.values()]
                 axes.plot(
                     list(curve), [value.mean for value in found], color=color, marker=mark, markersize=5, label=name
@@ -81,5 +84,5 @@ def curves(panels: Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]], xl
             axes.xaxis.set_minor_formatter(NullFormatter())
             axes.grid(axis="y", color=INK, alpha=0.2, linewidth=0.6)
         grid[0].set_ylabel("test accuracy")
-        grid[-1].legend()
+        grid[0].legend()
     return figure

@@ -31,7 +31,7 @@ class Size(NamedTuple):
     rate: float = 1e-2
 
 
-SIZES: dict[Profile, Size] = {"quick": Size(32, 2, 400, 4), "full": Size(48, 2, 600, 4)}
+SIZES: dict[Profile, Size] = {"quick": Size(32, 2, 250, 4), "full": Size(48, 2, 600, 4)}
 SEARCH = {"depth": 1, "steps": 1500}  # of the networks that search: one comparison, which takes long to be found
 Grid = tuple[int, int]
 

@@ -18,14 +18,16 @@ CONV, GLOBAL = "convolution", "global attention"
 def learning_curves(setting: Setting, mixers: Sequence[str] = MIXERS, shuffled: bool = False, **size: float):
     """Test accuracy, as "task, images: mixer", after the same steps on few and on many training images."""
     total = len(setting.data.train)
-    tasks = {"images": (setting.data, sorted({math.ceil(total * share) for share in SHARES[setting.profile]}))}
-    tasks["search"] = (search(), list(COUNTS[setting.profile]))
+    names = dict(zip(MIXERS, mixers, strict=True))
+    elsewhere = {name: mixer for name, mixer in names.items() if name != "local attention"}
+    shares = sorted({math.ceil(total * share) for share in SHARES[setting.profile]})
+    tasks = (("images", setting.data, shares, names), ("search", search(), COUNTS[setting.profile], elsewhere))
     return Measurement(
         {
             f"{task}, {count}: {name}": train(mixer, setting, data, count=count, shuffled=shuffled, **size).accuracy
-            for task, (data, counts) in tasks.items()
+            for task, data, counts, trained in tasks
             for count in counts
-            for name, mixer in zip(MIXERS, mixers, strict=True)
+            for name, mixer in trained.items()
         }
     )
 
@@ -97,8 +99,8 @@ ABOUT = (
     "One network is trained with convolution, local attention, ConViT's gated attention or global attention, of as "
     "many parameters, for as many steps, on shares of the training images, cut into about 4 × 4 patches. It is also "
     "trained on a search, does any token hold what a marked one holds, of which there are as many images as one asks "
-    "for; its grid is 3 × 3, so that there the window of local attention is the whole. The test accuracies are two "
-    "families of curves."
+    "for; its grid is 3 × 3, so that there a local window is the whole, and local attention stands for itself on "
+    "images only. The test accuracies are two families of curves."
 )
 
 small_data = claim(

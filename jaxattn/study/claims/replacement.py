@@ -9,7 +9,6 @@ from jaxattn import models
 from jaxattn.study import figures
 from jaxattn.study.claim import Measurement, Numbers, Published, Setting, claim
 from jaxattn.study.fit import classifier, examples
-from jaxattn.study.mixers import SIZES
 from jaxattn.study.seeds import difference, negated, points, together
 from jaxattn.train.evaluate import count_parameters, flops_per_image
 
@@ -19,6 +18,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "attention alone": {"mix": "attention", "stem_mix": "attention"},
 }
 MOST = 0.03
+STEPS, BATCH = {"quick": 200, "full": 300}, 32
 ATTENTION = tuple(KINDS)[1:]
 
 
@@ -91,12 +91,11 @@ def replaces(numbers: Numbers) -> Measurement:
     ],
 )
 def one_flag(setting: Setting, window: int = 5, steps: int | None = None) -> Measurement:
-    size = SIZES[setting.profile]
     shape, classes = setting.data.image_shape, len(setting.data.class_names)
     known, test = examples(setting.data, setting.seed, len(setting.data.train))
     numbers = {}
     for kind in KINDS:
-        run = trainer(kind, shape, classes, window, size.steps // 2 if steps is None else steps, size.batch // 2)
+        run = trainer(kind, shape, classes, window, (STEPS[setting.profile] if steps is None else steps), BATCH)
         numbers[f"accuracy: {kind}"] = run(setting.seed, known, test).accuracy
         model = resnet(kind, shape, classes, window, nnx.Rngs(setting.seed))
         numbers[f"parameters: {kind}"] = count_parameters(model)

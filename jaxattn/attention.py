@@ -1,10 +1,11 @@
 """Attention over windows of any rank: check, choose an implementation, call."""
 
 import functools
+import itertools
 import math
 import numbers
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ def attention(
     window: Window | None = None,
     scale: float | Operand | None = None,
     relative_bias: Operand | None = None,
-    key_embedding: Operand | None = None,
+    key_embedding: Operand | Sequence[Operand] | None = None,
     score_mod: ScoreMod | None = None,
     logits_soft_cap: float | Operand | None = None,
     normalize: str | Normalizer = "softmax",
@@ -73,7 +74,9 @@ def attention(
         scale: None is head_dim ** -0.5.
         relative_bias: [heads, *(2k-1)], indexed by k - 1 + (key - stride·query) / dilation per axis, where `key` is the
             position of the slot before any folding at the boundary.
-        key_embedding: r, [heads or 1, *(2k-1), head_dim], indexed like `relative_bias`.
+        key_embedding: r, [heads or 1, *(2k-1), head_dim], indexed like `relative_bias`; or a tuple of one table for
+            each axis of the window, [heads or 1, 2k-1, dim], which costs less: where dim is head_dim, r is their sum
+            (BoTNet, MViTv2); where the dims make up head_dim, they stand one after the other (SASA).
         score_mod: ``score_mod(score, head, query_index, key_index) -> score``, elementwise, on tiles of scores against
             which the integer arrays broadcast: the query head, the query's index in the query grid and the key's in the
             key grid (tuples, one array per axis; a slot outside the grid gives its position there). Not applied to
@@ -138,7 +141,7 @@ def attention(
         slot_mask=slot_mask,
         key_mask=key_mask,
         relative_bias=_relative("relative_bias", relative_bias, geometry),
-        key_embedding=_relative("key_embedding", key_embedding, geometry),
+        key_embedding=_embedding(key_embedding, geometry),
         query_segments=query_segments,
         key_segments=key_segments,
         extra_key=extra_key,
@@ -288,6 +291,36 @@ def _relative(name: str, table: Operand | None, geometry: _Geometry) -> Array | 
     for axis in geometry.axes:
         axis.relative()  # raises where an offset puts keys beyond the table
     return table.astype(geometry.dtype) if embedding else table
+
+
+def _embedding(tables: Operand | Sequence[Operand] | None, geometry: _Geometry) -> Array | None:
+    """r as one array: tables by axis one after the other, [heads or 1, Σ(2k-1), head_dim], of which r is the sum."""
+    if geometry.window is None or not isinstance(tables, tuple | list):
+        return _relative("key_embedding", cast(Any, tables), geometry)
+    axes, heads, head_dim = geometry.axes, geometry.heads, geometry.head_dim
+    if len(tables) != len(axes):
+        raise ValueError(
+            f"attention: key_embedding is a sequence of {len(tables)}; allowed: one table for all axes, or one for "
+            f"each of the window's {len(axes)}"
+        )
+    tables = [jnp.asarray(table) for table in tables]
+    dims = [table.shape[-1] if table.ndim == 3 else head_dim for table in tables]
+    after_each_other = len(axes) > 1 and sum(dims) == head_dim
+    if after_each_other:
+        before = np.cumsum([0, *dims])
+        around = [(int(start), head_dim - int(end)) for start, end in itertools.pairwise(before)]
+    else:
+        dims, around = [head_dim] * len(axes), [(0, 0)] * len(axes)
+    for a, (axis, table, dim) in enumerate(zip(axes, tables, dims, strict=True)):
+        shape = (heads, 2 * axis.size - 1, dim)
+        if not jnp.issubdtype(table.dtype, jnp.floating) or table.shape not in (shape, (1, *shape[1:])):
+            parts = "" if after_each_other or len(axes) == 1 else ", or dims that make up head_dim"
+            _refuse(f"key_embedding[{a}]", table, f"floating point, {shape} or {(1, *shape[1:])}{parts}")
+        axis.relative()
+    most = max(len(table) for table in tables)
+    padded = [jnp.pad(table, [(0, 0), (0, 0), pad]) for table, pad in zip(tables, around, strict=True)]
+    padded = [jnp.broadcast_to(table, (most, *table.shape[1:])).astype(geometry.dtype) for table in padded]
+    return jnp.concatenate(padded, axis=1)
 
 
 def _slotwise(name: str, x: Operand | None, geometry: _Geometry) -> Array | None:

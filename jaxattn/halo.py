@@ -293,7 +293,7 @@ def _sliding(query, key, value, bias, mask, place: _Place, tables, options):
         position = lax.axis_index(place.axis_name) * place.length + offset + np.arange(span)
         inside = ((position >= 0) & (position < whole.length)).reshape(span, *(1,) * (window.rank - 1))
         mask = _inside_too(mask, inside, (*(1,) * place.axis, span, *place.grid[1:]), whole.boundary)
-    tables = {name: None if t is None else _recentred(t, whole) for name, t in tables.items()}
+    tables = {name: _recentred(table, whole) for name, table in tables.items()}
     valid = {"boundary": "valid", "offset": None, "causal": False}
     ours = {name: (first, *getattr(window, name)[1:]) for name, first in valid.items()}
     beginning = dataclasses.replace(window, **ours)
@@ -308,7 +308,11 @@ def _inside_too(mask, inside: jax.Array, shape: tuple[int, ...], boundary: str):
 
 
 def _recentred(table, whole: Axis):
-    """A relative table for windows that begin at their query."""
+    """A relative table, or one for each axis, for windows that begin at their query."""
+    if table is None:
+        return None
+    if isinstance(table, tuple | list):
+        return tuple(_recentred(t, whole) if a == 0 else t for a, t in enumerate(table))
     return jnp.roll(jnp.asarray(table), whole.size - 1 - int(whole.relative()[0]), axis=1)
 
 

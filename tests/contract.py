@@ -168,6 +168,8 @@ class Problem:
     def call(self, implementation, operands):
         """`attention`, of operands that a transformation may have in hand, and which may stand for options as well."""
         given = self.options | operands | dict(window=self.window, implementation=implementation)
+        tables = [given.pop(name) for name in by_axis(operands)]
+        given |= {"key_embedding": tuple(tables)} if tables else {}
         if implementation == SMALL:
             axes = (Axis.everything(*self.queries, *self.grid),) if self.window is None else self.window.axes(self.grid)
             given |= dict(implementation="xla", tile=small_tile(axes))
@@ -193,16 +195,30 @@ class Problem:
         result, gradients = oracle_gradients.attention(**self.given(self.operands), cotangents=cotangents)
         if "bias" in gradients:
             gradients["bias"] = self.from_slots(gradients["bias"], self.operands["bias"].shape)
+        gradients |= self.of_axes(gradients.get("key_embedding"))
         result = tuple(x.reshape(*self.batch, *x.shape[1:]) for x in result)
         return result, {name: np.reshape(gradients[name], x.shape) for name, x in self.operands.items()}
 
     def given(self, operands):
         """What the oracle takes."""
         operands = {name: np.asarray(x, np.float64) for name, x in operands.items()}
+        tables = [operands.pop(name) for name in by_axis(operands)]
+        operands |= {"key_embedding": over_all_axes(tables, operands["query"].shape[-1])} if tables else {}
         operands |= {name: self.flat(operands[name]) for name in PER_TOKEN if name in operands}
         if "bias" in operands:
             operands["bias"] = self.by_slot(operands["bias"])
         return operands | self.told | self.geometry()
+
+    def of_axes(self, gradient):
+        """The gradients of tables by axis, from that of the table over all axes."""
+        found, before = {}, 0
+        for a, name in enumerate(by_axis(self.operands)):
+            shape = self.operands[name].shape
+            first = before if shape[-1] < gradient.shape[-1] else 0
+            mine = gradient[..., first : first + shape[-1]].sum(tuple(b + 1 for b in range(len(self.slots)) if b != a))
+            found[name] = mine if shape[0] > 1 else mine.sum(0, keepdims=True)
+            before += shape[-1]
+        return found
 
     def geometry(self):
         """The window as the oracle takes it."""
@@ -355,6 +371,33 @@ def key_embedding(p, heads=None):
         p.operands["key_embedding"] = p.rng.normal(size=shape)
 
 
+def by_axis(operands):
+    """The names of what stands for a `key_embedding` by axis, in order."""
+    return sorted(name for name in operands if name.startswith("key_embedding_"))
+
+
+def embedding_by_axis(p, heads=(None,), dims=None):
+    """Tables of head_dim, to be added; or of `dims`, to stand one after the other, where there are as many axes. Of
+    `heads`, which are taken in turns, None is all of them."""
+    if p.seen.entry is None:
+        return
+    head_dim, rank = p.operands["query"].shape[-1], len(p.slots)
+    dims = dims if dims is not None and len(dims) == rank else (head_dim,) * rank
+    for a, (size, dim) in enumerate(zip(p.slots, dims, strict=True)):
+        of_heads = heads[a % len(heads)] or p.heads
+        p.operands[f"key_embedding_{a}"] = p.rng.normal(size=(of_heads, 2 * size - 1, dim))
+
+
+def over_all_axes(tables, head_dim):
+    """The table of every offset, [heads, *(2k-1), head_dim], entry by entry."""
+    heads, added = max(len(table) for table in tables), tables[0].shape[-1] == head_dim
+    full = np.zeros((heads, *(table.shape[1] for table in tables), head_dim))
+    for place in np.ndindex(full.shape[:-1]):
+        parts = [table[place[0] % len(table), entry] for table, entry in zip(tables, place[1:], strict=True)]
+        full[place] = sum(parts) if added else np.concatenate(parts)
+    return full
+
+
 def extra_tokens(p, n=2):
     for name in ("key", "value"):
         p.operands[f"extra_{name}"] = p.rng.normal(size=(*p.batch, n, *p.operands[name].shape[-2:]))
@@ -479,8 +522,8 @@ def dropped(p):
     return kept.reshape(-1, *p.queries, p.heads, kept.shape[-1])
 
 
-def with_(function, *arguments):
-    return lambda p: function(p, *arguments)
+def with_(function, *arguments, **options):
+    return lambda p: function(p, *arguments, **options)
 
 
 EVERYTHING = [
@@ -496,6 +539,10 @@ ARGUMENTS = {
     "relative bias": [relative_bias],
     "key embedding": [key_embedding],
     "key embedding shared by heads": [with_(key_embedding, 1), relative_bias],
+    "key embedding by axis": [embedding_by_axis],
+    "key embedding by axis, some shared": [with_(embedding_by_axis, (1, None)), relative_bias, residuals],
+    "key embedding by axis, one after the other": [with_(embedding_by_axis, (1,), (1, 2)), bias],
+    "everything, embedded by axis": [embedding_by_axis, *(x for x in EVERYTHING if x is not key_embedding)],
     "mask by slot": [mask_by_slot, residuals],
     "mask of keys": [mask_of_keys, residuals],
     "the first keys": [first_keys, residuals],

@@ -8,6 +8,7 @@ from contract import (
     a_function_normalizes,
     bias,
     check,
+    embedding_by_axis,
     extra_tokens,
     key_embedding,
     mask_by_slot,
@@ -24,7 +25,9 @@ from contract import (
 )
 from windows import grids
 
-TERMS = [bias, relative_bias, key_embedding, with_(key_embedding, 1), extra_tokens]
+BY_AXIS = [embedding_by_axis, with_(embedding_by_axis, (1, None)), with_(embedding_by_axis, dims=(2, 1))]
+TERMS = [bias, relative_bias, extra_tokens]
+EMBEDDINGS = [[], [key_embedding], [with_(key_embedding, 1)], *([term] for term in BY_AXIS)]
 OTHERS = [segments, scale, soft_cap, score_mod]
 MASKS = [[], [mask_by_slot], [mask_of_keys]]
 NORMALIZERS = [*(with_(normalize, name) for name in ("relu", "sigmoid", "none", "sparsemax")), a_function_normalizes]
@@ -37,6 +40,7 @@ def test_drawn(implementation, data):
     rank = data.draw(st.sampled_from([1, 2]))
     geometry = data.draw(grids(rank=rank, most=14 if rank == 1 else 7, widest=5 if rank == 1 else 3))
     terms = data.draw(st.lists(st.sampled_from(TERMS + OTHERS), unique=True, max_size=5))
+    terms += data.draw(st.sampled_from(EMBEDDINGS))
     masks = data.draw(st.sampled_from(MASKS))
     last = data.draw(st.sampled_from([residuals, residuals, *NORMALIZERS]))
     seed = data.draw(st.integers(0, 99))

@@ -27,6 +27,7 @@ def inner(a, b):
         *((SMALL, geometry, "everything") for geometry in ("dilated", "halo", "257 of 600", "global, more keys")),
         *((SMALL, "5 x 5, mask", arguments) for arguments in (*NORMALIZERS, "dropout, extra", "bias of -inf")),
         *((name, "5 x 5, mask", "everything") for name in IMPLEMENTATIONS if name != SMALL),
+        (SMALL, "halo", "everything, embedded by axis"),
         ("xla", "global, 700", "the first keys"),
     ],
 )
@@ -52,7 +53,7 @@ def test_forward_mode_is_a_difference(implementation, geometry, arguments):
         (SMALL, "257 of 600, causal, mask", "residuals"),
         (SMALL, "global, more keys", "everything"),
         (SMALL, "Swin, ragged", "bias of -inf, capped, extra"),
-        ("xla", "3-D, all at once", "everything"),
+        ("xla", "3-D, all at once", "everything, embedded by axis"),
         ("xla", "global, 700", "the first keys"),
         *((SMALL, "edge and reflect", arguments) for arguments in (*NORMALIZERS, "nothing but extra tokens")),
         (SMALL, "dilated", "dropout, extra"),

@@ -11,6 +11,7 @@ from jaxattn.attention import attention, merge_attentions
 from jaxattn.window import Window
 
 X = jnp.zeros((2, 6, 4, 8))
+GRID = jnp.zeros((2, 5, 6, 4, 8))
 
 
 def zeros(*shape, dtype=jnp.float64):
@@ -71,6 +72,28 @@ def zeros(*shape, dtype=jnp.float64):
             {"key_embedding": zeros(4, 5, 7), "window": Window(3)},
             "key_embedding is float64[4, 5, 7]; expected floating point, (4, 5, 8) or (1, 5, 8)",
         ),
+        (
+            (X, X, X),
+            {"key_embedding": (zeros(4, 5, 8), zeros(4, 5, 8)), "window": Window(3)},
+            "key_embedding is a sequence of 2; allowed: one table for all axes, or one for each of the window's 1",
+        ),
+        (
+            (GRID, GRID, GRID),
+            {"key_embedding": (zeros(4, 5, 8), zeros(4, 5, 3)), "window": Window((3, 3))},
+            "key_embedding[1] is float64[4, 5, 3]; expected floating point, (4, 5, 8) or (1, 5, 8), or dims that make "
+            "up head_dim",
+        ),
+        (
+            (GRID, GRID, GRID),
+            {"key_embedding": (zeros(4, 5, 6), zeros(2, 5, 2)), "window": Window((3, 3))},
+            "key_embedding[1] is float64[2, 5, 2]; expected floating point, (4, 5, 2) or (1, 5, 2)",
+        ),
+        (
+            (GRID, GRID, GRID),
+            {"key_embedding": (zeros(4, 5, 8, dtype=int), zeros(1, 5, 8)), "window": Window((3, 3))},
+            "key_embedding[0] is int64[4, 5, 8]; expected floating point",
+        ),
+        ((X, X, X), {"key_embedding": (zeros(4, 5, 8),)}, "key_embedding needs a window"),
         (
             (X, X, X),
             {"relative_bias": zeros(4, 5), "window": Window(3, boundary="mask", offset=1)},

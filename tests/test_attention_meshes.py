@@ -11,6 +11,8 @@ from contract import (
     SMALL,
     agree,
     bias,
+    by_axis,
+    embedding_by_axis,
     extra_tokens,
     key_embedding,
     mask_of_keys,
@@ -25,8 +27,10 @@ from jax.sharding import PartitionSpec as P
 
 APART = [bias, mask_of_keys, extra_tokens, residuals]  # every part of it is one device's alone
 SHARED = [*APART, relative_bias, key_embedding, scale]  # what the batch shares: its gradient is a sum over devices
+BY_AXIS = [*APART, embedding_by_axis]
 BOTH, BATCH, HEADS = ("data", "model"), ("data", None), (None, "model")
-NAMES = {str(APART): "apart", str(SHARED): "shared", str(BOTH): "both", str(BATCH): "batch", str(HEADS): "heads"}
+NAMES = {str(APART): "apart", str(SHARED): "shared", str(BY_AXIS): "by axis"}
+NAMES |= {str(BOTH): "both", str(BATCH): "batch", str(HEADS): "heads"}
 
 
 def mesh_of(kind, shape=(2, 2)):
@@ -40,7 +44,7 @@ def sharded(made, over):
     specs = dict(
         **dict.fromkeys(("query", "key", "value"), P(data, *grid, model)),
         **dict.fromkeys(("extra_key", "extra_value"), P(data, None, model)),
-        **dict.fromkeys(("relative_bias", "key_embedding"), P(model)),
+        **dict.fromkeys(("relative_bias", "key_embedding", *by_axis(made.operands)), P(model)),
         bias=P(data, *(grid if window else []), model),
         mask=P(data),
         scale=P(),
@@ -70,6 +74,7 @@ def gradients_of(call, made, cotangents):
         (SMALL, "dilated", BATCH, APART),
         (SMALL, "causal and not", HEADS, APART),
         (SMALL, "3-D, all at once", BOTH, SHARED),
+        (SMALL, "3-D, all at once", BOTH, BY_AXIS),
         ("reference", "halo", BOTH, APART),
     ],
     ids=lambda x: NAMES.get(str(x), str(x)),
@@ -91,7 +96,9 @@ def test_under_a_mesh(implementation, geometry, over, arguments, kind):
     assert output.sharding.is_equivalent_to(placed["query"].sharding, output.ndim)
     for name, x in gradients.items():
         assert x.sharding.is_equivalent_to(placed[name].sharding, x.ndim), name
-    shared = max((given[name].size for name in ("relative_bias", "key_embedding", "scale") if name in given), default=0)
+    sums = [given[name].size for name in ("relative_bias", "key_embedding", "scale") if name in given]
+    sums.append(sum(given[name].size for name in by_axis(given)))
+    shared = max(sums)
     communicates(compiled.as_text(), shared)
 
 

@@ -179,6 +179,20 @@ def test_split_attention(name):
     agree(whole, parts, (made,))
 
 
+@pytest.mark.parametrize("name", ["mask, offset", "shift, strided"])
+def test_split_attention_with_embeddings_by_axis(name):
+    grid, window = WINDOWS[name]
+    made = operands_of(grid, window)
+    made["key_embedding"] = tuple(
+        normal(4, (heads, 2 * k - 1, 3)) for heads, k in zip((1, 2), window.sizes, strict=True)
+    )
+    specs = {n: P(None, "space") if n in ("query", "key", "value") else P() for n in made}
+    specs["key_embedding"] = (P(), P())
+    whole = lambda made: attention(**made, window=window)
+    parts = split(lambda made: split_attention(**made, axis_name="space", window=window), 4, (specs,), P(None, "space"))
+    agree(whole, parts, (made,))
+
+
 @pytest.mark.parametrize("boundary", ["mask", "zero", "shift"])
 def test_split_attention_with_everything(boundary):
     """Key mask, bias by slot, extra tokens, grouped heads and the log-sum-exp."""

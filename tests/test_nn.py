@@ -324,7 +324,8 @@ def attention_loop(layer, x):
                 values[n] = value[j][head]
                 table = state.get("key_embedding")
                 if isinstance(table, dict):
-                    scores[n] += q @ np.concatenate([table[axis][head, o] for axis, o in enumerate(offset)])
+                    parts = [table[axis][head, o] for axis, o in enumerate(offset)]
+                    scores[n] += q @ (np.concatenate(parts) if len(parts[0]) < len(q) else sum(parts))
                 elif table is not None:
                     scores[n] += q @ table[(head if len(table) > 1 else 0, *offset)]
                 if "relative_bias" in state:
@@ -350,6 +351,8 @@ MASKED = Window((3, 2), boundary="mask")
         (Window((3, 2), dilation=(1, 2)), (4, 5), True, True),
         (Window(3, stride=2, boundary="valid"), (8,), True, True),
         (Window((2, 3, 1), block=(2, 1, 1)), (4, 3, 2), False, "factorized"),
+        (MASKED, (5, 4), False, "decomposed"),
+        (Window((2, 3, 1), block=(2, 1, 1)), (4, 3, 2), True, "decomposed"),
     ],
 )
 def test_attention_is_its_formula(window, grid, relative_bias, key_embedding):

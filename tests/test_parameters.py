@@ -70,6 +70,7 @@ TABLE = [
     (nn.Attention, {"num_heads": 2, "in_features": 8, "window": (7, 7), "key_embedding": True}, 288 + 2 * 169 * 4),
     (nn.Attention, {"num_heads": 2, "in_features": 8, "window": (7, 7), "key_embedding": "shared"}, 288 + 169 * 4),
     (nn.Attention, {"num_heads": 2, "in_features": 8, "window": (7, 7), "key_embedding": "factorized"}, 288 + 104),
+    (nn.Attention, {"num_heads": 2, "in_features": 8, "window": (7, 7), "key_embedding": "decomposed"}, 288 + 208),
     # 8·8 for each of query, key, value and out, 8 for each bias, 2 heads of 4; the tables are added
     (nn.GlobalAttention, {"num_heads": 2, "in_features": 8}, 288),
     (nn.GlobalAttention, {"num_heads": 2, "in_features": 8, "qkv_features": 4, "out_features": 6}, 3 * 36 + 24 + 6),

@@ -110,23 +110,27 @@ def _scores(operands: Operands, options: Options, rows: Rows, tables: Tables) ->
 
 
 def relative(operands: Operands, options: Options, rows: Rows, tables: Tables, dtype: jnp.dtype) -> Array:
-    """q·r[j-i] + relative_bias[j-i]: first for every offset of the tables, then sheared into columns."""
-    rank = len(rows)
-    key_heads = operands.key.shape[-2]
-    logits = jnp.zeros((), dtype)
-    if operands.key_embedding is not None:
-        table = operands.key_embedding
-        grid = tuple(len(row.shift) for row in rows)
+    """q·r[j-i] + relative_bias[j-i]: first for every offset of the tables, then sheared into columns.
+
+    A part of r that depends on the offset along one axis alone is sheared along it, and is the same along the others.
+    """
+    rank, key_heads, total = len(rows), operands.key.shape[-2], jnp.zeros((), dtype)
+    everywhere, terms = tuple(range(rank)), {}
+    for axes, table in problem.embeddings(operands, options):
         offsets, heads = table.shape[1:-1], "kg" if table.shape[0] > 1 else ""
-        table = table.reshape(*([key_heads, -1] if heads else []), math.prod(offsets), table.shape[-1])
-        logits = _einsum(f"...kgqd,{heads}md->...kgqm", _grouped(operands, rank), table, options)
-        logits = logits.reshape(*logits.shape[:-2], *grid, *offsets)
+        flat = table.reshape(*([key_heads, -1] if heads else []), math.prod(offsets), table.shape[-1])
+        logits = _einsum(f"...kgqd,{heads}md->...kgqm", _grouped(operands, rank), flat, options)
+        along = [2 * options.axes[a].size - 1 if a in axes else 1 for a in everywhere]
+        terms[axes] = logits.reshape(*logits.shape[:-2], *(len(row.shift) for row in rows), *along)
     if operands.relative_bias is not None:
         table = operands.relative_bias
-        logits = logits + table.reshape(key_heads, -1, *[1] * rank, *table.shape[1:]).astype(dtype)
-    for axis, (row, table) in enumerate(zip(rows, tables, strict=True)):
-        logits = _shear(logits, row.relative, table.relative, table.keys.shape[1], rank, axis)
-    return logits
+        bias = table.reshape(key_heads, -1, *[1] * rank, *table.shape[1:]).astype(dtype)
+        terms[everywhere] = terms[everywhere] + bias if everywhere in terms else bias
+    for axes, logits in terms.items():
+        for a in axes:
+            logits = _shear(logits, rows[a].relative, tables[a].relative, tables[a].keys.shape[1], rank, a)
+        total = total + logits
+    return total
 
 
 def visible(operands: Operands, options: Options, rows: Rows, tables: Tables) -> Array:

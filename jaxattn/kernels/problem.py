@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
@@ -27,7 +28,7 @@ class Operands(NamedTuple):
     slot_mask: Array | None = None  # the same
     key_mask: Array | None = None  # [*batch|1, *keys]
     relative_bias: Array | None = None  # [heads, *(2k-1)]
-    key_embedding: Array | None = None  # [heads|1, *(2k-1), head_dim]
+    key_embedding: Array | None = None  # [heads|1, *(2k-1), head_dim], or a part for each axis [heads|1, Σ(2k-1), ...]
     query_segments: Array | None = None  # [*batch, *queries]
     key_segments: Array | None = None  # [*batch, *keys]
     extra_key: Array | None = None  # [*batch, extra, key_heads, head_dim]
@@ -60,6 +61,18 @@ class Options:
 def statistics_dtype(dtype: DTypeLike) -> jnp.dtype:
     """Scores, maxima and sums are held in float32, or in float64 where the operands are."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def embeddings(operands: Operands, options: Options) -> list[tuple[tuple[int, ...], Array]]:
+    """The parts whose sum is r: the axes along whose offsets each depends, and its table [heads|1, *(2k-1), head_dim]
+    over those axes."""
+    table, axes = operands.key_embedding, options.axes
+    if table is None:
+        return []
+    if table.ndim == len(axes) + 2:
+        return [(tuple(range(len(axes))), table)]
+    ends = np.cumsum([2 * axis.size - 1 for axis in axes])
+    return [((a,), part) for a, part in enumerate(jnp.split(table, ends[:-1], axis=1))]
 
 
 def nothing(operands: Operands, options: Options) -> tuple[Array, ...]:

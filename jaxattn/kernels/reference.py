@@ -4,6 +4,8 @@ It materialises the gathered keys, `N × window × head_dim`; `kernels/xla.py` i
 flattened to one axis n and slots to one axis w; k and g are the key heads, and the query heads that share one.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from jaxtyping import Array
 from jaxattn.kernels import problem
 from jaxattn.kernels.problem import Operands, Options, ScoreMod
 from jaxattn.normalize import logsumexp
-from jaxattn.position import by_slot
+from jaxattn.position import by_slot, spread
 from jaxattn.window import outer
 
 
@@ -75,7 +77,9 @@ def _position_terms(operands: Operands, options: Options, scores: Array) -> Arra
     total = jnp.zeros((1, 1, 1), scores.dtype)
     first, sizes = [axis.relative for axis in options.axes], [axis.size for axis in options.axes]
     if operands.key_embedding is not None:
-        table = by_slot(operands.key_embedding, [entry() for entry in first], sizes)  # [heads|1, n, w, head_dim]
+        parts = [part for _, part in problem.embeddings(operands, options)]
+        embedding = parts[0] if len(parts) == 1 else functools.reduce(jnp.add, spread(parts))
+        table = by_slot(embedding, [entry() for entry in first], sizes)  # [heads|1, n, w, head_dim]
         query = _flat(operands.query, options)
         table = jnp.broadcast_to(table, (query.shape[-2], *table.shape[1:]))
         total = total + _einsum("...nhd,hnwd->...nhw", query, table, options)

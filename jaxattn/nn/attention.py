@@ -13,13 +13,12 @@ from jaxtyping import Array, ArrayLike, Float, Num, Shaped
 from jaxattn.attention import attention
 from jaxattn.halo import shard_count, split_attention
 from jaxattn.normalize import NORMALIZERS
-from jaxattn.position import spread
 from jaxattn.window import Window
 
 default_kernel_init = nnx.initializers.lecun_normal()
 default_bias_init = nnx.initializers.zeros_init()
 default_relative_init = nnx.initializers.truncated_normal(0.02)
-KEY_EMBEDDINGS = (False, True, "shared", "factorized")
+KEY_EMBEDDINGS = (False, True, "shared", "factorized", "decomposed")
 
 
 class Attention(nnx.Module):
@@ -47,7 +46,9 @@ class Attention(nnx.Module):
       relative_bias: learns b, `[num_heads, *(2k-1)]`. Needs a window.
       key_embedding: learns r. True: a table per head, `[num_heads, *(2k-1), head_dim]`. "shared": one for all heads.
         "factorized": a table per head and axis, `[num_heads, 2k-1, head_dim / rank]`, an offset's embedding being its
-        axes' embeddings one after the other (Ramachandran et al.). Needs a window.
+        axes' embeddings one after the other (Ramachandran et al.). "decomposed": a table per head and axis,
+        `[num_heads, 2k-1, head_dim]`, which are added (Srinivas et al. 2021, arXiv 2101.11605; MViTv2, Li et al. 2022,
+        arXiv 2112.01526). Needs a window.
       normalize: as `jaxattn.attention`: "softmax", "relu", "sigmoid", "sparsemax", "none", or a callable.
       logits_soft_cap: scores become cap · tanh(score / cap).
       scale: None means head_dim ** -0.5.
@@ -149,8 +150,9 @@ class Attention(nnx.Module):
 
         offsets = () if self.window is None else tuple(int(2 * k - 1) for k in np.atleast_1d(self.window.size))
         self.relative_bias = table(self.num_heads, *offsets) if relative_bias else nnx.data(None)
-        if key_embedding == "factorized":
-            self.key_embedding = nnx.List([table(self.num_heads, n, self.head_dim // len(offsets)) for n in offsets])
+        if key_embedding in ("factorized", "decomposed"):
+            dim = self.head_dim // (len(offsets) if key_embedding == "factorized" else 1)
+            self.key_embedding = nnx.List([table(self.num_heads, n, dim) for n in offsets])
         elif key_embedding:
             heads = 1 if key_embedding == "shared" else self.num_heads
             self.key_embedding = table(heads, *offsets, self.head_dim)
@@ -268,14 +270,16 @@ class Attention(nnx.Module):
         """What `attention` and its weights depend on besides query, key and value."""
         embedding = self.key_embedding
         if isinstance(embedding, nnx.List):
-            embedding = jnp.concatenate(spread([table[...] for table in embedding]), axis=-1)
+            embedding = tuple(jnp.asarray(table[...], dtype) for table in embedding)
+        elif embedding is not None:
+            embedding = jnp.asarray(embedding[...], dtype)
         return {
             "window": self.window,
             "mask": None if mask is None else jnp.asarray(mask, bool),
             "bias": None if bias is None else jnp.asarray(bias, dtype),
             "segment_ids": segment_ids,
             "relative_bias": None if self.relative_bias is None else jnp.asarray(self.relative_bias[...], dtype),
-            "key_embedding": None if embedding is None else jnp.asarray(embedding[...], dtype),
+            "key_embedding": embedding,
             "normalize": self.normalize,
             "logits_soft_cap": self.logits_soft_cap,
             "scale": self.scale,

@@ -1,6 +1,5 @@
 """Attention-augmented convolution: some channels from a convolution, the others from attention over the whole grid."""
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -77,8 +76,7 @@ def augmented_conv(
         affine("... c, c h d -> ... h d", x, params, name, precision) for name in ("query", "key", "value")
     )
     query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
-    along = [jnp.expand_dims(params[name], [a for a in range(rank) if a != k]) for k, name in enumerate(names)]
-    embedding = functools.reduce(jnp.add, along)[None]  # one for all heads
+    embedding = tuple(params[name][None] for name in names)  # one for all heads
     everywhere = Window(grid, boundary="shift")
     y = attention(query, key, value, window=everywhere, key_embedding=embedding, scale=1.0, precision=precision)
     return jnp.concatenate([convolved, affine("... h d, h d o -> ... o", y, params, "out", precision)], axis=-1)

@@ -1,6 +1,5 @@
 """What the attention layers share: queries, keys and values by heads, the way back, and the positions of these."""
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +8,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxattn.einsum import einsum
-from jaxattn.position import spread
 from jaxattn.zoo.named import affine, check_names, features, match
 
 PROJECTIONS = ("query", "key", "value")
@@ -75,18 +73,16 @@ class Heads:
             self.table(f"{name}_bias", "heads", width)
         return affine("... c, c h d -> ... h d", x, self.params, name, self.precision)
 
-    def embedding(self, size: Sequence[int]) -> jax.Array:
-        """r `[heads or 1, *(2k-1), head_dim]`, of a table for each axis of a window of `size` k.
-
-        Tables of head_dim are added; narrower ones, of head_dim / rank, stand one after the other.
-        """
+    def embedding(self, size: Sequence[int]) -> tuple[jax.Array, ...]:
+        """r as `attention` takes it, a table for each axis of a window of `size` k: `[heads or 1, 2k-1, head_dim]`, or
+        all of head_dim / rank."""
         names, tables, (head_dim,) = embeddings(len(size)), [], self.known["head_dim"]
         shape = self.params[names[0]].shape
         added = shape[-1:] == (head_dim,) or head_dim % len(size) != 0
         for name, k in zip(names, size, strict=True):
             heads = 1 if shape[:1] == (1,) else "heads"
             tables.append(self.table(name, heads, 2 * k - 1, head_dim if added else head_dim // len(size)))
-        return functools.reduce(jnp.add, spread(tables)) if added else jnp.concatenate(spread(tables), axis=-1)
+        return tuple(tables)
 
     def join(self, y: jax.Array) -> jax.Array:
         """`[*batch, *grid, out_features]` of `[*batch, *grid, heads, value_dim]`.

@@ -169,7 +169,7 @@ def imagenet_input(image: ArrayLike, size: int = 224) -> Float[Array, "size size
       ValueError: image has another shape.
 
     >>> import numpy as np
-    >>> imagenet_input(np.full((300, 400, 3), 255, np.uint8))[0, 0]
+    >>> imagenet_input(np.full((300, 400, 3), 255, np.uint8))[0, 0].round(3)
     Array([1., 1., 1.], dtype=float32)
     """
     image = jnp.asarray(image, jnp.float32)

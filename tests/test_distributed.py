@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 
 import jax
+import processes
 import pytest
 
 from jaxattn.train import distributed, peers
@@ -251,14 +253,18 @@ TRAIN = "import sys; from jaxattn.cli import main; main(['train', *sys.argv[1:]]
 
 
 def start_training(out: Path, *flags: str) -> subprocess.Popen:
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     return subprocess.Popen(
         [sys.executable, "-c", TRAIN, *SETTINGS, "--out", str(out), *flags],
-        env=environment,
+        env=processes.environment(out.parent / "cache"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def start_two(out: Path, *flags: str) -> list[subprocess.Popen]:
+    group = ("--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2")
+    return [start_training(out, *group, "--process", str(n), *flags) for n in range(2)]
 
 
 def finish(process: subprocess.Popen):
@@ -270,17 +276,12 @@ def lines_of(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_two_processes_train_as_one_does_and_one_goes_on_for_them(tmp_path):
-    """The same losses; and what two processes left when they were told to stop, one process takes to the same end."""
-    alone, pair = tmp_path / "alone", tmp_path / "pair"
+def test_two_processes_train_as_one_does_and_go_on(tmp_path):
+    """The same losses; and what two processes left when they were told to stop, two others take to the same end, and so
+    does one, from the same checkpoint."""
+    alone, pair, by_one = tmp_path / "alone", tmp_path / "pair", tmp_path / "by_one"
     finish(start_training(alone))
-    address = f"127.0.0.1:{free_port()}"
-    group = [
-        start_training(
-            pair, "--coordinator", address, "--processes", "2", "--process", str(n), "--checkpoint-every", "5"
-        )
-        for n in range(2)
-    ]
+    group = start_two(pair, "--checkpoint-every", "5")
     deadline = time.monotonic() + 120
     while len(list((pair / "checkpoints").glob("[0-9]"))) < 1 and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -291,7 +292,10 @@ def test_two_processes_train_as_one_does_and_one_goes_on_for_them(tmp_path):
     assert "and saved: go on with --resume" in said[0]
     assert "jaxattn" not in said[1]  # one of them talks
     assert lines_of(pair) == []  # before the first of two epochs ended
-    finish(start_training(pair, "--resume"))
-    for expected, line in zip(lines_of(alone), lines_of(pair), strict=True):
-        for name in ("train_loss", "train_accuracy", "validation_accuracy"):
-            assert line[name] == pytest.approx(expected[name], rel=1e-4)
+    shutil.copytree(pair, by_one)
+    for process in [start_training(by_one, "--resume"), *start_two(pair, "--resume")]:
+        finish(process)
+    for run in (pair, by_one):
+        for expected, line in zip(lines_of(alone), lines_of(run), strict=True):
+            for name in ("train_loss", "train_accuracy", "validation_accuracy"):
+                assert line[name] == pytest.approx(expected[name], rel=1e-4)

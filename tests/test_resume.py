@@ -2,7 +2,6 @@
 have ended, to the last bit."""
 
 import json
-import os
 import re
 import resource
 import shutil
@@ -16,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 
 EVERY, STEPS = 5, 180
@@ -58,13 +58,7 @@ class Command:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory) -> dict[str, str]:
-    """One device; what one process compiles, the next need not."""
-    given = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    return given | {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
+    return processes.environment(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")

@@ -63,8 +63,9 @@ class Peers:
         self.close()
 
     def close(self):
-        """Ends the watch."""
-        for connection in (*self.connections.values(), *([self.server] if self.server else [])):
+        """Ends the watch, and tells nobody of it."""
+        connections, self.connections = self.connections, {}
+        for connection in (*connections.values(), *([self.server] if self.server else [])):
             with contextlib.suppress(OSError):  # the other side may be closed already
                 connection.shutdown(socket.SHUT_RDWR)  # wakes the threads that read from it, as close does not
             connection.close()

@@ -18,8 +18,10 @@ class Digits(Config):
 class Fashion(Config):
     """Fashion-MNIST, 28×28, by the same two blocks, with SGD, Nesterov's momentum, warm-up and a cosine.
 
-    Accuracy: 91.17 % of the 10,000 test images, by convolution (one seed).
-    Cost: 14 minutes on two CPU cores that trained 394 images/s; quiet ones have done 600.
+    Accuracy: 91.17 % of the 10,000 test images, by convolution; 85.86 % by local attention after one epoch
+    (`--mix attention --epochs 1`). One seed each.
+    Cost: 14 minutes on two CPU cores that trained 394 images/s; quiet ones have done 600. An epoch of local attention
+    takes as long, at 68 images/s.
     """
 
     recipe: RecipeName = "fashion"
@@ -58,7 +60,8 @@ class Vit(Config):
     weights (Dosovitskiy et al. 2021, arXiv 2010.11929; Touvron et al. 2021, arXiv 2012.12877, for the regularisers).
 
     With `--epochs 2 --ema 0 --drop-path 0 --shift 2 --learning-rate 2e-3` on Fashion-MNIST: 78.17 % of the 10,000 test
-    images (one seed), 280 images/s on two CPU cores.
+    images (one seed), 280 images/s on two CPU cores. The same with `--mix quadratic --epochs 1`, whose heads' centres
+    are drawn: 77.54 %, 219 images/s.
     """
 
     recipe: RecipeName = "vit"

@@ -75,7 +75,7 @@ def test_values_in_a_sliding_window(grid, size, strides, dilation, pads, boundar
     np.testing.assert_allclose(y, oracle.quadratic_attention(x, params, tokens), atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("boundary", ["zero", "mask"])
+@pytest.mark.parametrize("boundary", ["zero", "mask", None])
 @pytest.mark.parametrize(("grid", "full"), [((6,), False), ((4, 5), True), ((3, 2, 3), False)])
 def test_gradients(grid, full, boundary):
     """Of a random projection, along random directions, against central differences of the loops."""
@@ -83,8 +83,10 @@ def test_gradients(grid, full, boundary):
     rank = len(grid)
     size, ones = (3, 2, 2)[:rank], (1,) * rank
     pads = ((1, 1), (0, 1), (0, 1))[:rank]
-    tokens = oracle.Sliding(grid, size, ones, ones, pads, boundary)
-    slide = zoo.Slide(size, padding=pads, boundary=boundary)
+    tokens = slide = None  # the whole grid
+    if boundary is not None:
+        tokens = oracle.Sliding(grid, size, ones, ones, pads, boundary)
+        slide = zoo.Slide(size, padding=pads, boundary=boundary)
     rng = np.random.default_rng(3)
     y = oracle.quadratic_attention(x, params, tokens)
     cotangent = rng.normal(size=y.shape)
@@ -155,6 +157,20 @@ def oracle_at(x, params, slide):
     grid = x.shape[:-1]
     tokens = oracle.Sliding(grid, slide.size, slide.strides, slide.dilation, slide.pads(grid), slide.boundary)
     return oracle.quadratic_attention(x, params, tokens)
+
+
+def test_transformations_over_the_whole_grid():
+    x, params = make(5, (5, 4))
+    batch, whole = jnp.stack([jnp.asarray(x), 2 * jnp.asarray(x)]), jax.jit(zoo.quadratic_attention)
+    y = whole(batch, arrays(params))
+    np.testing.assert_allclose(y[0], oracle.quadratic_attention(x, params), atol=TOLERANCE)
+    np.testing.assert_allclose(jax.vmap(whole, in_axes=(0, None))(batch, arrays(params)), y, atol=TOLERANCE)
+    _, tangent = jax.jvp(lambda x: whole(x, arrays(params)), (batch,), (batch,))
+    np.testing.assert_allclose(tangent, y - params["bias"], atol=TOLERANCE)  # linear in x
+    second = jax.hessian(lambda alpha: whole(x, {**arrays(params), "alpha": alpha}).sum())(params["alpha"])
+    named = {"implementation": "reference"}  # mixes all axes at once
+    other = jax.hessian(lambda a: zoo.quadratic_attention(x, {**arrays(params), "alpha": a}, **named).sum())
+    np.testing.assert_allclose(second, other(params["alpha"]), atol=TOLERANCE)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("bfloat16", 0.15)])

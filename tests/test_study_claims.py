@@ -49,6 +49,15 @@ def setting():
     return Setting("quick", 0, load("digits"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def fewer_points():
+    """The ends of the learning curves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(curves.SHARES, "quick", (0.04, 1.0))
+        patch.setitem(curves.COUNTS, "quick", (20_000,))
+        yield
+
+
 def test_every_experiment_is_tested():
     assert sorted(CASES) == sorted(BY_NUMBER)
 

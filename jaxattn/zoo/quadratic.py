@@ -10,6 +10,7 @@ from jax import lax
 
 from jaxattn.attention import attention
 from jaxattn.einsum import einsum
+from jaxattn.kernels.problem import statistics_dtype
 from jaxattn.window import Window
 from jaxattn.zoo.row import row
 from jaxattn.zoo.slide import Slide
@@ -70,19 +71,22 @@ def quadratic_attention(
     dtype = jnp.result_type(x, *arrays.values())
     x, arrays = jnp.asarray(x, dtype), {name: p.astype(dtype) for name, p in arrays.items()}
     heads, rank = arrays["centre"].shape
-    x, inside, window, origin = _placed(x, rank, given)
-    batch, grid = x.shape[: -1 - rank], x.shape[-1 - rank : -1]
-    offsets = [np.arange(1 - k, k) - o for k, o in zip(window.sizes, origin, strict=True)]
-    mixed = attention(  # no content: queries and keys of zeros; every head mixes the same tokens
-        jnp.zeros((*batch, *window.query_grid(grid), heads, 1), dtype),
-        jnp.zeros((*batch, *grid, 1, 1), dtype),
-        x[..., None, :],
-        window=window,
-        mask=inside,
-        relative_bias=quadratic_scores(arrays, offsets),
-        precision=precision,
-        implementation=implementation,
-    )
+    if given is None and "alpha" in arrays and rank > 1 and implementation is None:
+        mixed = _by_axis(x, arrays["centre"], arrays["alpha"], precision)
+    else:
+        x, inside, window, origin = _placed(x, rank, given)
+        batch, grid = x.shape[: -1 - rank], x.shape[-1 - rank : -1]
+        offsets = [np.arange(1 - k, k) - o for k, o in zip(window.sizes, origin, strict=True)]
+        mixed = attention(  # no content: queries and keys of zeros; every head mixes the same tokens
+            jnp.zeros((*batch, *window.query_grid(grid), heads, 1), dtype),
+            jnp.zeros((*batch, *grid, 1, 1), dtype),
+            x[..., None, :],
+            window=window,
+            mask=inside,
+            relative_bias=quadratic_scores(arrays, offsets),
+            precision=precision,
+            implementation=implementation,
+        )
     y = _project(mixed, arrays, groups, precision)
     return y + arrays["bias"] if "bias" in arrays else y
 
@@ -103,6 +107,23 @@ def quadratic_scores(params: Mapping[str, Any], offsets: Sequence[np.ndarray]) -
     if "alpha" in params:
         return -params["alpha"][spread] * jnp.square(away).sum(-1)
     return -jnp.square(jnp.einsum("hij,h...j->h...i", params["inverse_root"], away)).sum(-1) / 2
+
+
+def _by_axis(x: jax.Array, centre: jax.Array, alpha: jax.Array, precision) -> jax.Array:
+    """Σ_j A_h(i, j) x_j over the whole grid, `[*batch, *grid, heads, features]`.
+
+    exp(-α‖δ-Δ‖²) is a product of one Gaussian for each axis, and over the whole grid so is what divides it: the axes
+    are mixed one after the other, each token of n with n others, and not with all n^rank.
+    """
+    grid, dtype = x.shape[-1 - centre.shape[1] : -1], statistics_dtype(x.dtype)
+    names = "abcdefgijk"[: len(grid)]
+    for axis, (name, n) in enumerate(zip(names, grid, strict=True)):
+        delta = jnp.asarray(np.arange(n) - np.arange(n)[:, None], dtype)
+        away = delta - centre[:, axis, None, None].astype(dtype)  # [heads, query, key]
+        weights = jax.nn.softmax(-alpha[:, None, None].astype(dtype) * jnp.square(away)).astype(x.dtype)
+        equation = f"...{'h' if axis else ''}{names}z,hq{name}->...h{names.replace(name, 'q')}z"
+        x = jnp.einsum(equation, x, weights, precision=precision, preferred_element_type=dtype).astype(x.dtype)
+    return jnp.moveaxis(x, -len(grid) - 2, -2)
 
 
 def _placed(x: jax.Array, rank: int, window) -> tuple[jax.Array, np.ndarray | None, Window, tuple[int, ...]]:

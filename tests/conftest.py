@@ -10,7 +10,7 @@ import jax
 import jaxlib
 from jaxtyping import install_import_hook
 
-# Compiling is most of what the tests take, and what they compare does not depend on how hard LLVM tries. What runs in a
+# Compiling is much of what the tests take, and what they compare does not depend on how hard LLVM tries. What runs in a
 # process of its own without XLA_FLAGS, and the README's first command, are compiled as a user's programs are.
 os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=1"
 if jaxlib.version.__version_info__ < (0, 11):  # a flag that a version lacks ends the process

@@ -207,6 +207,13 @@ def test_bad_parameters(change, message):
         zoo.quadratic_attention(jnp.asarray(x), params)
 
 
+@pytest.mark.parametrize("implementation", [None, "xla"])
+def test_an_empty_grid_is_refused(implementation):
+    params = arrays(make(7, (4, 3))[1])
+    with pytest.raises(ValueError, match="Window: size is 0 on axis 1"):
+        zoo.quadratic_attention(jnp.ones((2, 4, 0, 4)), params, implementation=implementation)
+
+
 def test_a_slide_of_one_axis():
     assert zoo.Slide(3, 2) == zoo.Slide((3,), strides=(2,))
     assert zoo.Slide((3, 3), padding=1) == zoo.Slide((3, 3), padding=[(1, 1), 1])

@@ -71,10 +71,10 @@ def quadratic_attention(
     dtype = jnp.result_type(x, *arrays.values())
     x, arrays = jnp.asarray(x, dtype), {name: p.astype(dtype) for name, p in arrays.items()}
     heads, rank = arrays["centre"].shape
+    x, inside, window, origin = _placed(x, rank, given)
     if given is None and "alpha" in arrays and rank > 1 and implementation is None:
         mixed = _by_axis(x, arrays["centre"], arrays["alpha"], precision)
     else:
-        x, inside, window, origin = _placed(x, rank, given)
         batch, grid = x.shape[: -1 - rank], x.shape[-1 - rank : -1]
         offsets = [np.arange(1 - k, k) - o for k, o in zip(window.sizes, origin, strict=True)]
         mixed = attention(  # no content: queries and keys of zeros; every head mixes the same tokens

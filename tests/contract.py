@@ -151,6 +151,21 @@ GEOMETRIES = {
 }
 
 
+def parts(implementation, geometry, arguments):
+    """What a case is made of, of which the core holds every pair that the full tier does."""
+    grid, given = GEOMETRIES[geometry]
+    if given is None:
+        return implementation, arguments, "no window"
+    spread = lambda name, default: np.broadcast_to(given.get(name, default), len(np.atleast_1d(given["size"])))
+    return (
+        *(implementation, arguments, len(grid)),
+        " and ".join(sorted(set(spread("boundary", "shift").tolist()))),
+        *((spread(name, 1) > 1).any() for name in ("stride", "dilation", "block")),
+        *(spread("causal", False).any(), "offset" in given),
+        bool((spread("size", 1) >= grid).any()),
+    )
+
+
 @dataclasses.dataclass
 class Problem:
     """A geometry with arguments: as `attention` takes them, and as the oracle does."""

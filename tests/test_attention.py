@@ -34,7 +34,7 @@ NORMALIZERS = [*(with_(normalize, name) for name in ("relu", "sigmoid", "none", 
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@hypothesis.settings(max_examples=20, phases=[hypothesis.Phase.generate])
+@examples(0.8, phases=[hypothesis.Phase.generate])
 @hypothesis.given(data=st.data())
 def test_drawn(implementation, data):
     rank = data.draw(st.sampled_from([1, 2]))

@@ -21,6 +21,7 @@ def inner(a, b):
     return sum(jax.tree.leaves(jax.tree.map(lambda x, y: (x * y).sum(), a, b)))
 
 
+@pytest.mark.core(6)
 @pytest.mark.parametrize(
     ("implementation", "geometry", "arguments"),
     [
@@ -46,6 +47,7 @@ def test_forward_mode_is_a_difference(implementation, geometry, arguments):
         assert np.linalg.norm(tangent - numeric) <= 1e-8 * np.linalg.norm(numeric)
 
 
+@pytest.mark.core(5)
 @pytest.mark.parametrize(
     ("implementation", "geometry", "arguments"),
     [
@@ -80,6 +82,7 @@ def test_second_derivatives(implementation, geometry, arguments):
         agree(product, expected, way)
 
 
+@pytest.mark.full
 def test_forward_over_forward_and_third_derivatives():
     made = problem("causal and not", "everything", **few)
     a, b, c = (random_direction(made, seed) for seed in (1, 2, 3))

@@ -45,6 +45,7 @@ def two_of(name, x):
     return np.stack([x, ~x if x.dtype == bool else 0.7 * x[..., ::-1] if x.ndim else 1.3 * x])
 
 
+@pytest.mark.core(4)
 @pytest.mark.parametrize("name", MAPPED)
 def test_vmap_over_one_argument_alone(name):
     """Values and gradients; and the gradient of a vmap, in which what is not mapped adds up."""

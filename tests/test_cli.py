@@ -15,6 +15,7 @@ from flax import nnx
 
 from jaxattn import cli
 from jaxattn.train import data, loop
+from jaxattn.train.augment import pix
 from jaxattn.train.build import build
 from jaxattn.train.checkpoint import Checkpoints
 from jaxattn.train.config import Config, Options
@@ -249,8 +250,8 @@ def test_help_explains_every_flag(capsys):
     [
         ("sklearn", lambda path: data.load("digits")),
         ("orbax", lambda path: Checkpoints(path).save(1, {}, {})),
-        ("grain", "jaxattn.train.data.pipeline"),
-        ("dm_pix", "jaxattn.train.augment"),
+        ("grain", lambda path: data.batches(data.load("digits").train, 4, seed=0)),
+        ("dm_pix", lambda path: pix()),
         ("tensorboardX", lambda path: Log(path, 0)),
         ("tqdm", "jaxattn.train.loop"),
         ("tyro", "jaxattn.cli"),

@@ -106,6 +106,7 @@ def test_the_command(tmp_path, capsys):
     assert report["peak"] > report["arguments"] > 0
 
 
+@pytest.mark.full
 def test_a_volume_is_split(capsys):
     """Windows in three dimensions: the halo goes round, and a split grid takes less memory."""
     network = ["compile", "--model", "volume_small", "--mix", "attention", "--shift", "0", "--batch-size", "1"]

@@ -1,27 +1,20 @@
 """The contract of `attention` in float64: every implementation × geometry × argument, values and all gradients."""
 
 import pytest
-from contract import ARGUMENTS, GEOMETRIES, SMALL, check, problem
+from contract import ARGUMENTS, GEOMETRIES, SMALL, check, parts, problem
+
+OF_GEOMETRIES = [("xla", "plain"), (SMALL, "plain"), (SMALL, "everything"), ("reference", "everything")]
+OF_ARGUMENTS = [
+    ("reference", "5 x 5, mask"),
+    ("xla", "257 of 600"),
+    (SMALL, "halo"),
+    (SMALL, "global, more keys"),
+]
+CASES = [(how, geometry, arguments) for geometry in GEOMETRIES for how, arguments in OF_GEOMETRIES]
+CASES += [(how, geometry, arguments) for arguments in ARGUMENTS for how, geometry in OF_ARGUMENTS]
 
 
-@pytest.mark.parametrize("geometry", GEOMETRIES)
-@pytest.mark.parametrize(
-    ("implementation", "arguments"),
-    [("xla", "plain"), (SMALL, "plain"), (SMALL, "everything"), ("reference", "everything")],
-)
-def test_geometries(geometry, arguments, implementation):
-    check(problem(geometry, arguments), implementation)
-
-
-@pytest.mark.parametrize("arguments", ARGUMENTS)
-@pytest.mark.parametrize(
-    ("implementation", "geometry"),
-    [
-        ("reference", "5 x 5, mask"),
-        ("xla", "257 of 600"),
-        (SMALL, "halo"),
-        (SMALL, "global, more keys"),
-    ],
-)
-def test_arguments(implementation, geometry, arguments):
+@pytest.mark.core("pairs", parts=parts)
+@pytest.mark.parametrize(("implementation", "geometry", "arguments"), dict.fromkeys(CASES))
+def test_values_and_gradients(implementation, geometry, arguments):
     check(problem(geometry, arguments), implementation)

@@ -156,6 +156,7 @@ def test_training_goes_on():
     assert (soft["layers"][0]["centre"][...] != 0).any()
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize(
     ("make", "shape"),
     [
@@ -198,6 +199,7 @@ def trained(tmp_path_factory):
     return model, normalise(images, digits.mean, digits.std), labels
 
 
+@pytest.mark.full
 def test_what_jaxattn_train_made(trained):
     """A trained network sees the same as attention, and again as convolutions: logits, classes and accuracy."""
     model, images, labels = trained

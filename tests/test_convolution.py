@@ -126,6 +126,7 @@ CALLS = [
 ]
 
 
+@pytest.mark.core("each")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: "-".join(str(v) for v in call.values()))
 @pytest.mark.parametrize("layout", EQUATIONS)
@@ -219,6 +220,7 @@ def test_conv_errors(shapes, options, message):
         jaxattn.conv(*arrays(*shapes), **options)
 
 
+@pytest.mark.core(20)
 @pytest.mark.parametrize("boundary", ["zero", "edge", "reflect", "wrap"])
 @pytest.mark.parametrize("padding", [None, "SAME", 1, (2, 0), (-1, 1)], ids=str)
 @pytest.mark.parametrize("token", ["2*i+3*r", "i-r", "3*i+r"])

@@ -276,6 +276,7 @@ def lines_of(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.full
 def test_two_processes_train_as_one_does_and_go_on(tmp_path):
     """The same losses; and what two processes left when they were told to stop, two others take to the same end, and so
     does one, from the same checkpoint."""

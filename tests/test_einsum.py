@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracle_einsum import Einsum, Misfit
+from tiers import examples
 
 import jaxattn
 from jaxattn.kernels.slices import can_slice, slices
@@ -193,19 +194,19 @@ def check_drawn(drawn, lowering):
     check(equation, arrays, options, run)
 
 
-@hypothesis.settings(max_examples=250)
+@examples(10)
 @hypothesis.given(equations(), st.sampled_from([None, None, None, "reference"]))
 def test_drawn_equations(drawn, implementation):
     check_drawn(drawn, implementation)
 
 
-@hypothesis.settings(max_examples=150)
+@examples(6)
 @hypothesis.given(equations(convolution=True))
 def test_drawn_convolutions(drawn):
     check_drawn(drawn, None)
 
 
-@hypothesis.settings(max_examples=100)
+@examples(4)
 @hypothesis.given(equations())
 def test_drawn_slices(drawn):
     """The lowering by slices runs wherever it can, not only where the plan prefers it."""

@@ -51,6 +51,7 @@ def test_the_cases_are_one_for_each_lowering():
     assert lowerings == ["plain", "convolution", *[depthwise] * 3, "convolution", "slices", "gather"]
 
 
+@pytest.mark.core("each")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("implementation", [None, "reference"])
 def test_dtypes_under_strict_promotion(case, dtype, implementation):
@@ -120,6 +121,7 @@ def test_weak_types_promote_as_in_jax():
     assert jaxattn.einsum("a, -> a", x, np.float32(2)).dtype == jnp.float32
 
 
+@pytest.mark.core(6)
 @pytest.mark.parametrize(("dtype", "wider"), [("bfloat16", "float32"), ("int8", "int32")])
 def test_preferred_element_type_under_strict_promotion(case, dtype, wider):
     run, shapes, _ = case
@@ -134,6 +136,7 @@ def test_a_plan_takes_what_einsum_takes():
     assert plan.dtype == jnp.bfloat16
 
 
+@pytest.mark.core(8)
 @pytest.mark.parametrize("dtype", ["int8", "int32", "uint8", "int64"])
 def test_integers(case, dtype):
     run, shapes, oracle = case
@@ -170,6 +173,7 @@ def test_promotion_and_preferred_element_type(case):
     assert jax.jit(narrow)(*arrays(shapes, "float32")).dtype == jnp.bfloat16
 
 
+@pytest.mark.core(3)
 def test_jit_vmap_jvp_checkpoint_and_second_derivatives(case):
     run, shapes, oracle = case
     operands, tangents = arrays(shapes), arrays(shapes, seed=1)
@@ -207,6 +211,7 @@ def test_jit_vmap_jvp_checkpoint_and_second_derivatives(case):
     np.testing.assert_allclose(reversed_twice, (ends[0] - ends[1]) / (2 * step), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.core(4)
 @pytest.mark.parametrize("name", CASES)
 def test_shard_map_over_the_batch(name):
     equation, shapes, options = CASES[name]
@@ -226,6 +231,7 @@ def test_shard_map_over_the_batch(name):
         np.testing.assert_allclose(mine, want, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.core("each")
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("axis_type", [jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto])
 def test_a_sharded_batch_stays_sharded(name, axis_type):

@@ -84,6 +84,7 @@ def lax_padding(options, grid, window):
     return tuple(pairs)
 
 
+@pytest.mark.core("each")
 @pytest.mark.parametrize("size", range(1, 8))
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_every_size(rank, size):

@@ -167,6 +167,7 @@ def operands_of(grid, window, heads=2, head_dim=3):
     }
 
 
+@pytest.mark.core(7)
 @pytest.mark.parametrize("name", WINDOWS)
 def test_split_attention(name):
     grid, window = WINDOWS[name]
@@ -291,6 +292,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.core(3)
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_split_layer(name):
     layer, x = LAYERS[name](), normal(0, (2, 8, 6, 4))

@@ -412,6 +412,7 @@ def test_arguments_reach_the_primitive():
         Attention(2, 4, implementation="fast", rngs=nnx.Rngs(0))(x[0])
 
 
+@pytest.mark.core(5)
 @pytest.mark.parametrize("normalize", ["softmax", "relu", "sigmoid", "sparsemax", "none", lambda s, mask: mask * s**2])
 @pytest.mark.parametrize("window", [None, Window(3, boundary="mask")], ids=["global", "local"])
 def test_weights_make_the_output(normalize, window):

@@ -66,6 +66,7 @@ def drawn(module, *args, **kwargs):
     return graphdef, jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) / 2, p.dtype), params)
 
 
+@pytest.mark.core("each")
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: dtype.__name__)
 @pytest.mark.parametrize("module", LAYERS, ids=lambda module: module.__name__)
 def test_a_training_step(module, dtype):

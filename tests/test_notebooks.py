@@ -11,6 +11,7 @@ pytest.importorskip("ipykernel", reason="notebooks need `pip install nbclient ip
 NOTEBOOKS = sorted((pathlib.Path(__file__).parent.parent / "colab").glob("*.ipynb"))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_and_ends_with_a_picture(path):
     notebook = nbformat.read(path, 4)

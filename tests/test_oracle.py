@@ -7,6 +7,7 @@ import pytest
 from contract import ARGUMENTS, dropout, problem
 
 
+@pytest.mark.core(40)
 @pytest.mark.parametrize("arguments", ARGUMENTS)
 @pytest.mark.parametrize("geometry", ["edge and reflect", "zero and valid", "block 3, dilation 2", "global, one query"])
 def test_the_oracle_itself(geometry, arguments):

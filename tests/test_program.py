@@ -34,6 +34,7 @@ def leaves(model):
     return jax.tree.leaves(nnx.to_pure_dict(nnx.state(model)))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("text", ["data=2,fsdp=2,space=2"])
 def test_a_run_on_a_mesh_is_the_run_on_one_device(tmp_path, text):
     data = make_data()

@@ -112,6 +112,7 @@ def test_forward_is_a_resnet(block):
     np.testing.assert_allclose(run(model, images), expected, rtol=1e-10)
 
 
+@pytest.mark.core("each")
 @pytest.mark.parametrize("mix", ["conv", "attention"])
 @pytest.mark.parametrize("stem_mix", ["conv", "attention"])
 def test_grids(mix, stem_mix):
@@ -188,6 +189,7 @@ def test_train_and_eval_switch_batch_norm():
     np.testing.assert_allclose(run(model, images)[:1], run(model, images[:1]), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("kwargs", [{}, {"mix": "attention", "stem_mix": "attention"}], ids=["conv", "attention"])
 def test_training_lowers_the_loss(kwargs):
     """A jitted pure step, as the training loop's; every parameter has a gradient that is finite."""

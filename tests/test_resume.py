@@ -134,6 +134,7 @@ def resume(out: Path, environment: dict[str, str], **options) -> tuple[int, str]
     return Command(out, environment, "--resume", **options).end()
 
 
+@pytest.mark.full
 def test_ten_kills_at_random_moments_leave_no_trace(uninterrupted, environment, tmp_path):
     """While it starts, trains or saves: what bears a step's name stays, and the end is bit for bit the same."""
     out, random = tmp_path / "run", np.random.default_rng(0)
@@ -168,6 +169,7 @@ def test_sigterm_saves_and_exits_with_0(uninterrupted, copy, environment):
     assert_same_end(copy, uninterrupted)
 
 
+@pytest.mark.full
 def test_a_kill_after_the_last_step_costs_the_results_alone(uninterrupted, environment, tmp_path):
     out = shutil.copytree(uninterrupted, tmp_path / "run")
     (out / "results.json").unlink()
@@ -176,6 +178,7 @@ def test_a_kill_after_the_last_step_costs_the_results_alone(uninterrupted, envir
     assert_same_end(out, uninterrupted)
 
 
+@pytest.mark.full
 def test_a_damaged_and_a_half_written_checkpoint_cost_only_their_steps(uninterrupted, copy, environment):
     damaged = copy / "checkpoints" / str(newest(copy))
     largest = max(filter(Path.is_file, damaged.rglob("*")), key=lambda file: file.stat().st_size)
@@ -190,6 +193,7 @@ def test_a_damaged_and_a_half_written_checkpoint_cost_only_their_steps(uninterru
     assert_same_end(copy, uninterrupted)
 
 
+@pytest.mark.full
 def test_when_all_checkpoints_are_damaged_nothing_is_done(copy, environment):
     checkpoints = saved(copy)
     for path in checkpoints:
@@ -202,6 +206,7 @@ def test_when_all_checkpoints_are_damaged_nothing_is_done(copy, environment):
         assert path.is_dir()
 
 
+@pytest.mark.full
 def test_a_read_only_folder_is_an_error_before_training(environment, tmp_path):
     tmp_path.chmod(0o555)
     status, said = Command(tmp_path / "run", environment, before=NO_OVERRIDE).end()
@@ -212,6 +217,7 @@ def test_a_read_only_folder_is_an_error_before_training(environment, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.full
 def test_read_only_checkpoints_are_an_error_before_training(copy, environment):
     before, checkpoints = sorted(copy.rglob("checkpoints/**/*")), copy / "checkpoints"
     checkpoints.chmod(0o555)
@@ -223,6 +229,7 @@ def test_read_only_checkpoints_are_an_error_before_training(copy, environment):
     assert sorted(copy.rglob("checkpoints/**/*")) == before
 
 
+@pytest.mark.full
 def test_a_full_disk_is_an_error_before_training(copy, environment):
     status, said = resume(copy, environment, before=SMALL_FILES)
     assert status == 1
@@ -230,6 +237,7 @@ def test_a_full_disk_is_an_error_before_training(copy, environment):
     assert "Traceback" not in said
 
 
+@pytest.mark.full
 def test_a_disk_that_fills_up_leaves_the_run_resumable(uninterrupted, copy, environment):
     command = Command(copy, environment, "--resume")
     before = newest(copy)

@@ -103,6 +103,7 @@ def alone(make):
     return descent(make())
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("text", ["data=8", "fsdp=8", "space=8", "data=2,fsdp=2,space=2"])
 def test_twenty_steps_of_a_resnet(text):
     """Convolution, local attention, strides and BatchNorm: losses and gradients as on one device."""
@@ -124,6 +125,7 @@ def test_twenty_steps_of_a_vit():
     chex.assert_trees_all_close(jax.tree.leaves(gradients), jax.tree.leaves(expected[1]), atol=1e-5)
 
 
+@pytest.mark.full
 def test_blocks_that_are_left_out_and_computed_anew():
     """An image's parts leave out the same blocks."""
 
@@ -160,6 +162,7 @@ def memory(devices, axis, model, side):
     return step.lower(*operands).compile().memory_analysis()
 
 
+@pytest.mark.full
 def test_activations_fall_with_space():
     """As 1/n, but for a halo, and for attention the buffers of one tile."""
     one, two, eight = (memory(n, "space", resnet((1,), mix="conv"), 64).temp_size_in_bytes for n in (1, 2, 8))

@@ -9,60 +9,40 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import study_fakes
 from flax import nnx
+from study_fakes import CALLS
 
 from jaxattn import cli, models
-from jaxattn.study import animation, run
+from jaxattn.study import animation, kept, run, worker
 from jaxattn.study.animation import moving_centres
 from jaxattn.study.answer import ANSWER, SHORT, answer
-from jaxattn.study.claim import FAILED, Claim, Measurement, Published, decide
+from jaxattn.study.claim import FAILED, Measurement
 from jaxattn.study.claims import CLAIMS
-from jaxattn.study.figures import lines
 from jaxattn.study.fit import classifier, examples
 from jaxattn.study.mixers import DistanceAttention
 from jaxattn.study.seeds import interval
 from jaxattn.train.data import load
 from jaxattn.train.extras import InputError
 
-CALLS, DRAWN = [], []
-
-
-def even(setting, number=4):
-    CALLS.append(setting)
-    return Measurement({"half": number / 2}, decide(number % 2 == 0), [lines([1, 2], {"a & b": [1, 2]}, "x", "y")])
-
-
-def odd_seed(setting):
-    return Measurement({"seed": setting.seed}, decide(setting.seed % 2 == 1))
-
-
-def broken(setting):
-    raise RuntimeError("no <luck>")
-
-
-def drawn(setting):
-    DRAWN.append(setting)
-    return Measurement({"value": 0.25 + setting.seed})
-
-
-def mean_above_half(numbers):
-    mean = sum(numbers["value"]) / len(numbers["value"])
-    return Measurement({"mean of <all>": mean}, decide(mean > 0.5), ["<svg><text>judged</text></svg>"], "A note.")
-
-
-WORDS = {"about": "About.", "hypothesis": "Hypothesis.", "threshold": "Threshold."}
-TABLE = Published("Somebody & others 1999", ("network", "top-1"), [("large", "99 %")])
-FAKE = (
-    Claim(1, "a & b", "Four is <even>.", "四是偶数。", **WORDS, experiment=even),
-    Claim(2, "c", "It breaks.", "坏了。", **WORDS, experiment=broken),
-    Claim(3, "c", "Seeds matter.", "种子重要。", **WORDS, experiment=odd_seed),
-    Claim(4, "c", "All together.", "一起。", **WORDS, experiment=drawn, judge=mean_above_half, published=[TABLE]),
-)
+FAKE = study_fakes.CLAIMS
+NUMBERS = "1,2,3,4"  # of the fakes that end
 
 
 @pytest.fixture
-def fake(monkeypatch):
-    monkeypatch.setattr(run, "CLAIMS", FAKE)
+def here(monkeypatch):
+    """The claims that cost nothing, in this process."""
+
+    def answers(job, groups, jobs):
+        runner = worker.Runner(job)
+        for group in groups:
+            for task in group:
+                yield task, (answer := runner.answer(task))
+                if "error" in answer:
+                    break
+
+    monkeypatch.setattr(run, "SOURCE", "study_fakes")
+    monkeypatch.setattr(run, "answers", answers)
     CALLS.clear()
 
 
@@ -81,14 +61,14 @@ def test_all_twenty_two_claims_are_there_in_order():
         assert "Holds if" in claim.threshold
 
 
-def test_a_claim_that_raises_does_not_stop_the_others(fake, tmp_path):
-    run.study(None, "quick", 2, "digits", tmp_path)
+def test_a_claim_that_raises_does_not_stop_the_others(here, tmp_path):
+    run.study(NUMBERS, "quick", 2, "digits", tmp_path)
     assert verdicts(tmp_path) == {1: "holds", 2: FAILED, 3: "depends on the seed", 4: "holds"}
     assert json.loads((tmp_path / "report.json").read_text())["claims"][1]["error"] == "RuntimeError: no <luck>"
 
 
-def test_the_report_shows_everything_and_needs_nothing(fake, tmp_path):
-    run.study(None, "quick", 2, "digits", tmp_path)
+def test_the_report_shows_everything_and_needs_nothing(here, tmp_path):
+    run.study(NUMBERS, "quick", 2, "digits", tmp_path)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     for text in ("Four is &lt;even&gt;.", "四是偶数。", "a &amp; b", "Hypothesis.", "Threshold.", "no &lt;luck&gt;"):
         assert text in page
@@ -106,34 +86,34 @@ def test_the_report_shows_everything_and_needs_nothing(fake, tmp_path):
     assert page.count("<svg") == page.count("</svg>") == 2
 
 
-def test_an_interrupted_study_goes_on(fake, tmp_path, monkeypatch):
+def test_an_interrupted_study_goes_on(here, tmp_path, monkeypatch):
     def interrupted(setting):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "CLAIMS", (FAKE[0], dataclasses.replace(FAKE[1], experiment=interrupted)))
+    monkeypatch.setattr(study_fakes, "CLAIMS", (FAKE[0], dataclasses.replace(FAKE[1], experiment=interrupted)))
     with pytest.raises(KeyboardInterrupt):
         run.study(None, "quick", 2, "digits", tmp_path)
-    monkeypatch.setattr(run, "CLAIMS", FAKE)
-    run.study(None, "quick", 2, "digits", tmp_path)
-    assert len(CALLS) == 2  # once a seed, before the interruption
+    monkeypatch.setattr(study_fakes, "CLAIMS", FAKE)
+    run.study("1,2", "quick", 2, "digits", tmp_path)
+    assert CALLS == ["even"] * 2  # once a seed, before the interruption
     assert "<svg" in (tmp_path / "report.html").read_text(encoding="utf-8")  # the figure was kept as well
 
 
 @pytest.mark.parametrize("change", ["seeds", "profile", "code", "data", "fingerprint", "versions"])
-def test_the_cache_knows_what_it_was_made_with(fake, tmp_path, monkeypatch, change):
+def test_the_cache_knows_what_it_was_made_with(here, tmp_path, monkeypatch, change):
     run.study("1", "quick", 1, "digits", tmp_path)
     if change == "code":
-        monkeypatch.setattr(run, "code_version", lambda: "other")
+        monkeypatch.setattr(worker, "code_version", lambda: "other")
     if change == "fingerprint":  # the images changed under their name
-        monkeypatch.setattr(run, "fingerprint", lambda data: "other")
+        monkeypatch.setattr(worker, "fingerprint", lambda data: "other")
     if change == "versions":
-        monkeypatch.setattr(run, "environment", lambda: {"jax": "other"})
+        monkeypatch.setattr(worker, "environment", lambda: {"jax": "other"})
     data = "relational:copy" if change == "data" else "digits"
     run.study("1", "full" if change == "profile" else "quick", 2 if change == "seeds" else 1, data, tmp_path)
     assert len(CALLS) == 2  # of two seeds, the first is there already
 
 
-def test_what_failed_is_tried_again(monkeypatch, tmp_path):
+def test_what_failed_is_tried_again(here, monkeypatch, tmp_path):
     outcomes = iter([RuntimeError("at first"), Measurement({"half": 2}, "holds")])
 
     def at_last(setting):
@@ -142,16 +122,16 @@ def test_what_failed_is_tried_again(monkeypatch, tmp_path):
             raise outcome
         return outcome
 
-    monkeypatch.setattr(run, "CLAIMS", (dataclasses.replace(FAKE[1], experiment=at_last),))
+    monkeypatch.setattr(study_fakes, "CLAIMS", (dataclasses.replace(FAKE[1], experiment=at_last),))
     failed = run.study("2", "quick", 1, "digits", tmp_path)
     assert run.summary(failed) == "claim  2: failed to run (RuntimeError: at first)"
     run.study("2", "quick", 1, "digits", tmp_path)
     assert verdicts(tmp_path) == {2: "holds"}
 
 
-def test_the_numbers_are_json_that_all_can_read(monkeypatch, tmp_path):
+def test_the_numbers_are_json_that_all_can_read(here, monkeypatch, tmp_path):
     never = lambda setting: Measurement({"first": math.inf}, "fails")
-    monkeypatch.setattr(run, "CLAIMS", (dataclasses.replace(FAKE[1], experiment=never),))
+    monkeypatch.setattr(study_fakes, "CLAIMS", (dataclasses.replace(FAKE[1], experiment=never),))
     run.study("2", "quick", 1, "digits", tmp_path)
     strict = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
     assert strict["claims"][0]["numbers"] == {"first": [None]}
@@ -172,6 +152,7 @@ def test_the_command_prints_the_verdicts(tmp_path, capsys):
         ({"claims": "5,23"}, r"claims \(='5,23'\): there is no claim 23; allowed: 1 to 22"),
         ({"claims": ""}, r"claims \(=''\) must be numbers"),
         ({"seeds": 0}, r"seeds \(=0\) must be at least 1"),
+        ({"jobs": 0}, r"jobs \(=0\) must be at least 1"),
         ({"data": "numpy:nowhere.npz"}, "nowhere.npz"),
         ({"data": "mnist"}, r"data \(='mnist'\) must be one of"),
     ],
@@ -190,22 +171,20 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
 
 
 def test_the_fingerprint_sees_other_images():
-    assert run.fingerprint(load("digits", 0)) != run.fingerprint(load("digits", 1))
+    assert kept.fingerprint(load("digits", 0)) != kept.fingerprint(load("digits", 1))
 
 
-def test_claims_that_share_an_experiment_share_its_runs(monkeypatch, tmp_path):
-    DRAWN.clear()
-    monkeypatch.setattr(run, "CLAIMS", (FAKE[3], dataclasses.replace(FAKE[3], number=5)))
+def test_claims_that_share_an_experiment_share_its_runs(here, monkeypatch, tmp_path):
+    monkeypatch.setattr(study_fakes, "CLAIMS", (FAKE[3], dataclasses.replace(FAKE[3], number=5)))
     run.study(None, "quick", 2, "digits", tmp_path)
-    assert len(DRAWN) == 2
+    assert CALLS == ["drawn"] * 2
     assert verdicts(tmp_path) == {4: "holds", 5: "holds"}
 
 
-def test_a_judge_sees_all_seeds(monkeypatch, tmp_path):
-    monkeypatch.setattr(run, "CLAIMS", FAKE[3:])
-    run.study(None, "quick", 1, "digits", tmp_path / "one")
+def test_a_judge_sees_all_seeds(here, tmp_path):
+    run.study("4", "quick", 1, "digits", tmp_path / "one")
     assert verdicts(tmp_path / "one") == {4: "fails"}
-    run.study(None, "quick", 2, "digits", tmp_path / "two")
+    run.study("4", "quick", 2, "digits", tmp_path / "two")
     claim = json.loads((tmp_path / "two" / "report.json").read_text())["claims"][0]
     assert claim["numbers"] == {"value": [0.25, 1.25]}
     assert (claim["verdict"], claim["summary"], claim["notes"]) == ("holds", {"mean of <all>": 0.75}, "A note.")
@@ -219,7 +198,7 @@ def test_an_interval_is_students():
     assert interval([0.4, 0.6]).above(0.5) is None
 
 
-def test_the_verdicts_as_a_table(fake, tmp_path):
+def test_the_verdicts_as_a_table(here, tmp_path):
     run.study("1,4", "quick", 2, "digits", tmp_path)
     assert (tmp_path / "verdicts.md").read_text(encoding="utf-8").splitlines() == [
         "| | claim | who | verdict |",

@@ -42,6 +42,7 @@ CASES = {
     21: ("depends on the task", SMALL, {"mixers": (*MIXERS[:3], MIXERS[0])}, "fails"),
     22: ("holds", {"steps": 150}, {"window": 1}, "fails"),
 }
+LONG = {3, 6, 10, 21, 22}  # what they train takes as long as all the others
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def verdict(number, setting, **arguments):
     return claim.judge({name: [float(value)] * 3 for name, value in run.numbers.items()}).verdict
 
 
-@pytest.mark.parametrize("number", CASES)
+@pytest.mark.parametrize("number", [pytest.param(n, marks=[pytest.mark.full] * (n in LONG)) for n in CASES])
 def test_the_verdict_and_that_it_flips_under_sabotage(setting, number):
     expected, cheap, sabotage, flipped = CASES[number]
     assert verdict(number, setting, **cheap) == expected

@@ -57,6 +57,7 @@ def make_data(train=60, validation=23, test=31) -> Dataset:
 CONFIG = Config(mix="conv", shift=0, batch_size=20)
 
 
+@pytest.mark.core("each")
 @pytest.mark.parametrize("model", RESNETS)
 @pytest.mark.parametrize("mix", ["conv", "attention"])
 def test_every_model_fits_the_data(model, mix):
@@ -239,6 +240,7 @@ def uninterrupted(tmp_path_factory):
         return loop.train(INTERRUPTED, make_data(), tmp_path_factory.mktemp("whole"))
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("when", [1, 2, 3, 4, 7])
 def test_a_terminated_run_is_saved_and_goes_on_exactly(run, uninterrupted, tmp_path, monkeypatch, when):
     whole, lines, _ = uninterrupted
@@ -320,6 +322,7 @@ SMALLER = {
 }
 
 
+@pytest.mark.core(2)
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_trains(name, monkeypatch, tmp_path):
     recipe = RECIPES[name]

@@ -160,6 +160,7 @@ def expected_logits(p, image, *, mix="global", window=7, norm_at="pre", position
     return linear(p["head"], x[0] if pool == "token" and "class_token" in p else tokens.mean(0))
 
 
+@pytest.mark.core(3)
 @settings
 def test_values_and_gradients_are_the_formulas(setting):
     """Forward, reverse and forward-mode, in three directions of all parameters and the image at once; float64."""
@@ -363,6 +364,7 @@ REMAT = {
 }
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("name", REMAT)
 def test_remat_changes_no_number(name):
     """The same loss, gradients, and running statistics, what is random included."""

@@ -233,6 +233,7 @@ def a_case(name, *batch):
     return partial(getattr(zoo, layer), **kwargs), loop, draw(9, *batch, *grid, FEATURES), params
 
 
+@pytest.mark.core(4)
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_batches_and_transformations(name):
     """Two batch axes, one of them by vmap; and forward and reverse mode are each other's adjoint."""

@@ -27,7 +27,7 @@ def normal_cdf(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 @normal_cdf.defjvp
 def _normal_density(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    # Φ'(x) = exp(-x² / 2) / √(2π). JAX 0.12.0 takes erfc's derivative by a primitive that shard_map refuses, because its
-    # coefficients do not vary over the devices as x does.
+    # Φ'(x) = exp(-x² / 2) / √(2π). JAX 0.12.0 takes erfc's derivative by a primitive that shard_map refuses, because
+    # its coefficients do not vary over the devices as x does.
     (x,), (tangent,) = primals, tangents
     return normal_cdf(x), jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi) * tangent

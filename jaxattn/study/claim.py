@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from jaxattn.train.data import Dataset
@@ -13,11 +14,12 @@ Profile = Literal["quick", "full"]
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What an experiment is run with."""
+    """What an experiment is run with. In the folder `kept`, if there is one, accuracies are for all experiments."""
 
     profile: Profile
     seed: int
     data: Dataset
+    kept: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Claim:
       judge: `judge(numbers) -> Measurement`, from each number once a seed: the verdict of all seeds together. Without
         it each seed has its own.
       published: figures by others.
+      cost: about the seconds that a seed takes in the quick profile, by which the longest go first.
     """
 
     number: int
@@ -77,6 +80,7 @@ class Claim:
     experiment: Callable[..., Measurement]
     judge: Callable[[Numbers], Measurement] | None = None
     published: Sequence[Published] = ()
+    cost: float = 1.0
 
 
 def claim(**fields: Any) -> Callable[[Callable[..., Measurement]], Claim]:

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from jaxattn.study.compiler import LOOP
 from jaxattn.train.augment import normalise
 from jaxattn.train.data import Dataset
 
@@ -95,7 +96,7 @@ def classifier(build: Callable[[nnx.Rngs], nnx.Module], steps: int, batch: int, 
     graph, *_ = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param, ...)
     optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0.0, rate, max(1, steps // 10), steps))
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
+    @functools.partial(jax.jit, donate_argnums=(0, 1, 2), compiler_options=LOOP)
     def step(weights, rest, moments, images, labels):
         def loss(weights):
             model = nnx.merge(graph, weights, rest, copy=True)

@@ -1,6 +1,7 @@
 """The networks of the study: one small ViT, of which only the layer that mixes tokens differs."""
 
 import functools
+import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from jaxattn.models.vit import ViT
 from jaxattn.study.claim import Profile, Setting
 from jaxattn.study.fit import Trained, classifier, examples
 from jaxattn.train.data import Dataset, load
+from jaxattn.train.run import digest, write_json
 
 HEADS = 4
 ENDLESS = 20_000  # images of a source without end that a training may draw from
@@ -146,9 +148,31 @@ def train(
       watch: is shown the network now and then.
       **size: fields of `Size` that differ from the profile's.
     """
-    known, test = examples(data, setting.seed, count or (ENDLESS if data.train.endless else len(data.train)))
+    known, test = examples(data, setting.seed, count or everything(data))
     if shuffled:
         known = known._replace(labels=np.random.default_rng(setting.seed).permutation(known.labels))
-    wanted = SIZES[setting.profile]._replace(**((SEARCH if data is search() else {}) | size))
-    run = trainer(mixer, data.image_shape, len(data.class_names), wanted)
+    run = trainer(mixer, data.image_shape, len(data.class_names), sized(setting, data, **size))
     return run(setting.seed, known, test, watch)
+
+
+def accuracy(mixer: str, setting: Setting, data: Dataset, *, count: int | None = None, **how: Any) -> float:
+    """The test accuracy of what `train` gives. Other experiments, in other processes, find it in `setting.kept`."""
+    count = count or everything(data)
+    if setting.kept is None:
+        return train(mixer, setting, data, count=count, **how).accuracy
+    wanted = sized(setting, data, **{name: value for name, value in how.items() if name != "shuffled"})
+    name = digest(mixer, data.name, data is search(), count, how.get("shuffled", False), tuple(wanted), setting.seed)
+    path = setting.kept / f"network-{name}.json"
+    if not path.is_file():
+        write_json(path, {"mixer": mixer, "accuracy": train(mixer, setting, data, count=count, **how).accuracy})
+    return json.loads(path.read_text())["accuracy"]
+
+
+def everything(data: Dataset) -> int:
+    """How many images a network may know."""
+    return ENDLESS if data.train.endless else len(data.train)
+
+
+def sized(setting: Setting, data: Dataset, **size: Any) -> Size:
+    """The size of the profile's networks, of those that search, and what is asked for."""
+    return SIZES[setting.profile]._replace(**((SEARCH if data is search() else {}) | size))

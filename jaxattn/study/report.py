@@ -14,7 +14,6 @@ from typing import Any, Protocol
 from jaxattn.study.answer import QUESTION, answer
 from jaxattn.study.claim import FAILED, SOURCE, Claim, Published, decide
 from jaxattn.study.seeds import UNDECIDED
-from jaxattn.train.report import environment
 from jaxattn.train.run import write_json
 
 MANY = 12  # rows of a table that is folded away
@@ -40,9 +39,10 @@ class Outcome(Protocol):
     def seconds(self) -> float: ...
 
 
-def write_report(out: Path, results: Sequence[tuple[Claim, Outcome]], settings: Mapping[str, Any]):
+def write_report(
+    out: Path, results: Sequence[tuple[Claim, Outcome]], settings: Mapping[str, Any], versions: Mapping[str, str]
+):
     """Writes `out/report.html`, `out/report.json` and `out/verdicts.md`, each whole or not at all."""
-    versions = environment()
     page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         source=SOURCE,
         question=QUESTION,
@@ -69,7 +69,7 @@ def write_report(out: Path, results: Sequence[tuple[Claim, Outcome]], settings: 
         }
         for claim, result in results
     ]
-    write_json(out / "report.json", {"settings": dict(settings), "environment": versions, "claims": claims})
+    write_json(out / "report.json", {"settings": dict(settings), "environment": dict(versions), "claims": claims})
 
 
 def verdicts(results: Sequence[tuple[Claim, Outcome]]) -> str:

@@ -1,41 +1,25 @@
-"""The runner: each experiment once a seed, kept on disk, so that what was interrupted goes on."""
+"""The study: each experiment once a seed, side by side in processes, and of each claim the verdict."""
 
+import contextlib
 import dataclasses
-import hashlib
-import json
-import time
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import jax
-import numpy as np
-
-from jaxattn.plots import inline_svg
-from jaxattn.study.claim import FAILED, Claim, Measurement, Profile, Setting, decide
-from jaxattn.study.claims import CLAIMS
+from jaxattn.study.claim import FAILED, Claim, Profile, decide
+from jaxattn.study.kept import Kept, drawing
+from jaxattn.study.progress import Progress
 from jaxattn.study.report import write_report
 from jaxattn.study.seeds import UNDECIDED
-from jaxattn.train.data import Dataset, load
-from jaxattn.train.extras import InputError, needs_extra
-from jaxattn.train.report import environment
+from jaxattn.study.worker import Job, Task
+from jaxattn.study.workers import answers, default_jobs
+from jaxattn.train.data import load
+from jaxattn.train.extras import InputError
 from jaxattn.train.run import write_json
 
-with needs_extra("train"):
-    from tqdm import tqdm
-
 SEEDS = {"quick": 3, "full": 5}
-PACKAGE = Path(__file__).parent.parent
-
-
-@dataclasses.dataclass(frozen=True)
-class Kept:
-    """What one seed of an experiment gave, as it is kept."""
-
-    numbers: dict[str, float]
-    verdict: str
-    notes: str
-    svg: str
-    seconds: float
+SOURCE = "jaxattn.study.claims"  # the module whose CLAIMS are studied
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,43 +36,60 @@ class Result:
     seconds: float = 0.0
 
 
-def study(claims: str | None, profile: Profile, seeds: int | None, data: str, out: Path) -> list[Result]:
-    """Runs the claims that `claims` names, as "5,10,21", or all; writes report.html and report.json into `out`.
+def study(
+    claims: str | None, profile: Profile, seeds: int | None, data: str, out: Path, jobs: int | None = None
+) -> list[Result]:
+    """Runs the claims that `claims` names, as "5,10,21", or all, in `jobs` processes.
+
+    Says on the standard error how far it is, and writes report.html, report.json and verdicts.md into `out`.
 
     Raises:
-      ValueError: a claim that is no number from 1 to 22, seeds below 1, data that cannot be loaded, or a folder that
-        cannot be written to.
+      ValueError: a claim that is no number from 1 to 22, seeds or jobs below 1, data that cannot be loaded, or a folder
+        that cannot be written to.
     """
     chosen = select(claims)
     count = SEEDS[profile] if seeds is None else seeds
-    if count < 1:
-        raise InputError(f"seeds (={count}) must be at least 1")
-    dataset = load(data)
-    cache = out / "cache"
+    jobs = default_jobs() if jobs is None else jobs
+    for name, value in (("seeds", count), ("jobs", jobs)):
+        if value < 1:
+            raise InputError(f"{name} (={value}) must be at least 1")
+    load(data)  # what is wrong with it is said before anything runs
     settings = {"profile": profile, "seeds": count, "data": data}
+    cache = out / "cache"
     try:
         cache.mkdir(parents=True, exist_ok=True)
         write_json(out / "settings.json", settings)
     except OSError as error:
         raise InputError(f"out (={out}) cannot be written to: {error.strerror}") from error
-    made_with = {name: value for name, value in environment().items() if name != "CPU cores"}
-    key = digest(code_version(), profile, data, fingerprint(dataset), made_with)
-    results = []
-    with tqdm(total=len(chosen) * count, unit="run", disable=None) as bar:  # None: shown on a terminal only
-        for claim in chosen:
-            bar.set_description(f"claim {claim.number}")
-            settled = []
-            try:
-                for seed in range(count):
-                    path = cache / f"{claim.experiment.__name__}-{seed}-{key}.json"
-                    settled.append(kept(claim, path, Setting(profile, seed, dataset)))
-                    bar.update()
-                results.append(conclude(claim, settled))
-            except Exception as error:  # whatever it is belongs in the report, and the others still run
-                bar.update(count - len(settled))
-                results.append(Result(claim.number, FAILED, error=f"{type(error).__name__}: {error}"))
-    write_report(out, list(zip(chosen, results, strict=True)), settings)
+    results, made_with = run_all(chosen, count, Job(SOURCE, profile, data, str(cache)), jobs)
+    write_report(out, list(zip(chosen, results, strict=True)), settings, made_with)
     return results
+
+
+def run_all(chosen: Sequence[Claim], seeds: int, job: Job, jobs: int) -> tuple[list[Result], Mapping[str, str]]:
+    """The result of each claim, in their order, and what they were made with."""
+    sharing: dict[Callable[..., Any], list[Claim]] = {}  # by their experiment, the longest first
+    for claim in sorted(chosen, key=lambda claim: -claim.cost):
+        sharing.setdefault(claim.experiment, []).append(claim)
+    claims_of = {claims[0].number: claims for claims in sharing.values()}
+    tasks = [[Task(number, seed) for seed in range(seeds)] for number in claims_of]
+    settled: dict[int, list[Kept]] = {number: [] for number in claims_of}
+    results: dict[int, Result] = {}
+    made_with: Mapping[str, str] = {}
+    cost = sum(seeds * claims[0].cost for claims in claims_of.values())
+    with Progress(cost, len(chosen)) as progress, contextlib.closing(answers(job, tasks, jobs)) as found:
+        for task, answer in found:
+            claims, error = claims_of[task.claim], answer.get("error")
+            progress.goes_on(claims[0].cost * (seeds - task.seed if error else 1))
+            if error is None:
+                made_with = answer["environment"]
+                settled[task.claim].append(Kept(**answer["kept"]))
+                if len(settled[task.claim]) < seeds:
+                    continue
+            for claim in claims:
+                results[claim.number] = conclude(claim, settled[task.claim], error)
+                progress.ended(line(results[claim.number]))
+    return [results[claim.number] for claim in chosen], made_with
 
 
 def select(text: str | None) -> list[Claim]:
@@ -97,34 +98,31 @@ def select(text: str | None) -> list[Claim]:
     >>> [claim.number for claim in select("5,1")]
     [1, 5]
     """
+    claims: Sequence[Claim] = importlib.import_module(SOURCE).CLAIMS
     if text is None:
-        return list(CLAIMS)
-    known = {claim.number for claim in CLAIMS}
+        return list(claims)
+    known = {claim.number for claim in claims}
     try:
         wanted = {int(part) for part in text.split(",")}
     except ValueError as error:
         raise InputError(f"claims (={text!r}) must be numbers with commas between them, as 5,10,21") from error
     if unknown := sorted(wanted - known):
         raise InputError(f"claims (={text!r}): there is no claim {unknown[0]}; allowed: 1 to {max(known)}")
-    return [claim for claim in CLAIMS if claim.number in wanted]
+    return [claim for claim in claims if claim.number in wanted]
 
 
-def kept(claim: Claim, path: Path, setting: Setting) -> Kept:
-    """What is kept at `path`, or a new run, which is kept. Two claims may share an experiment, and so its runs."""
-    if path.is_file():
-        return Kept(**json.loads(path.read_text()))
-    start = time.perf_counter()
-    with jax.default_matmul_precision("highest"):  # by default GPUs and TPUs round products of float32
-        run = claim.experiment(setting)
-    seconds = time.perf_counter() - start
-    numbers = {name: float(value) for name, value in run.numbers.items()}
-    result = Kept(numbers, run.verdict, run.notes, drawing(run, claim), seconds)
-    write_json(path, dataclasses.asdict(result))
-    return result
+def conclude(claim: Claim, seeds: Sequence[Kept], error: str | None) -> Result:
+    """The verdict of all seeds together; that the claim failed, where there is an error, or the judge raises one."""
+    if error is None:
+        try:
+            return judged(claim, seeds)
+        except Exception as raised:  # whatever it is belongs in the report, and the other claims still run
+            error = f"{type(raised).__name__}: {raised}"
+    return Result(claim.number, FAILED, error=error)
 
 
-def conclude(claim: Claim, seeds: Sequence[Kept]) -> Result:
-    """The verdict of all seeds: the judge's, or the one that they share."""
+def judged(claim: Claim, seeds: Sequence[Kept]) -> Result:
+    """The judge's verdict of all seeds, or the one that they share."""
     numbers = {name: [seed.numbers[name] for seed in seeds] for name in seeds[0].numbers}
     seconds = sum(seed.seconds for seed in seeds)
     if claim.judge is not None:
@@ -136,33 +134,11 @@ def conclude(claim: Claim, seeds: Sequence[Kept]) -> Result:
     return Result(claim.number, verdict, numbers, {}, seeds[0].notes, seeds[0].svg, seconds=seconds)
 
 
-def drawing(made: Measurement, claim: Claim) -> str:
-    """A measurement's figures as SVG, one after the other."""
-    drawn = enumerate(made.figures)
-    return "".join(f if isinstance(f, str) else inline_svg(f, f"claim{claim.number}-{n}") for n, f in drawn)
-
-
-def code_version() -> str:
-    """A digest of the library's sources: a result of other code is not taken from the cache."""
-    return digest(*(path.read_bytes() for path in sorted(PACKAGE.rglob("*.py"))))
-
-
-def fingerprint(data: Dataset) -> str:
-    """A digest of some of the images, so that a data set that changed under its name is run anew."""
-    images, labels = data.train.fetch(np.arange(min(64, len(data.train))))
-    return digest(images.tobytes(), labels.tobytes(), len(data.train), len(data.test))
-
-
-def digest(*parts: object) -> str:
-    """Of bytes as they are, and of all else as it is written."""
-    whole = hashlib.sha256()
-    for part in parts:
-        content = part if isinstance(part, bytes) else repr(part).encode()
-        whole.update(len(content).to_bytes(8, "big") + content)
-    return whole.hexdigest()[:16]
-
-
 def summary(results: Sequence[Result]) -> str:
     """A line a claim, for the terminal."""
-    reason = lambda result: f" ({result.error})" if result.error else ""
-    return "\n".join(f"claim {result.number:2d}: {result.verdict}{reason(result)}" for result in results)
+    return "\n".join(map(line, results))
+
+
+def line(result: Result) -> str:
+    """A claim's number and verdict, with the error if there was one."""
+    return f"claim {result.number:2d}: {result.verdict}" + (f" ({result.error})" if result.error else "")

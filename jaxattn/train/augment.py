@@ -4,6 +4,7 @@ Everything is a pure function of a key, so that a run that is resumed sees the s
 """
 
 import functools
+from types import ModuleType
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -12,9 +13,6 @@ import numpy as np
 from jaxtyping import Array, Float, Key, Num, Real
 
 from jaxattn.train.extras import needs_extra
-
-with needs_extra("train"):
-    import dm_pix
 
 
 @runtime_checkable
@@ -88,7 +86,7 @@ def augment(
     if config.shift:
         images = jax.vmap(shifted, (0, 0, None))(keys[0], images, config.shift)
     if config.flip:
-        images = jnp.asarray(jax.vmap(dm_pix.random_flip_left_right)(keys[1], images))
+        images = jnp.asarray(jax.vmap(pix().random_flip_left_right)(keys[1], images))
     if config.cutout:
         images = jax.vmap(cutout, (0, 0, None))(keys[2], images, config.cutout)
     if config.erasing:
@@ -100,11 +98,18 @@ def augment(
     return images, targets
 
 
+def pix() -> ModuleType:
+    """dm-pix, which only training needs."""
+    with needs_extra("train"):
+        import dm_pix
+    return dm_pix
+
+
 def shifted(key: Key[Array, ""], image: Float[Array, "height width channels"], shift: int) -> Array:
     """One of the (2 shift + 1)² windows of the image padded by its edge."""
     height, width, _ = image.shape
-    padded = dm_pix.pad_to_size(image, height + 2 * shift, width + 2 * shift, mode="edge")
-    return jnp.asarray(dm_pix.random_crop(key, padded, image.shape))
+    padded = pix().pad_to_size(image, height + 2 * shift, width + 2 * shift, mode="edge")
+    return jnp.asarray(pix().random_crop(key, padded, image.shape))
 
 
 def cutout(key: Key[Array, ""], image: Float[Array, "height width channels"], side: int) -> Array:

@@ -5,6 +5,7 @@ is. Each is written beside its place and then renamed: no reader sees half of on
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -110,6 +111,15 @@ def write_json(path: Path, values: dict):
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(json.dumps(values, indent=2) + "\n")
     os.replace(partial, path)
+
+
+def digest(*parts: object) -> str:
+    """Of bytes as they are, and of all else as it is written."""
+    whole = hashlib.sha256()
+    for part in parts:
+        content = part if isinstance(part, bytes) else repr(part).encode()
+        whole.update(len(content).to_bytes(8, "big") + content)
+    return whole.hexdigest()[:16]
 
 
 def _put_aside(out: Path):

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from jaxattn.study import figures
 from jaxattn.study.claim import Measurement, Numbers, Published, Setting, claim
-from jaxattn.study.mixers import search, train
+from jaxattn.study.mixers import accuracy, search
 from jaxattn.study.seeds import Interval, difference, interval, negated, points, together
 
 TASKS = ("images", "search")
@@ -17,7 +17,7 @@ def by_task(setting: Setting, mixers: Mapping[str, str], tasks=TASKS, **size: fl
     """Test accuracy of each mixer, as "task: name", on the study's images, and on a search."""
     data = {"images": setting.data, "search": search()}
     return {
-        f"{task}: {name}": train(mixer, setting, data[task], **size).accuracy
+        f"{task}: {name}": accuracy(mixer, setting, data[task], **size)
         for task in tasks
         for name, mixer in mixers.items()
     }
@@ -72,6 +72,7 @@ def needed(numbers: Numbers) -> Measurement:
             ],
         )
     ],
+    cost=25,
 )
 def similarity(setting: Setting, full: str = FULL, **size: float) -> Measurement:
     return Measurement(by_task(setting, {FULL: full, BY_QUERY: BY_QUERY, BY_PLACE: BY_PLACE}, **size))
@@ -94,6 +95,7 @@ def optional(numbers: Numbers) -> Measurement:
     threshold="Holds if with ReLU no more than 2 points of accuracy are lost on both tasks, depends on the task if on "
     "one, fails if on neither; depends on the seed if a 95 % interval has 2 points in it.",
     judge=optional,
+    cost=28,
 )
 def normalisers(setting: Setting, relu: str = "relu", **size: float) -> Measurement:
     images = by_task(setting, NORMALIZERS | {"relu": relu}, TASKS[:1], **size)
@@ -126,6 +128,7 @@ def relational(numbers: Numbers) -> Measurement:
     "coin: 50 %), each with its 95 % interval; depends on which weights are fixed if some are; fails if attention is "
     "not, or all are; depends on the seed if an interval has its threshold in it.",
     judge=relational,
+    cost=12,
 )
 def same_or_different(setting: Setting, frozen: str = "frozen", **size: float) -> Measurement:
     fixed = dict(zip(FROZEN, (frozen, "convolution"), strict=True))

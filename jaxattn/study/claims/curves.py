@@ -6,11 +6,11 @@ from itertools import pairwise
 
 from jaxattn.study import figures
 from jaxattn.study.claim import Measurement, Numbers, Published, Setting, claim, decide
-from jaxattn.study.mixers import search, train
+from jaxattn.study.mixers import accuracy, search
 from jaxattn.study.seeds import UNDECIDED, difference, interval, points, together
 
 MIXERS = ("convolution", "local attention", "gated attention", "global attention")
-SHARES = {"quick": (0.04, 0.2, 1.0), "full": (0.002, 0.02, 0.2, 1.0)}
+SHARES = {"quick": (0.04, 1.0), "full": (0.002, 0.02, 0.2, 1.0)}
 COUNTS = {"quick": (500, 20_000), "full": (500, 2000, 20_000)}
 CONV, GLOBAL = "convolution", "global attention"
 
@@ -24,7 +24,7 @@ def learning_curves(setting: Setting, mixers: Sequence[str] = MIXERS, shuffled: 
     tasks = (("images", setting.data, shares, names), ("search", search(), COUNTS[setting.profile], elsewhere))
     return Measurement(
         {
-            f"{task}, {count}: {name}": train(mixer, setting, data, count=count, shuffled=shuffled, **size).accuracy
+            f"{task}, {count}: {name}": accuracy(mixer, setting, data, count=count, shuffled=shuffled, **size)
             for task, data, counts, trained in tasks
             for count in counts
             for name, mixer in trained.items()
@@ -133,6 +133,7 @@ small_data = claim(
             [("9 M", "far below"), ("90 M and more", "above")],
         ),
     ],
+    cost=44,
 )(learning_curves)
 
 inductive_bias = claim(
@@ -146,4 +147,5 @@ inductive_bias = claim(
     "attention is ahead of convolution on both tasks, depends on the task if on one, fails if on neither; depends on "
     "the seed if a 95 % interval has zero in it.",
     judge=stronger_prior,
+    cost=44,
 )(learning_curves)

@@ -11,7 +11,7 @@ from jaxattn import nn, plots
 from jaxattn.measure import effective_receptive_field
 from jaxattn.study import figures
 from jaxattn.study.claim import Measurement, Setting, claim, decide
-from jaxattn.study.mixers import search, train
+from jaxattn.study.mixers import accuracy, search
 
 DEPTHS = (1, 2, 4, 8, 16)
 
@@ -51,13 +51,14 @@ def support(setting: Setting, everything: tuple[int, int] = (9, 9)) -> Measureme
     about="L random convolutions of size 3 are stacked on 33 tokens, and the gradient of the middle output is "
     "measured. What they can see is its support, L(k - 1) + 1 in theory; what they do see is the narrowest window "
     "about the middle that holds nine tenths of it. Global attention is measured beside them. Then networks are "
-    "trained on a search, does any of 8 tokens hold what a marked one holds: a stack of four blocks of "
+    "trained on a search, does any of 8 tokens hold what a marked one holds: a stack of two blocks of "
     "convolutions, which has the whole grid in reach, and one block of attention.",
     hypothesis="All is in reach at depth 16, but the weight lies near the middle, in a width that grows as √L; and to "
     "have all in reach is not to search it.",
     threshold="Holds if at each depth the support is L(k - 1) + 1, at depth 16 all tokens, nine tenths of the "
     "gradient is then at least as wide as 90 % of attention's, and convolutions are right in the search within 5 "
     "points of attention; depends on what global means if only the first two are so.",
+    cost=15,
 )
 def depth(setting: Setting, size: int = 3, steps: int | None = None) -> Measurement:
     n, features = 33, 64  # many, because one random channel says little
@@ -75,8 +76,8 @@ def depth(setting: Setting, size: int = 3, steps: int | None = None) -> Measurem
     numbers |= {"nine tenths of attention's": attention}
     how = {} if steps is None else {"steps": steps}
     right = {
-        f"right in the search: {mixer}": train(mixer, setting, search(), depth=deep, **how).accuracy
-        for mixer, deep in (("convolution", 4), ("global attention", 1))
+        f"right in the search: {mixer}": accuracy(mixer, setting, search(), depth=deep, **how)
+        for mixer, deep in (("convolution", 2), ("global attention", 1))
     }
     convs, attends = right.values()
     series = {"support": reach, "nine tenths": width, "nine tenths of attention's": [attention] * len(DEPTHS)}

@@ -13,6 +13,7 @@ from jaxattn import nn
 from jaxattn.attention import attention
 from jaxattn.study import figures
 from jaxattn.study.claim import Measurement, Setting, claim, decide
+from jaxattn.study.compiler import LOOP
 from jaxattn.study.fit import fit
 
 PATTERNS = np.array(list(itertools.product((0.0, 1.0), repeat=4)), np.float32)  # which of a, b, c, d are there
@@ -70,7 +71,7 @@ def solver(network: type, size: int, steps: int):
         fit(model, loss, 0.03, steps, seed)
         return ((model(jnp.asarray(PATTERNS)) > 0) == (labels > 0)).all()
 
-    return jax.jit(jax.vmap(solved, in_axes=(0, None)))
+    return jax.jit(jax.vmap(solved, in_axes=(0, None)), compiler_options=LOOP)
 
 
 @claim(
@@ -85,6 +86,7 @@ def solver(network: type, size: int, steps: int):
     hypothesis="Two filters do; one cannot, since ac or bd is no threshold of a weighted sum; two heads do as well.",
     threshold="Holds if the filters by hand are right on all 16 patterns, training finds two filters that are and "
     "not one, and attention of some size up to four is right as well.",
+    cost=5,
 )
 def pairs(setting: Setting, shift: int = 0, steps: int = 600, sizes: Sequence[int] = SIZES) -> Measurement:
     labels = np.roll(USEFUL, shift)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import sys
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Int64
@@ -10,8 +11,8 @@ from jaxtyping import Int64
 from jaxattn.train.data.dataset import Source
 from jaxattn.train.extras import InputError, needs_extra
 
-with needs_extra("train"):
-    import grain
+if TYPE_CHECKING:
+    import grain  # when it runs, only training needs it
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,7 +45,7 @@ class _Batches:
 
 def batches(
     source: Source, batch_size: int, *, seed: int, epochs: int | None = None, process: tuple[int, int] = (0, 1)
-) -> grain.DatasetIterator:
+) -> "grain.DatasetIterator":
     """The batches of a training run, fetched ahead by threads, from wherever `set_state` puts it.
 
     Epoch e shows the examples in the order of a permutation that depends on (`seed`, e) alone, and leaves out those
@@ -80,6 +81,8 @@ def batches(
         raise InputError(f"batch_size (={batch_size}) must be a positive multiple of the {count} processes")
     if not source.endless and batch_size > len(source):
         raise InputError(f"batch_size (={batch_size}) is more than the {len(source)} training images")
+    with needs_extra("train"):
+        import grain
     every = _Batches(source, batch_size, seed, epochs, process)
     ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
     return iter(grain.MapDataset.source(every).to_iter_dataset(ahead))

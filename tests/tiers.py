@@ -1,0 +1,60 @@
+"""The two tiers: `pytest` runs the core, `pytest --full` everything.
+
+`@pytest.mark.full`: not of the core. `@pytest.mark.core(...)` on a test of many cases: the core has some of them.
+
+- `core(3)`: that many, spread evenly.
+- `core("each")`: so many that each value of each parameter is there.
+- `core("pairs")`: so many that every two values which meet in some case, meet: most faults need no more than two things
+  (Kuhn, Wallace & Gallo 2004, IEEE TSE 30(6)).
+- `core(..., parts=function)`: the same of what `function(**parameters)` says that a case is made of.
+
+Hypothesis draws a third as many examples in the core.
+"""
+
+from collections.abc import Hashable, Sequence
+from itertools import combinations, groupby
+
+import hypothesis
+import pytest
+
+PROFILES = {"core": 8, "full": 25, "explore": 300}  # examples that are drawn of a property
+
+
+def mark(items: Sequence[pytest.Item]):
+    """Marks as `full` what the core leaves out."""
+    for _, cases in groupby(items, key=lambda item: item.nodeid.partition("[")[0]):
+        cases = list(cases)
+        if (marker := cases[0].get_closest_marker("core")) is None:
+            continue
+        core = chosen(cases, *marker.args, **marker.kwargs)
+        for n, item in enumerate(cases):
+            if n not in core:
+                item.add_marker(pytest.mark.full)
+
+
+def chosen(cases: Sequence[pytest.Item], how: int | str, parts=lambda **given: tuple(given.values())) -> set[int]:
+    """The indices of the cases that are of the core."""
+    if isinstance(how, int):
+        return {n * len(cases) // how for n in range(how)}
+    made_of = [list(enumerate(map(name, parts(**case.callspec.params)))) for case in cases]
+    return covering([set(combinations(of, {"each": 1, "pairs": 2}[how])) for of in made_of])
+
+
+def name(part: object) -> Hashable:
+    """What tells a parameter's values apart: arrays and dictionaries cannot stand in sets."""
+    return getattr(part, "__qualname__", None) or repr(part)
+
+
+def covering(sets: Sequence[set]) -> set[int]:
+    """The indices of some of the sets, whose union is that of all: each time the first that adds the most."""
+    missing, taken = set().union(*sets), set()
+    while missing:
+        best = max(range(len(sets)), key=lambda n: (len(sets[n] & missing), -n))
+        taken.add(best)
+        missing -= sets[best]
+    return taken
+
+
+def examples(times: float, **settings) -> hypothesis.settings:
+    """So many times the tier's number of examples."""
+    return hypothesis.settings(max_examples=round(times * hypothesis.settings.default.max_examples), **settings)

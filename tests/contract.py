@@ -6,6 +6,7 @@ argument, from `oracle_gradients`. To hold one more implementation to the contra
 
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Any
 from unittest import mock
@@ -152,18 +153,17 @@ GEOMETRIES = {
 
 
 def parts(implementation, geometry, arguments):
-    """What a case is made of, of which the core holds every pair that the full tier does."""
+    """What the core shows of all cases: each implementation with each argument, and every two properties of a window
+    that meet, since most faults need no more than two things (Kuhn, Wallace & Gallo 2004, IEEE TSE 30(6))."""
     grid, given = GEOMETRIES[geometry]
     if given is None:
-        return implementation, arguments, "no window"
+        return f"{implementation}, {arguments}", f"{implementation}, no window"
     spread = lambda name, default: np.broadcast_to(given.get(name, default), len(np.atleast_1d(given["size"])))
-    return (
-        *(implementation, arguments, len(grid)),
-        " and ".join(sorted(set(spread("boundary", "shift").tolist()))),
-        *((spread(name, 1) > 1).any() for name in ("stride", "dilation", "block")),
-        *(spread("causal", False).any(), "offset" in given),
-        bool((spread("size", 1) >= grid).any()),
-    )
+    properties = {"rank": len(grid), "boundary": sorted(set(spread("boundary", "shift").tolist()))}
+    properties |= {name: bool((spread(name, 1) > 1).any()) for name in ("stride", "dilation", "block")}
+    properties |= {"causal": bool(spread("causal", False).any()), "offset": "offset" in given}
+    properties |= {"all of the grid": bool((spread("size", 1) >= grid).any()), "implementation": implementation}
+    return f"{implementation}, {arguments}", *itertools.combinations(properties.items(), 2)
 
 
 @dataclasses.dataclass

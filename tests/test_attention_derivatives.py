@@ -21,7 +21,7 @@ def inner(a, b):
     return sum(jax.tree.leaves(jax.tree.map(lambda x, y: (x * y).sum(), a, b)))
 
 
-@pytest.mark.core(6)
+@pytest.mark.core(4)
 @pytest.mark.parametrize(
     ("implementation", "geometry", "arguments"),
     [
@@ -47,7 +47,7 @@ def test_forward_mode_is_a_difference(implementation, geometry, arguments):
         assert np.linalg.norm(tangent - numeric) <= 1e-8 * np.linalg.norm(numeric)
 
 
-@pytest.mark.core(5)
+@pytest.mark.core(3)
 @pytest.mark.parametrize(
     ("implementation", "geometry", "arguments"),
     [
@@ -99,6 +99,7 @@ def test_forward_over_forward_and_third_derivatives():
     agree(ours, theirs, "second and third")
 
 
+@pytest.mark.core(2)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("geometry", ["longer than the grid, mask", "offset behind, wrap"])
 def test_jacobians_of_both_modes(geometry, implementation):
@@ -107,6 +108,7 @@ def test_jacobians_of_both_modes(geometry, implementation):
     agree(*compiled(lambda x: (jax.jacfwd(run)(x), jax.jacrev(run)(x)))(made.operands), "jacobian")
 
 
+@pytest.mark.full
 def test_the_whole_hessian():
     made = problem("as large as the grid", "one extra token", head_dim=2, **few)
     ours, theirs = (compiled(jax.hessian(scalar(made, name)))(made.operands) for name in (SMALL, "reference"))
@@ -123,6 +125,7 @@ def test_linearized_once_for_many_directions(implementation):
     agree(along(jax.tree.map(lambda x: -2 * x, direction)), jax.tree.map(lambda x: -2 * x, along(direction)), "scaled")
 
 
+@pytest.mark.full
 def test_a_derivative_of_one_operand_alone():
     """Each is what it is among all; what is not asked for is not needed."""
     made = problem("halo", "everything", **few)

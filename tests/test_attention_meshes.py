@@ -64,7 +64,7 @@ def gradients_of(call, made, cotangents):
     return run
 
 
-@pytest.mark.core("each")
+@pytest.mark.core(5)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize(
     ("implementation", "geometry", "over", "arguments"),
@@ -114,7 +114,7 @@ def communicates(text, most):
             assert max(sizes) <= most, line
 
 
-@pytest.mark.core("each")
+@pytest.mark.core(3)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(
     ("geometry", "over"),
@@ -141,7 +141,7 @@ def test_inside_shard_map(geometry, over, implementation):
     agree(jax.jit(inside, compiler_options=quicker)(given, cotangents), expected, "inside")
 
 
-@pytest.mark.core("each")
+@pytest.mark.core(2)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_inside_shard_map_over_one_axis_of_two(implementation, kind):

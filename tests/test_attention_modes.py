@@ -14,6 +14,7 @@ from jaxattn.window import Window
 IMPLEMENTATIONS = ["reference", "xla"]
 
 
+@pytest.mark.core(8)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("normalize", ["softmax", "relu", "sigmoid", "sparsemax", "none"])
 @pytest.mark.parametrize("window", [Window(3, boundary="mask"), None])
@@ -87,6 +88,7 @@ def test_dropout_is_unbiased_and_zeroes_its_share(implementation):
     assert (weights != again).any()
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("window", [Window((3, 3)), Window((4, 5), boundary="zero")])
 def test_merging_windows_and_their_rest(window):
     """Two masks that part the keys, merged, are no mask at all; and derivatives pass through lse."""

@@ -45,7 +45,7 @@ def two_of(name, x):
     return np.stack([x, ~x if x.dtype == bool else 0.7 * x[..., ::-1] if x.ndim else 1.3 * x])
 
 
-@pytest.mark.core(4)
+@pytest.mark.core(3)
 @pytest.mark.parametrize("name", MAPPED)
 def test_vmap_over_one_argument_alone(name):
     """Values and gradients; and the gradient of a vmap, in which what is not mapped adds up."""
@@ -57,6 +57,7 @@ def test_vmap_over_one_argument_alone(name):
     agree(together, jax.tree.map(lambda *x: np.stack(x), *apart), f"vmap over {name}")
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("name", ["query", "key", "relative_bias"])
 def test_the_gradient_of_a_vmap(name):
     """What is not mapped over adds up."""
@@ -84,6 +85,7 @@ def test_nested_vmaps_over_axes_anywhere(implementation):
     agree(jnp.moveaxis(output, (1, -1), (0, 1)), made.expected(made.cotangents())[0][0], "nested")
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_scan_and_checkpoint(implementation):
     """Through a loop, with and without recomputation, derivatives are those of layers written out."""

@@ -82,7 +82,7 @@ def close(mine, theirs, tolerance=1e-12):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * max(float(abs(b).max()), 1))
 
 
-@pytest.mark.core("each")
+@pytest.mark.core(5)
 @pytest.mark.parametrize("cut", [{}, {"QUERIES": 6}, {"QUERIES": 1}, {"STEP": 1}], ids=str)
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_the_three_derivatives_are_those_of_the_formula(name, cut, smaller):
@@ -117,6 +117,7 @@ def scores(q, k, axes):
     return bands.partial("s", q, k, axes)
 
 
+@pytest.mark.full
 def test_derivatives_of_any_order(smaller):
     smaller(QUERIES=4)
     axes = GEOMETRIES["line"]
@@ -175,6 +176,7 @@ CALLS = {  # equation, shapes, options
 }
 
 
+@pytest.mark.core(4)
 @pytest.mark.parametrize("name", CALLS)
 def test_value_and_gradients_of_an_equation(name):
     """Whatever the plan prefers."""
@@ -257,7 +259,7 @@ def test_mixed_dtypes_and_a_wider_result():
     assert run(s.astype("bfloat16"), k.astype("float32")).dtype == "float32"
 
 
-@pytest.mark.core("each")
+@pytest.mark.core(2)
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
 @pytest.mark.parametrize("name", ["scores", "mix"])
 @pytest.mark.parametrize("kind", ["auto", "explicit", "manual"])

@@ -68,7 +68,7 @@ def run_once(way, of, mode="forward"):
     return program.numpy(program.run()), inputs, cotangent
 
 
-@pytest.mark.core(16)
+@pytest.mark.core(10)
 @pytest.mark.filterwarnings("ignore:.*(return_lse|torch.compile):")  # NATTEN's own use of torch
 @pytest.mark.parametrize("name", ATTENTION)
 @pytest.mark.parametrize(("described", "able"), CASES, ids=lambda x: x[0].name if isinstance(x, tuple) else "")
@@ -104,7 +104,7 @@ def conv_loops(x, kernel, of):
     return y
 
 
-@pytest.mark.core(8)
+@pytest.mark.core(6)
 @pytest.mark.parametrize("name", CONV)
 @pytest.mark.parametrize("of", select("conv", True, []), ids=lambda of: of.name)
 def test_every_way_of_convolution_is_convolution(name, of):

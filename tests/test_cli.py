@@ -68,6 +68,7 @@ def both(tmp_path_factory):
     return folder / OUT, *said
 
 
+@pytest.mark.full
 def test_every_file_is_written(both):
     out, _, _ = both
     files = {str(path.relative_to(out)) for path in out.rglob("*")}

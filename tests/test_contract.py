@@ -14,7 +14,7 @@ CASES = [(how, geometry, arguments) for geometry in GEOMETRIES for how, argument
 CASES += [(how, geometry, arguments) for arguments in ARGUMENTS for how, geometry in OF_ARGUMENTS]
 
 
-@pytest.mark.core("pairs", parts=parts)
+@pytest.mark.core("each", parts=parts)
 @pytest.mark.parametrize(("implementation", "geometry", "arguments"), dict.fromkeys(CASES))
 def test_values_and_gradients(implementation, geometry, arguments):
     check(problem(geometry, arguments), implementation)

@@ -41,6 +41,7 @@ LAYERS = [
 ]
 
 
+@pytest.mark.core(6)
 @pytest.mark.parametrize(("size", "kwargs", "padding"), [(s, k, p) for s, k, paddings in LAYERS for p in paddings])
 def test_layers(size, kwargs, padding):
     kind = nnx.Conv if isinstance(padding, str) else nn.Conv
@@ -56,6 +57,7 @@ def test_layers(size, kwargs, padding):
     np.testing.assert_allclose(run(back, x), y, atol=TOLERANCE)
 
 
+@pytest.mark.core(2)
 @pytest.mark.parametrize("kind", [nn.Conv, nnx.Conv])
 def test_more_layers(kind):
     """SAME_LOWER, a mask, strides of None; and the model is left as it was."""
@@ -71,6 +73,7 @@ def test_more_layers(kind):
     jax.tree.map(np.testing.assert_array_equal, before, nnx.to_pure_dict(nnx.state(layer)))
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize(
     ("size", "kwargs"),
     [
@@ -112,6 +115,7 @@ class Mine(nnx.Module):
         return self.head(self.block(x).mean((-3, -2)))
 
 
+@pytest.mark.full
 def test_a_users_network():
     model = randomized(Mine(nnx.Rngs(0)))
     model.eval()

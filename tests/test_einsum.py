@@ -206,6 +206,7 @@ def test_drawn_convolutions(drawn):
     check_drawn(drawn, None)
 
 
+@pytest.mark.full
 @examples(4)
 @hypothesis.given(equations())
 def test_drawn_slices(drawn):

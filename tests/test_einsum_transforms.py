@@ -51,7 +51,7 @@ def test_the_cases_are_one_for_each_lowering():
     assert lowerings == ["plain", "convolution", *[depthwise] * 3, "convolution", "slices", "gather"]
 
 
-@pytest.mark.core("each")
+@pytest.mark.core(16)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("implementation", [None, "reference"])
 def test_dtypes_under_strict_promotion(case, dtype, implementation):
@@ -173,7 +173,7 @@ def test_promotion_and_preferred_element_type(case):
     assert jax.jit(narrow)(*arrays(shapes, "float32")).dtype == jnp.bfloat16
 
 
-@pytest.mark.core(3)
+@pytest.mark.core(1)
 def test_jit_vmap_jvp_checkpoint_and_second_derivatives(case):
     run, shapes, oracle = case
     operands, tangents = arrays(shapes), arrays(shapes, seed=1)
@@ -211,7 +211,7 @@ def test_jit_vmap_jvp_checkpoint_and_second_derivatives(case):
     np.testing.assert_allclose(reversed_twice, (ends[0] - ends[1]) / (2 * step), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.core(4)
+@pytest.mark.core(2)
 @pytest.mark.parametrize("name", CASES)
 def test_shard_map_over_the_batch(name):
     equation, shapes, options = CASES[name]
@@ -231,7 +231,7 @@ def test_shard_map_over_the_batch(name):
         np.testing.assert_allclose(mine, want, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.core("each")
+@pytest.mark.core(4)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("axis_type", [jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto])
 def test_a_sharded_batch_stays_sharded(name, axis_type):
@@ -252,6 +252,7 @@ def test_a_sharded_batch_stays_sharded(name, axis_type):
         np.testing.assert_allclose(np.asarray(mine), want, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("unroll", [1, 4])
 def test_long_windows_are_a_loop(monkeypatch, unroll):
     """Windows too large to write out: the same sums, forward and backward, through a loop."""

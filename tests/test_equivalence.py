@@ -65,6 +65,7 @@ def make(grid, window, features, out, options, seed=0):
     return x, normal(seed + 1, *window, features // options.get("groups", 1), out)
 
 
+@pytest.mark.core(5)
 @case
 def test_the_hard_limit_is_the_convolution(grid, window, features, out, options):
     x, kernel = make(grid, window, features, out, options)
@@ -84,7 +85,7 @@ def lax_padding(options, grid, window):
     return tuple(pairs)
 
 
-@pytest.mark.core("each")
+@pytest.mark.core(4)
 @pytest.mark.parametrize("size", range(1, 8))
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_every_size(rank, size):

@@ -52,6 +52,7 @@ def make(grid, window, patch, features=2, out=3):
     return normal(0, *image, features), normal(1, *window, features, out)
 
 
+@pytest.mark.core(4)
 @case
 def test_the_patches_attend_as_the_pixels_are_convolved(grid, window, patch):
     x, kernel = make(grid, window, patch)

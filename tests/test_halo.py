@@ -105,6 +105,7 @@ CONVOLUTIONS = {
 }
 
 
+@pytest.mark.core(4)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_a_split_convolution(name):
     grid, size, options = CONVOLUTIONS[name]
@@ -167,7 +168,7 @@ def operands_of(grid, window, heads=2, head_dim=3):
     }
 
 
-@pytest.mark.core(7)
+@pytest.mark.core(4)
 @pytest.mark.parametrize("name", WINDOWS)
 def test_split_attention(name):
     grid, window = WINDOWS[name]
@@ -194,6 +195,7 @@ def test_split_attention_with_embeddings_by_axis(name):
     agree(whole, parts, (made,))
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("boundary", ["mask", "zero", "shift"])
 def test_split_attention_with_everything(boundary):
     """Key mask, bias by slot, extra tokens, grouped heads and the log-sum-exp."""
@@ -292,7 +294,7 @@ LAYERS = {
 }
 
 
-@pytest.mark.core(3)
+@pytest.mark.core(2)
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_split_layer(name):
     layer, x = LAYERS[name](), normal(0, (2, 8, 6, 4))

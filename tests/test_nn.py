@@ -244,6 +244,7 @@ def attention_pair(*args, **kwargs):
     return back, theirs
 
 
+@pytest.mark.core(2)
 @pytest.mark.parametrize(
     "kwargs",
     [
@@ -267,6 +268,7 @@ def test_attention_takes_number_masks_as_flax_does():
     assert_same(*attention_pair(4, 12), x, mask=nnx.make_causal_mask(x[..., 0]))
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
 def test_cross_attention_is_nnx_attention(batch):
     ours, theirs = attention_pair(2, 6, 8, 5, in_kv_features=7)
@@ -275,6 +277,7 @@ def test_cross_attention_is_nnx_attention(batch):
     assert_same(ours, theirs, *inputs[:2])
 
 
+@pytest.mark.core(3)
 @pytest.mark.parametrize(("dtype", "param_dtype"), itertools.product(DTYPES, DTYPES[1:]))
 def test_attention_dtypes(dtype, param_dtype):
     ours, theirs = attention_pair(2, 8, dtype=dtype, param_dtype=param_dtype)
@@ -339,6 +342,7 @@ def attention_loop(layer, x):
 MASKED = Window((3, 2), boundary="mask")
 
 
+@pytest.mark.core(5)
 @pytest.mark.parametrize(
     ("window", "grid", "relative_bias", "key_embedding"),
     [
@@ -525,6 +529,7 @@ def test_transformations():
             assert_close(compiled(x), expected, tolerance)
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 def test_a_training_step_lowers_the_loss(dtype):
     class Net(nnx.Module):

@@ -207,6 +207,7 @@ def test_images_that_do_not_fit(make):
         nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))(jnp.ones((8, 8, 2))))
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", ["efficientnet", "digits"])
 def test_learns_a_step(name, dtype):

@@ -65,6 +65,7 @@ SLIDES = [
 ]
 
 
+@pytest.mark.core(14)
 @pytest.mark.parametrize("boundary", ["zero", "mask", "edge", "wrap", "reflect"])
 @pytest.mark.parametrize(("grid", "size", "strides", "dilation", "pads"), SLIDES)
 def test_values_in_a_sliding_window(grid, size, strides, dilation, pads, boundary):
@@ -75,6 +76,7 @@ def test_values_in_a_sliding_window(grid, size, strides, dilation, pads, boundar
     np.testing.assert_allclose(y, oracle.quadratic_attention(x, params, tokens), atol=TOLERANCE)
 
 
+@pytest.mark.core(4)
 @pytest.mark.parametrize("boundary", ["zero", "mask", None])
 @pytest.mark.parametrize(("grid", "full"), [((6,), False), ((4, 5), True), ((3, 2, 3), False)])
 def test_gradients(grid, full, boundary):
@@ -159,6 +161,7 @@ def oracle_at(x, params, slide):
     return oracle.quadratic_attention(x, params, tokens)
 
 
+@pytest.mark.full
 def test_transformations_over_the_whole_grid():
     x, params = make(5, (5, 4))
     batch, whole = jnp.stack([jnp.asarray(x), 2 * jnp.asarray(x)]), jax.jit(zoo.quadratic_attention)
@@ -234,6 +237,7 @@ def test_bad_slides(kwargs, message):
         zoo.Slide((3, 3), **kwargs)
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize(
     ("kwargs", "dtype"),
     [

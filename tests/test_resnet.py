@@ -97,6 +97,7 @@ def torch_like_forward(state, images, *, block, strides):
     return x.mean(axis=(1, 2)) @ state["head"]["kernel"] + state["head"]["bias"]
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("block", ["basic", "bottleneck"])
 def test_forward_is_a_resnet(block):
     model = ResNet((1, 2), block=block, width=4, num_classes=5, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
@@ -112,7 +113,7 @@ def test_forward_is_a_resnet(block):
     np.testing.assert_allclose(run(model, images), expected, rtol=1e-10)
 
 
-@pytest.mark.core("each")
+@pytest.mark.core(1)
 @pytest.mark.parametrize("mix", ["conv", "attention"])
 @pytest.mark.parametrize("stem_mix", ["conv", "attention"])
 def test_grids(mix, stem_mix):
@@ -149,6 +150,7 @@ def test_attention_is_sasas():
     assert [mixer.pool for block in (first, second) for mixer in block.layers] == [False, False, True, False]
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("mix", ["conv", "attention"])
 def test_bfloat16(mix):
     """Computes in bfloat16 near what float32 gives, with float32 parameters, logits and statistics."""
@@ -219,6 +221,7 @@ def test_training_lowers_the_loss(kwargs):
         assert (gradient[...] != 0).any(), path
 
 
+@pytest.mark.full
 def test_weights_are_sown_by_every_attention():
     model = tiny(mix="attention", rngs=nnx.Rngs(0))
     _, sown = nnx.capture(model, nnx.Intermediate)(normal(0, 2, 8, 8, 1), sow_weights=True)

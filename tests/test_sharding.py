@@ -103,7 +103,7 @@ def alone(make):
     return descent(make())
 
 
-@pytest.mark.core(1)
+@pytest.mark.full
 @pytest.mark.parametrize("text", ["data=8", "fsdp=8", "space=8", "data=2,fsdp=2,space=2"])
 def test_twenty_steps_of_a_resnet(text):
     """Convolution, local attention, strides and BatchNorm: losses and gradients as on one device."""
@@ -236,6 +236,7 @@ def test_what_can_not_be_split():
         memory(2, "space", model, 8)
 
 
+@pytest.mark.full
 def test_a_network_becomes_whole_again():
     model = resnet()
     model.eval()

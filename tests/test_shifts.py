@@ -64,7 +64,7 @@ def close(mine, theirs, tolerance=1e-12):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * max(float(abs(b).max()), 1))
 
 
-@pytest.mark.core("each")
+@pytest.mark.core(6)
 @pytest.mark.parametrize("box", [shifts.BOX, 4, 1])
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_value_and_gradients_are_those_of_lax(name, box, monkeypatch):
@@ -103,6 +103,7 @@ def test_vmap(mapped):
     close(twice(ours)(*several), twice(peer)(*several))
 
 
+@pytest.mark.full
 def test_derivatives_of_any_order():
     axes = GEOMETRIES["line"]
     x, w, _ = operands(axes)
@@ -215,6 +216,7 @@ def test_groups_of_more_channels_are_dense_convolutions(dtype):
     assert jaxattn.plan(GROUPED, *draw(*shapes), g=2, padding="SAME").lowering == "convolution"  # float64
 
 
+@pytest.mark.core(1)
 @on_cpu
 @pytest.mark.parametrize(
     "equation",

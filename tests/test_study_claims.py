@@ -42,7 +42,7 @@ CASES = {
     21: ("depends on the task", SMALL, {"mixers": (*MIXERS[:3], MIXERS[0])}, "fails"),
     22: ("holds", {"steps": 150}, {"window": 1}, "fails"),
 }
-LONG = {3, 6, 10, 21, 22}  # what they train takes as long as all the others
+LONG = {3, 6, 8, 10, 13, 14, 20, 21, 22}  # what they train takes as long as all the others
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,7 @@ def make_data(train=60, validation=23, test=31) -> Dataset:
 CONFIG = Config(mix="conv", shift=0, batch_size=20)
 
 
-@pytest.mark.core("each")
+@pytest.mark.core(2)
 @pytest.mark.parametrize("model", RESNETS)
 @pytest.mark.parametrize("mix", ["conv", "attention"])
 def test_every_model_fits_the_data(model, mix):
@@ -322,7 +322,7 @@ SMALLER = {
 }
 
 
-@pytest.mark.core(2)
+@pytest.mark.core(1)
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_trains(name, monkeypatch, tmp_path):
     recipe = RECIPES[name]

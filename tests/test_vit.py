@@ -160,7 +160,7 @@ def expected_logits(p, image, *, mix="global", window=7, norm_at="pre", position
     return linear(p["head"], x[0] if pool == "token" and "class_token" in p else tokens.mean(0))
 
 
-@pytest.mark.core(3)
+@pytest.mark.core(2)
 @settings
 def test_values_and_gradients_are_the_formulas(setting):
     """Forward, reverse and forward-mode, in three directions of all parameters and the image at once; float64."""
@@ -205,6 +205,7 @@ def test_sincos_2d(shape):
         np.testing.assert_allclose(sincos_2d(*shape)[i, j, m::quarter], expected, atol=1e-15)
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("setting", ["mean", "quadratic", "convit"])
 def test_any_batch_axes_and_vmap(setting):
     model, images = small(setting), normal(0, 2, 3, 6, 8, 2)
@@ -214,6 +215,7 @@ def test_any_batch_axes_and_vmap(setting):
     np.testing.assert_allclose(alone, together, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.full
 def test_features_keep_the_grid_until_a_class_token_joins():
     shape = lambda setting: jax.eval_shape(small(setting).features, jnp.ones((5, 6, 8, 2))).shape
     assert shape("local") == (5, 3, 4, 8)
@@ -242,6 +244,7 @@ def loss_and_gradients(model, images, labels, key=None):
     return loss, gradients, rest
 
 
+@pytest.mark.core(2)
 @pytest.mark.parametrize(
     ("setting", "dtype"), [("global", None), *((s, jnp.bfloat16) for s in ("global", "local", "quadratic", "convit"))]
 )
@@ -258,6 +261,7 @@ def test_a_training_step(setting, dtype):
         assert (gradient[...] != 0).any() or path[-3:] == ("layer", "key", "bias"), path
 
 
+@pytest.mark.core(2)
 @settings
 def test_bfloat16(setting):
     """Computes in bfloat16, near what float32 gives; parameters, logits and the norms' statistics are float32."""
@@ -312,6 +316,7 @@ def test_a_block_that_is_left_out_is_the_identity(setting):
     np.testing.assert_allclose(block(x), x + mix + mlp(x + mix), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("make", [partial(small, "local", drop_path=0.5), partial(small, "global", dropout=0.5)])
 def test_keys_decide_what_is_dropped(make):
     model, images = make(), normal(0, 8, 6, 8, 2)
@@ -375,6 +380,7 @@ def test_remat_changes_no_number(name):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["vit_small32", "resnet"])
 def test_remat_keeps_a_blocks_input_alone(name):
     """What the backward pass keeps of the forward one, in numbers, by the shapes of the derivative's closure."""

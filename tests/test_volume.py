@@ -21,6 +21,7 @@ def volumes(batch=2):
     return jnp.asarray(np.random.default_rng(0).normal(size=(batch, 16, 6, 8, 1)))
 
 
+@pytest.mark.full
 def test_a_split_volume_gives_the_same_logits_and_gradients():
     model, x, mesh = make(depth=1), volumes(), make_mesh("data=2,space=4")
     whole, weights = nnx.split(model)

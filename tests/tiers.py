@@ -4,15 +4,13 @@
 
 - `core(3)`: that many, spread evenly.
 - `core("each")`: so many that each value of each parameter is there.
-- `core("pairs")`: so many that every two values which meet in some case, meet: most faults need no more than two things
-  (Kuhn, Wallace & Gallo 2004, IEEE TSE 30(6)).
-- `core(..., parts=function)`: the same of what `function(**parameters)` says that a case is made of.
+- `core("each", parts=function)`: so many that each part is there that `function(**parameters)` finds in some case.
 
 Hypothesis draws a third as many examples in the core.
 """
 
 from collections.abc import Hashable, Sequence
-from itertools import combinations, groupby
+from itertools import groupby
 
 import hypothesis
 import pytest
@@ -36,8 +34,8 @@ def chosen(cases: Sequence[pytest.Item], how: int | str, parts=lambda **given: t
     """The indices of the cases that are of the core."""
     if isinstance(how, int):
         return {n * len(cases) // how for n in range(how)}
-    made_of = [list(enumerate(map(name, parts(**case.callspec.params)))) for case in cases]
-    return covering([set(combinations(of, {"each": 1, "pairs": 2}[how])) for of in made_of])
+    assert how == "each", f"core({how!r}): a number, or 'each'"
+    return covering([set(enumerate(map(name, parts(**case.callspec.params)))) for case in cases])
 
 
 def name(part: object) -> Hashable:

@@ -72,7 +72,7 @@ def needed(numbers: Numbers) -> Measurement:
             ],
         )
     ],
-    cost=25,
+    cost=48,
 )
 def similarity(setting: Setting, full: str = FULL, **size: float) -> Measurement:
     return Measurement(by_task(setting, {FULL: full, BY_QUERY: BY_QUERY, BY_PLACE: BY_PLACE}, **size))
@@ -95,7 +95,7 @@ def optional(numbers: Numbers) -> Measurement:
     threshold="Holds if with ReLU no more than 2 points of accuracy are lost on both tasks, depends on the task if on "
     "one, fails if on neither; depends on the seed if a 95 % interval has 2 points in it.",
     judge=optional,
-    cost=28,
+    cost=47,
 )
 def normalisers(setting: Setting, relu: str = "relu", **size: float) -> Measurement:
     images = by_task(setting, NORMALIZERS | {"relu": relu}, TASKS[:1], **size)
@@ -128,7 +128,7 @@ def relational(numbers: Numbers) -> Measurement:
     "coin: 50 %), each with its 95 % interval; depends on which weights are fixed if some are; fails if attention is "
     "not, or all are; depends on the seed if an interval has its threshold in it.",
     judge=relational,
-    cost=12,
+    cost=10,
 )
 def same_or_different(setting: Setting, frozen: str = "frozen", **size: float) -> Measurement:
     fixed = dict(zip(FROZEN, (frozen, "convolution"), strict=True))

@@ -133,7 +133,7 @@ small_data = claim(
             [("9 M", "far below"), ("90 M and more", "above")],
         ),
     ],
-    cost=44,
+    cost=71,
 )(learning_curves)
 
 inductive_bias = claim(
@@ -147,5 +147,5 @@ inductive_bias = claim(
     "attention is ahead of convolution on both tasks, depends on the task if on one, fails if on neither; depends on "
     "the seed if a 95 % interval has zero in it.",
     judge=stronger_prior,
-    cost=44,
+    cost=71,
 )(learning_curves)

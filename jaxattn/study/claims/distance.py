@@ -75,7 +75,7 @@ def metric(numbers: Numbers) -> Measurement:
     "made so is, and it loses at most 3 points of accuracy (95 % interval; depends on the seed if that has 3 points "
     "in it); fails otherwise.",
     judge=metric,
-    cost=6,
+    cost=9,
 )
 def spectrum(setting: Setting, made: str = "distance", **size: float) -> Measurement:
     numbers = {}

@@ -30,7 +30,7 @@ N, OFFSET, STEPS = 24, 4, 400
     hypothesis="The head's centre goes to 4; the small convolution learns nothing.",
     threshold="Holds if the centre is within 0.25 of 4 and the head's error below 0.1, the convolution of size 3 "
     "keeps an error above 0.9, and that of size 9 has one below 0.1.",
-    cost=8,
+    cost=14,
 )
 def planted_offset(setting: Setting, offset: int = OFFSET, steps: int = STEPS) -> Measurement:
     rngs = nnx.Rngs(setting.seed)

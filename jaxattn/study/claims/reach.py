@@ -58,7 +58,7 @@ def support(setting: Setting, everything: tuple[int, int] = (9, 9)) -> Measureme
     threshold="Holds if at each depth the support is L(k - 1) + 1, at depth 16 all tokens, nine tenths of the "
     "gradient is then at least as wide as 90 % of attention's, and convolutions are right in the search within 5 "
     "points of attention; depends on what global means if only the first two are so.",
-    cost=15,
+    cost=14,
 )
 def depth(setting: Setting, size: int = 3, steps: int | None = None) -> Measurement:
     n, features = 33, 64  # many, because one random channel says little

@@ -89,7 +89,7 @@ def replaces(numbers: Numbers) -> Measurement:
             [("77.6", "78.2", "80.2")],
         ),
     ],
-    cost=18,
+    cost=38,
 )
 def one_flag(setting: Setting, window: int = 5, steps: int | None = None) -> Measurement:
     shape, classes = setting.data.image_shape, len(setting.data.class_names)

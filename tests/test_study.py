@@ -14,12 +14,12 @@ from flax import nnx
 from study_fakes import CALLS
 
 from jaxattn import cli, models
-from jaxattn.study import animation, kept, run, worker
+from jaxattn.study import animation, kept, mixers, run, worker
 from jaxattn.study.animation import moving_centres
 from jaxattn.study.answer import ANSWER, SHORT, answer
-from jaxattn.study.claim import FAILED, Measurement
+from jaxattn.study.claim import FAILED, Measurement, Setting
 from jaxattn.study.claims import CLAIMS
-from jaxattn.study.fit import classifier, examples
+from jaxattn.study.fit import Trained, classifier, examples
 from jaxattn.study.mixers import DistanceAttention
 from jaxattn.study.seeds import interval
 from jaxattn.train.data import load
@@ -275,3 +275,31 @@ def test_distance_attention_is_softmax_of_distances(tied):
     np.testing.assert_allclose(
         layer(jnp.asarray(x)).reshape(2, 6, 6), wanted + np.asarray(layer.out.bias[...]), rtol=1e-9
     )
+
+
+def test_an_accuracy_is_found_by_other_experiments(tmp_path, monkeypatch):
+    """In the folder of the study, by all that decides it and by no less."""
+    trained = []
+
+    def train(mixer, setting, data, **how):
+        trained.append((mixer, setting.seed, how))
+        return Trained(nnx.Module(), len(trained) / 10, [])
+
+    monkeypatch.setattr(mixers, "train", train)
+    setting = Setting("quick", 0, load("digits"), tmp_path)
+    assert mixers.accuracy("relu", setting, setting.data) == 0.1
+    assert mixers.accuracy("relu", setting, setting.data, count=1200) == 0.1  # that is all of them
+    others = [
+        ("sigmoid", setting, setting.data, {}),
+        ("relu", dataclasses.replace(setting, seed=1), setting.data, {}),
+        ("relu", dataclasses.replace(setting, profile="full"), setting.data, {}),
+        ("relu", setting, mixers.search(), {}),
+        ("relu", setting, setting.data, {"count": 100}),
+        ("relu", setting, setting.data, {"steps": 3}),
+        ("relu", setting, setting.data, {"shuffled": True}),
+    ]
+    for n, (mixer, how, data, size) in enumerate(others):
+        assert mixers.accuracy(mixer, how, data, **size) == (n + 2) / 10
+    assert len(trained) == 1 + len(others)
+    assert len(list(tmp_path.iterdir())) == len(trained)  # and nothing half-written
+    assert mixers.accuracy("relu", Setting("quick", 0, setting.data), setting.data) == 0.9  # no folder, so trained anew

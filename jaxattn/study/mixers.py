@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -164,7 +165,9 @@ def accuracy(mixer: str, setting: Setting, data: Dataset, *, count: int | None =
     name = digest(mixer, data.name, data is search(), count, how.get("shuffled", False), tuple(wanted), setting.seed)
     path = setting.kept / f"network-{name}.json"
     if not path.is_file():
-        write_json(path, {"mixer": mixer, "accuracy": train(mixer, setting, data, count=count, **how).accuracy})
+        mine = path.with_suffix(f".{os.getpid()}.json")  # another process may be at it too, and finds the same
+        write_json(mine, {"mixer": mixer, "accuracy": train(mixer, setting, data, count=count, **how).accuracy})
+        os.replace(mine, path)
     return json.loads(path.read_text())["accuracy"]
 
 

@@ -23,6 +23,7 @@ from contract import (
     soft_cap,
     with_,
 )
+from tiers import examples
 from windows import grids
 
 BY_AXIS = [embedding_by_axis, with_(embedding_by_axis, (1, None)), with_(embedding_by_axis, dims=(2, 1))]

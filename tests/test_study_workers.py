@@ -41,7 +41,7 @@ def test_a_killed_process_is_one_experiment_that_failed(tmp_path, monkeypatch, c
     assert first[2]["error"] == "RuntimeError: no <luck>"
     assert [first[n]["verdict"] for n in (1, 3, 4)] == ["holds", "depends on the seed", "holds"]
     assert "killed by SIGKILL" in (tmp_path / "study" / "report.html").read_text()
-    (before,) = (tmp_path / "study" / "cache").glob("killed-0-*.json")
+    (before,) = (tmp_path / "study" / "cache").glob("*/killed-0.json")
     kept = before.read_bytes()
     again = studied(tmp_path / "study", "1,2,3,4,5,6", 1)
     assert again[5]["verdict"] == again[6]["verdict"] == "holds"

@@ -1,6 +1,7 @@
 """Claims 3, 6 and 14: attention without the similarity, without softmax, and with its weights frozen."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from jaxattn.study import figures
 from jaxattn.study.claim import Measurement, Numbers, Published, Setting, claim
@@ -13,7 +14,7 @@ NORMALIZERS = {"softmax": "global attention"} | {name: name for name in ("relu",
 LOST, AS_WELL, SOLVED, CHANCE = 0.05, 0.02, 0.8, 0.65
 
 
-def by_task(setting: Setting, mixers: Mapping[str, str], tasks=TASKS, **size: float) -> dict[str, float]:
+def by_task(setting: Setting, mixers: Mapping[str, str], tasks=TASKS, **size: Any) -> dict[str, float]:
     """Test accuracy of each mixer, as "task: name", on the study's images, and on a search."""
     data = {"images": setting.data, "search": search()}
     return {

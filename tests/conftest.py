@@ -7,16 +7,13 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 
 import hypothesis
 import jax
-import jaxlib
 import pytest
+import quick
 import tiers
 from jaxtyping import install_import_hook
 
-# Compiling is much of what the tests take, and what they compare does not depend on how hard LLVM tries. What runs in a
-# process of its own without XLA_FLAGS, and the README's first command, are compiled as a user's programs are.
-os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=1"
-if jaxlib.version.__version_info__ < (0, 11):  # a flag that a version lacks ends the process
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = " ".join([os.environ["XLA_FLAGS"], *quick.FLAGS])
+quick.quick()
 jax.config.update("jax_enable_x64", True)
 # The modules whose signatures carry shapes. The others take what users give them, and answer for themselves.
 CHECKED = ("kernels", "nn", "models", "train", "normalize", "position", "measure", "plots")

@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import processes
 import pytest
+import quick
 
 from jaxattn.train import distributed, peers
 from jaxattn.train.distributed import Group, find_group, is_main, joined
@@ -64,8 +65,8 @@ class Workers:
     def __init__(self, folder: Path, count: int, what: str):
         script, coordinator = folder / "worker.py", f"localhost:{free_port()}"
         script.write_text(WORKER)
-        flags = f"--xla_force_host_platform_device_count={2 // count}"
-        environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+        flags = [f"--xla_force_host_platform_device_count={2 // count}", *quick.FLAGS]
+        environment = {**os.environ, "XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}
         environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         self.files = [folder / f"output{process}" for process in range(count)]
         self.processes = []

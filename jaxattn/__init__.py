@@ -24,6 +24,8 @@ Every layer of this library is that line. They differ only in where the weights 
 
 from .attention import attention as attention
 from .attention import merge_attentions as merge_attentions
+from .attention_plan import AttentionPlan as AttentionPlan
+from .attention_plan import attention_plan as attention_plan
 from .einsum import Plan as Plan
 from .einsum import einsum as einsum
 from .einsum import plan as plan

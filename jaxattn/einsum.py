@@ -4,37 +4,28 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxattn import machine, units
 from jaxattn.extents import OUTPUT, Resolved, check_options, resolve
-from jaxattn.kernels import convolution, local, target
-from jaxattn.kernels.gather import axes_of, contract, gather, merge, split, unfolded
-from jaxattn.kernels.slices import can_slice, loop_axes, slices
+from jaxattn.lowerings.convolution import CONVOLUTION
+from jaxattn.lowerings.depthwise import DEPTHWISE
+from jaxattn.lowerings.gather import GATHER, axes_of
+from jaxattn.lowerings.grouped import GROUPED
+from jaxattn.lowerings.local import BANDS
+from jaxattn.lowerings.lowering import Lowering, Problem
+from jaxattn.lowerings.plain import PLAIN
+from jaxattn.lowerings.product import PRODUCT
+from jaxattn.lowerings.slices import SLICES
 
-IMPLEMENTATIONS = (None, "reference", "xla")
-
-
-def plain(resolved: Resolved, operands, precision, accumulate) -> jax.Array:
-    """No affine axis: reshape, `jnp.einsum`, reshape."""
-    operands = [split(x, term, resolved.sizes) for x, term in zip(operands, resolved.operands, strict=True)]
-    names = [axes_of(term) for term in resolved.operands]
-    return merge(contract(operands, names, axes_of(resolved.output), precision, accumulate), resolved)
-
-
-LOWERINGS: dict[str, tuple[Callable[..., jax.Array], str]] = {
-    "plain": (plain, "reshapes and jnp.einsum"),
-    "convolution": (convolution.convolve, "lax.conv_general_dilated"),
-    "product": (convolution.product, "lax.dot_general over the channels"),
-    "depthwise": (convolution.depthwise, "one sum of shifted products"),
-    "grouped": (convolution.grouped, "one lax.conv_general_dilated for each group"),
-    "bands": (local.local_product, "one dense product per tile of positions"),
-    "slices": (slices, "one strided slice per place in the window"),
-    "gather": (gather, "gather, jnp.einsum, scatter"),
-}
+# The first that matches is taken: what is special, and faster, stands before what is general.
+LOWERINGS = (PLAIN, PRODUCT, GROUPED, DEPTHWISE, CONVOLUTION, BANDS, SLICES, GATHER)
+IMPLEMENTATIONS: dict[str | None, tuple[Lowering, ...]] = {None: LOWERINGS, "reference": (GATHER,), "xla": LOWERINGS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +33,8 @@ class Plan:
     """What `einsum` will do with an equation and shapes; print it.
 
     `flops` counts a multiplication and an addition for every product of the sum, `bytes` the operands and the result
-    once each, `temporaries` an estimate of the bytes held besides them.
+    once each, `temporaries` an estimate of the bytes held besides them. `run` does it: `(operands, precision)` to the
+    result.
     """
 
     resolved: Resolved
@@ -53,6 +45,7 @@ class Plan:
     flops: int
     bytes: int
     temporaries: int
+    run: Callable[[list[jax.Array], Any], jax.Array] = dataclasses.field(repr=False, compare=False)
 
     @property
     def equation(self) -> str:
@@ -77,87 +70,60 @@ class Plan:
             outside = f", outside: {a.boundary}" if a.boundary and (a.lowest < 0 or a.highest >= a.length) else ""
             rows.append((a.text, f"index {a.lowest}..{a.highest} of {a.length} in {whose}{outside}"))
         rows.append(("lowering", f"{self.lowering}: {self.detail}"))
-        cost = f"{_si(self.flops)}FLOP, {_si(self.bytes)}B in and out, {_si(self.temporaries)}B temporaries"
+        cost = (
+            f"{units.si(self.flops)}FLOP, {units.si(self.bytes)}B in and out, {units.si(self.temporaries)}B temporaries"
+        )
         rows.append(("cost", cost))
-        width = max(len(name) for name, _ in rows)
-        return "\n".join([f"einsum  {self.equation}", *(f"  {name:<{width}}  {text}" for name, text in rows)])
-
-
-def _si(number: float) -> str:
-    power = min(int(math.log10(max(number, 1))) // 3, 4)
-    return f"{number / 1000**power:.3g} {('', 'k', 'M', 'G', 'T')[power]}"
-
-
-def _choose(resolved: Resolved, dtypes: tuple[np.dtype, ...], backend: str) -> tuple[str, str]:
-    """The lowering of an equation and a word on it."""
-    if not resolved.affine:
-        return "plain", LOWERINGS["plain"][1]
-    conv = convolution.match(resolved)
-    if conv is not None:
-        lowering = convolution.on_cpu(conv, resolved, dtypes) if backend == "cpu" else "convolution"
-        return lowering, f"{LOWERINGS[lowering][1]}, {conv.describe(resolved)}"
-    windowed = local.match(resolved) if backend == "cpu" else None
-    if windowed is not None and local.pays(windowed, resolved, dtypes):
-        return "bands", f"{LOWERINGS['bands'][1]}, {local.describe(windowed)}"
-    # an unfold is built only where the output asks for one, and scattered only where an operand holds one
-    asked = math.prod(resolved.output_shape)
-    held = max(map(math.prod, resolved.shapes))
-    free = all(n <= (held if k == len(resolved.shapes) else asked) for k, n in unfolded(resolved).items())
-    if free or not can_slice(resolved):
-        return "gather", LOWERINGS["gather"][1]
-    places = math.prod(resolved.sizes[axis] for axis in loop_axes(resolved))
-    return "slices", f"{LOWERINGS['slices'][1]}, {places} of them"
-
-
-def _temporaries(resolved: Resolved, lowering: str, width: int) -> int:
-    """Bytes that a lowering holds besides operands and result, as a rule of thumb."""
-    if lowering == "gather":
-        return sum(unfolded(resolved).values()) * width
-    if lowering == "plain":
-        return 0
-    if lowering == "depthwise":
-        return convolution.shifted_elements(resolved) * max(width, 4)  # in the dtype of the sums
-    if lowering == "bands":
-        windowed = local.match(resolved)
-        assert windowed is not None
-        return local.held(windowed, resolved, width)
-    grown = math.prod(resolved.output_shape) if lowering == "grouped" else 0  # the parts that are joined
-    for k, shape in enumerate(resolved.shapes):
-        lengths = list(shape)
-        for dim, a in resolved.of_term(k).items():
-            if lowering == "slices" or a.boundary not in (None, "zero"):
-                lengths[dim] = a.highest - a.lowest + 1
-        grown += math.prod(lengths) if lengths != list(shape) else 0
-    return grown * width
+        return units.rows(f"einsum  {self.equation}", rows)
 
 
 @functools.lru_cache(maxsize=4096)
 def _plan(equation, shapes, dtypes, dtype, padding, boundary, sizes, implementation, backend) -> Plan:
     resolved = resolve(equation, shapes, tuple(map(str, dtypes)), padding, boundary, dict(sizes))
-    if implementation == "reference":
-        lowering, detail = "gather", LOWERINGS["gather"][1]
-    else:
-        lowering, detail = _choose(resolved, (*dtypes, dtype), backend)
+    problem = Problem(resolved, (*dtypes, dtype), backend)
+    matches = ((lowering, lowering.match(problem)) for lowering in IMPLEMENTATIONS[implementation])
+    lowering, match = next(found for found in matches if found[1] is not None)
     products = math.prod(resolved.sizes.values())
     summed = len(resolved.sizes) > len(axes_of(resolved.output)) or any(resolved.of_term(OUTPUT))
     flops = products * (max(len(shapes) - 1, 0) + int(summed))
     moved = sum(math.prod(s) * d.itemsize for s, d in zip(shapes, dtypes, strict=True))
     moved += math.prod(resolved.output_shape) * dtype.itemsize
-    temporaries = _temporaries(resolved, lowering, max(d.itemsize for d in (dtype, *dtypes)))
-    return Plan(resolved, dtypes, dtype, lowering, detail, flops, moved, temporaries)
+    temporaries = lowering.temporaries(resolved, match, max(d.itemsize for d in (dtype, *dtypes)))
+
+    # an eager call dispatches one program; in a program that is traced it stands as if there were no jit
+    @functools.partial(jax.jit, static_argnums=1, inline=True)
+    def run(operands: list[jax.Array], precision: lax.PrecisionLike) -> jax.Array:
+        common = np.dtype(jnp.result_type(*operands))
+        if lowering.widens and common.itemsize < dtype.itemsize:
+            common = dtype
+        small = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
+        accumulate = np.dtype(jnp.float32) if small else dtype
+        operands = [x.astype(common) for x in operands]
+        return lowering.run(resolved, match, operands, precision, accumulate).astype(dtype)
+
+    detail = lowering.describe(resolved, match)
+    return Plan(resolved, dtypes, dtype, lowering.name, detail, flops, moved, temporaries, run)
 
 
 def _make_plan(equation, operands, padding, boundary, preferred_element_type, implementation, sizes) -> Plan:
     """Check what the cache can't tell apart (1 == 1.0 == True) or can't hold (lists), then look the plan up."""
     if not isinstance(equation, str):
         raise ValueError(f"einsum: the equation must be a string, got {type(equation).__name__}")
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"einsum: implementation={implementation!r} must be one of {IMPLEMENTATIONS}")
+    if implementation not in tuple(IMPLEMENTATIONS):
+        raise ValueError(f"einsum: implementation={implementation!r} must be one of {tuple(IMPLEMENTATIONS)}")
     shapes = tuple(tuple(x.shape) for x in operands)
     dtypes = tuple(np.dtype(x.dtype) for x in operands)
     pads, edges, extents = check_options(equation, shapes, tuple(map(str, dtypes)), padding, boundary, sizes)
     dtype = np.dtype(preferred_element_type or jnp.result_type(*operands))
-    return _plan(equation, shapes, dtypes, dtype, pads, edges, extents, implementation, target.backend())
+    return _plan(equation, shapes, dtypes, dtype, pads, edges, extents, implementation, machine.backend())
+
+
+@functools.lru_cache(maxsize=4096)
+def _known_plan(equation, operands, padding, boundary, preferred_element_type, implementation, sizes, backend) -> Plan:
+    """`_make_plan` of what can be told apart, and so need not be checked again: words, dtypes and ints."""
+    del backend  # the plan's, part of the key
+    described = [jax.ShapeDtypeStruct(*x) for x in operands]
+    return _make_plan(equation, described, padding, boundary, preferred_element_type, implementation, dict(sizes))
 
 
 def plan(
@@ -249,13 +215,12 @@ def einsum(
     >>> jaxattn.einsum("n i+r j+s c, r s c o -> n i j o", x, w, padding="SAME").shape
     (2, 9, 10, 8)
     """
-    arrays = [jnp.asarray(x) for x in operands]
-    chosen = _make_plan(equation, arrays, padding, boundary, preferred_element_type, implementation, sizes)
-    small = jnp.issubdtype(chosen.dtype, jnp.floating) and chosen.dtype.itemsize < 4
-    accumulate = np.dtype(jnp.float32) if small else chosen.dtype
-    dtype = np.dtype(jnp.result_type(*arrays))
-    if chosen.lowering in ("convolution", "product", "depthwise", "grouped") and dtype.itemsize < chosen.dtype.itemsize:
-        dtype = chosen.dtype  # a convolution of one dtype into another has no transpose in JAX; widening loses nothing
-    arrays = [x.astype(dtype) for x in arrays]
-    run = LOWERINGS[chosen.lowering][0]
-    return run(chosen.resolved, arrays, precision, accumulate).astype(chosen.dtype)
+    arrays = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in operands]
+    options = (padding, boundary, preferred_element_type, implementation)
+    plain = isinstance(equation, str) and all(x is None or isinstance(x, str | np.dtype | type) for x in options)
+    if plain and all(type(size) is int for size in sizes.values()):
+        described = tuple((x.shape, x.dtype) for x in arrays)
+        chosen = _known_plan(equation, described, *options, tuple(sizes.items()), machine.backend())
+    else:
+        chosen = _make_plan(equation, arrays, *options, sizes)
+    return chosen.run(arrays, tuple(precision) if isinstance(precision, list) else precision)

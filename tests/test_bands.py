@@ -10,21 +10,21 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jaxattn
-from jaxattn.kernels import bands, local
-from jaxattn.kernels.bands import Axis
+from jaxattn.lowerings import bands, local
+from jaxattn.lowerings.bands import BandAxis
 from tests.oracle_einsum import Einsum
 
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="chosen on the CPU only")
 # stride, dilation, positions, slots
 GEOMETRIES = {
-    "odd": (Axis(1, 1, 9, 3), Axis(1, 1, 7, 5)),
-    "even, rectangular": (Axis(1, 1, 4, 2), Axis(1, 1, 13, 4)),
-    "one position": (Axis(1, 1, 1, 3), Axis(1, 1, 1, 1)),
-    "one slot": (Axis(1, 1, 5, 1), Axis(2, 1, 6, 1)),
-    "strided": (Axis(2, 1, 5, 3), Axis(3, 1, 6, 2)),
-    "dilated": (Axis(1, 2, 7, 3), Axis(2, 3, 5, 3)),
-    "line": (Axis(2, 2, 19, 4),),
-    "volume": (Axis(1, 1, 5, 2), Axis(2, 1, 3, 2), Axis(1, 2, 4, 3)),
+    "odd": (BandAxis(1, 1, 9, 3), BandAxis(1, 1, 7, 5)),
+    "even, rectangular": (BandAxis(1, 1, 4, 2), BandAxis(1, 1, 13, 4)),
+    "one position": (BandAxis(1, 1, 1, 3), BandAxis(1, 1, 1, 1)),
+    "one slot": (BandAxis(1, 1, 5, 1), BandAxis(2, 1, 6, 1)),
+    "strided": (BandAxis(2, 1, 5, 3), BandAxis(3, 1, 6, 2)),
+    "dilated": (BandAxis(1, 2, 7, 3), BandAxis(2, 3, 5, 3)),
+    "line": (BandAxis(2, 2, 19, 4),),
+    "volume": (BandAxis(1, 1, 5, 2), BandAxis(2, 1, 3, 2), BandAxis(1, 2, 4, 3)),
 }
 
 

@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxattn import cli
-from jaxattn.kernels import target
+from jaxattn import machine
 from jaxattn.train import hlo
 from jaxattn.train.compile import compile_report, describe, find_devices
 
@@ -81,10 +81,10 @@ def test_a_report_counts_memory():
 
 
 def test_what_is_traced_for_another_machine():
-    here = target.backend(), target.device_count()
-    with target.traced_for("tpu", 256):
-        assert (target.backend(), target.device_count()) == ("tpu", 256)
-    assert (target.backend(), target.device_count()) == here
+    here = machine.backend(), machine.device_count()
+    with machine.traced_for("tpu", 256):
+        assert (machine.backend(), machine.device_count()) == ("tpu", 256)
+    assert (machine.backend(), machine.device_count()) == here
 
 
 def run(*arguments):

@@ -13,7 +13,7 @@ from oracle_einsum import Einsum, Misfit
 from tiers import examples
 
 import jaxattn
-from jaxattn.kernels.slices import can_slice, slices
+from jaxattn.lowerings.slices import can_slice, slices
 
 T = 5
 TABLE = {
@@ -217,4 +217,4 @@ def test_drawn_slices(drawn):
     except ValueError:
         hypothesis.assume(False)
     hypothesis.assume(resolved.affine and can_slice(resolved) and math.prod(resolved.sizes.values()) <= 3000)
-    check(equation, draw_arrays(shapes), options, lambda *arrays: slices(resolved, arrays, None, np.dtype(float)))
+    check(equation, draw_arrays(shapes), options, lambda *arrays: slices(resolved, True, arrays, None, np.dtype(float)))

@@ -256,7 +256,7 @@ def test_a_sharded_batch_stays_sharded(name, axis_type):
 @pytest.mark.parametrize("unroll", [1, 4])
 def test_long_windows_are_a_loop(monkeypatch, unroll):
     """Windows too large to write out: the same sums, forward and backward, through a loop."""
-    import jaxattn.kernels.slices as slices
+    import jaxattn.lowerings.slices as slices
 
     monkeypatch.setattr(slices, "UNROLL", unroll)
     for equation, shapes, options in [

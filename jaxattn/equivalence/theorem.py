@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxattn.boundary import BOUNDARIES
 from jaxattn.einsum import einsum
-from jaxattn.kernels.problem import statistics_dtype
+from jaxattn.kernels.operands import statistics_dtype
 from jaxattn.zoo.quadratic import quadratic_scores
 from jaxattn.zoo.slide import Slide
 

@@ -61,18 +61,18 @@ def lay_out(axis: Axis, t: int, run: int) -> AxisLayout:
     low, high = np.split(seen[..., None], 2, axis=1)  # the columns that a query sees
     patterns = (low <= np.arange(columns)) & (np.arange(columns) < high)
     return AxisLayout(
-        tiles,
-        run,
-        steps,
-        None if as_they_are else queries,
-        None if as_they_are else place,
-        keys,
-        length,
-        start,
-        band,
-        overlap,
-        patterns,
-        pattern.ravel(),
+        tiles=tiles,
+        run=run,
+        steps=steps,
+        queries=None if as_they_are else queries,
+        place=None if as_they_are else place,
+        keys=keys,
+        length=length,
+        start=start,
+        band=band,
+        overlap=overlap,
+        patterns=patterns,
+        pattern=pattern.ravel(),
     )
 
 

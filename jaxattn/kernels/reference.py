@@ -5,14 +5,26 @@ flattened to one axis n and slots to one axis w; k and g are the key heads, and 
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxattn.kernels import problem
-from jaxattn.kernels.problem import Operands, Options, ScoreMod
+from jaxattn.kernels.backend import Backend, Cost
+from jaxattn.kernels.operands import (
+    Operands,
+    Options,
+    ScoreMod,
+    apply_normalizer,
+    dropout_factors,
+    embedding_parts,
+    empty_result,
+    soft_capped,
+    statistics_dtype,
+    without_hidden,
+)
 from jaxattn.normalize import logsumexp
 from jaxattn.position import by_slot, spread
 from jaxattn.window import outer
@@ -21,7 +33,7 @@ from jaxattn.window import outer
 def attend(operands: Operands, options: Options) -> tuple[Array, ...]:
     """The output [*batch, *queries, heads, value_dim]; with `options.residuals` also lse [*batch, *queries, heads]."""
     if 0 in operands.query.shape[:-1]:
-        return problem.nothing(operands, options)
+        return empty_result(operands, options)
     weight = weights(operands, options)
     value = _gather(operands.value, options)
     if operands.extra_value is not None:
@@ -37,11 +49,11 @@ def attend(operands: Operands, options: Options) -> tuple[Array, ...]:
 
 def weights(operands: Operands, options: Options) -> Array:
     """The weights [*batch, *queries, heads, slots + extra]: normalised, dropout applied."""
-    weight = problem.apply(options.normalize, *masked_scores(operands, options))
+    weight = apply_normalizer(options.normalize, *masked_scores(operands, options))
     if options.dropout_rate > 0:
         *batch, queries, heads, slots = weight.shape
         shape = (*batch, heads, slots)
-        kept = lambda query: problem.dropout_factors(operands, options, query, shape, weight.dtype)
+        kept = lambda query: dropout_factors(operands, options, query, shape, weight.dtype)
         weight = weight * jnp.moveaxis(jax.vmap(kept)(jnp.arange(queries)), 0, -3)
     return weight.reshape(*operands.query.shape[:-1], -1)
 
@@ -51,14 +63,14 @@ def masked_scores(operands: Operands, options: Options) -> tuple[Array, Array]:
     scores = _products(operands, _gather(operands.key, options), options)
     scores = scores + _position_terms(operands, options, scores)
     mask = jnp.broadcast_to(_mask(operands, options), scores.shape)
-    scores, mask = problem.without_hidden(scores, mask)
-    scores = problem.cap(scores, operands.soft_cap)
+    scores, mask = without_hidden(scores, mask)
+    scores = soft_capped(scores, operands.soft_cap)
     if options.score_mod is not None:
         scores = _modify(options.score_mod, scores, options)
-    scores, mask = problem.without_hidden(scores, mask)
+    scores, mask = without_hidden(scores, mask)
     if operands.extra_key is not None:
         extra = jnp.expand_dims(operands.extra_key, -4)  # the same for every query
-        extra = problem.cap(_products(operands, extra, options), operands.soft_cap)
+        extra = soft_capped(_products(operands, extra, options), operands.soft_cap)
         scores = jnp.concatenate([scores, extra], -1)
         mask = jnp.concatenate([mask, jnp.ones_like(extra, bool)], -1)
     return scores, mask
@@ -77,7 +89,7 @@ def _position_terms(operands: Operands, options: Options, scores: Array) -> Arra
     total = jnp.zeros((1, 1, 1), scores.dtype)
     first, sizes = [axis.relative for axis in options.axes], [axis.size for axis in options.axes]
     if operands.key_embedding is not None:
-        parts = [part for _, part in problem.embeddings(operands, options)]
+        parts = [part for _, part in embedding_parts(operands, options)]
         embedding = parts[0] if len(parts) == 1 else functools.reduce(jnp.add, spread(parts))
         table = by_slot(embedding, [entry() for entry in first], sizes)  # [heads|1, n, w, head_dim]
         query = _flat(operands.query, options)
@@ -135,7 +147,7 @@ def _gather(x: Array, options: Options, trailing: int = 2) -> Array:
     )
     x, dtype = _flat(x, options, trailing), x.dtype
     if jnp.issubdtype(dtype, jnp.floating):
-        x = x.astype(problem.statistics_dtype(dtype))  # the transpose of gathering is a sum
+        x = x.astype(statistics_dtype(dtype))  # the transpose of gathering is a sum
     picked = jnp.take(x, index.reshape(inside.shape), axis=x.ndim - trailing - 1).astype(dtype)
     return jnp.where(inside.reshape(*inside.shape, *[1] * trailing), picked, jnp.zeros((), dtype))
 
@@ -163,5 +175,21 @@ def _append(value: Array, extra: Array) -> Array:
 
 
 def _einsum(equation: str, left: Array, right: Array, options: Options) -> Array:
-    dtype = problem.statistics_dtype(left.dtype)
+    dtype = statistics_dtype(left.dtype)
     return jnp.einsum(equation, left, right, precision=options.precision, preferred_element_type=dtype)
+
+
+def _cost(operands: Operands, options: Options) -> Cost:
+    """All queries at once, with the keys and values of each."""
+    query, value_dim = operands.query, operands.value.shape[-1]
+    extra = 0 if operands.extra_key is None else operands.extra_key.shape[-3]
+    columns = math.prod(axis.size for axis in options.axes) + extra
+    *_, heads, head_dim = query.shape
+    rows, key_heads = math.prod(query.shape[:-2]), operands.key.shape[-2]
+    held = rows * columns * (key_heads * (head_dim + value_dim) * query.dtype.itemsize + 4 * heads)
+    return Cost(options.queries, columns, 1, held, 2 * rows * heads * columns * (head_dim + value_dim))
+
+
+REFERENCE = Backend(
+    name="reference", supports=lambda operands, options: None, forward=attend, backward=None, cost=_cost
+)

@@ -36,7 +36,16 @@ def cut(axis: Axis, t: int) -> AxisTiles:
     keys = axis.fold(position)
     shift = (start - first[:, None]) // axis.dilation
     relative = (start - axis.query[queries]) // axis.dilation + axis.size - 1 - shift
-    return AxisTiles(queries, first, keys, np.where(keys < 0, position, keys), shift, relative, low, high)
+    return AxisTiles(
+        queries=queries,
+        start=first,
+        keys=keys,
+        named_keys=np.where(keys < 0, position, keys),
+        shift=shift,
+        relative=relative,
+        low=low,
+        high=high,
+    )
 
 
 def reach(axis: Axis, t: int) -> int:
@@ -72,11 +81,11 @@ def best_sizes(axes: Sequence[Axis], heads: int, dims: tuple[int, int], backend:
     found = []
     for choice in itertools.product(*choices):
         rows, columns = (math.prod(x[k] for x in choice) for k in (0, 1))
-        places = math.prod(count(axis, t) * t for axis, (t, _) in zip(axes, choice, strict=True))
+        places = math.prod(tile_count(axis, t) * t for axis, (t, _) in zip(axes, choice, strict=True))
         waste = places / math.prod(len(axis.start) for axis in axes)
-        held = heads * size(rows, columns, dims)
+        held = heads * tile_numbers(rows, columns, dims)
         found.append((_cost(rows, columns, sum(dims)) * waste, held, tuple(t for t, _ in choice)))
-    limit = max(room(backend), 2 * min(held for _, held, _ in found))
+    limit = max(step_budget(backend), 2 * min(held for _, held, _ in found))
     return min((cost, sizes) for cost, held, sizes in found if held <= limit)[1]
 
 
@@ -86,22 +95,22 @@ def _cost(rows: int, columns: int, dims: int) -> float:
     return columns * (0.07 * dims * (1 + 4 / rows) + 1 + 1.2 * dims / rows)
 
 
-def size(rows: int, columns: int, dims: Sequence[int]) -> int:
+def tile_numbers(rows: int, columns: int, dims: Sequence[int]) -> int:
     """The numbers that a tile holds for a head: scores, keys and values, queries."""
     return rows * columns + (rows + columns) * sum(dims)
 
 
-def room(backend: str) -> int:
+def step_budget(backend: str) -> int:
     """The numbers that a step may hold: on a CPU what its caches do."""
     return 2**20 if backend == "cpu" else 2**24
 
 
-def count(axis: Axis, t: int) -> int:
+def tile_count(axis: Axis, t: int) -> int:
     """How many tiles an axis is cut into."""
     return sum(-(-n // t) for n in np.unique(axis.query % axis.dilation, return_counts=True)[1].tolist())
 
 
-def run(tiles: int, most: int) -> int:
+def tiles_per_step(tiles: int, most: int) -> int:
     """About as many tiles as there may be in a step: what divides their number leaves nothing to pad."""
     divisors = [n for n in range(1, tiles + 1) if tiles % n == 0 and most <= 2 * n <= 3 * most]
     if divisors:

@@ -19,74 +19,93 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from jaxattn.kernels import plain, problem, target
-from jaxattn.kernels import walk as walking
-from jaxattn.kernels.problem import Operands, Options
-from jaxattn.kernels.walk import Rows, Step, Walk
+from jaxattn import machine
+from jaxattn.kernels import loop as loops
+from jaxattn.kernels import terms, tiles
+from jaxattn.kernels.backend import Backend, Cost
+from jaxattn.kernels.loop import Loop, Step
+from jaxattn.kernels.operands import (
+    Operands,
+    Options,
+    apply_normalizer,
+    hiding_score,
+    is_seen,
+    soft_capped,
+    statistics_dtype,
+)
+from jaxattn.kernels.terms import Rows
 from jaxattn.normalize import softmax
 
 Arrays = dict[str, Array]
-BY_QUERY = ("query", "unscaled", "query_segments")
-COLUMNS = ("key", "value")
-BY_KEY = (*COLUMNS, "key_mask", "key_segments")
-BY_SLOT = ("bias", "slot_mask")  # by query too, or the same for all of them
-OF_BATCH = ("extra_key", "extra_value")
-MATRICES = ("query", *COLUMNS, *OF_BATCH)
-TERMS = ("unscaled", "bias", "relative_bias", "key_embedding")
+MATRICES = ("query", "key", "value", "extra_key", "extra_value")
+TERMS = ("unscaled", "bias", "relative_bias", "key_embedding")  # unscaled is the query, of which q·r is made
 MASKS = ("key_mask", "slot_mask", "key_segments")
-FLOATING = (*MATRICES, *TERMS, "soft_cap")
+
+
+class Role(NamedTuple):
+    """What the loop does with an operand: how it is arranged beforehand, what a step takes of it, and how a step adds
+    to the sum of its cotangents, which is arranged as it is."""
+
+    arrange: Callable[[Array, Operands, Options, Loop], Array]
+    take: Callable[[Array, Loop, Step], Array]
+    add: Callable[[Array, Array, Loop, Step], Array]
+    tiled: bool  # whether what a step takes has an axis of tiles in front
 
 
 def forward(operands: Operands, options: Options) -> tuple[Array, ...]:
     """The output [*batch, *queries, heads, value_dim]; with `options.residuals` also lse [*batch, *queries, heads]."""
-    walk = walking.plan(operands, options)
-    work = _prepare(operands, options, walk)
+    loop = loops.plan_loop(operands, options)
+    roles = _roles(operands, loop)
+    work = _prepare(operands, options, loop, roles)
     shape, dtype = work["query"].shape[:-1], operands.query.dtype
     output = [_zeros((*shape, operands.value.shape[-1]), dtype, operands)]
     if options.residuals:
-        output.append(_zeros(shape, problem.statistics_dtype(dtype), operands))
+        output.append(_zeros(shape, statistics_dtype(dtype), operands))
 
     def body(step: Step, output: list[Array]) -> list[Array]:
-        tile = _attend(_Tile(_taken(work, walk, step), options, walk, step))
-        return [walking.put_queries(x, y, walk, step) for x, y in zip(output, tile, strict=False)]
+        tile = _attend(_Tile(_taken(work, roles, loop, step), roles, options, loop, step))
+        return [loops.put_queries(x, y, loop, step) for x, y in zip(output, tile, strict=False)]
 
-    return tuple(walking.restore(x, operands, walk) for x in walking.loop(body, output, walk))
+    return tuple(loops.restore(x, operands, loop) for x in loops.take_steps(body, output, loop))
 
 
 def backward(operands: Operands, cotangents: tuple[Array, ...], options: Options, wanted: tuple[str, ...]) -> Arrays:
     """The cotangents of the operands in `wanted`, from those of what `forward` returns."""
-    walk = walking.plan(operands, options)
+    loop = loops.plan_loop(operands, options)
+    roles = _roles(operands, loop)
     mine = {name: getattr(operands, name) for name in wanted}
-    work, pull = jax.vjp(lambda mine: _prepare(operands._replace(**mine), options, walk), mine)
-    given = [walking.arrange_queries(x, operands, walk) for x in cotangents]
-    needed = [name for name in FLOATING if name in work and _sources(name) & set(wanted)]
-    total = {name: _zeros(work[name].shape, _sum_dtype(name, work[name].dtype), operands) for name in needed}
+    work, pull = jax.vjp(lambda mine: _prepare(operands._replace(**mine), options, loop, roles), mine)
+    given = [loops.arrange_queries(x, operands, loop) for x in cotangents]
+    needed = [name for name in (*MATRICES, *TERMS, "soft_cap") if name in work and _sources(name) & set(wanted)]
+    total = {name: _zeros(work[name].shape, _sum_dtype(work[name], roles[name], loop), operands) for name in needed}
 
     def body(step: Step, total: Arrays) -> Arrays:
-        tile = _Tile(_taken(work, walk, step), options, walk, step)
-        found = _pull(tile, [walking.take_queries(x, walk, step) for x in given], needed)
-        return {name: _add(x, found[name], name, walk, step) for name, x in total.items()}
+        tile = _Tile(_taken(work, roles, loop, step), roles, options, loop, step)
+        found = _pull(tile, [loops.take_queries(x, loop, step) for x in given], needed)
+        return {name: roles[name].add(x, found[name].astype(x.dtype), loop, step) for name, x in total.items()}
 
-    total = walking.loop(body, total, walk)
-    return pull({name: total[name].astype(x.dtype) if name in total else _no(x) for name, x in work.items()})[0]
+    total = loops.take_steps(body, total, loop)
+    found = {name: total[name].astype(x.dtype) if name in total else _zero_cotangent(x) for name, x in work.items()}
+    return pull(found)[0]
 
 
 class _Tile(NamedTuple):
     """The tiles of one step: their arrays, and where they are."""
 
     arrays: Arrays
+    roles: dict[str, Role]
     options: Options
-    walk: Walk
+    loop: Loop
     step: Step
 
     @property
     def rows(self) -> Rows:
-        return walking.rows(self.walk, self.step)
+        return loops.rows(self.loop, self.step)
 
     @property
     def group(self) -> int:
         """The query heads that share a key head."""
-        return self.arrays["query"].shape[-2] // self.arrays["key"].shape[2 if self.walk.whole else -2]
+        return self.arrays["query"].shape[-2] // self.arrays["key"].shape[2 if self.loop.whole else -2]
 
 
 def _attend(tile: _Tile) -> tuple[Array, ...]:
@@ -96,10 +115,10 @@ def _attend(tile: _Tile) -> tuple[Array, ...]:
     hidden = _hidden(tile, scores.dtype)
     scores = _add_term(_capped(scores, tile.arrays.get("soft_cap")), hidden)
     if tile.options.normalize is softmax:  # divided last, where there is least to divide
-        weights, share, lse = _exponential(scores, _some(tile, additive, hidden))
+        weights, share, lse = _exponential(scores, _sees_any(tile, additive, hidden))
     else:
         weights, share, lse = _normalized(scores, tile.options), jnp.ones((1, 1), scores.dtype), None
-    weights = _dropped(weights, _kept(tile))
+    weights = _dropped(weights, _dropout_factors(tile))
     weights = lax.optimization_barrier(jnp.swapaxes(weights, -1, -2))  # a transposed copy costs less than the product
     output = _product("qk,kd->qd", weights.astype(value.dtype), value, tile.options)
     output = _by_query(output * jnp.swapaxes(share, -1, -2), tile.arrays)
@@ -118,9 +137,9 @@ def _pull(tile: _Tile, cotangents: list[Array], needed: list[str]) -> Arrays:
     scores, pull_cap = jax.vjp(_capped, scores, arrays.get("soft_cap"))
     hidden = _hidden(tile, scores.dtype)
     scores = _add_term(scores, hidden)
-    given, kept = _grouped(cotangents[0], key.shape[2]).astype(query.dtype), _kept(tile)
+    given, kept = _grouped(cotangents[0], key.shape[2]).astype(query.dtype), _dropout_factors(tile)
     if options.normalize is softmax:  # 1 / sum goes to the smaller factor
-        weights, share, _ = _exponential(scores, _some(tile, additive, hidden))
+        weights, share, _ = _exponential(scores, _sees_any(tile, additive, hidden))
         given = (given * jnp.swapaxes(share, -1, -2)).astype(given.dtype)
         of_scores = weights * _dropped(_product("kd,qd->kq", value, given, options), kept)
         inner = of_scores.sum(-2, keepdims=True)
@@ -153,8 +172,8 @@ def _matrices(arrays: Arrays, tile: _Tile) -> tuple[Array, Array, Array]:
 
     def columns(name: str) -> Array:
         x = arrays[name]
-        if not tile.walk.whole:
-            x = _heads_first(x, len(tile.walk.axes))
+        if not tile.loop.whole:
+            x = _heads_first(x, len(tile.loop.axes))
         elif tiles > 1:
             x = jnp.broadcast_to(x, (tiles, *x.shape[1:]))
         if "extra_key" in arrays:  # as further columns
@@ -173,7 +192,7 @@ def _heads_first(x: Array, rank: int) -> Array:
 
 def _product_dtype(dtype: Any) -> Any:
     """A CPU has no fast product in half precision."""
-    return problem.statistics_dtype(dtype) if target.backend() == "cpu" else dtype
+    return statistics_dtype(dtype) if machine.backend() == "cpu" else dtype
 
 
 def _grouped(x: Array, key_heads: int) -> Array:
@@ -192,7 +211,7 @@ def _by_query(x: Array, arrays: Arrays) -> Array:
 def _product(equation: str, left: Array, right: Array, options: Options) -> Array:
     """A product of matrices, summed in float32 at least."""
     ours, theirs, output = equation.replace("->", ",").split(",")
-    dtype = problem.statistics_dtype(left.dtype)
+    dtype = statistics_dtype(left.dtype)
     equation = f"...{ours},...{theirs}->...{output}"
     return jnp.einsum(equation, left, right, precision=options.precision, preferred_element_type=dtype)
 
@@ -209,27 +228,27 @@ def _exponential(scores: Array, some: Array | None) -> tuple[Array, Array, Array
     return exponential, where_some(1 / total, 0), where_some(jnp.log(total) + most, -jnp.inf)
 
 
-def _some(tile: _Tile, additive: Array | None, hidden: Array | None) -> Array | None:
+def _sees_any(tile: _Tile, additive: Array | None, hidden: Array | None) -> Array | None:
     """Which queries see anything, [tiles, batch|1, key_heads|1, 1, rows]; None where all do."""
-    by_window = all(axis.patterns.any(-1).all() for axis in tile.walk.axes)
+    by_window = all(axis.patterns.any(-1).all() for axis in tile.loop.axes)
     if "extra_key" in tile.arrays or (by_window and additive is None and not set(MASKS) & set(tile.arrays)):
         return None
-    terms = [term for term in (additive, hidden) if term is not None]
-    return problem.seen(sum(terms[1:], terms[0])).any(-2, keepdims=True)
+    there = [term for term in (additive, hidden) if term is not None]
+    return is_seen(sum(there[1:], there[0])).any(-2, keepdims=True)
 
 
 def _capped(scores: Array, soft_cap: Array | None) -> Array:
     """cap·tanh(s / cap); a score that hides, which a bias may make, stays."""
     if soft_cap is None:
         return scores
-    seen = problem.seen(scores)
-    return jnp.where(seen, problem.cap(jnp.where(seen, scores, 0), soft_cap), problem.hidden(scores.dtype))
+    seen = is_seen(scores)
+    return jnp.where(seen, soft_capped(jnp.where(seen, scores, 0), soft_cap), hiding_score(scores.dtype))
 
 
 def _normalized(scores: Array, options: Options) -> Array:
     scores = jnp.swapaxes(scores, -1, -2)
-    mask = problem.seen(scores)
-    return jnp.swapaxes(problem.apply(options.normalize, jnp.where(mask, scores, 0), mask), -1, -2)
+    mask = is_seen(scores)
+    return jnp.swapaxes(apply_normalizer(options.normalize, jnp.where(mask, scores, 0), mask), -1, -2)
 
 
 def _add_term(scores: Array, term: Array | None) -> Array:
@@ -240,38 +259,38 @@ def _additive(arrays: Arrays, tile: _Tile) -> Array | None:
     """What is added to q·k: bias, relative_bias[j-i] and q·r[j-i], [tiles, batch|1, key_heads|1, columns, rows]."""
     if not any(name in arrays for name in TERMS[1:]):
         return None
-    dtype, rank = problem.statistics_dtype(arrays["query"].dtype), len(tile.walk.axes)
+    dtype, rank = statistics_dtype(arrays["query"].dtype), len(tile.loop.axes)
 
     def one(arrays: Arrays, rows: Rows) -> Array:
         operands, term = _operands(arrays, tile), jnp.zeros((1,) * (2 * rank + 3), dtype)
         if operands.relative_bias is not None or operands.key_embedding is not None:
-            term = term + plain.relative(operands, tile.options, rows, tile.walk.tables, dtype)
+            term = term + terms.relative(operands, tile.options, rows, tile.loop.tables, dtype)
         if operands.bias is not None:
-            bias = plain.split_heads(operands.bias, operands, rank)
-            term = term + plain.to_columns(bias, tile.options, rows, tile.walk.tables).astype(dtype)
-        return jnp.maximum(term, problem.hidden(dtype))  # for -inf
+            bias = terms.split_heads(operands.bias, operands, rank)
+            term = term + terms.to_columns(bias, tile.options, rows, tile.loop.tables).astype(dtype)
+        return jnp.maximum(term, hiding_score(dtype))  # for -inf
 
     return _flat(_over_tiles(one, arrays, tile), tile)
 
 
 def _hidden(tile: _Tile, dtype: Any) -> Array | None:
     """0 where a query sees, else a score that hides, [tiles, batch|1, key_heads|1, columns, rows]."""
-    arrays, rank = tile.arrays, len(tile.walk.axes)
+    arrays, rank = tile.arrays, len(tile.loop.axes)
     if set(MASKS) & set(arrays):
-        mask = lambda arrays, rows: plain.visible(_operands(arrays, tile), tile.options, rows, tile.walk.tables)
+        mask = lambda arrays, rows: terms.visible(_operands(arrays, tile), tile.options, rows, tile.loop.tables)
         seen = _over_tiles(mask, arrays, tile)
         seen = jnp.expand_dims(seen, range(1, 5 + 2 * rank - seen.ndim))
-        return _flat(jnp.where(seen, 0, problem.hidden(dtype)).astype(dtype), tile)
-    if all(axis.everyone for axis in tile.walk.axes):
+        return _flat(jnp.where(seen, 0, hiding_score(dtype)).astype(dtype), tile)
+    if all(axis.everyone for axis in tile.loop.axes):
         return None
     return _hidden_by_geometry(tile, dtype)
 
 
 def _hidden_by_geometry(tile: _Tile, dtype: Any) -> Array:
     """The same, of the window alone. There are few patterns, mostly: then every combination is made beforehand."""
-    axes, rank = tile.walk.axes, len(tile.walk.axes)
-    number = [walking.of_tiles(axis.pattern, tile.walk, tile.step, a) for a, axis in enumerate(axes)]
-    hide = lambda seen: np.where(seen, 0, problem.hidden(dtype)).astype(dtype)
+    axes, rank = tile.loop.axes, len(tile.loop.axes)
+    number = [loops.of_tiles(axis.pattern, tile.loop, tile.step, a) for a, axis in enumerate(axes)]
+    hide = lambda seen: np.where(seen, 0, hiding_score(dtype)).astype(dtype)
     spread = [_spread(axis.patterns, a, rank) for a, axis in enumerate(axes)]
     if tile.group * math.prod(axis.patterns.size for axis in axes) <= 2**20:
         table: np.ndarray = np.ones((1,) * (1 + 2 * rank), bool)
@@ -280,8 +299,8 @@ def _hidden_by_geometry(tile: _Tile, dtype: Any) -> Array:
             table = (table[:, None] & seen).reshape(-1, *np.broadcast_shapes(table.shape[1:], seen.shape[1:]))
             combined = combined * len(seen) + n
         return jnp.asarray(_rows_of(_flat(hide(table)[:, None, None, None], tile), combined))
-    terms = [_rows_of(hide(seen), n) for seen, n in zip(spread, number, strict=True)]
-    return jnp.asarray(_flat(functools.reduce(operator.add, terms)[:, None, None, None], tile))
+    along = [_rows_of(hide(seen), n) for seen, n in zip(spread, number, strict=True)]
+    return jnp.asarray(_flat(functools.reduce(operator.add, along)[:, None, None, None], tile))
 
 
 def _rows_of(table: np.ndarray, index: Any) -> Any:
@@ -302,7 +321,7 @@ def _flat(x: Any, tile: _Tile) -> Any:
     """[tiles, batch|1, key_heads|1, group|1, *queries|1, *columns|1] as [tiles, batch|1, key_heads|1, columns, rows];
     0 for extra tokens."""
     rank, xp = (x.ndim - 4) // 2, np if isinstance(x, np.ndarray) else jnp
-    arrays, axes = tile.arrays, tile.walk.axes
+    arrays, axes = tile.arrays, tile.loop.axes
     queries, columns = arrays["query"].shape[2 : 2 + rank], [axis.tiles.keys.shape[1] for axis in axes]
     x = xp.broadcast_to(x, (*x.shape[:3], tile.group, *queries, *columns))
     x = xp.swapaxes(x.reshape(*x.shape[:3], tile.group * math.prod(queries), math.prod(columns)), -1, -2)
@@ -310,12 +329,12 @@ def _flat(x: Any, tile: _Tile) -> Any:
     return xp.pad(x, [(0, 0)] * 3 + [(0, extra), (0, 0)]) if extra else x
 
 
-def _kept(tile: _Tile) -> Array | None:
+def _dropout_factors(tile: _Tile) -> Array | None:
     """What dropout multiplies the weights with."""
     if tile.options.dropout_rate == 0:
         return None
-    rank = len(tile.walk.axes)
-    dropout = lambda arrays, rows: plain.dropout(_operands(arrays, tile), tile.options, rows, tile.walk.tables)
+    rank = len(tile.loop.axes)
+    dropout = lambda arrays, rows: terms.dropout(_operands(arrays, tile), tile.options, rows, tile.loop.tables)
     kept, extra = _over_tiles(dropout, tile.arrays, tile)
     kept = kept.reshape(*kept.shape[: -2 * rank], math.prod(kept.shape[-2 * rank : -rank]), -1)
     kept = jnp.concatenate([kept, extra], -1)
@@ -328,84 +347,91 @@ def _dropped(x: Array, kept: Array | None) -> Array:
 
 def _operands(arrays: Arrays, tile: _Tile) -> Operands:
     """One tile as a problem of its own, for what `plain` makes of it."""
-    if tile.walk.whole:
-        arrays = arrays | {name: jnp.swapaxes(arrays[name][0], -2, -3) for name in COLUMNS}
+    if tile.loop.whole:
+        arrays = arrays | {name: jnp.swapaxes(arrays[name][0], -2, -3) for name in ("key", "value")}
     rest = {name: x for name, x in arrays.items() if name not in ("query", "unscaled")}
     return Operands(query=arrays.get("unscaled", arrays["query"]), scale=jnp.ones(()), **rest)
 
 
 def _over_tiles(function: Callable, arrays: Arrays, tile: _Tile) -> Any:
-    rank = len(tile.walk.axes)
-    shared = COLUMNS if tile.walk.whole else ()
-
-    def by_tile(name: str, x: Array) -> bool:
-        return name not in shared and (name in (*BY_QUERY, *BY_KEY) or (name in BY_SLOT and x.ndim == 2 * rank + 3))
-
-    return jax.vmap(function, ({name: 0 if by_tile(name, x) else None for name, x in arrays.items()}, 0))(
-        arrays, tile.rows
-    )
+    in_axes = {name: 0 if tile.roles[name].tiled else None for name in arrays}
+    return jax.vmap(function, (in_axes, 0))(arrays, tile.rows)
 
 
 # What a step takes, and what becomes of its results
 
 
-def _prepare(operands: Operands, options: Options, walk: Walk) -> Arrays:
-    """Every operand, arranged as the loop wants it; the query scaled."""
-    rank, dtype = len(walk.axes), operands.query.dtype
+def _arrange_queries(x: Array, operands: Operands, options: Options, loop: Loop) -> Array:
+    rank = len(loop.axes)
     batch = operands.query.ndim - rank - 2
-    work = {name: x for name, x in operands._asdict().items() if x is not None and name != "scale"}
-    work["query"] = (operands.query.astype(problem.statistics_dtype(dtype)) * operands.scale).astype(
-        _product_dtype(dtype)
-    )
-    if operands.key_embedding is not None:
-        work["unscaled"] = operands.query
-    for name, x in work.items():
-        if name in BY_SLOT and math.prod(x.shape[batch : batch + rank]) > 1:
-            x = jnp.broadcast_to(x, (*x.shape[:batch], *options.queries, *x.shape[batch + rank :]))
-            work[name] = walking.arrange_queries(x, operands, walk)
-        elif name in BY_QUERY:
-            work[name] = walking.arrange_queries(x, operands, walk)
-        elif name in BY_KEY:
-            x = walking.arrange_keys(x, operands, walk)
-            work[name] = _heads_first(x, rank) if walk.whole and name in COLUMNS else x
-        elif name in (*BY_SLOT, *OF_BATCH):
-            work[name] = walking.chunked(x, operands, walk)
-    return work
+    x = jnp.broadcast_to(x, (*x.shape[:batch], *options.queries, *x.shape[batch + rank :]))
+    return loops.arrange_queries(x, operands, loop)
 
 
-def _by_place(name: str, x: Array, walk: Walk) -> bool:
-    """Whether an arranged array differs from query to query."""
-    of_grid = x.shape[walk.lead : walk.lead + len(walk.axes)]
-    return name in BY_QUERY or (name in BY_SLOT and math.prod(of_grid) > 1)
+def _same_in_chunks(x: Array, loop: Loop) -> bool:
+    """Whether the chunks of the batch share an arranged array."""
+    return loop.chunks > 1 and x.shape[1] == 1
 
 
-def _taken(work: Arrays, walk: Walk, step: Step) -> Arrays:
+QUERIES = Role(  # differs from query to query
+    arrange=_arrange_queries,
+    take=loops.take_queries,
+    add=lambda x, found, loop, step: loops.put_queries(x, found, loop, step, add=_same_in_chunks(x, loop)),
+    tiled=True,
+)
+KEYS = Role(  # differs from key to key
+    arrange=lambda x, operands, options, loop: loops.arrange_keys(x, operands, loop),
+    take=loops.take_columns,
+    add=loops.add_columns,
+    tiled=True,
+)
+ALL_KEYS = Role(  # the same, in a loop whose tiles see all keys: heads first, once and for all
+    arrange=lambda x, operands, options, loop: _heads_first(loops.arrange_keys(x, operands, loop), len(loop.axes)),
+    take=lambda x, loop, step: loops.take_chunk(x, loop, step)[None],
+    add=lambda x, found, loop, step: loops.put(x, found[0], (), loop, step, add=True),
+    tiled=False,
+)
+ENTRIES = Role(  # differs from one entry of the batch to the next
+    arrange=lambda x, operands, options, loop: loops.chunked(x, operands, loop),
+    take=loops.take_chunk,
+    add=lambda x, found, loop, step: loops.put(x, found, (), loop, step, add=True),
+    tiled=False,
+)
+SHARED = Role(  # is one for all
+    arrange=lambda x, operands, options, loop: x,
+    take=lambda x, loop, step: x,
+    add=lambda x, found, loop, step: x + found,
+    tiled=False,
+)
+
+
+def _roles(operands: Operands, loop: Loop) -> dict[str, Role]:
+    """The role of every array that `_prepare` makes."""
+    columns = ALL_KEYS if loop.whole else KEYS
+    by_name = {"query": QUERIES, "query_segments": QUERIES, "extra_key": ENTRIES, "extra_value": ENTRIES}
+    by_name |= {"key": columns, "value": columns, "key_mask": KEYS, "key_segments": KEYS}
+    rank = len(loop.axes)
+    batch = operands.query.ndim - rank - 2
+    for name in ("bias", "slot_mask"):
+        x = getattr(operands, name)
+        by_name[name] = ENTRIES if x is None or math.prod(x.shape[batch : batch + rank]) == 1 else QUERIES
+    given = [name for name, x in operands._asdict().items() if x is not None and name != "scale"]
+    unscaled = {"unscaled": QUERIES} if operands.key_embedding is not None else {}
+    return {name: by_name.get(name, SHARED) for name in given} | unscaled
+
+
+def _prepare(operands: Operands, options: Options, loop: Loop, roles: dict[str, Role]) -> Arrays:
+    """Every operand, arranged as the loop wants it; the query scaled."""
+    query = operands.query
+    scaled = (query.astype(statistics_dtype(query.dtype)) * operands.scale).astype(_product_dtype(query.dtype))
+    arrays = operands._asdict() | {"query": scaled, "unscaled": query}
+    return {name: role.arrange(arrays[name], operands, options, loop) for name, role in roles.items()}
+
+
+def _taken(work: Arrays, roles: dict[str, Role], loop: Loop, step: Step) -> Arrays:
     """What a step takes of every array: [tiles, entries, *queries or *columns, ...], [entries, ...], or all; of keys
     that are the same in every step, [1, entries, key_heads, columns, ...]."""
-    taken = {}
-    for name, x in work.items():
-        if _by_place(name, x, walk):
-            taken[name] = walking.take_queries(x, walk, step)
-        elif walk.whole and name in COLUMNS:
-            taken[name] = walking.take_chunk(x, walk, step)[None]
-        elif name in BY_KEY:
-            taken[name] = walking.take_columns(x, walk, step)
-        else:
-            taken[name] = walking.take_chunk(x, walk, step) if name in (*BY_SLOT, *OF_BATCH) else x
-    return taken
-
-
-def _add(x: Array, found: Array, name: str, walk: Walk, step: Step) -> Array:
-    """The sum so far, and what a step found."""
-    if _by_place(name, x, walk):
-        return walking.put_queries(x, found, walk, step, add=walk.chunks > 1 and x.shape[1] == 1)
-    if walk.whole and name in COLUMNS:
-        return walking.put(x, found[0], (), walk, step, add=True)
-    if name in BY_KEY:
-        return walking.add_columns(x, found.astype(x.dtype), walk, step)
-    if name in (*BY_SLOT, *OF_BATCH):
-        return walking.put(x, found, (), walk, step, add=True)
-    return x + found.astype(x.dtype)
+    return {name: roles[name].take(x, loop, step) for name, x in work.items()}
 
 
 def _sources(name: str) -> set[str]:
@@ -413,12 +439,13 @@ def _sources(name: str) -> set[str]:
     return {"query": {"query", "scale"}, "unscaled": {"query"}}.get(name, {name})
 
 
-def _sum_dtype(name: str, dtype: Any) -> Any:
+def _sum_dtype(x: Array, role: Role, loop: Loop) -> Any:
     """What several steps add to is held in float32 at least."""
-    return dtype if name in BY_QUERY else problem.statistics_dtype(dtype)
+    once = role is QUERIES and not _same_in_chunks(x, loop)
+    return x.dtype if once else statistics_dtype(x.dtype)
 
 
-def _no(x: Array) -> Array | np.ndarray:
+def _zero_cotangent(x: Array) -> Array | np.ndarray:
     """A cotangent of zero."""
     floating = jnp.issubdtype(x.dtype, jnp.floating)
     return jnp.zeros_like(x) if floating else np.zeros(x.shape, jax.dtypes.float0)
@@ -429,3 +456,20 @@ def _zeros(shape: tuple[int, ...], dtype: Any, operands: Operands) -> Array:
     zeros = jnp.zeros(shape, dtype)
     varying = tuple(jax.typeof(operands.query).manual_axis_type.varying)
     return lax.pcast(zeros, varying, to="varying") if varying else zeros
+
+
+def _cost(operands: Operands, options: Options) -> Cost:
+    """The loop's tiles; a step holds what they need in the dtype of the sums."""
+    loop, query = loops.plan_loop(operands, options), operands.query
+    heads, dims = query.shape[-2], (query.shape[-1], operands.value.shape[-1])
+    extra = 0 if operands.extra_key is None else operands.extra_key.shape[-3]
+    tile = tuple(axis.tiles.queries.shape[1] for axis in loop.axes)
+    rows, columns = math.prod(tile), math.prod(axis.tiles.keys.shape[1] for axis in loop.axes) + extra
+    batch = math.prod(query.shape[: -len(tile) - 2])
+    at_once = batch // loop.chunks * math.prod(loop.runs)
+    held = at_once * heads * tiles.tile_numbers(rows, columns, dims) * statistics_dtype(query.dtype).itemsize
+    flops = 2 * batch * heads * math.prod(axis.steps * axis.run for axis in loop.axes) * rows * columns * sum(dims)
+    return Cost(tile, columns, math.prod(loop.steps), held, flops)
+
+
+XLA = Backend(name="xla", supports=lambda operands, options: None, forward=forward, backward=backward, cost=_cost)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattn.kernels.target import traced_for
+from jaxattn.machine import traced_for
 from jaxattn.train import hlo
 from jaxattn.train.config import Config
 from jaxattn.train.data.dataset import Arrays, Dataset

@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 
 from jaxattn.einsum import einsum
-from jaxattn.kernels.problem import statistics_dtype
+from jaxattn.kernels.operands import statistics_dtype
 from jaxattn.normalize import softmax
 from jaxattn.zoo.heads import PROJECTIONS, Heads
 from jaxattn.zoo.row import row

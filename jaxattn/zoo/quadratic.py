@@ -10,7 +10,7 @@ from jax import lax
 
 from jaxattn.attention import attention
 from jaxattn.einsum import einsum
-from jaxattn.kernels.problem import statistics_dtype
+from jaxattn.kernels.operands import statistics_dtype
 from jaxattn.window import Window
 from jaxattn.zoo.row import row
 from jaxattn.zoo.slide import Slide

@@ -2,7 +2,7 @@
 
 import jax
 
-from jaxattn.kernels.problem import statistics_dtype
+from jaxattn.kernels.operands import statistics_dtype
 
 
 def softmax(scores: jax.Array, over: tuple[int, ...]) -> jax.Array:

@@ -9,24 +9,17 @@ of a convolution with respect to its kernel, written as an equation, is a convol
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jaxattn.extents import OUTPUT, Affine, Resolved
-from jaxattn.kernels import shifts
-from jaxattn.kernels.gather import axes_of, merge, split
-from jaxattn.kernels.slices import extend, fold_back
-
-# Channels of a group up to which they may be taken one by one, each in all the groups at once.
-FEW = 4
-# Groups that may be convolved one by one instead, which the program writes out, and the products that each must have.
-GROUPS, WORK = 64, 2**17
-# Channels, in and out, from which a matrix product beats a convolution of one tap.
-MANY = 16
+from jaxattn.lowerings.gather import axes_of, merge, split
+from jaxattn.lowerings.lowering import Lowering, Problem
+from jaxattn.lowerings.slices import extend, fold_back, grown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,9 +103,9 @@ def _spatial(index: Affine, p: str, q: str, scattered: bool) -> Spatial:
     """The numbers of one spatial dimension. Outside is zero by now, or has been filled: see `extend`."""
     along = dict(zip(index.axes, zip(index.coefficients, index.extents, strict=True), strict=True))
     (a, count), (b, taps) = along[p], along[q]
-    filled = _filled(index)
+    filled = is_filled(index)
     # what the flips of p and q leave: lowest is the index where |a|·p + |b|·q is zero
-    lowest, length = 0 if filled else index.lowest, _length(index)
+    lowest, length = 0 if filled else index.lowest, axis_length(index)
     reach = abs(b) * (taps - 1)
     if scattered:
         # out[m] = Σ x[p] w[q] where m = lowest + |a| p + |b| q: correlate the dilated x with the kernel flipped
@@ -125,14 +118,35 @@ def _spatial(index: Affine, p: str, q: str, scattered: bool) -> Spatial:
     return Spatial(p, q, index, False, abs(a), abs(b), (-lowest, high), a < 0, b < 0)
 
 
-def _filled(index: Affine) -> bool:
+def is_filled(index: Affine) -> bool:
     """Whether something other than zero stands outside."""
     return index.boundary not in (None, "zero")
 
 
-def _length(index: Affine) -> int:
+def axis_length(index: Affine) -> int:
     """How long the axis is that is convolved: with what is filled in."""
-    return index.highest - index.lowest + 1 if _filled(index) else index.length
+    return index.highest - index.lowest + 1 if is_filled(index) else index.length
+
+
+class Sizes(NamedTuple):
+    """Of a convolution, what decides how a CPU makes it fastest."""
+
+    groups: int
+    contracted: int  # channels that a group sums over
+    features: int  # and that it makes
+    taps: int
+    products: int
+
+    @classmethod
+    def of(cls, problem: Problem, conv: Convolution) -> "Sizes | None":
+        """Its sizes; None on another machine, for numbers that are not floating, and where an axis is empty: there
+        `lax` serves."""
+        sizes = problem.resolved.sizes
+        floating = all(jnp.issubdtype(dtype, jnp.floating) for dtype in problem.dtypes)
+        if problem.backend != "cpu" or not floating or 0 in sizes.values():
+            return None
+        counts = (math.prod(sizes[a] for a in axes) for axes in (conv.group, conv.contracted, conv.features))
+        return cls(*counts, math.prod(sizes[s.q] for s in conv.spatial), math.prod(sizes.values()))
 
 
 def _arrange(names: list[str], groups: list[tuple[str, ...]]) -> list[int]:
@@ -154,16 +168,16 @@ def _grouped(x: jax.Array, names: list[str], groups: list[tuple[str, ...]]) -> t
     ]
 
 
-def convolve(resolved: Resolved, operands, precision, accumulate, run: Callable | None = None) -> jax.Array:
-    """Evaluate an equation for which `match` finds a convolution; `run` does the convolution itself, by default `lax`.
+def convolve(
+    resolved: Resolved, conv: Convolution, operands, precision, accumulate, run: Callable | None = None
+) -> jax.Array:
+    """Evaluate an equation that is a convolution; `run` does the convolution itself, by default `lax`.
 
     It accumulates half precision in float32; the sums beside the convolution are made in `accumulate`.
     """
-    conv = match(resolved)
-    assert conv is not None
     x, w = operands[conv.x], operands[1 - conv.x]
     for s in conv.spatial:
-        if not s.scattered and _filled(s.index):
+        if not s.scattered and is_filled(s.index):
             x = extend(x.astype(accumulate), s.index.dim, s.index).astype(x.dtype)  # its transpose is a sum
     ps, qs = [s.p for s in conv.spatial], [s.q for s in conv.spatial]
     p_of = {s.index.dim: s.p for s in conv.spatial if not s.scattered}
@@ -187,19 +201,19 @@ def convolve(resolved: Resolved, operands, precision, accumulate, run: Callable 
     y_order = _arrange(y_names, y_groups)
     y_at = [y_order.index(g) for g in range(len(y_order))]
 
-    run = run or functools.partial(_lax, precision=precision)
+    run = run or functools.partial(by_lax, precision=precision)
     y = run(conv, resolved, (x, x_at), (w, w_at), y_at)
     spread = {s.p: y.shape[at] for s, at in zip(conv.spatial, y_at[1:-1], strict=True)}
     flat = [a for g in y_order for a in y_groups[g]]
     y = y.reshape([spread.get(a, resolved.sizes[a]) for a in flat]).transpose([flat.index(a) for a in y_names])
     y = _flip(y, [y_names.index(s.p) for s in conv.spatial if not s.scattered and s.flip_p])
     for s in conv.spatial:
-        if s.scattered and _filled(s.index):
+        if s.scattered and is_filled(s.index):
             y = fold_back(y.astype(accumulate), y_names.index(s.p), s.index)
     return merge(y, resolved)
 
 
-def _lax(conv: Convolution, resolved: Resolved, x, w, y_at: list[int], precision) -> jax.Array:
+def by_lax(conv: Convolution, resolved: Resolved, x, w, y_at: list[int], precision) -> jax.Array:
     """`lax.conv_general_dilated` of (array, where its groups of axes stand) twice, into groups of axes at `y_at`."""
     (x, x_at), (w, w_at) = x, w
     return lax.conv_general_dilated(
@@ -217,100 +231,6 @@ def _lax(conv: Convolution, resolved: Resolved, x, w, y_at: list[int], precision
     )
 
 
-def on_cpu(conv: Convolution, resolved: Resolved, dtypes: Iterable[np.dtype]) -> str:
-    """The lowering that is fastest on a CPU, where XLA's grouped convolution is poor, and its gradients poorer."""
-    groups, contracted, features = (
-        math.prod(resolved.sizes[a] for a in axes) for axes in (conv.group, conv.contracted, conv.features)
-    )
-    taps = math.prod(resolved.sizes[s.q] for s in conv.spatial)
-    if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes) or 0 in resolved.sizes.values():
-        return "convolution"
-    if groups == 1:
-        same = all(s.index.coefficients[0] == 1 and s.index.indices().size == s.index.length for s in conv.spatial)
-        inside = all(s.index.lowest == 0 and not s.scattered for s in conv.spatial)
-        many = min(contracted, features) >= MANY and np.dtype("float16") not in dtypes
-        return "product" if taps == 1 and same and inside and many else "convolution"
-    one_way = len({s.scattered for s in conv.spatial}) == 1
-    few = contracted <= FEW and one_way and taps * contracted <= shifts.TAPS
-    # XLA's dense convolution is fast up to two dimensions and 32 bits
-    fast = len(conv.spatial) <= 2 and groups <= GROUPS and all(dtype.itemsize <= 4 for dtype in dtypes)
-    if fast and contracted > 2 and math.prod(resolved.sizes.values()) >= groups * WORK:
-        return "grouped"
-    return "depthwise" if few else "convolution"
-
-
-def shifted_elements(resolved: Resolved) -> int:
-    """What `depthwise` holds: what is shifted, with zeros around it, for every product that it takes part in."""
-    conv = match(resolved)
-    assert conv is not None
-    channels = [resolved.sizes[a] for a in (*conv.batch, *conv.group, *conv.contracted, *conv.features)]
-    return math.prod([*channels, *(s.index.highest - s.index.lowest + 1 for s in conv.spatial)])
-
-
-def _product(conv: Convolution, resolved: Resolved, x, w, y_at: list[int], precision, accumulate) -> jax.Array:
-    """What `_lax` does with a kernel of one tap that stays inside: a matrix product over the channels."""
-    (x, x_at), (w, w_at) = x, w
-    w = w.transpose(w_at).reshape(w.shape[w_at[-2]], w.shape[w_at[-1]])
-    contracted = (((x_at[-1],), (0,)), ((), ()))
-    y = lax.dot_general(x, w, contracted, precision=precision, preferred_element_type=accumulate).astype(x.dtype)
-    came = sorted(range(y.ndim - 1), key=lambda g: x_at[g])
-    return y.transpose([[*came, y.ndim - 1].index(g) for g in sorted(range(y.ndim), key=lambda g: y_at[g])])
-
-
-def product(resolved: Resolved, operands, precision, accumulate) -> jax.Array:
-    """`convolve` by a matrix product."""
-    run = functools.partial(_product, precision=precision, accumulate=accumulate)
-    return convolve(resolved, operands, precision, accumulate, run)
-
-
-def _depthwise(conv: Convolution, resolved: Resolved, x, w, y_at: list[int], accumulate) -> jax.Array:
-    """What `_lax` does where the spatial dimensions are all scattered or none: the first channel of every group with
-    all that is made of it, then the second."""
-    (x, x_at), (w, w_at) = x, w
-    groups, dtype = math.prod(resolved.sizes[a] for a in conv.group), x.dtype
-    x, w = x.astype(accumulate).transpose(x_at), w.astype(accumulate).transpose(w_at)
-    scattered = conv.spatial[0].scattered
-    axes = []
-    for s, n in zip(conv.spatial, x.shape[1:-1], strict=True):
-        taps = resolved.sizes[s.q]
-        if scattered:  # x stands where the positions are, and the kernel has been flipped, for `lax`
-            low, length, positions = s.dilation * (taps - 1) - s.padding[0], _length(s.index), n
-        else:
-            low, length, positions = s.padding[0], n, resolved.sizes[s.p]
-        axes.append(shifts.Axis(s.stride, s.dilation, low, length, positions, taps))
-    if scattered:
-        w = lax.rev(w, range(len(axes)))
-    ys = []
-    for c in range(w.shape[-2]):
-        channel = x.reshape(*x.shape[:-1], groups, -1)[..., c]
-        channel = jnp.repeat(channel, w.shape[-1] // groups, axis=-1)
-        one = w[..., c, :]
-        ys.append(shifts.partial("x", one, channel, axes) if scattered else shifts.partial("y", channel, one, axes))
-    y = functools.reduce(jnp.add, ys).astype(dtype)
-    return y.transpose(sorted(range(y.ndim), key=lambda g: y_at[g]))
-
-
-def depthwise(resolved: Resolved, operands, precision, accumulate) -> jax.Array:
-    """`convolve` by sums of shifted products, which are exact to rounding whatever the precision."""
-    run = functools.partial(_depthwise, accumulate=accumulate)
-    return convolve(resolved, operands, precision, accumulate, run)
-
-
-def _by_group(conv: Convolution, resolved: Resolved, x, w, y_at: list[int], precision) -> jax.Array:
-    """What `_lax` does, each group by itself."""
-    (x, x_at), (w, w_at) = x, w
-    groups = math.prod(resolved.sizes[a] for a in conv.group)
-    one = dataclasses.replace(conv, group=())
-    parts = zip(jnp.split(x, groups, x_at[-1]), jnp.split(w, groups, w_at[-1]), strict=True)
-    ys = [_lax(one, resolved, (x, x_at), (w, w_at), y_at, precision) for x, w in parts]
-    return jnp.concatenate(ys, axis=y_at[-1])
-
-
-def grouped(resolved: Resolved, operands, precision, accumulate) -> jax.Array:
-    """`convolve` by a dense convolution for every group."""
-    return convolve(resolved, operands, precision, accumulate, functools.partial(_by_group, precision=precision))
-
-
 def _sum_out(x: jax.Array, names: list[str], kept: set[str]) -> tuple[jax.Array, list[str]]:
     """x summed over the axes that nothing else knows."""
     gone = [dim for dim, name in enumerate(names) if name not in kept]
@@ -319,3 +239,18 @@ def _sum_out(x: jax.Array, names: list[str], kept: set[str]) -> tuple[jax.Array,
 
 def _flip(x: jax.Array, dims: list[int]) -> jax.Array:
     return lax.rev(x, dims) if dims else x
+
+
+def described(how: str) -> Callable[[Resolved, Convolution], str]:
+    """The description of a lowering that computes a convolution."""
+    return lambda resolved, conv: f"{how}, {conv.describe(resolved)}"
+
+
+CONVOLUTION = Lowering(
+    name="convolution",
+    match=lambda problem: match(problem.resolved),
+    describe=described("lax.conv_general_dilated"),
+    temporaries=lambda resolved, conv, width: grown(resolved, everywhere=False) * width,
+    run=convolve,
+    widens=True,  # a convolution of one dtype into another has no transpose in JAX; widening loses nothing
+)

@@ -9,22 +9,22 @@ import pytest
 from jax import lax
 
 import jaxattn
-from jaxattn.kernels import shifts
-from jaxattn.kernels.shifts import Axis
+from jaxattn.lowerings import depthwise
+from jaxattn.lowerings.depthwise import TapAxis
 
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="chosen on the CPU only")
 # stride, dilation, low, length, positions, taps
 GEOMETRIES = {
-    "same": (Axis(1, 1, 1, 9, 9, 3), Axis(1, 1, 2, 6, 6, 5)),
-    "valid, even": (Axis(1, 1, 0, 9, 6, 4), Axis(1, 1, 0, 4, 3, 2)),
-    "one place": (Axis(1, 1, 0, 3, 1, 3), Axis(1, 1, 0, 1, 1, 1)),
-    "strided": (Axis(2, 1, 1, 9, 5, 3), Axis(3, 1, 0, 8, 3, 2)),
-    "dilated": (Axis(1, 2, 2, 7, 7, 3), Axis(2, 3, 0, 9, 2, 3)),
-    "stride over taps": (Axis(3, 1, 0, 8, 3, 1), Axis(4, 1, 1, 10, 3, 2)),
-    "cropped": (Axis(1, 1, -2, 9, 4, 3), Axis(1, 1, -1, 6, 2, 3)),
-    "outside on both sides": (Axis(1, 1, 5, 3, 11, 3), Axis(1, 2, 4, 2, 6, 2)),
-    "line": (Axis(2, 2, 3, 20, 10, 4),),
-    "volume": (Axis(1, 1, 1, 4, 4, 3), Axis(2, 1, 0, 5, 2, 2), Axis(1, 2, 2, 6, 6, 3)),
+    "same": (TapAxis(1, 1, 1, 9, 9, 3), TapAxis(1, 1, 2, 6, 6, 5)),
+    "valid, even": (TapAxis(1, 1, 0, 9, 6, 4), TapAxis(1, 1, 0, 4, 3, 2)),
+    "one place": (TapAxis(1, 1, 0, 3, 1, 3), TapAxis(1, 1, 0, 1, 1, 1)),
+    "strided": (TapAxis(2, 1, 1, 9, 5, 3), TapAxis(3, 1, 0, 8, 3, 2)),
+    "dilated": (TapAxis(1, 2, 2, 7, 7, 3), TapAxis(2, 3, 0, 9, 2, 3)),
+    "stride over taps": (TapAxis(3, 1, 0, 8, 3, 1), TapAxis(4, 1, 1, 10, 3, 2)),
+    "cropped": (TapAxis(1, 1, -2, 9, 4, 3), TapAxis(1, 1, -1, 6, 2, 3)),
+    "outside on both sides": (TapAxis(1, 1, 5, 3, 11, 3), TapAxis(1, 2, 4, 2, 6, 2)),
+    "line": (TapAxis(2, 2, 3, 20, 10, 4),),
+    "volume": (TapAxis(1, 1, 1, 4, 4, 3), TapAxis(2, 1, 0, 5, 2, 2), TapAxis(1, 2, 2, 6, 6, 3)),
 }
 
 
@@ -54,7 +54,7 @@ def peer(x, w, axes):
 
 
 def ours(x, w, axes):
-    return shifts.partial("y", x, w, axes)
+    return depthwise.partial("y", x, w, axes)
 
 
 def close(mine, theirs, tolerance=1e-12):
@@ -65,7 +65,7 @@ def close(mine, theirs, tolerance=1e-12):
 
 
 @pytest.mark.core(6)
-@pytest.mark.parametrize("box", [shifts.BOX, 4, 1])
+@pytest.mark.parametrize("box", [depthwise.BOX, 4, 1])
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_value_and_gradients_are_those_of_lax(name, box, monkeypatch):
     """With boxes of a whole row, of a part of one with something left over, and of one position."""
@@ -83,7 +83,7 @@ def test_value_and_gradients_are_those_of_lax(name, box, monkeypatch):
 
 
 def test_rows_longer_than_a_box():
-    axes = (Axis(1, 1, 1, 2, 2, 3), Axis(1, 1, 1, 2 * shifts.BOX + 3, 2 * shifts.BOX + 3, 3))
+    axes = (TapAxis(1, 1, 1, 2, 2, 3), TapAxis(1, 1, 1, 2 * depthwise.BOX + 3, 2 * depthwise.BOX + 3, 3))
     x, w, y = operands(axes)
     loss = lambda f: jax.jit(jax.grad(lambda w: (f(x, w, axes) * y).sum()))(w)
     close(loss(ours), loss(peer))
@@ -128,7 +128,7 @@ def test_derivatives_of_any_order():
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-2), ("float16", 2e-3)])
 def test_half_precision_is_rounded_once(dtype, tolerance):
-    axes = (Axis(1, 1, 3, 40, 40, 7), Axis(1, 1, 3, 30, 30, 7))
+    axes = (TapAxis(1, 1, 3, 40, 40, 7), TapAxis(1, 1, 3, 30, 30, 7))
     x, w, y = operands(axes, dtype=dtype)
     grads = lambda f, *z: jax.jit(lambda x, w: jax.vjp(functools.partial(f, axes=axes), x, w)[1](z[2]))(*z[:2])
     exact = grads(peer, *(z.astype("float64") for z in (x, w, y)))
@@ -138,7 +138,7 @@ def test_half_precision_is_rounded_once(dtype, tolerance):
 
 
 def test_only_what_is_beside_it_sees_an_infinity():
-    axes = (Axis(1, 1, 1, 60, 60, 3),)
+    axes = (TapAxis(1, 1, 1, 60, 60, 3),)
     x, w, y = operands(axes)
     x, y = x.at[0, 59].set(jnp.inf), jnp.abs(y) + 1
     value, back = jax.vjp(lambda w: ours(x, w, axes), w)
@@ -172,7 +172,7 @@ OTHERS = {
     "dense": ("n i+r c, r c o -> n i o", [(2, 8, 4), (3, 4, 4)], {}),
     "small groups of many channels": ("n i+r (g c), r c (g o) -> n i (g o)", [(2, 8, 10), (3, 5, 4)], {"g": 2}),
     "one channel": ("n i+r c, r c -> n i c", [(2, 8, 1), (3, 1)], {}),
-    "more taps than one loop takes": ("n i+r c, r c -> n i c", [(2, 400, 4), (shifts.TAPS + 1, 4)], {}),
+    "more taps than one loop takes": ("n i+r c, r c -> n i c", [(2, 400, 4), (depthwise.TAPS + 1, 4)], {}),
     "both ways at once": ("n i+r j c, r s c -> n i j+s c", [(2, 8, 5, 4), (3, 3, 4)], {}),
 }
 

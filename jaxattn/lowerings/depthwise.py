@@ -11,17 +11,23 @@ that are left, and its transposes are the other two: one primitive, closed under
 
 import functools
 import itertools
+import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
+from jaxattn.extents import Resolved
+from jaxattn.lowerings.convolution import Convolution, Sizes, axis_length, convolve, described, match
+from jaxattn.lowerings.lowering import Lowering, Problem
+from jaxattn.lowerings.trilinear import others, trilinear
+
+# Channels of a group up to which they may be taken one by one, each in all the groups at once.
+FEW = 4
 # Taps up to which XLA:CPU makes one vectorised loop of the sum; beyond, an order of magnitude is lost.
 TAPS = 128
 # Positions that a step of the kernel's gradient adds up, and how many products it may write out. With few positions in
@@ -29,7 +35,7 @@ TAPS = 128
 BOX, WRITTEN = 56, 512
 
 
-class Axis(NamedTuple):
+class TapAxis(NamedTuple):
     """One spatial dimension: x has `length` tokens, y so many positions, w so many taps."""
 
     stride: int
@@ -40,30 +46,18 @@ class Axis(NamedTuple):
     taps: int
 
 
-def partial(wrt: str, first: Array, second: Array, axes: Sequence[Axis]) -> Array:
-    """∂T/∂`wrt`, given the other two of x `[n, *length, c]`, w `[*taps, c]`, y `[n, *positions, c]`, in this order."""
-    return partial_p.bind(*vary_together([first, second]), wrt=wrt, axes=tuple(axes))
-
-
-def vary_together(arrays: Sequence[Array]) -> list[Array]:
-    """Inside a `shard_map`, all of them vary where one does."""
-    axes = [jax.typeof(x).manual_axis_type.varying for x in arrays]
-    missing = [tuple(sorted(frozenset().union(*axes) - mine)) for mine in axes]
-    return [lax.pcast(x, m, to="varying") if m else x for x, m in zip(arrays, missing, strict=True)]
-
-
-def _evaluate(first: Array, second: Array, *, wrt: str, axes: tuple[Axis, ...]) -> Array:
+def _evaluate(first: Array, second: Array, *, wrt: str, axes: tuple[TapAxis, ...]) -> Array:
     dtype = first.dtype
     wide = jnp.float32 if dtype.itemsize < 4 else dtype
     return _DERIVATIVES[wrt](first.astype(wide), second.astype(wide), axes).astype(dtype)
 
 
-def _by_output(x: Array, w: Array, axes: tuple[Axis, ...]) -> Array:
+def _by_output(x: Array, w: Array, axes: tuple[TapAxis, ...]) -> Array:
     """∂T/∂y, the convolution."""
     return _shifted(_pad(x, _around(axes)), w, axes)
 
 
-def _by_input(w: Array, y: Array, axes: tuple[Axis, ...]) -> Array:
+def _by_input(w: Array, y: Array, axes: tuple[TapAxis, ...]) -> Array:
     """∂T/∂x: the strides put zeros between the elements of y, and the kernel is flipped."""
     spans = [a.dilation * (a.taps - 1) for a in axes]
     pads = [
@@ -74,7 +68,7 @@ def _by_input(w: Array, y: Array, axes: tuple[Axis, ...]) -> Array:
     return _shifted(_pad(y, pads), lax.rev(w, range(len(axes))), onto)
 
 
-def _by_kernel(x: Array, y: Array, axes: tuple[Axis, ...]) -> Array:
+def _by_kernel(x: Array, y: Array, axes: tuple[TapAxis, ...]) -> Array:
     """∂T/∂w: a loop over boxes of positions, each a strip of the last axis, and several rows where they are short."""
     x, last = _pad(x, _around(axes)), axes[-1]
     most = max(min(BOX, WRITTEN // last.taps), 1)
@@ -92,7 +86,7 @@ def _by_kernel(x: Array, y: Array, axes: tuple[Axis, ...]) -> Array:
     )
 
 
-def _boxes(x: Array, y: Array, axes: tuple[Axis, ...], box: list[int], start: int, stop: int) -> Array:
+def _boxes(x: Array, y: Array, axes: tuple[TapAxis, ...], box: list[int], start: int, stop: int) -> Array:
     """∂T/∂w of the positions `start`..`stop` of the last axis, a whole number of boxes. There is an accumulator for
     every tap of the last axis, so that each product is one of whole slices."""
     n, c, last = x.shape[0], x.shape[-1], axes[-1]
@@ -122,7 +116,7 @@ def _boxes(x: Array, y: Array, axes: tuple[Axis, ...], box: list[int], start: in
     return jnp.stack(sums, axis=-2).sum(0)
 
 
-def _shifted(x: Array, w: Array, axes: tuple[Axis, ...]) -> Array:
+def _shifted(x: Array, w: Array, axes: tuple[TapAxis, ...]) -> Array:
     """Σ_q x[n, stride·p + dilation·q, c] · w[q, c]: one slice for every tap, all of them read in one loop."""
     terms = []
     for taps in itertools.product(*(range(a.taps) for a in axes)):
@@ -133,7 +127,7 @@ def _shifted(x: Array, w: Array, axes: tuple[Axis, ...]) -> Array:
     return functools.reduce(jnp.add, terms)
 
 
-def _around(axes: tuple[Axis, ...]) -> list[tuple[int, int, int]]:
+def _around(axes: tuple[TapAxis, ...]) -> list[tuple[int, int, int]]:
     """The zeros that x needs around it, or what of it nobody reads, as negative numbers."""
     return [(a.low, a.stride * (a.positions - 1) + a.dilation * (a.taps - 1) - a.low - a.length + 1, 0) for a in axes]
 
@@ -145,53 +139,101 @@ def _pad(x: Array, pads: Sequence[tuple[int, int, int]]) -> Array:
 _DERIVATIVES = {"x": _by_input, "w": _by_kernel, "y": _by_output}
 
 
-def _others(wrt: str) -> list[str]:
-    return [name for name in "xwy" if name != wrt]
-
-
-def _alike(first: Array, second: Array, *, wrt: str, axes: tuple[Axis, ...]) -> Array:
+def _alike(first: Array, second: Array, *, wrt: str, axes: tuple[TapAxis, ...]) -> Array:
     """Anything of the shape, the dtype, the sharding and the varying mesh axes of ∂T/∂`wrt`."""
     spatial = {"x": [a.length for a in axes], "w": [a.taps for a in axes], "y": [a.positions for a in axes]}[wrt]
     # over what is kept of the arguments: [n, c], or [c] of what has no n
     kept = {name: int(wrt != "w" and name != "w") for name in "xwy"}
-    lanes = [z.sum(range(kept[name], z.ndim - 1)) for name, z in zip(_others(wrt), (first, second), strict=True)]
+    lanes = [z.sum(range(kept[name], z.ndim - 1)) for name, z in zip(others("xwy", wrt), (first, second), strict=True)]
     y = sum(lanes[1:], lanes[0])
     y = lax.expand_dims(y, range(y.ndim - 1, y.ndim - 1 + len(axes)))
     return jnp.broadcast_to(y, (*y.shape[: -1 - len(axes)], *spatial, y.shape[-1]))
 
 
-@functools.lru_cache(maxsize=1024)
-def _abstract(*avals: Any, **params: Any) -> Any:
-    return jax.make_jaxpr(lambda *arrays: _alike(*arrays, **params))(*avals).out_avals[0]
-
-
-def _transpose(which: int, cotangent: Any, first: Any, second: Any, *, wrt: str, axes: tuple[Axis, ...]) -> Array:
-    """In the first argument (0) or the second (1)."""
-    given = dict(zip(_others(wrt), (first, second), strict=True)) | {wrt: cotangent}
-    name = _others(wrt)[which]
-    return partial_p.bind(*(given[other] for other in _others(name)), wrt=name, axes=axes)
-
-
-def _batch(arrays: Sequence[Array], dims: Sequence[int | None], *, wrt: str, axes: tuple[Axis, ...]) -> tuple:
+def _batch(
+    primitive: Primitive, arrays: Sequence[Array], dims: Sequence[int | None], *, wrt: str, axes: tuple[TapAxis, ...]
+) -> tuple:
     """A `vmap` is more of n, where the kernel is not mapped, else more of c."""
-    of = dict(zip(_others(wrt), dims, strict=True))
+    of = dict(zip(others("xwy", wrt), dims, strict=True))
     size = next(z.shape[dim] for z, dim in zip(arrays, dims, strict=True) if dim is not None)
     if of.get("w", 0) is None:
         merged = [z if d is None else jnp.moveaxis(z, d, 0) for z, d in zip(arrays, dims, strict=True)]
         merged = [z if d is None else z.reshape(-1, *z.shape[2:]) for z, d in zip(merged, dims, strict=True)]
-        y = partial_p.bind(*merged, wrt=wrt, axes=axes)
+        y = primitive.bind(*merged, wrt=wrt, axes=axes)
         return y.reshape(size, -1, *y.shape[1:]), 0
     merged = []
     for z, dim in zip(arrays, dims, strict=True):
         z = jnp.moveaxis(jnp.broadcast_to(z, (size, *z.shape)) if dim is None else z, dim or 0, -2)
         merged.append(z.reshape(*z.shape[:-2], -1))
-    y = partial_p.bind(*merged, wrt=wrt, axes=axes)
+    y = primitive.bind(*merged, wrt=wrt, axes=axes)
     return y.reshape(*y.shape[:-1], size, -1), y.ndim - 1
 
 
-partial_p = Primitive("depthwise_convolution")
-partial_p.def_impl(lambda *arrays, **params: jax.jit(_evaluate, static_argnames=("wrt", "axes"))(*arrays, **params))
-partial_p.def_abstract_eval(_abstract)
-mlir.register_lowering(partial_p, mlir.lower_fun(_evaluate, multiple_results=False))
-batching.primitive_batchers[partial_p] = _batch
-ad.defbilinear(partial_p, functools.partial(_transpose, 0), functools.partial(_transpose, 1))
+_partial = trilinear("depthwise_convolution", "xwy", _evaluate, _alike, _batch)
+
+
+def partial(wrt: str, first: Array, second: Array, axes: Sequence[TapAxis]) -> Array:
+    """∂T/∂`wrt`, given the other two of x `[n, *length, c]`, w `[*taps, c]`, y `[n, *positions, c]`, in this order."""
+    return _partial(wrt, first, second, axes=tuple(axes))
+
+
+# The equations that it computes
+
+
+def _match(problem: Problem) -> Convolution | None:
+    """A grouped convolution with few channels in a group and few taps, all of it scattered or none."""
+    conv = match(problem.resolved)
+    sizes = None if conv is None else Sizes.of(problem, conv)
+    if conv is None or sizes is None or sizes.groups == 1:
+        return None
+    one_way = len({s.scattered for s in conv.spatial}) == 1
+    return conv if sizes.contracted <= FEW and one_way and sizes.taps * sizes.contracted <= TAPS else None
+
+
+def _depthwise(conv: Convolution, resolved: Resolved, x, w, y_at: list[int], accumulate) -> Array:
+    """What `by_lax` does where the spatial dimensions are all scattered or none: the first channel of every group with
+    all that is made of it, then the second."""
+    (x, x_at), (w, w_at) = x, w
+    groups, dtype = math.prod(resolved.sizes[a] for a in conv.group), x.dtype
+    x, w = x.astype(accumulate).transpose(x_at), w.astype(accumulate).transpose(w_at)
+    scattered = conv.spatial[0].scattered
+    axes = []
+    for s, n in zip(conv.spatial, x.shape[1:-1], strict=True):
+        taps = resolved.sizes[s.q]
+        if scattered:  # x stands where the positions are, and the kernel has been flipped, for `lax`
+            low, length, positions = s.dilation * (taps - 1) - s.padding[0], axis_length(s.index), n
+        else:
+            low, length, positions = s.padding[0], n, resolved.sizes[s.p]
+        axes.append(TapAxis(s.stride, s.dilation, low, length, positions, taps))
+    if scattered:
+        w = lax.rev(w, range(len(axes)))
+    ys = []
+    for c in range(w.shape[-2]):
+        channel = x.reshape(*x.shape[:-1], groups, -1)[..., c]
+        channel = jnp.repeat(channel, w.shape[-1] // groups, axis=-1)
+        one = w[..., c, :]
+        ys.append(partial("x", one, channel, axes) if scattered else partial("y", channel, one, axes))
+    y = functools.reduce(jnp.add, ys).astype(dtype)
+    return y.transpose(sorted(range(y.ndim), key=lambda g: y_at[g]))
+
+
+def depthwise(resolved: Resolved, conv: Convolution, operands, precision, accumulate) -> Array:
+    """`convolve` by sums of shifted products, which are exact to rounding whatever the precision."""
+    run = functools.partial(_depthwise, accumulate=accumulate)
+    return convolve(resolved, conv, operands, precision, accumulate, run)
+
+
+def _temporaries(resolved: Resolved, conv: Convolution, width: int) -> int:
+    """What is shifted, with zeros around it, for every product that it takes part in, in the dtype of the sums."""
+    channels = [resolved.sizes[a] for a in (*conv.batch, *conv.group, *conv.contracted, *conv.features)]
+    return math.prod([*channels, *(s.index.highest - s.index.lowest + 1 for s in conv.spatial)]) * max(width, 4)
+
+
+DEPTHWISE = Lowering(
+    name="depthwise",
+    match=_match,
+    describe=described("one sum of shifted products"),
+    temporaries=_temporaries,
+    run=depthwise,
+    widens=True,
+)

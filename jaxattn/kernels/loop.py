@@ -1,4 +1,4 @@
-"""How the tiles of a problem are walked: what a step of the loop takes of every array, and how it leaves its results.
+"""How a loop takes the tiles of a problem: what a step of the loop takes of every array, and how it leaves its results.
 
 Arrays are arranged as [entries, chunks, *places, ...]: the batch in chunks where a step has no room for all of it (the
 axis is absent where there is one), then the grid in the order of its tiles. A chunk is every so many entries, so that
@@ -17,15 +17,16 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from jaxattn.kernels import target, tiles
+from jaxattn import machine
+from jaxattn.kernels import tiles
 from jaxattn.kernels.layout import AxisLayout, lay_out
-from jaxattn.kernels.problem import Operands, Options
+from jaxattn.kernels.operands import Operands, Options
 from jaxattn.kernels.tiles import AxisTiles
 
 Rows = tuple[AxisTiles, ...]  # an axis each, with a row for each tile of a step
 
 
-class Walk(NamedTuple):
+class Loop(NamedTuple):
     """The steps of a loop: `chunks` of the batch times the steps of every axis."""
 
     axes: tuple[AxisLayout, ...]
@@ -58,76 +59,76 @@ class Walk(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Where the loop is: an int where there is nothing to walk, else traced."""
+    """Where the loop is: an int where there is nothing to loop, else traced."""
 
     chunk: Any
     axes: tuple[Any, ...]
 
 
-def plan(operands: Operands, options: Options) -> Walk:
+def plan_loop(operands: Operands, options: Options) -> Loop:
     """Choose tiles, runs and chunks, from shapes, dtype and backend."""
     batch = math.prod(operands.query.shape[: -len(options.queries) - 2])
     heads, head_dim = operands.query.shape[-2:]
     dims = head_dim, operands.value.shape[-1]
-    return _plan(options, batch, heads, dims, target.backend(), target.device_count())
+    return _plan(options, batch, heads, dims, machine.backend(), machine.device_count())
 
 
 @functools.lru_cache(maxsize=128)
-def _plan(options: Options, batch: int, heads: int, dims: tuple[int, int], backend: str, devices: int) -> Walk:
+def _plan(options: Options, batch: int, heads: int, dims: tuple[int, int], backend: str, devices: int) -> Loop:
     axes = options.axes
     sizes = options.tile or tiles.best_sizes(axes, heads, dims, backend)
-    held = heads * tiles.size(
+    held = heads * tiles.tile_numbers(
         math.prod(sizes), math.prod(tiles.reach(a, t) for a, t in zip(axes, sizes, strict=True)), dims
     )
-    room = max(1, tiles.room(backend) // held)
+    room = max(1, tiles.step_budget(backend) // held)
     least = math.gcd(batch, devices)  # so that a batch that is cut over devices stays where it is
     if options.dropout_rate > 0:
         least = batch  # its bits are drawn for the whole batch at once
     entries = max(n for n in range(least, batch + 1, least) if batch % n == 0 and n <= max(room, least))
     room, runs = max(1, room // entries), []
     for axis, t in zip(reversed(axes), reversed(sizes), strict=True):
-        runs.insert(0, tiles.run(tiles.count(axis, t), room))
+        runs.insert(0, tiles.tiles_per_step(tiles.tile_count(axis, t), room))
         room = max(1, room // runs[0])
     layouts = tuple(lay_out(axis, t, run) for axis, t, run in zip(axes, sizes, runs, strict=True))
-    return Walk(layouts, batch // entries)
+    return Loop(layouts, batch // entries)
 
 
 # Arrangement
 
 
-def chunked(x: Array, operands: Operands, walk: Walk) -> Array:
+def chunked(x: Array, operands: Operands, loop: Loop) -> Array:
     """[*batch|1, ...] as [entries|1, chunks|1, ...]."""
-    batch = operands.query.shape[: operands.query.ndim - len(walk.axes) - 2]
+    batch = operands.query.shape[: operands.query.ndim - len(loop.axes) - 2]
     rest = x.shape[len(batch) :]
     if math.prod(x.shape[: len(batch)]) == 1:
-        return x.reshape(*[1] * walk.lead, *rest)
+        return x.reshape(*[1] * loop.lead, *rest)
     x = jnp.broadcast_to(x, (*batch, *rest))
-    return x.reshape(-1, *([walk.chunks] if walk.chunks > 1 else []), *rest)
+    return x.reshape(-1, *([loop.chunks] if loop.chunks > 1 else []), *rest)
 
 
-def arrange_queries(x: Array, operands: Operands, walk: Walk) -> Array:
+def arrange_queries(x: Array, operands: Operands, loop: Loop) -> Array:
     """[*batch, *queries, ...] in the order of the tiles; zeros where a tile has no query."""
-    return _at_places(chunked(x, operands, walk), [axis.queries for axis in walk.axes], walk)
+    return _at_places(chunked(x, operands, loop), [axis.queries for axis in loop.axes], loop)
 
 
-def arrange_keys(x: Array, operands: Operands, walk: Walk) -> Array:
+def arrange_keys(x: Array, operands: Operands, loop: Loop) -> Array:
     """[*batch, *keys, ...], regrouped and extended, so that the columns of every tile are a slice."""
-    return _at_places(chunked(x, operands, walk), [axis.keys for axis in walk.axes], walk)
+    return _at_places(chunked(x, operands, loop), [axis.keys for axis in loop.axes], loop)
 
 
-def restore(x: Array, operands: Operands, walk: Walk) -> Array:
+def restore(x: Array, operands: Operands, loop: Loop) -> Array:
     """`arrange_queries`, undone."""
-    for axis, layout in enumerate(walk.axes, walk.lead):
+    for axis, layout in enumerate(loop.axes, loop.lead):
         place = layout.place
         if place is not None and np.array_equal(place, np.arange(len(place))):
             x = lax.slice_in_dim(x, 0, len(place), axis=axis)
         elif place is not None:
             x = jnp.take(x, place, axis=axis)
-    return x.reshape(*operands.query.shape[: operands.query.ndim - len(walk.axes) - 2], *x.shape[walk.lead :])
+    return x.reshape(*operands.query.shape[: operands.query.ndim - len(loop.axes) - 2], *x.shape[loop.lead :])
 
 
-def _at_places(x: Array, index: Sequence[np.ndarray | None], walk: Walk) -> Array:
-    for axis, places in enumerate(index, walk.lead):
+def _at_places(x: Array, index: Sequence[np.ndarray | None], loop: Loop) -> Array:
+    for axis, places in enumerate(index, loop.lead):
         x = x if places is None else take(x, places, axis)
     return x
 
@@ -147,15 +148,15 @@ def take(x: Array, index: np.ndarray | Array, axis: int) -> Array:
 # The loop
 
 
-def loop(body: Callable[[Step, Any], Any], carry: Any, walk: Walk) -> Any:
+def take_steps(body: Callable[[Step, Any], Any], carry: Any, loop: Loop) -> Any:
     """Take every step."""
-    count = math.prod(walk.steps)
+    count = math.prod(loop.steps)
     if count == 1:
-        return body(Step(0, (0,) * len(walk.axes)), carry)
+        return body(Step(0, (0,) * len(loop.axes)), carry)
 
     def take_step(i: Array, carry: Any) -> Any:
         at = []
-        for steps in reversed(walk.steps):
+        for steps in reversed(loop.steps):
             at.insert(0, 0 if steps == 1 else i % steps)
             i = i // steps
         return body(Step(at[0], tuple(at[1:])), carry)
@@ -163,67 +164,67 @@ def loop(body: Callable[[Step, Any], Any], carry: Any, walk: Walk) -> Any:
     return lax.fori_loop(0, count, take_step, carry)
 
 
-def rows(walk: Walk, step: Step) -> Rows:
+def rows(loop: Loop, step: Step) -> Rows:
     """The tables of the tiles of a step."""
-    return tuple(AxisTiles(*(of_tiles(x, walk, step, a) for x in axis.tiles)) for a, axis in enumerate(walk.axes))
+    return tuple(AxisTiles(*(of_tiles(x, loop, step, a) for x in axis.tiles)) for a, axis in enumerate(loop.axes))
 
 
-def of_tiles(table: np.ndarray, walk: Walk, step: Step, a: int) -> Any:
+def of_tiles(table: np.ndarray, loop: Loop, step: Step, a: int) -> Any:
     """The rows, for the tiles of a step, of a table with one for each tile along axis a."""
-    tile = np.unravel_index(np.arange(math.prod(walk.runs)), walk.runs)[a]
-    if walk.axes[a].steps == 1:
+    tile = np.unravel_index(np.arange(math.prod(loop.runs)), loop.runs)[a]
+    if loop.axes[a].steps == 1:
         return table[tile]
-    return jnp.asarray(table)[step.axes[a] * walk.axes[a].run + tile]
+    return jnp.asarray(table)[step.axes[a] * loop.axes[a].run + tile]
 
 
-def take_chunk(x: Array, walk: Walk, step: Step) -> Array:
+def take_chunk(x: Array, loop: Loop, step: Step) -> Array:
     """[entries, chunks, ...] as [entries, ...]."""
-    if walk.chunks == 1:
+    if loop.chunks == 1:
         return x
     return x[:, 0] if x.shape[1] == 1 else lax.dynamic_index_in_dim(x, step.chunk, 1, keepdims=False)
 
 
-def take_queries(x: Array, walk: Walk, step: Step) -> Array:
+def take_queries(x: Array, loop: Loop, step: Step) -> Array:
     """[entries, chunks, *places, ...] as [tiles, entries, *queries, ...]."""
-    x, rank = take_chunk(x, walk, step), len(walk.axes)
-    corner, sizes = _corner(walk, step)
-    for axis, (begin, run, t) in enumerate(zip(corner, walk.runs, sizes, strict=True), 1):
+    x, rank = take_chunk(x, loop, step), len(loop.axes)
+    corner, sizes = _corner(loop, step)
+    for axis, (begin, run, t) in enumerate(zip(corner, loop.runs, sizes, strict=True), 1):
         if run * t < x.shape[axis]:
             x = lax.dynamic_slice_in_dim(x, begin, run * t, axis)
-    pairs = (n for pair in zip(walk.runs, sizes, strict=True) for n in pair)
+    pairs = (n for pair in zip(loop.runs, sizes, strict=True) for n in pair)
     x = jnp.moveaxis(x.reshape(x.shape[0], *pairs, *x.shape[1 + rank :]), range(1, 1 + 2 * rank, 2), range(rank))
     return x.reshape(-1, *x.shape[rank:])
 
 
-def put_queries(x: Array, tile: Array, walk: Walk, step: Step, add: bool = False) -> Array:
+def put_queries(x: Array, tile: Array, loop: Loop, step: Step, add: bool = False) -> Array:
     """`take_queries`, undone: write, or add, in place."""
-    rank = len(walk.axes)
-    corner, sizes = _corner(walk, step)
-    tile = jnp.moveaxis(tile.reshape(*walk.runs, *tile.shape[1:]), range(rank), range(1, 1 + 2 * rank, 2))
-    places = [run * t for run, t in zip(walk.runs, sizes, strict=True)]
-    return put(x, tile.reshape(tile.shape[0], *places, *tile.shape[1 + 2 * rank :]), corner, walk, step, add)
+    rank = len(loop.axes)
+    corner, sizes = _corner(loop, step)
+    tile = jnp.moveaxis(tile.reshape(*loop.runs, *tile.shape[1:]), range(rank), range(1, 1 + 2 * rank, 2))
+    places = [run * t for run, t in zip(loop.runs, sizes, strict=True)]
+    return put(x, tile.reshape(tile.shape[0], *places, *tile.shape[1 + 2 * rank :]), corner, loop, step, add)
 
 
-def take_columns(x: Array, walk: Walk, step: Step) -> Array:
+def take_columns(x: Array, loop: Loop, step: Step) -> Array:
     """[entries, chunks, *keys, ...] as [tiles, entries, *columns, ...]."""
-    x, rank = take_chunk(x, walk, step), len(walk.axes)
-    sizes = (x.shape[0], *(axis.tiles.keys.shape[1] for axis in walk.axes), *x.shape[1 + rank :])
+    x, rank = take_chunk(x, loop, step), len(loop.axes)
+    sizes = (x.shape[0], *(axis.tiles.keys.shape[1] for axis in loop.axes), *x.shape[1 + rank :])
     if sizes == x.shape:
-        return jnp.broadcast_to(x, (math.prod(walk.runs), *x.shape))
-    starts = [of_tiles(axis.start, walk, step, a) for a, axis in enumerate(walk.axes)]
+        return jnp.broadcast_to(x, (math.prod(loop.runs), *x.shape))
+    starts = [of_tiles(axis.start, loop, step, a) for a, axis in enumerate(loop.axes)]
     one = lambda *start: lax.dynamic_slice(x, (0, *start, *[0] * (x.ndim - 1 - rank)), sizes)
     return jax.vmap(one)(*(jnp.asarray(start) for start in starts))
 
 
-def add_columns(x: Array, tile: Array, walk: Walk, step: Step) -> Array:
+def add_columns(x: Array, tile: Array, loop: Loop, step: Step) -> Array:
     """The transpose of `take_columns`: what the tiles of a step send to the keys that they share, added in place."""
-    rank, begin = len(walk.axes), []
-    tile = tile.reshape(*walk.runs, *tile.shape[1:])
-    for a, axis in enumerate(walk.axes):
+    rank, begin = len(loop.axes), []
+    tile = tile.reshape(*loop.runs, *tile.shape[1:])
+    for a, axis in enumerate(loop.axes):
         tile = jnp.moveaxis(tile, 0, rank)  # [runs to come, entries, keys so far, run, columns, ...]
         tile = tile.reshape(*tile.shape[:rank], -1, *tile.shape[rank + 2 :])
         if axis.run == 1:
-            begin.append(of_tiles(axis.start, walk, step, a)[0])
+            begin.append(of_tiles(axis.start, loop, step, a)[0])
             continue
         place = slice(0, 1) if axis.steps == 1 else step.axes[a][None]
         table = lambda x, place=place, static=axis.steps == 1: (x if static else jnp.asarray(x))[place][0]
@@ -231,14 +232,14 @@ def add_columns(x: Array, tile: Array, walk: Walk, step: Step) -> Array:
         meeting = table(axis.overlap)  # [keys, n]
         terms = [take(tile, meeting[:, n], rank) for n in range(meeting.shape[1])]
         tile = functools.reduce(jnp.add, terms)
-    return put(x, tile, tuple(begin), walk, step, add=True)
+    return put(x, tile, tuple(begin), loop, step, add=True)
 
 
-def put(x: Array, tile: Array, at: tuple, walk: Walk, step: Step, add: bool) -> Array:
+def put(x: Array, tile: Array, at: tuple, loop: Loop, step: Step, add: bool) -> Array:
     """Write, or add, [entries, ...] to the step's chunk of [entries, chunks, ...] in place; `at` is where, from axis 1
     of the tile on."""
     tile = tile.astype(x.dtype)
-    if walk.chunks > 1:
+    if loop.chunks > 1:
         tile, at = tile[:, None], (0 if x.shape[1] == 1 else step.chunk, *at)
     if tile.shape == x.shape:
         return x + tile if add else tile
@@ -246,7 +247,7 @@ def put(x: Array, tile: Array, at: tuple, walk: Walk, step: Step, add: bool) -> 
     return lax.dynamic_update_slice(x, lax.dynamic_slice(x, at, tile.shape) + tile if add else tile, at)
 
 
-def _corner(walk: Walk, step: Step) -> tuple[tuple, list[int]]:
+def _corner(loop: Loop, step: Step) -> tuple[tuple, list[int]]:
     """The first place of a step, and the queries of a tile, along each axis."""
-    sizes = [axis.tiles.queries.shape[1] for axis in walk.axes]
-    return tuple(s * run * t for s, run, t in zip(step.axes, walk.runs, sizes, strict=True)), sizes
+    sizes = [axis.tiles.queries.shape[1] for axis in loop.axes]
+    return tuple(s * run * t for s, run, t in zip(step.axes, loop.runs, sizes, strict=True)), sizes

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattn.extents import OUTPUT, Affine, Resolved
+from jaxattn.lowerings.lowering import Lowering
 from jaxattn.notation import Term
 
 
@@ -59,7 +60,7 @@ def scatter(y: jax.Array, dim: int, index: Affine) -> jax.Array:
     return jnp.zeros(shape, y.dtype).at[where].add(y, mode="drop")
 
 
-def gather(resolved: Resolved, operands, precision, accumulate) -> jax.Array:
+def gather(resolved: Resolved, match: bool, operands, precision, accumulate) -> jax.Array:
     """Evaluate a resolved equation; the result has the dtype `accumulate`."""
     expanded = []
     for k, (x, term) in enumerate(zip(operands, resolved.operands, strict=True)):
@@ -80,3 +81,12 @@ def gather(resolved: Resolved, operands, precision, accumulate) -> jax.Array:
 def unfolded(resolved: Resolved) -> dict[int, int]:
     """Elements of each term with affine tokens, written out over all its axes: what `gather` materialises."""
     return {a.term: math.prod(resolved.sizes[x] for x in axes_of(resolved.terms[a.term])) for a in resolved.affine}
+
+
+GATHER = Lowering(
+    name="gather",
+    match=lambda problem: True,
+    describe=lambda resolved, match: "gather, jnp.einsum, scatter",
+    temporaries=lambda resolved, match, width: sum(unfolded(resolved).values()) * width,
+    run=gather,
+)

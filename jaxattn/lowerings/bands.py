@@ -20,14 +20,13 @@ import string
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
-from jaxattn.kernels.shifts import vary_together
+from jaxattn import machine
+from jaxattn.lowerings.trilinear import others, trilinear
 
 # Queries of a tile: more of them waste more of the matrix, fewer leave less to a product.
 QUERIES = 16
@@ -35,7 +34,7 @@ QUERIES = 16
 STEP = 2**17
 
 
-class Axis(NamedTuple):
+class BandAxis(NamedTuple):
     """One dimension: q has so many positions, s so many slots."""
 
     stride: int
@@ -48,16 +47,10 @@ class Axis(NamedTuple):
         return self.stride * (positions - 1) + self.dilation * (self.slots - 1) + 1
 
 
-def partial(wrt: str, first: Array, second: Array, axes: Sequence[Axis], precision: Any = None) -> Array:
-    """∂T/∂`wrt`, given the other two, in this order, of q `[n, *positions, m, d]`, k `[n, *keys, m, d]` and
-    s `[n, *positions, m, *slots]`. There are as many keys as the positions reach."""
-    return partial_p.bind(*vary_together([first, second]), wrt=wrt, axes=tuple(axes), precision=precision)
-
-
 class _Tiling(NamedTuple):
     """How the loop goes: `chunks` of the entries of n, times the tiles of every axis."""
 
-    axes: tuple[Axis, ...]
+    axes: tuple[BandAxis, ...]
     sizes: tuple[int, ...]
     entries: int
     chunks: int
@@ -131,7 +124,7 @@ class _Tiling(NamedTuple):
         return lax.dynamic_update_slice(x, tile, begin)
 
 
-def tile_sizes(axes: Sequence[Axis]) -> tuple[int, ...]:
+def tile_sizes(axes: Sequence[BandAxis]) -> tuple[int, ...]:
     """The queries of a tile along each axis."""
     sizes = []
     for k, axis in enumerate(axes):
@@ -141,24 +134,24 @@ def tile_sizes(axes: Sequence[Axis]) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def matrix_elements(axes: Sequence[Axis]) -> int:
+def matrix_elements(axes: Sequence[BandAxis]) -> int:
     """The elements of the matrix of one tile."""
     sizes = tile_sizes(axes)
     return math.prod(sizes) * math.prod(a.reach(t) for a, t in zip(axes, sizes, strict=True))
 
 
 @functools.lru_cache(maxsize=1024)
-def _tile(axes: tuple[Axis, ...], n: int, m: int, devices: int) -> _Tiling:
+def _tile(axes: tuple[BandAxis, ...], n: int, m: int, devices: int) -> _Tiling:
     least = math.gcd(n, devices)  # so that what is cut over devices stays where it is
     room = STEP // (m * matrix_elements(axes))
     entries = max(e for e in range(least, n + 1, least) if n % e == 0 and e <= max(room, least))
     return _Tiling(axes, tile_sizes(axes), entries, n // entries)
 
 
-def _evaluate(first: Array, second: Array, *, wrt: str, axes: tuple[Axis, ...], precision: Any) -> Array:
-    tiling = _tile(axes, first.shape[0], first.shape[1 + len(axes)], jax.device_count())
+def _evaluate(first: Array, second: Array, *, wrt: str, axes: tuple[BandAxis, ...], precision: Any) -> Array:
+    tiling = _tile(axes, first.shape[0], first.shape[1 + len(axes)], machine.device_count())
     zeros = jnp.zeros_like(_alike(first, second, wrt=wrt, axes=axes))  # sharded as the result is
-    given = {name: tiling.arrange(x) for name, x in zip(_others(wrt), (first, second), strict=True)}
+    given = {name: tiling.arrange(x) for name, x in zip(others("qks", wrt), (first, second), strict=True)}
 
     def step(i: Array, y: Array) -> Array:
         tiles = [tiling.take(name, x, i) for name, x in given.items()]
@@ -216,11 +209,7 @@ def _written(s: Array, tiling: _Tiling) -> Array:
 _DERIVATIVES = {"q": _by_query, "k": _by_key, "s": _by_weights}
 
 
-def _others(wrt: str) -> list[str]:
-    return [name for name in "qks" if name != wrt]
-
-
-def _alike(first: Array, second: Array, *, wrt: str, axes: tuple[Axis, ...], precision: Any = None) -> Array:
+def _alike(first: Array, second: Array, *, wrt: str, axes: tuple[BandAxis, ...], precision: Any = None) -> Array:
     """Anything of the shape, the dtype, the sharding and the varying mesh axes of ∂T/∂`wrt`."""
     m = 1 + len(axes)
     grid = [a.reach(a.positions) if wrt == "k" else a.positions for a in axes]
@@ -230,34 +219,21 @@ def _alike(first: Array, second: Array, *, wrt: str, axes: tuple[Axis, ...], pre
     return jnp.broadcast_to(y, (y.shape[0], *grid, y.shape[m], *last))
 
 
-@functools.lru_cache(maxsize=1024)
-def _abstract(*avals: Any, **params: Any) -> Any:
-    return jax.make_jaxpr(lambda *arrays: _alike(*arrays, **params))(*avals).out_avals[0]
-
-
-def _transpose(which: int, cotangent: Any, first: Any, second: Any, *, wrt: str, **params: Any) -> Array:
-    """In the first argument (0) or the second (1)."""
-    given = dict(zip(_others(wrt), (first, second), strict=True)) | {wrt: cotangent}
-    name = _others(wrt)[which]
-    return partial_p.bind(*(given[other] for other in _others(name)), wrt=name, **params)
-
-
-def _batch(arrays: Sequence[Array], dims: Sequence[int | None], **params: Any) -> tuple:
+def _batch(primitive: Primitive, arrays: Sequence[Array], dims: Sequence[int | None], **params: Any) -> tuple:
     """A `vmap` is more of n."""
     size = next(z.shape[dim] for z, dim in zip(arrays, dims, strict=True) if dim is not None)
     merged = []
     for z, dim in zip(arrays, dims, strict=True):
         z = jnp.broadcast_to(z, (size, *z.shape)) if dim is None else jnp.moveaxis(z, dim, 0)
         merged.append(z.reshape(-1, *z.shape[2:]))
-    y = partial_p.bind(*merged, **params)
+    y = primitive.bind(*merged, **params)
     return y.reshape(size, -1, *y.shape[1:]), 0
 
 
-partial_p = Primitive("local_product")
-partial_p.def_impl(
-    lambda *arrays, **params: jax.jit(_evaluate, static_argnames=("wrt", "axes", "precision"))(*arrays, **params)
-)
-partial_p.def_abstract_eval(_abstract)
-mlir.register_lowering(partial_p, mlir.lower_fun(_evaluate, multiple_results=False))
-batching.primitive_batchers[partial_p] = _batch
-ad.defbilinear(partial_p, functools.partial(_transpose, 0), functools.partial(_transpose, 1))
+_partial = trilinear("local_product", "qks", _evaluate, _alike, _batch)
+
+
+def partial(wrt: str, first: Array, second: Array, axes: Sequence[BandAxis], precision: Any = None) -> Array:
+    """∂T/∂`wrt`, given the other two, in this order, of q `[n, *positions, m, d]`, k `[n, *keys, m, d]` and
+    s `[n, *positions, m, *slots]`. There are as many keys as the positions reach."""
+    return _partial(wrt, first, second, axes=tuple(axes), precision=precision)

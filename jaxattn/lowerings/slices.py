@@ -13,7 +13,8 @@ from jax import lax
 
 from jaxattn.boundary import fold
 from jaxattn.extents import OUTPUT, Affine, Resolved
-from jaxattn.kernels.gather import axes_of, contract, merge, split
+from jaxattn.lowerings.gather import axes_of, contract, merge, split, unfolded
+from jaxattn.lowerings.lowering import Lowering, Problem
 
 # Slices written out in the program; the windows beyond that are a loop, since the compiler may keep alive at once all
 # that are written out, and takes its time over them.
@@ -98,12 +99,11 @@ def multiply(arrays, names: list[list[str]], output: list[str], precision, accum
     if matrix or any(len(set(axes)) < len(axes) for axes in names):
         return contract(arrays, names, output, precision, accumulate)
     every = [*output, *dict.fromkeys(a for axes in names for a in axes if a not in output)]
-    product = None
+    factors = []
     for x, axes in zip(arrays, names, strict=True):
         x = x.transpose([axes.index(a) for a in every if a in axes]).astype(accumulate)
-        x = lax.expand_dims(x, [k for k, a in enumerate(every) if a not in axes])
-        product = x if product is None else product * x
-    assert product is not None
+        factors.append(lax.expand_dims(x, [k for k, a in enumerate(every) if a not in axes]))
+    product = functools.reduce(jnp.multiply, factors)
     return product.sum(range(len(output), len(every)), dtype=accumulate)
 
 
@@ -181,7 +181,7 @@ class _Places:
         return lax.scan(lambda y, value: (y + body(value), None), place(0), jnp.arange(1, extent))[0]
 
 
-def slices(resolved: Resolved, operands, precision, accumulate) -> jax.Array:
+def slices(resolved: Resolved, match: bool, operands, precision, accumulate) -> jax.Array:
     """Evaluate a resolved equation; the result has the dtype `accumulate`."""
     places = _Places(resolved, precision, accumulate, operands[0].dtype)
     traced = traced_loops(resolved)
@@ -201,3 +201,38 @@ def slices(resolved: Resolved, operands, precision, accumulate) -> jax.Array:
     for index in scattered.values():
         y = fold_back(y, kept.index(index.axes[0]), index)
     return merge(y, resolved)
+
+
+def match(problem: Problem) -> bool | None:
+    """Whether it can, and an unfold is not free: one is built where the output asks for it or an operand holds it."""
+    resolved = problem.resolved
+    asked = math.prod(resolved.output_shape)
+    held = max(map(math.prod, resolved.shapes))
+    free = all(n <= (held if k == len(resolved.shapes) else asked) for k, n in unfolded(resolved).items())
+    return True if not free and can_slice(resolved) else None
+
+
+def grown(resolved: Resolved, everywhere: bool) -> int:
+    """Elements of the operands that are cropped or extended: everywhere, or where a boundary fills in."""
+    total = 0
+    for k, shape in enumerate(resolved.shapes):
+        lengths = list(shape)
+        for dim, a in resolved.of_term(k).items():
+            if everywhere or a.boundary not in (None, "zero"):
+                lengths[dim] = a.highest - a.lowest + 1
+        total += math.prod(lengths) if lengths != list(shape) else 0
+    return total
+
+
+def _describe(resolved: Resolved, match: bool) -> str:
+    places = math.prod(resolved.sizes[axis] for axis in loop_axes(resolved))
+    return f"one strided slice per place in the window, {places} of them"
+
+
+SLICES = Lowering(
+    name="slices",
+    match=match,
+    describe=_describe,
+    temporaries=lambda resolved, match, width: grown(resolved, everywhere=True) * width,
+    run=slices,
+)

@@ -1,10 +1,10 @@
 """Tiled attention as primitives, closed under differentiation of any order and under vmap.
 
 `attend_p` is attention. Its tangent, `tangent_p`, is linear in the tangents; the transpose of that is `cotangent_p`,
-the reverse derivative that `xla` writes out, which is linear in the cotangents, and whose transpose is `tangent_p`. So
-reverse mode, forward mode and either over the other's linear part need no derivative of a loop. Only a derivative of
-these with respect to the operands, which second derivatives ask for, goes through `plain`, whose tiles JAX itself can
-differentiate as often as it likes.
+the reverse derivative that a backend writes out, which is linear in the cotangents, and whose transpose is `tangent_p`.
+So reverse mode, forward mode and either over the other's linear part need no derivative of a loop. Only a derivative
+of these with respect to the operands, which second derivatives ask for, goes through `differentiable`, whose tiles JAX
+itself can differentiate as often as it likes.
 
 A `vmap` over query, key and value is one more batch axis; any other is kept as a parameter, and made at the end.
 """
@@ -20,15 +20,19 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
-from jaxattn.kernels import plain, xla
-from jaxattn.kernels.problem import Operands, Options, statistics_dtype
-from jaxattn.normalize import NORMALIZERS
+from jaxattn.kernels import differentiable
+from jaxattn.kernels.backend import Backend
+from jaxattn.kernels.operands import Operands, Options, statistics_dtype
 
 
 class Call(NamedTuple):
-    """What a primitive is about: the operands that are there, those of which there are tangents (or cotangents are
-    wanted), and the vmaps, the outermost first: for every argument whether its leading axis is mapped."""
+    """What a primitive is about: a backend's functions, the operands that are there, those of which there are tangents
+    (or cotangents are wanted), and the vmaps, the outermost first: for every argument whether its leading axis is
+    mapped.
+    """
 
+    forward: Callable[..., tuple[Array, ...]]
+    backward: Callable[..., dict[str, Array]]
     names: tuple[str, ...]
     options: Options
     wanted: tuple[str, ...] = ()
@@ -39,25 +43,26 @@ class Call(NamedTuple):
         return Operands(**dict(zip(self.names, arrays, strict=False)))
 
 
-def attend(operands: Operands, options: Options) -> tuple[Array, ...]:
+def attend(operands: Operands, options: Options, backend: Backend) -> tuple[Array, ...]:
     """The output [*batch, *queries, heads, value_dim]; with `options.residuals` also lse [*batch, *queries, heads]."""
+    if backend.backward is None:
+        return backend.forward(operands, options)
     given = {name: x for name, x in operands._asdict().items() if x is not None}
-    ours = options.score_mod is None and options.normalize in NORMALIZERS.values()
-    if not ours or any(x.size == 0 for x in given.values()):
-        return plain.attend(operands, options)  # a function of the caller's may close over what is differentiated
+    if options.has_functions or any(x.size == 0 for x in given.values()):
+        return differentiable.attend(operands, options)
     varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in given.values()))
     for name, x in given.items():  # inside a shard_map all of them vary where one does
         missing = tuple(sorted(varying - jax.typeof(x).manual_axis_type.varying))
         given[name] = lax.pcast(x, missing, to="varying") if missing else x
-    return tuple(attend_p.bind(*given.values(), call=Call(tuple(given), options)))
+    return tuple(attend_p.bind(*given.values(), call=Call(backend.forward, backend.backward, tuple(given), options)))
 
 
 def _attend(call: Call, *arrays: Array) -> tuple[Array, ...]:
-    return xla.forward(call.operands(arrays), call.options)
+    return call.forward(call.operands(arrays), call.options)
 
 
 def _plainly(call: Call, *arrays: Array) -> tuple[Array, ...]:
-    return plain.attend(call.operands(arrays), call.options)
+    return differentiable.attend(call.operands(arrays), call.options)
 
 
 def _tangent(call: Call, *arrays: Array) -> tuple[Array, ...]:
@@ -67,7 +72,7 @@ def _tangent(call: Call, *arrays: Array) -> tuple[Array, ...]:
 
 def _cotangent(call: Call, *arrays: Array) -> tuple[Array, ...]:
     operands, cotangents = arrays[: len(call.names)], arrays[len(call.names) :]
-    found = xla.backward(call.operands(operands), tuple(cotangents), call.options, call.wanted)
+    found = call.backward(call.operands(operands), tuple(cotangents), call.options, call.wanted)
     return tuple(found[name] for name in call.wanted)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from jaxattn.normalize import Normalizer, softmax
+from jaxattn.normalize import NORMALIZERS, Normalizer, softmax
 from jaxattn.window import Axis, Window
 
 ScoreMod = Callable[[Array, Array, tuple[Array, ...], tuple[Array, ...]], Array]
@@ -51,6 +51,11 @@ class Options:
     tile: tuple[int, ...] | None = None  # queries per tile along each axis
 
     @property
+    def has_functions(self) -> bool:
+        """Whether a function of the caller's takes part, which may close over what is differentiated."""
+        return self.score_mod is not None or self.normalize not in NORMALIZERS.values()
+
+    @property
     def axes(self) -> tuple[Axis, ...]:
         """The slots of every query along each axis of the grid."""
         if self.window is None:
@@ -63,7 +68,7 @@ def statistics_dtype(dtype: DTypeLike) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
-def embeddings(operands: Operands, options: Options) -> list[tuple[tuple[int, ...], Array]]:
+def embedding_parts(operands: Operands, options: Options) -> list[tuple[tuple[int, ...], Array]]:
     """The parts whose sum is r: the axes along whose offsets each depends, and its table [heads|1, *(2k-1), head_dim]
     over those axes."""
     table, axes = operands.key_embedding, options.axes
@@ -75,19 +80,19 @@ def embeddings(operands: Operands, options: Options) -> list[tuple[tuple[int, ..
     return [((a,), part) for a, part in enumerate(jnp.split(table, ends[:-1], axis=1))]
 
 
-def nothing(operands: Operands, options: Options) -> tuple[Array, ...]:
+def empty_result(operands: Operands, options: Options) -> tuple[Array, ...]:
     """What attention makes of no queries, no heads, or an empty batch."""
     shape, dtype = operands.query.shape[:-1], operands.query.dtype
     output = jnp.zeros((*shape, operands.value.shape[-1]), dtype)
     return (output, jnp.zeros(shape, statistics_dtype(dtype)))[: 1 + options.residuals]
 
 
-def cap(scores: Array, soft_cap: Array | None) -> Array:
+def soft_capped(scores: Array, soft_cap: Array | None) -> Array:
     """cap·tanh(s / cap)."""
     return scores if soft_cap is None else soft_cap * jnp.tanh(scores / soft_cap)
 
 
-def hidden(dtype: DTypeLike) -> float:
+def hiding_score(dtype: DTypeLike) -> float:
     """A score that hides: so low that -inf may be replaced by it, so high that a few of them add up to a finite sum, of
     which a maximum, and a difference from the maximum, can be taken."""
     return float(jnp.finfo(dtype).min) / 8
@@ -95,16 +100,16 @@ def hidden(dtype: DTypeLike) -> float:
 
 def without_hidden(scores: Array, mask: Array) -> tuple[Array, Array]:
     """A score that hides is a masked slot. Masked scores become 0: finite, and without a derivative."""
-    mask = mask & seen(scores)
+    mask = mask & is_seen(scores)
     return jnp.where(mask, scores, 0), mask
 
 
-def seen(scores: Array) -> Array:
+def is_seen(scores: Array) -> Array:
     """Where scores do not hide; -inf does, and so does the least number of their dtype."""
-    return scores > hidden(scores.dtype) / 2
+    return scores > hiding_score(scores.dtype) / 2
 
 
-def apply(normalize: Normalizer, scores: Array, mask: Array) -> Array:
+def apply_normalizer(normalize: Normalizer, scores: Array, mask: Array) -> Array:
     """Weights, zero where masked, whatever the normaliser makes of it."""
     weights = normalize(scores, mask)
     if jnp.shape(weights) != scores.shape:
@@ -123,7 +128,8 @@ def dropout_factors(
     One stream of bits for each query: so the bits, `N × window` of them, never exist at once, and do not depend on how
     queries are tiled.
     """
-    assert operands.dropout_key is not None
+    if operands.dropout_key is None:
+        raise ValueError(f"attention: dropout_key (=None) must be a key, for dropout_rate is {options.dropout_rate}")
     key = jax.random.fold_in(operands.dropout_key, query)
     keep = jax.random.bernoulli(key, jnp.float32(1 - options.dropout_rate), shape)
     return keep.astype(dtype) / (1 - options.dropout_rate)

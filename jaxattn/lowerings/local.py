@@ -14,9 +14,10 @@ import numpy as np
 from jax import lax
 
 from jaxattn.extents import Affine, Resolved
-from jaxattn.kernels import bands
-from jaxattn.kernels.gather import axes_of, merge, split
-from jaxattn.kernels.slices import extend, fold_back
+from jaxattn.lowerings import bands
+from jaxattn.lowerings.gather import axes_of, merge, split
+from jaxattn.lowerings.lowering import Lowering, Problem
+from jaxattn.lowerings.slices import extend, fold_back
 
 # Slots and features from which a product with some waste beats a sum over slots: fewer slots `slices` writes out.
 SLOTS, FEATURES = 17, 8
@@ -41,9 +42,9 @@ class Local:
         return next(name for name, term in self.terms.items() if term == 2)
 
     @property
-    def axes(self) -> tuple[bands.Axis, ...]:
+    def axes(self) -> tuple[bands.BandAxis, ...]:
         return tuple(
-            bands.Axis(a.coefficients[0], abs(a.coefficients[1]), a.extents[0], a.extents[1]) for a in self.indices
+            bands.BandAxis(a.coefficients[0], abs(a.coefficients[1]), a.extents[0], a.extents[1]) for a in self.indices
         )
 
     def order(self, name: str) -> list[list[str]]:
@@ -89,15 +90,15 @@ def pays(local: Local, resolved: Resolved, dtypes: tuple[np.dtype, ...]) -> bool
     return slots >= SLOTS and features >= FEATURES and bands.matrix_elements(local.axes) <= WASTE * asked
 
 
-def describe(local: Local) -> str:
+def describe(resolved: Resolved, local: Local) -> str:
     """The tiles in words, for a reader of the plan."""
     tiles = " × ".join(map(str, bands.tile_sizes(local.axes)))
     columns = math.prod(a.reach(t) for a, t in zip(local.axes, bands.tile_sizes(local.axes), strict=True))
     what = {"s": "scores", "q": "mix", "k": "what is due to the keys"}[local.wrt]
-    return f"{what}, tiles of {tiles} queries by {columns} keys"
+    return f"one dense product per tile of positions, {what}, tiles of {tiles} queries by {columns} keys"
 
 
-def held(local: Local, resolved: Resolved, width: int) -> int:
+def held(resolved: Resolved, local: Local, width: int) -> int:
     """Bytes that it holds besides operands and result of so many each: the keys as far as the positions reach, and
     all three in the dtype of the sums where that is wider."""
     shared = math.prod(resolved.sizes[a] for a in (*local.before, *local.after))
@@ -109,10 +110,8 @@ def held(local: Local, resolved: Resolved, width: int) -> int:
     return shared * elements * max(width, 4)
 
 
-def local_product(resolved: Resolved, operands, precision, accumulate) -> jax.Array:
+def local_product(resolved: Resolved, local: Local, operands, precision, accumulate) -> jax.Array:
     """Evaluate a resolved equation; the result has the dtype `accumulate`."""
-    local = match(resolved)
-    assert local is not None
     first, second = (
         _arranged(operands[local.terms[n]], n, local, resolved, accumulate) for n in "qks" if n != local.wrt
     )
@@ -146,3 +145,11 @@ def _arranged(x: jax.Array, name: str, local: Local, resolved: Resolved, accumul
     lengths = dict(zip((a for axes in order for a in axes), x.shape, strict=True))
     x = x.reshape([math.prod(lengths[a] for a in axes) for axes in order])
     return lax.rev(x, local.flipped()) if name == "s" else x
+
+
+def _match(problem: Problem) -> Local | None:
+    local = match(problem.resolved) if problem.backend == "cpu" else None
+    return local if local is not None and pays(local, problem.resolved, problem.dtypes) else None
+
+
+BANDS = Lowering("bands", match=_match, describe=describe, temporaries=held, run=local_product)

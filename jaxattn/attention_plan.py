@@ -1,0 +1,87 @@
+"""What `attention` will do with its arguments, and what that costs."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxattn import arguments, units
+from jaxattn.arguments import Arrays
+from jaxattn.kernels import backends
+from jaxattn.kernels.backend import Cost
+from jaxattn.kernels.operands import Operands, Options
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionPlan:
+    """What `attention` will do with its arguments; print it.
+
+    `backend` computes it, `refused` says of each backend that can't why not, `cost` is an estimate from shapes alone.
+    """
+
+    backend: str
+    refused: Mapping[str, str]
+    cost: Cost
+    operands: Operands  # their shapes
+    options: Options
+
+    def __str__(self) -> str:
+        options, cost = self.options, self.cost
+        query, value = self.operands.query, self.operands.value
+        given = {name: x for name, x in self.operands._asdict().items() if x is not None and x.ndim}
+        slots = math.prod(axis.size for axis in options.axes)
+        asked = 2 * math.prod(query.shape[:-1]) * slots * (query.shape[-1] + value.shape[-1])
+        rows = [(name, f"{x.dtype}[{','.join(map(str, x.shape))}]") for name, x in given.items()]
+        rows.append(("window", str(options.window) if options.window is not None else "all keys"))
+        rows.append(("backend", self.backend))
+        rows += [("", f"not {name}: {reason}") for name, reason in self.refused.items()]
+        tile, steps = " × ".join(map(str, cost.tile)), f"{cost.steps} step{'s' * (cost.steps > 1)}"
+        rows.append(("tiles", f"{tile} queries by {cost.columns} keys, in {steps} that hold {units.si(cost.held)}B"))
+        rows.append(("cost", f"{units.si(cost.flops)}FLOP, of which the window asks for {units.si(asked)}FLOP"))
+        return units.rows("attention", rows)
+
+
+def attention_plan(
+    query: Any, key: Any, value: Any, bias: Any = None, mask: Any = None, **options: Any
+) -> AttentionPlan:
+    """What `attention` does with these arguments: backend, tiles and cost, without computing anything.
+
+    Args:
+        query, key, value: arrays, anything with a shape and a dtype, or shapes (tuples of ints, taken as float32).
+        bias, mask, **options: as for `attention`; arrays may be `jax.ShapeDtypeStruct`s.
+
+    Raises:
+        ValueError: as `attention` does.
+
+    >>> import jaxattn
+    >>> x = (1, 32, 32, 4, 16)
+    >>> print(jaxattn.attention_plan(x, x, x, window=jaxattn.Window((7, 7)), implementation="reference"))
+    attention
+      query    float32[1,32,32,4,16]
+      key      float32[1,32,32,4,16]
+      value    float32[1,32,32,4,16]
+      window   Window(size=(7, 7)...)
+      backend  reference
+      tiles    32 × 32 queries by 49 keys, in 1 step that hold 26.5 MB
+      cost     12.8 MFLOP, of which the window asks for 12.8 MFLOP
+    """
+    described = (jax.ShapeDtypeStruct(x, jnp.float32) if isinstance(x, tuple) else x for x in (query, key, value))
+    traced = {name: options.pop(name) for name in Arrays._fields if name in options}
+    defaults = {"window": None, "score_mod": None, "normalize": "softmax", "dropout_rate": 0.0, "precision": None}
+    defaults |= {"tile": None, "implementation": None, "return_residuals": False}
+    if unknown := sorted(set(options) - set(defaults)):
+        raise ValueError(f"attention_plan: {unknown[0]} must be an argument of attention")
+    arrays, settings = arguments.read(Arrays(*described, bias=bias, mask=mask, **traced), **(defaults | options))
+    found = []
+
+    def check(arrays: Arrays) -> Operands:
+        operands, checked = arguments.check(arrays, settings)
+        found.append(checked)
+        return operands
+
+    operands = jax.eval_shape(check, arrays)
+    backend, refused = backends.choose(settings.implementation, operands, found[0])
+    return AttentionPlan(backend.name, refused, backend.cost(operands, found[0]), operands, found[0])

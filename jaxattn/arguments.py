@@ -378,7 +378,7 @@ def _check_number(name: str, value: Any) -> None:
 
 
 def _check_soft_cap(value: Any) -> None:
-    traced = not jax.core.is_concrete(value)
+    traced = isinstance(value, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]
     number = isinstance(value, numbers.Real) or (isinstance(value, np.ndarray | jax.Array) and value.shape == ())
     if number and not traced and not 0 < float(value) < math.inf:
         raise ValueError(f"attention: logits_soft_cap (={value}) must be None or a finite number > 0")

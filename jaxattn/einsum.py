@@ -218,6 +218,7 @@ def einsum(
     arrays = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in operands]
     options = (padding, boundary, preferred_element_type, implementation)
     plain = isinstance(equation, str) and all(x is None or isinstance(x, str | np.dtype | type) for x in options)
+    plain = plain and not any(x.weak_type for x in arrays)  # whose dtype gives way
     if plain and all(type(size) is int for size in sizes.values()):
         described = tuple((x.shape, x.dtype) for x in arrays)
         chosen = _known_plan(equation, described, *options, tuple(sizes.items()), machine.backend())

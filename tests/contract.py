@@ -17,8 +17,8 @@ import numpy as np
 import oracle_gradients
 
 from jaxattn.attention import attention
-from jaxattn.kernels import plain, tiles, walk
-from jaxattn.kernels.problem import Options
+from jaxattn.kernels import differentiable, loop, tiles
+from jaxattn.kernels.operands import Options
 from jaxattn.window import Axis, Window
 
 SMALL = "xla in small tiles"
@@ -59,14 +59,14 @@ def in_little_room(function):
             return function(*arguments)
         few = 1 if sum(options.keys) % 2 else 6
         rows, columns = math.prod(options.tile), math.prod(map(tiles.reach, options.axes, options.tile))
-        room = few * 4 * tiles.size(rows, columns, (3, 2))
-        with mock.patch.object(tiles, "room", return_value=room):
+        room = few * 4 * tiles.tile_numbers(rows, columns, (3, 2))
+        with mock.patch.object(tiles, "step_budget", return_value=room):
             return function(*arguments)
 
     return wrapped
 
 
-walk._plan, plain.attend = in_little_room(walk._plan), in_little_room(plain.attend)
+loop._plan, differentiable.attend = in_little_room(loop._plan), in_little_room(differentiable.attend)
 
 
 GEOMETRIES = {

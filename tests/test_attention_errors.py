@@ -39,7 +39,7 @@ def zeros(*shape, dtype=jnp.float64):
         ),
         ((X, zeros(2, 6, 4, 7), X), {}, "key has head_dim 7 and query 8: they must be equal"),
         ((X, X, X), {"window": Window(3, stride=2)}, "query has the grid (6,); of key's grid (6,), Window(size=(3,)"),
-        ((X, X, X), {"window": 3}, "window is 3; allowed: None or a jaxattn.Window"),
+        ((X, X, X), {"window": 3}, "window (=3) must be None or a jaxattn.Window"),
         ((X, X, X), {"window": Window(7)}, "6 tokens along axis 0, where size is 7"),
         (
             (X, X, X),
@@ -107,21 +107,21 @@ def zeros(*shape, dtype=jnp.float64):
         (
             (X, X, X),
             {"normalize": "soft"},
-            "normalize is 'soft'; allowed: 'softmax', 'relu', 'sigmoid', 'sparsemax', 'none' or a function",
+            "normalize (='soft') must be one of 'softmax', 'relu', 'sigmoid', 'sparsemax', 'none' or a function",
         ),
         (
             (X, X, X),
             {"normalize": "relu", "return_residuals": True},
-            "return_residuals with normalize='relu': only softmax",
+            "return_residuals (=True) must be False with normalize='relu'",
         ),
-        ((X, X, X), {"implementation": "cuda"}, "implementation is 'cuda'; allowed: None, 'reference', 'xla'"),
-        ((X, X, X), {"dropout_rate": 1.0}, "dropout_rate is 1.0; allowed: a number >= 0 and < 1"),
-        ((X, X, X), {"tile": 0}, "tile is 0; allowed: None, an int, or an int for each of the"),
-        ((X, X, X), {"tile": True}, "tile is True; allowed"),
-        ((X, X, X), {"tile": 2.0}, "tile is 2.0; allowed"),
-        ((X, X, X), {"tile": (1, 2, 3, 4)}, "tile is (1, 2, 3, 4); allowed"),
-        ((X, X, X), {"dropout_rate": -0.1}, "dropout_rate is -0.1; allowed"),
-        ((X, X, X), {"dropout_rate": 0.1}, "dropout_key is missing with dropout_rate 0.1"),
+        ((X, X, X), {"implementation": "cuda"}, "implementation (='cuda') must be None or one of 'xla', 'reference'"),
+        ((X, X, X), {"dropout_rate": 1.0}, "dropout_rate (=1.0) must be a number >= 0 and < 1"),
+        ((X, X, X), {"tile": 0}, "tile (=0) must be None, an int, or an int for each of the"),
+        ((X, X, X), {"tile": True}, "tile (=True) must be"),
+        ((X, X, X), {"tile": 2.0}, "tile (=2.0) must be"),
+        ((X, X, X), {"tile": (1, 2, 3, 4)}, "tile (=(1, 2, 3, 4)) must be"),
+        ((X, X, X), {"dropout_rate": -0.1}, "dropout_rate (=-0.1) must be"),
+        ((X, X, X), {"dropout_rate": 0.1}, "dropout_key (=None) must be a jax.random.key"),
         ((X, X, X), {"extra_key": zeros(2, 1, 4, 8)}, "extra_value is missing: give both or neither"),
         ((X, X, X), {"extra_value": zeros(2, 1, 4, 8)}, "extra_key is missing: give both or neither"),
         (
@@ -146,8 +146,8 @@ def zeros(*shape, dtype=jnp.float64):
             {"segment_ids": zeros(2, 6, dtype=int)},
             "segment_ids is int64[2, 6]; expected integers (2, 5)",
         ),
-        ((X, X, X), {"logits_soft_cap": 0.0}, "logits_soft_cap is 0.0; allowed: None or a finite number > 0"),
-        ((X, X, X), {"scale": zeros(4)}, "allowed: one real number"),
+        ((X, X, X), {"logits_soft_cap": 0.0}, "logits_soft_cap (=0.0) must be None or a finite number > 0"),
+        ((X, X, X), {"scale": zeros(4)}, "must be one real number"),
     ],
 )
 def test_refused(operands, arguments, message):
@@ -178,11 +178,11 @@ X = jnp.ones((2, 8, 2, 4))
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(scale="a"), "scale is 'a'; allowed: one real number"),
-        (dict(logits_soft_cap=jnp.array(-1.0)), "logits_soft_cap is -1.0; allowed: None or a finite number > 0"),
-        (dict(dropout_rate=0.5, dropout_key=3), "dropout_key is 3; allowed: one jax.random.key"),
-        (dict(dropout_rate=0.5, dropout_key=jax.random.split(jax.random.key(0))), "allowed: one jax.random.key"),
-        (dict(implementation=["xla"]), r"implementation is \['xla'\]"),
+        (dict(scale="a"), r"scale \(='a'\) must be one real number"),
+        (dict(logits_soft_cap=jnp.array(-1.0)), r"logits_soft_cap \(=-1.0\) must be None or a finite number > 0"),
+        (dict(dropout_rate=0.5, dropout_key=3), r"dropout_key \(=3\) must be one jax.random.key"),
+        (dict(dropout_rate=0.5, dropout_key=jax.random.split(jax.random.key(0))), "must be one jax.random.key"),
+        (dict(implementation=["xla"]), r"implementation \(=\['xla'\]\) must be None or a name"),
         (dict(relative_bias=jnp.ones((2, 5, 5))), r"a table over 2 axes, .* write Window\(\(3, 3\)\)"),
         (dict(normalize=lambda s, m: s.sum(-1, keepdims=True)), "normalize returned shape"),
     ],
@@ -213,5 +213,5 @@ def test_merging_leaves_out_what_an_empty_part_holds():
 def test_tiles_are_whole_blocks():
     window = Window(4, block=4)
     x = jnp.ones((8, 1, 2))
-    with pytest.raises(ValueError, match=r"tile is 6; .* positive multiples of the window's block \(4,\)"):
+    with pytest.raises(ValueError, match=r"tile \(=6\) must be .* positive multiples of the window's block \(4,\)"):
         attention(x, x, x, window=window, tile=6)

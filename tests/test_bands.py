@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jaxattn
+from jaxattn import machine
 from jaxattn.lowerings import bands, local
 from jaxattn.lowerings.bands import BandAxis
 from tests.oracle_einsum import Einsum
@@ -184,7 +186,8 @@ def test_value_and_gradients_of_an_equation(name):
     resolved = jaxattn.plan(equation, *shapes, **options).resolved
     oracle, arrays = Einsum(equation, shapes, **options), [np.asarray(x) for x in draw(*shapes)]
     want, (cotangent,) = oracle.value(*arrays), draw(oracle.shape, seed=1)
-    run = lambda *arrays: local.local_product(resolved, arrays, None, np.dtype("float64"))
+    match = local.match(resolved)
+    run = lambda *arrays: local.local_product(resolved, match, arrays, None, np.dtype("float64"))
     y, back = jax.vjp(jax.jit(run), *map(jnp.asarray, arrays))
     close((y, back(cotangent)), (want, tuple(oracle.gradients(arrays, np.asarray(cotangent)))))
 
@@ -297,3 +300,18 @@ def test_the_plan_counts_what_it_holds(name):
     run = jax.jit(functools.partial(jaxattn.einsum, equation, **options))
     held = run.lower(*draw(*grown, dtype="float32")).compile().memory_analysis().temp_size_in_bytes
     assert held <= 1.3 * plan.temporaries + 2**19
+
+
+def test_tiles_are_those_of_the_machine_that_is_traced_for():
+    """A batch cut over devices stays where it is: also where the program is for more of them than are here."""
+    axes = (BandAxis(1, 1, 64, 9),)
+    q, k = draw((48, 64, 2, 8), (48, 72, 2, 8))
+    entries = {}
+    for devices in (1, 16):
+        with machine.traced_for("cpu", devices):
+            jaxpr = jax.make_jaxpr(lambda q, k: bands.partial("s", q, k, axes))(q, k)
+            text = jax.jit(lambda q, k: bands.partial("s", q, k, axes)).lower(q, k).as_text()
+        assert "local_product" in str(jaxpr)
+        entries[devices] = int(re.search(r"-> tensor<(\d+)x\d+x2x8xf64>", text.split("dynamic_slice")[1]).group(1))
+    assert entries[16] % 16 == 0
+    assert entries[1] % 16 != 0

@@ -11,8 +11,7 @@ import pytest
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxattn import cli
-from jaxattn import machine
+from jaxattn import cli, machine
 from jaxattn.train import hlo
 from jaxattn.train.compile import compile_report, describe, find_devices
 

@@ -69,7 +69,7 @@ def close(mine, theirs, tolerance=1e-12):
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_value_and_gradients_are_those_of_lax(name, box, monkeypatch):
     """With boxes of a whole row, of a part of one with something left over, and of one position."""
-    monkeypatch.setattr(shifts, "BOX", box)
+    monkeypatch.setattr(depthwise, "BOX", box)
     jax.clear_caches()
     axes = GEOMETRIES[name]
     x, w, y = operands(axes)

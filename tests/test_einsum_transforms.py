@@ -1,6 +1,7 @@
 """`einsum` under JAX's transformations, in every dtype, with strict promotion, and what it holds in memory."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -259,6 +260,9 @@ def test_long_windows_are_a_loop(monkeypatch, unroll):
     import jaxattn.lowerings.slices as slices
 
     monkeypatch.setattr(slices, "UNROLL", unroll)
+    einsum = importlib.import_module("jaxattn.einsum")
+    for name in ("_plan", "_known_plan"):  # plans hold programs that were traced
+        monkeypatch.setattr(einsum, name, functools.lru_cache(getattr(einsum, name).__wrapped__))
     for equation, shapes, options in [
         ("b i j h u v, b i+u 2*j+v h d -> b i j h d", [(2, 4, 2, 2, 3, 4), (2, 4, 4, 2, 3)], {"padding": "SAME"}),
         ("b i j h d, b i+u j+v h d -> b i j h u v", [(1, 3, 4, 2, 3)] * 2, {"padding": "SAME", "u": 3, "v": 5}),

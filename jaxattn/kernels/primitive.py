@@ -57,41 +57,41 @@ def attend(operands: Operands, options: Options, backend: Backend) -> tuple[Arra
     return tuple(attend_p.bind(*given.values(), call=Call(backend.forward, backend.backward, tuple(given), options)))
 
 
-def _attend(call: Call, *arrays: Array) -> tuple[Array, ...]:
+def _attend(call: Call, *arrays: Any) -> tuple[Array, ...]:
     return call.forward(call.operands(arrays), call.options)
 
 
-def _plainly(call: Call, *arrays: Array) -> tuple[Array, ...]:
+def _plainly(call: Call, *arrays: Any) -> tuple[Array, ...]:
     return differentiable.attend(call.operands(arrays), call.options)
 
 
-def _tangent(call: Call, *arrays: Array) -> tuple[Array, ...]:
+def _tangent(call: Call, *arrays: Any) -> tuple[Array, ...]:
     operands, tangents = arrays[: len(call.names)], arrays[len(call.names) :]
     return jax.jvp(functools.partial(_with, call, operands), _mine(call, operands), tangents)[1]
 
 
-def _cotangent(call: Call, *arrays: Array) -> tuple[Array, ...]:
+def _cotangent(call: Call, *arrays: Any) -> tuple[Array, ...]:
     operands, cotangents = arrays[: len(call.names)], arrays[len(call.names) :]
     found = call.backward(call.operands(operands), tuple(cotangents), call.options, call.wanted)
     return tuple(found[name] for name in call.wanted)
 
 
-def _cotangent_plainly(call: Call, *arrays: Array) -> tuple[Array, ...]:
+def _cotangent_plainly(call: Call, *arrays: Any) -> tuple[Array, ...]:
     operands, cotangents = arrays[: len(call.names)], arrays[len(call.names) :]
     return jax.vjp(functools.partial(_with, call, operands), *_mine(call, operands))[1](tuple(cotangents))
 
 
-def _mine(call: Call, operands: Sequence[Array]) -> tuple[Array, ...]:
+def _mine(call: Call, operands: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(operands[call.names.index(name)] for name in call.wanted)
 
 
-def _with(call: Call, operands: Sequence[Array], *mine: Array) -> tuple[Array, ...]:
+def _with(call: Call, operands: Sequence[Any], *mine: Any) -> tuple[Array, ...]:
     """Plain attention as a function of the wanted operands."""
     arrays = dict(zip(call.names, operands, strict=True)) | dict(zip(call.wanted, mine, strict=True))
     return _plainly(call, *arrays.values())
 
 
-def _shapes_of_attention(call: Call, *arrays: Array) -> tuple[Array, ...]:
+def _shapes_of_attention(call: Call, *arrays: Any) -> tuple[Array, ...]:
     """Anything of the shapes, dtypes and varying mesh axes that attention has."""
     operands = call.operands(arrays)
     query, value = operands.query, operands.value
@@ -100,7 +100,7 @@ def _shapes_of_attention(call: Call, *arrays: Array) -> tuple[Array, ...]:
     return (output, lse.astype(statistics_dtype(query.dtype)))[: 1 + call.options.residuals]
 
 
-def _shapes_of_cotangent(call: Call, *arrays: Array) -> tuple[Array, ...]:
+def _shapes_of_cotangent(call: Call, *arrays: Any) -> tuple[Array, ...]:
     return _mine(call, arrays)
 
 
@@ -120,14 +120,15 @@ def _primitive(name: str, function: Callable, shapes: Callable) -> Primitive:
     batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)
 
     @functools.lru_cache(maxsize=1024)
-    def abstract(*avals: Any, call: Call) -> Any:
+    def known(mesh: Any, avals: tuple[Any, ...], call: Call) -> Any:
         return jax.make_jaxpr(_vmapped(shapes, call))(*avals).out_avals
 
-    primitive.def_abstract_eval(abstract)
+    # the mesh is in what comes out
+    primitive.def_abstract_eval(lambda *avals, call: known(jax.sharding.get_abstract_mesh(), avals, call))
     return primitive
 
 
-def _batch(primitive: Primitive, arrays: Sequence[Array], dims: Sequence[int | None], *, call: Call) -> tuple:
+def _batch(primitive: Primitive, arrays: Sequence[Any], dims: Sequence[int | None], *, call: Call) -> tuple[Any, Any]:
     arrays = [x if dim is None else jnp.moveaxis(x, dim, 0) for x, dim in zip(arrays, dims, strict=True)]
     mapped = tuple(dim is not None for dim in dims)
     merged = _merged(call, arrays, mapped, primitive is cotangent_p)
@@ -138,7 +139,7 @@ def _batch(primitive: Primitive, arrays: Sequence[Array], dims: Sequence[int | N
     return found, [0] * len(found)
 
 
-def _merged(call: Call, arrays: list[Array], mapped: tuple[bool, ...], reverse: bool) -> list[Array] | None:
+def _merged(call: Call, arrays: list[Any], mapped: tuple[bool, ...], reverse: bool) -> list[Any] | None:
     """The arguments with what is mapped as a batch axis; None where that would not be the same."""
     of = dict(zip(call.names, mapped, strict=False))
     batched = {"query", "key", "value", "extra_key", "extra_value"}
@@ -166,7 +167,7 @@ tangent_p = _primitive("windowed_attention_tangent", _tangent, _shapes_of_attent
 cotangent_p = _primitive("windowed_attention_cotangent", _cotangent, _shapes_of_cotangent)
 
 
-def _attend_jvp(primals: Sequence[Array], tangents: Sequence[Any], *, call: Call) -> tuple:
+def _attend_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call: Call) -> tuple[Any, Any]:
     output = attend_p.bind(*primals, call=call)
     there = [k for k, tangent in enumerate(tangents) if not isinstance(tangent, ad.Zero)]
     if not there:
@@ -179,7 +180,7 @@ def _attend_jvp(primals: Sequence[Array], tangents: Sequence[Any], *, call: Call
 
 
 def _linear_jvp(
-    primitive: Primitive, plainly: Callable, primals: Sequence[Array], tangents: Sequence[Any], *, call: Call
+    primitive: Primitive, plainly: Callable, primals: Sequence[Any], tangents: Sequence[Any], *, call: Call
 ) -> tuple:
     """Of a primitive that is linear in what follows its operands."""
     n = len(call.names)
@@ -190,7 +191,7 @@ def _linear_jvp(
     there = [k for k, tangent in enumerate(tangents[:n]) if not isinstance(tangent, ad.Zero)]
     if there:
 
-        def function(*mine: Array) -> tuple[Array, ...]:
+        def function(*mine: Any) -> tuple[Array, ...]:
             arrays = list(primals)
             for k, x in zip(there, mine, strict=True):
                 arrays[k] = x

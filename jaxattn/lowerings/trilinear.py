@@ -37,8 +37,11 @@ def trilinear(name: str, arguments: str, evaluate: Callable, alike: Callable, ba
         return primitive.bind(*(given[other] for other in others(arguments, name)), wrt=name, **static)
 
     @functools.lru_cache(maxsize=1024)
+    def known(mesh: Any, avals: tuple[Any, ...], static: tuple[tuple[str, Any], ...]) -> Any:
+        return jax.make_jaxpr(lambda *arrays: alike(*arrays, **dict(static)))(*avals).out_avals[0]
+
     def abstract(*avals: Any, **static: Any) -> Any:
-        return jax.make_jaxpr(lambda *arrays: alike(*arrays, **static))(*avals).out_avals[0]
+        return known(jax.sharding.get_abstract_mesh(), avals, tuple(static.items()))  # the mesh is in what comes out
 
     primitive.def_impl(lambda *arrays, **static: jax.jit(evaluate, static_argnames=tuple(static))(*arrays, **static))
     primitive.def_abstract_eval(abstract)

@@ -302,16 +302,13 @@ def test_the_plan_counts_what_it_holds(name):
     assert held <= 1.3 * plan.temporaries + 2**19
 
 
-def test_tiles_are_those_of_the_machine_that_is_traced_for():
+def test_tiles_are_those_of_the_machine_that_is_traced_for(smaller):
     """A batch cut over devices stays where it is: also where the program is for more of them than are here."""
+    smaller(STEP=1)
     axes = (BandAxis(1, 1, 64, 9),)
     q, k = draw((48, 64, 2, 8), (48, 72, 2, 8))
-    entries = {}
     for devices in (1, 16):
         with machine.traced_for("cpu", devices):
-            jaxpr = jax.make_jaxpr(lambda q, k: bands.partial("s", q, k, axes))(q, k)
             text = jax.jit(lambda q, k: bands.partial("s", q, k, axes)).lower(q, k).as_text()
-        assert "local_product" in str(jaxpr)
-        entries[devices] = int(re.search(r"-> tensor<(\d+)x\d+x2x8xf64>", text.split("dynamic_slice")[1]).group(1))
-    assert entries[16] % 16 == 0
-    assert entries[1] % 16 != 0
+        entries = re.search(r"dynamic_slice.*-> tensor<(\d+)x", text).group(1)
+        assert int(entries) == devices, "a step takes an entry of each device"

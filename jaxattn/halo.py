@@ -236,7 +236,7 @@ class _Place(NamedTuple):
         whole = self.whole
         if whole.boundary == "shift" or whole.block > 1:
             return False
-        return not self.window.causal[0] or bool((whole.positions() <= whole.query[:, None]).all())  # pyright: ignore
+        return not self.window.along[0].causal or bool((whole.positions() <= whole.query[:, None]).all())
 
     @property
     def queries(self) -> int:
@@ -251,8 +251,8 @@ def _place(query, key, window: Window, axis_name: str) -> _Place:
             f"split_attention: query has shape {query.shape} and key {key.shape}; expected [*batch, *grid, heads, "
             f"head_dim] with a grid of rank {window.rank}"
         )
-    length, shards, stride = key.shape[axis], shard_count(axis_name), window.stride[0]  # pyright: ignore
-    if window.boundary[0] == "valid":
+    length, shards, stride = key.shape[axis], shard_count(axis_name), window.along[0].stride
+    if window.along[0].boundary == "valid":
         raise ValueError(
             f"split_attention: boundary is 'valid' along the axis split over {axis_name!r}, whose shards would differ "
             "in length; allowed: 'shift', 'mask', 'zero', 'edge', 'reflect', 'wrap'"
@@ -263,7 +263,16 @@ def _place(query, key, window: Window, axis_name: str) -> _Place:
             f"(={stride}) must divide the keys, and there must be as many queries as it leaves"
         )
     grid = (shards * length, *key.shape[axis + 1 : -2])
-    return _Place(window, axis, axis_name, shards, length, stride, grid, window.axes(grid)[0])
+    return _Place(
+        window=window,
+        axis=axis,
+        axis_name=axis_name,
+        shards=shards,
+        length=length,
+        stride=stride,
+        grid=grid,
+        whole=window.axes(grid)[0],
+    )
 
 
 def _key_mask(mask, key, place: _Place):
@@ -293,7 +302,7 @@ def _sliding(query, key, value, bias, mask, place: _Place, tables, options):
         position = lax.axis_index(place.axis_name) * place.length + offset + np.arange(span)
         inside = ((position >= 0) & (position < whole.length)).reshape(span, *(1,) * (window.rank - 1))
         mask = _inside_too(mask, inside, (*(1,) * place.axis, span, *place.grid[1:]), whole.boundary)
-    tables = {name: _recentred(table, whole) for name, table in tables.items()}
+    tables = {name: _recentered(table, whole) for name, table in tables.items()}
     valid = {"boundary": "valid", "offset": None, "causal": False}
     ours = {name: (first, *getattr(window, name)[1:]) for name, first in valid.items()}
     beginning = dataclasses.replace(window, **ours)
@@ -307,12 +316,12 @@ def _inside_too(mask, inside: jax.Array, shape: tuple[int, ...], boundary: str):
     return jnp.broadcast_to(inside, shape) if mask is None else mask & inside
 
 
-def _recentred(table, whole: Axis):
+def _recentered(table, whole: Axis):
     """A relative table, or one for each axis, for windows that begin at their query."""
     if table is None:
         return None
     if isinstance(table, tuple | list):
-        return tuple(_recentred(t, whole) if a == 0 else t for a, t in enumerate(table))
+        return tuple(_recentered(t, whole) if a == 0 else t for a, t in enumerate(table))
     return jnp.roll(jnp.asarray(table), whole.size - 1 - int(whole.relative()[0]), axis=1)
 
 

@@ -14,6 +14,18 @@ BOUNDARIES = ("shift", "mask", "zero", "edge", "reflect", "wrap", "valid")
 FOLDING = ("edge", "reflect", "wrap")
 
 
+class Along(NamedTuple):
+    """What a window is along one axis; the fields are `Window`'s arguments."""
+
+    size: int
+    stride: int
+    dilation: int
+    block: int
+    causal: bool
+    boundary: str
+    offset: int | None
+
+
 @dataclasses.dataclass(frozen=True)
 class Window:
     """Which keys each query of a grid sees; every argument may differ per axis, and one value serves all of them.
@@ -88,18 +100,28 @@ class Window:
         for name, check in (("causal", _boolean), ("boundary", _boundary), ("offset", _offset)):
             values = _per_axis(name, getattr(self, name), len(size))
             object.__setattr__(self, name, tuple(check(axis, value) for axis, value in enumerate(values)))
-        for axis in range(len(size)):
-            _check_together(axis, *(getattr(self, field.name)[axis] for field in dataclasses.fields(self)))
+        for axis, along in enumerate(self.along):
+            _check_together(axis, along)
+
+    @functools.cached_property
+    def along(self) -> tuple[Along, ...]:
+        """What the window is along each axis.
+
+        >>> Window((7, 7), causal=(True, False)).along[0].causal
+        True
+        """
+        arguments: list[Any] = [getattr(self, name) for name in Along._fields]  # tuples, once the window is made
+        return tuple(map(Along._make, zip(*arguments, strict=True)))
 
     @property
     def rank(self) -> int:
         """The number of axes."""
-        return len(self.sizes)
+        return len(self.along)
 
-    @property
+    @functools.cached_property
     def sizes(self) -> tuple[int, ...]:
-        """`size`, which is a tuple once the window is made."""
-        return self.size  # pyright: ignore[reportReturnType]
+        """The slots along each axis."""
+        return tuple(along.size for along in self.along)
 
     def axes(self, shape: Sequence[int]) -> tuple["Axis", ...]:
         """The slots of every query along each axis of a grid of keys."""
@@ -159,7 +181,17 @@ class Axis(NamedTuple):
     def everything(cls, queries: int, keys: int) -> "Axis":
         """Every query sees every key: attention without a window."""
         zeros = np.zeros(queries, int)
-        return cls(keys, 1, keys, "mask", 1, np.arange(queries), zeros, zeros, np.full(queries, keys))
+        return cls(
+            size=keys,
+            dilation=1,
+            length=keys,
+            boundary="mask",
+            block=1,
+            query=np.arange(queries),
+            start=zeros,
+            low=zeros,
+            high=np.full(queries, keys),
+        )
 
     def positions(self) -> np.ndarray:
         """[queries, size]"""
@@ -199,8 +231,9 @@ class Axis(NamedTuple):
 @functools.lru_cache(maxsize=256)
 def _axis(window: Window, axis: int, length: int) -> Axis:
     """Place the windows along one axis: the table in Window's docstring, line by line."""
-    names = ("size", "stride", "dilation", "block", "causal", "boundary", "offset")
-    k, stride, d, s, causal, boundary, offset = (getattr(window, name)[axis] for name in names)
+    along = window.along[axis]
+    k, stride, d, s = along.size, along.stride, along.dilation, along.block
+    causal, boundary, offset = along.causal, along.boundary, along.offset
     _check_length(axis, length, k, d, boundary)
     queries = (length - d * (k - 1) - 1) // stride + 1 if boundary == "valid" else -(-length // stride)
     x = stride * np.arange(queries)
@@ -221,7 +254,17 @@ def _axis(window: Window, axis: int, length: int) -> Axis:
         low, high = np.clip(-(start // d), 0, k), np.clip(-((start - length) // d), 0, k)
     if causal:  # positions up to x
         high = np.clip((x - start) // d + 1, 0, high)
-    return Axis(k, d, length, boundary, s, x, start, low, np.maximum(low, high))
+    return Axis(
+        size=k,
+        dilation=d,
+        length=length,
+        boundary=boundary,
+        block=s,
+        query=x,
+        start=start,
+        low=low,
+        high=np.maximum(low, high),
+    )
 
 
 def outer(tables: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -288,9 +331,9 @@ def _offset(axis: int, value: Any) -> int | None:
     return None if value is None else _integer("offset", axis, value, "an integer or None")
 
 
-def _check_together(
-    axis: int, size: int, stride: int, dilation: int, block: int, causal: bool, boundary: str, offset: int | None
-) -> None:
+def _check_together(axis: int, along: Along) -> None:
+    size, stride, block, boundary, offset = along.size, along.stride, along.block, along.boundary, along.offset
+
     def refuse(what: str) -> None:
         raise ValueError(f"Window: {what} (axis {axis})")
 
@@ -300,7 +343,7 @@ def _check_together(
         refuse(f"block is {block} and stride {stride}; allowed: only one of them above 1")
     if block > 1 and boundary == "valid":
         refuse(f"block is {block} with boundary 'valid'; allowed: block=1")
-    if causal and boundary in FOLDING:
+    if along.causal and boundary in FOLDING:
         refuse(f"boundary is {boundary!r} with causal=True; allowed: 'shift', 'mask', 'zero', 'valid'")
     if offset is not None and boundary == "shift":
         refuse(f"offset is {offset} with boundary 'shift', which places the window itself; allowed: None")

@@ -164,7 +164,7 @@ def _word(slide: Slide) -> Any:
     """The padding of the `nn.Conv` that slides as `slide` does."""
     if slide.boundary == "zero":
         return slide.padding
-    spans = [(k - 1) * d for k, d in zip(slide.window.sizes, slide.dilation, strict=True)]  # pyright: ignore
+    spans = [(axis.size - 1) * axis.dilation for axis in slide.window.along]
     for word, boundary in WRAPPED.items():
         if slide.boundary == boundary and slide.padding == tuple((span // 2, span - span // 2) for span in spans):
             return word

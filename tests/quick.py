@@ -8,7 +8,8 @@ import gc
 import jax
 import jaxlib.version
 
-# One part per program: LLVM gets them one after the other, and a thread for each gains nothing where all cores have work.
+# One part per program: LLVM gets them one after the other, and a thread for each gains nothing where all cores
+# have work.
 FLAGS = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
 if jaxlib.version.__version_info__ < (0, 11):  # a flag that a version lacks ends the process
     FLAGS += ["--xla_cpu_use_fusion_emitters=false"]

@@ -24,9 +24,9 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxattn.errors import InputError
 from jaxattn.train import checkpoint
 from jaxattn.train.checkpoint import Checkpoints, Restored, load_weights
-from jaxattn.train.extras import InputError
 
 
 class State(NamedTuple):

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 from jaxattn import cli
-from jaxattn.train import data, loop
+from jaxattn.train import data, loop, session
 from jaxattn.train.augment import pix
 from jaxattn.train.build import build
 from jaxattn.train.checkpoint import Checkpoints
@@ -59,7 +59,7 @@ def both(tmp_path_factory):
     folder = tmp_path_factory.mktemp("work")
     said = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "load", few)
+        patch.setattr(session, "load", few)
         patch.chdir(folder)
         for arguments in (["train", "--epochs", "1", "--out", OUT], ["eval", OUT]):
             with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -217,7 +217,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, capsys):
             raise KeyboardInterrupt
         return real(config, *args, **kwargs)
 
-    monkeypatch.setattr(cli, "load", few)
+    monkeypatch.setattr(session, "load", few)
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(loop, "train", interrupted)
@@ -275,5 +275,5 @@ def test_eval_is_of_the_network_as_it_ended_and_not_of_its_best_epoch(tmp_path):
             weights, rest = nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
             weights = jax.tree.map(lambda weight, step=step: weight + step, weights)
             checkpoints.save(step, {"weights": weights, "rest": rest}, {}, validation)
-    loaded = nnx.state(cli.load_model(config, digits, tmp_path), nnx.Param)
+    loaded = nnx.state(session.load_model(config, digits, tmp_path), nnx.Param)
     assert jax.tree.all(jax.tree.map(lambda one, two: (one == two).all(), loaded, weights))

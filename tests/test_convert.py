@@ -11,8 +11,8 @@ from test_nn import normal, randomized
 
 from jaxattn import cli, models, nn, zoo
 from jaxattn.equivalence import conv_to_attention, convert
-from jaxattn.train import data
-from jaxattn.train.augment import normalise
+from jaxattn.train import data, session
+from jaxattn.train.augment import normalize
 from jaxattn.train.run import read_config
 
 # Two orders of the same float64 sums.
@@ -198,9 +198,9 @@ def trained(tmp_path_factory):
     cli.main(["train", "--mix", "conv", "--epochs", "8", "--out", str(run)])
     config = read_config(run)
     digits = data.load(config.data, config.seed)
-    model = cli.load_model(config, digits, run)
+    model = session.load_model(config, digits, run)
     images, labels = digits.test.fetch(np.arange(len(digits.test)))
-    return model, normalise(images, digits.mean, digits.std), labels
+    return model, normalize(images, digits.mean, digits.std), labels
 
 
 @pytest.mark.full

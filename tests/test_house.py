@@ -8,11 +8,13 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parent.parent / "jaxattn"
 FLOOR = {
     "boundary": 0,
+    "errors": 0,
     "notation": 0,
     "torch_file": 0,
     "extents": 1,
     "window": 1,
     "normalize": 1,
+    "plots": 1,
     "position": 1,
     "kernels": 2,
     "einsum": 3,
@@ -25,7 +27,6 @@ FLOOR = {
     "models": 7,
     "pretrained": 8,
     "train": 8,
-    "plots": 8,
     "bench": 9,
     "study": 9,
     "cli": 10,

@@ -12,7 +12,7 @@ from jaxattn.bench import attention_ways, conv_ways, figures, machine, report, t
 from jaxattn.bench.cases import Case, select
 from jaxattn.bench.measure import Effort, compare
 from jaxattn.bench.ways import Way
-from jaxattn.train.extras import InputError
+from jaxattn.errors import InputError
 
 WAYS = {
     "attention": [*attention_ways.WAYS, *torch_ways.ATTENTION],

@@ -125,7 +125,7 @@ class AttentionStem(nnx.Module):
         return y.reshape(*x.shape[:-1], -1)
 
 
-class Mixer(nnx.Module):
+class GridMixer(nnx.Module):
     """A block's spatial mixing: a 3 × 3 convolution, or local attention as in SASA; either with a stride.
 
     The attention is Ramachandran et al.'s: relative embeddings factorised into row and column, no bias, no output
@@ -196,7 +196,7 @@ class Block(nnx.Module):
             )
 
         def mixer(in_features, stride):
-            return Mixer(in_features, features, stride, mix, window=window, num_heads=num_heads, **kwargs)
+            return GridMixer(in_features, features, stride, mix, window=window, num_heads=num_heads, **kwargs)
 
         if block == "basic":
             layers = [mixer(in_features, stride), mixer(features, 1)]
@@ -220,9 +220,9 @@ class Block(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ):
         y = x
-        for layer, norm in zip(self.layers, self.norms, strict=True):
-            y = norm(layer(y, sow_weights=sow_weights) if isinstance(layer, Mixer) else layer(y))
-            y = y if norm is self.norms[-1] else jax.nn.relu(y)
+        for n, (layer, norm) in enumerate(zip(self.layers, self.norms, strict=True), 1):
+            y = norm(layer(y, sow_weights=sow_weights) if isinstance(layer, GridMixer) else layer(y))
+            y = y if n == len(self.layers) else jax.nn.relu(y)
         if self.shortcut is not None and self.shortcut_norm is not None:
             x = self.shortcut_norm(self.shortcut(x))
         return jax.nn.relu(x + self.drop_path(y, rngs=rngs))

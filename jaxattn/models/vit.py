@@ -44,7 +44,7 @@ def sincos_2d(height: int, width: int, features: int) -> np.ndarray:
     return np.concatenate([np.sin(column), np.cos(column), np.sin(row), np.cos(row)], axis=-1)
 
 
-class Mixer(nnx.Module):
+class TokenMixer(nnx.Module):
     """A block's mixing of tokens, `[*batch, *tokens, width]` to the same; "global" takes a grid or a sequence of them.
 
     "global": `nn.Attention` of all tokens. "local": the same in a window, with a relative bias (NAT, Hassani et al.
@@ -132,7 +132,9 @@ class Block(nnx.Module):
         **kwargs: Any,
     ):
         self.axes, self.post = axes, norm == "post"
-        self.mix = Mixer(width, num_heads, mix, window=window, qkv_bias=qkv_bias, kernel_init=kernel_init, **kwargs)
+        self.mix = TokenMixer(
+            width, num_heads, mix, window=window, qkv_bias=qkv_bias, kernel_init=kernel_init, **kwargs
+        )
         self.mlp = MLP(width, mlp_dim, dropout=dropout, kernel_init=kernel_init, **kwargs)
         self.mix_norm, self.mlp_norm = layer_norm(width, **kwargs), layer_norm(width, **kwargs)
         self.dropout, self.drop_path = nnx.Dropout(dropout), drop_path(drop_path_rate, axes + 1)
@@ -172,7 +174,7 @@ class ViT(nnx.Module):
       depth: blocks.
       num_heads: of every mixing layer. "gpsa" takes a square, and all but "quadratic" one that divides `width`.
       mlp_dim: features within each MLP.
-      mix: "global", "local", "quadratic", "gpsa" (see `Mixer`), a function that makes another layer, as
+      mix: "global", "local", "quadratic", "gpsa" (see `TokenMixer`), a function that makes another layer, as
         `lambda width, **kwargs: nn.Conv(width, width, (3, 3), **kwargs)`, or one of these for each block.
       window: side of the window of "local", or (height, width); at most the grid's.
       class_token: whether there is one; the last block must then be "global", as the other layers need a grid.
@@ -290,10 +292,10 @@ class ViT(nnx.Module):
             position = jax.lax.dynamic_slice_in_dim(position, jax.lax.axis_index(self.axis_name) * rows, rows)
         return x + position
 
-    def _join(self, x: Float[Array, "*batch height width features"]) -> Float[Array, "*batch tokens features"]:
+    def _join(
+        self, x: Float[Array, "*batch height width features"], token: Float[Array, "features"]
+    ) -> Float[Array, "*batch tokens features"]:
         """The class token, and then all others."""
-        assert self.class_token is not None
-        token = self.class_token[...]
         token = token if self.class_position is None else token + self.class_position[...]
         batch, features = x.shape[:-3], x.shape[-1]
         first = jnp.broadcast_to(token.astype(x.dtype), (*batch, 1, features))
@@ -314,7 +316,8 @@ class ViT(nnx.Module):
         check_rngs("ViT", rngs, drop_path=self.blocks[-1].drop_path, dropout=self.dropout)
         x = self._tokens(images)
         for n, block in enumerate(self.blocks):
-            x = self._join(x) if n == self.joins else x
+            if self.class_token is not None and n == self.joins:
+                x = self._join(x, self.class_token[...])
             # what joins first is dropped with the rest, after the position
             x = self.dropout(x, rngs=rngs) if n == 0 else x
             x = run_block(block, x, sow_weights=sow_weights, rngs=rngs, remat=self.remat)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxattn.errors import InputError
 from jaxattn.study.claim import FAILED, Claim, Profile, decide
 from jaxattn.study.kept import Kept, drawing
 from jaxattn.study.progress import Progress
@@ -15,7 +16,6 @@ from jaxattn.study.seeds import UNDECIDED
 from jaxattn.study.worker import Job, Task
 from jaxattn.study.workers import answers, default_jobs
 from jaxattn.train.data import load
-from jaxattn.train.extras import InputError
 from jaxattn.train.run import write_json
 
 SEEDS = {"quick": 3, "full": 5}

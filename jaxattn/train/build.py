@@ -4,8 +4,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxattn import models
+from jaxattn.errors import InputError
 from jaxattn.train.config import RESNETS, VITS, Config
-from jaxattn.train.extras import InputError
 
 FLAT = ("shift", "flip", "cutout", "cutmix", "erasing")  # augmentations that know two axes
 

@@ -28,7 +28,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from jaxattn.train.extras import InputError, needs_extra
+from jaxattn.errors import InputError, needs_extra
 
 FOLDER, ARRAYS, MANIFEST = "checkpoints", "arrays", "manifest.json"
 

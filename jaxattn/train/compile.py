@@ -1,6 +1,7 @@
 """`jaxattn compile`: what a training step would need on a machine that is not there, from that machine's compiler."""
 
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -12,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxattn.errors import InputError, needs_extra
 from jaxattn.kernels.target import traced_for
 from jaxattn.train import hlo
 from jaxattn.train.config import Config
 from jaxattn.train.data.dataset import Arrays, Dataset
-from jaxattn.train.extras import InputError, needs_extra
 from jaxattn.train.program import assemble
 from jaxattn.train.sharding import batch_sharding, make_mesh
 
@@ -81,7 +82,7 @@ def find_devices(topology: str) -> list[Any]:
     if kind == "cpu":
         return _virtual(topology, int(shape))
     with needs_extra("tpu"):
-        import libtpu  # noqa: F401  # pyright: ignore[reportMissingImports]
+        importlib.import_module("libtpu")
     # libtpu asks the cloud that it takes itself to be in, and locks the TPU, unless it is told otherwise
     told = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     for name, value in told.items():
@@ -148,7 +149,7 @@ def _brief(message: str) -> str:
     return " ".join(lines[:6])
 
 
-def plan(config: Config, topology: str, mesh: str, image_shape: tuple[int, ...], classes: int) -> Report:
+def plan_step(config: Config, topology: str, mesh: str, image_shape: tuple[int, ...], classes: int) -> Report:
     """The report of a configuration's training step, for images that need not be there either."""
     config.check()
     if config.mix == "both":

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Literal, get_args
 
-from jaxattn.train.extras import InputError
+from jaxattn.errors import InputError
 
 RecipeName = Literal["digits", "fashion", "resnet", "vit", "cordonnier", "vit_b"]
 ResnetName = Literal["tiny", "resnet18", "resnet34", "resnet50"]

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import jax
 
+from jaxattn.errors import InputError
 from jaxattn.train import peers
-from jaxattn.train.extras import InputError
 
 SILENCE = (
     25  # seconds without a heartbeat after which JAX gives a process up: one that hangs, which no connection shows

@@ -11,8 +11,8 @@ import os
 import shutil
 from pathlib import Path
 
+from jaxattn.errors import InputError
 from jaxattn.train.config import Config
-from jaxattn.train.extras import InputError
 from jaxattn.train.recipes import changed, recipe
 
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
+from jaxattn.errors import InputError, needs_extra
 from jaxattn.train.data.split import Examples
-from jaxattn.train.extras import InputError, needs_extra
 
 with needs_extra("train"):
     from PIL import Image, ImageOps

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TypeVar
 from urllib.parse import parse_qsl
 
-from jaxattn.train.extras import InputError
+from jaxattn.errors import InputError
 
 Default = TypeVar("Default", int, None)
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Int64
 
+from jaxattn.errors import InputError, needs_extra
 from jaxattn.train.data.dataset import Source
-from jaxattn.train.extras import InputError, needs_extra
 
 if TYPE_CHECKING:
     import grain  # when it runs, only training needs it

@@ -93,7 +93,7 @@ class Window:
     def __post_init__(self) -> None:
         size: Any = self.size if _has_axes(self.size) else (self.size,)
         if len(size) == 0:
-            raise ValueError("Window: size is empty, and a window has at least one axis")
+            raise ValueError(f"Window: size (={self.size}) must have at least one axis")
         for name in ("size", "stride", "dilation", "block"):
             values = _per_axis(name, getattr(self, name), len(size))
             object.__setattr__(self, name, tuple(_positive(name, axis, value) for axis, value in enumerate(values)))
@@ -221,9 +221,8 @@ class Axis(NamedTuple):
         if rest.any() or first.min(initial=0) < 0 or first.max(initial=0) > self.size - 1:
             low, high = -(self.size - 1) * self.dilation, 0
             raise ValueError(
-                f"Window: offset {self.start[0] - self.query[0]} puts keys at offsets that a relative table of "
-                f"2·{self.size}-1 entries does not hold: with relative_bias or key_embedding, offset is a multiple of "
-                f"the dilation {self.dilation}, from {low} to {high}"
+                f"Window: offset (={self.start[0] - self.query[0]}) must be a multiple of dilation (={self.dilation}) "
+                f"from {low} to {high} with relative_bias or key_embedding, whose tables have 2·{self.size}-1 entries"
             )
         return first
 
@@ -279,10 +278,10 @@ def outer(tables: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def _rank_advice(size: tuple[int, ...], shape: tuple[int, ...]) -> str:
-    given = f"size {size} has {len(size)} axes and the grid {shape} has {len(shape)}"
+    advice = f"size (={size}) must have as many axes as the grid (={shape})"
     if len(set(size)) == 1 and len(shape) > 0:
-        return f"{given}: for this size along every axis, write Window({(size[0],) * len(shape)})"
-    return f"{given}: a window has one size for each axis of the grid"
+        return f"{advice}: for this size along every axis, write Window({(size[0],) * len(shape)})"
+    return advice
 
 
 def _has_axes(value: Any) -> bool:
@@ -293,9 +292,7 @@ def _per_axis(name: str, value: Any, rank: int) -> tuple:
     if isinstance(value, str) or not _has_axes(value):
         return (value,) * rank
     if len(value) != rank:
-        raise ValueError(
-            f"Window: {name} is {tuple(value)}, of length {len(value)}; size has {rank} axes: give one or {rank}"
-        )
+        raise ValueError(f"Window: {name} (={tuple(value)}) must be one value or {rank}, as many as size has axes")
     return tuple(value)
 
 
@@ -305,25 +302,27 @@ def _integer(name: str, axis: int, value: Any, allowed: str) -> int:
             raise TypeError
         return operator.index(value)
     except TypeError:
-        raise ValueError(f"Window: {name} is {value!r} on axis {axis}; allowed: {allowed}") from None
+        raise ValueError(f"Window: {name} (={value!r}) must be {allowed} on axis {axis}") from None
 
 
 def _positive(name: str, axis: int, value: Any) -> int:
     number = _integer(name, axis, value, "an integer >= 1")
     if number < 1:
-        raise ValueError(f"Window: {name} is {number} on axis {axis}; allowed: an integer >= 1")
+        raise ValueError(f"Window: {name} (={number}) must be an integer >= 1 on axis {axis}")
     return number
 
 
 def _boolean(axis: int, value: Any) -> bool:
     if not isinstance(value, bool | np.bool_):
-        raise ValueError(f"Window: causal is {value!r} on axis {axis}; allowed: True or False")
+        raise ValueError(f"Window: causal (={value!r}) must be True or False on axis {axis}")
     return bool(value)
 
 
 def _boundary(axis: int, value: Any) -> str:
     if value not in BOUNDARIES:
-        raise ValueError(f"Window: boundary is {value!r} on axis {axis}; allowed: {', '.join(map(repr, BOUNDARIES))}")
+        raise ValueError(
+            f"Window: boundary (={value!r}) must be one of {', '.join(map(repr, BOUNDARIES))} on axis {axis}"
+        )
     return value
 
 
@@ -335,30 +334,30 @@ def _check_together(axis: int, along: Along) -> None:
     size, stride, block, boundary, offset = along.size, along.stride, along.block, along.boundary, along.offset
 
     def refuse(what: str) -> None:
-        raise ValueError(f"Window: {what} (axis {axis})")
+        raise ValueError(f"Window: {what} on axis {axis}")
 
     if block > size:
-        refuse(f"block is {block} and size {size}; allowed: block <= size")
+        refuse(f"block (={block}) must be at most size (={size})")
     if block > 1 and stride > 1:
-        refuse(f"block is {block} and stride {stride}; allowed: only one of them above 1")
+        refuse(f"block (={block}) must be 1 where stride (={stride}) is above 1")
     if block > 1 and boundary == "valid":
-        refuse(f"block is {block} with boundary 'valid'; allowed: block=1")
+        refuse(f"block (={block}) must be 1 with boundary 'valid'")
     if along.causal and boundary in FOLDING:
-        refuse(f"boundary is {boundary!r} with causal=True; allowed: 'shift', 'mask', 'zero', 'valid'")
+        refuse(f"boundary (={boundary!r}) must be one of 'shift', 'mask', 'zero', 'valid' with causal=True")
     if offset is not None and boundary == "shift":
-        refuse(f"offset is {offset} with boundary 'shift', which places the window itself; allowed: None")
+        refuse(f"offset (={offset}) must be None with boundary 'shift', which places the window itself")
     if offset and boundary == "valid":
-        refuse(f"offset is {offset} with boundary 'valid', whose windows begin at the query; allowed: None or 0")
+        refuse(f"offset (={offset}) must be None or 0 with boundary 'valid', whose windows begin at the query")
 
 
 def _check_length(axis: int, length: int, size: int, dilation: int, boundary: str) -> None:
-    where = f"the grid has {length} tokens along axis {axis}, where size is {size} and dilation {dilation}"
-    if length < 1:
-        raise ValueError(f"Window: {where}; allowed: a grid with at least one token")
-    if boundary == "shift" and size * dilation > length:
-        raise ValueError(
-            f"Window: {where}; allowed with boundary 'shift': size·dilation = {size * dilation} <= {length}"
-        )
+    def refuse(what: str) -> None:
+        raise ValueError(f"Window: the grid (={length} along axis {axis}) must have {what}")
+
     span = dilation * (size - 1) + 1
+    if length < 1:
+        refuse("at least one token")
+    if boundary == "shift" and size * dilation > length:
+        refuse(f"size (={size}) · dilation (={dilation}) = {size * dilation} tokens or more with boundary 'shift'")
     if boundary == "valid" and span > length:
-        raise ValueError(f"Window: {where}; allowed with boundary 'valid': a span of {span} <= {length}")
+        refuse(f"the {span} tokens that size (={size}) with dilation (={dilation}) spans with boundary 'valid'")

@@ -180,13 +180,13 @@ def fails(capsys, *arguments) -> str:
         (["train", "--data", "mnist"], "jaxattn: data (='mnist') must be one of 'digits', 'fashion-mnist:PATH'"),
         (["train", "--recipe", "soup"], "jaxattn: recipe (='soup') must be one of digits, fashion"),
         (["train", "--checkpoint-every", "-1"], "jaxattn: checkpoint_every (=-1) must be at least 0"),
-        (["train", "--resume", "--overwrite"], "jaxattn: resume and overwrite exclude each other"),
+        (["train", "--resume", "--overwrite"], "jaxattn: resume (=True) and overwrite (=True) must not both be set"),
         (["train", "--data", "fashion-mnist:nowhere"], "jaxattn: nowhere: has neither train-images-idx3-ubyte"),
         (["train", "--mesh", "data=3"], "jaxattn: mesh (='data=3') takes 3 devices and there are 8; this fits: data=8"),
         (["train", "--mesh", "data=8"], "jaxattn: batch_size (=50) must be a multiple of data·fsdp (=8)"),
         (["eval"], "run"),
-        (["eval", "nowhere"], "jaxattn: run (=nowhere) is not a folder"),
-        (["eval", "."], "jaxattn: run (=.) is not a run: config.json is missing"),
+        (["eval", "nowhere"], "jaxattn: run (=nowhere) must be a folder that `jaxattn train` wrote"),
+        (["eval", "."], "jaxattn: run (=.) must be a folder that `jaxattn train` wrote: config.json is missing"),
     ],
 )
 def test_a_mistake_is_explained_and_leaves_nothing(tmp_path, monkeypatch, capsys, arguments, message):
@@ -197,7 +197,7 @@ def test_a_mistake_is_explained_and_leaves_nothing(tmp_path, monkeypatch, capsys
 
 def test_a_run_without_its_checkpoint(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps({"mix": "conv"}))
-    assert "is not a whole run: checkpoints is missing or empty" in fails(capsys, "eval", str(tmp_path))
+    assert "must be a whole run: checkpoints is missing or empty" in fails(capsys, "eval", str(tmp_path))
 
 
 def test_an_existing_run_is_not_overwritten(both, capsys):

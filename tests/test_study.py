@@ -149,7 +149,7 @@ def test_the_command_prints_the_verdicts(tmp_path, capsys):
     ("given", "message"),
     [
         ({"claims": "5,x"}, r"claims \(='5,x'\) must be numbers with commas"),
-        ({"claims": "5,23"}, r"claims \(='5,23'\): there is no claim 23; allowed: 1 to 22"),
+        ({"claims": "5,23"}, r"claims \(='5,23'\) must be from 1 to 22: there is no claim 23"),
         ({"claims": ""}, r"claims \(=''\) must be numbers"),
         ({"seeds": 0}, r"seeds \(=0\) must be at least 1"),
         ({"jobs": 0}, r"jobs \(=0\) must be at least 1"),
@@ -166,7 +166,7 @@ def test_a_mistake_is_named_before_anything_runs(tmp_path, given, message):
 
 def test_a_folder_that_cannot_be_written_to(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"out \(=.*file\) cannot be written to"):
+    with pytest.raises(InputError, match=r"out \(=.*file\) must be a folder that can be written to"):
         run.study("1", "quick", 1, "digits", tmp_path / "file")
 
 

@@ -234,5 +234,7 @@ def select(what: str, quick: bool, patterns: Sequence[str]) -> list[Case]:
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(case.name, pattern) for case in cases):
             names = ", ".join(case.name for case in cases)
-            raise InputError(f"cases (={pattern}) names none of `bench {what}`; allowed, * and ? included: {names}")
+            raise InputError(
+                f"cases (={pattern}) must name some of `bench {what}`, where * and ? stand for anything: {names}"
+            )
     return [case for case in cases if not patterns or any(fnmatch.fnmatchcase(case.name, p) for p in patterns)]

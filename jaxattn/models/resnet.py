@@ -300,7 +300,7 @@ class ResNet(nnx.Module):
         _one_of("stem", stem, STEMS)
         _one_of("stem_mix", stem_mix, MIXES)
         if len(mixes) != len(stage_sizes):
-            raise ValueError(f"ResNet: mix must be a string or one per stage ({len(stage_sizes)}), got {mix!r}")
+            raise ValueError(f"ResNet: mix (={mix!r}) must be a string or one per stage ({len(stage_sizes)})")
         for each in mixes:
             _one_of("mix", each, MIXES)
         check_rates("ResNet", drop_path=drop_path)
@@ -339,7 +339,7 @@ class ResNet(nnx.Module):
         images = jnp.asarray(images)
         if images.ndim < 3 or images.shape[-1] != self.in_features:
             raise ValueError(
-                f"ResNet: images must be [*batch, height, width, in_features (={self.in_features})], got {images.shape}"
+                f"ResNet: images (={images.shape}) must be [*batch, height, width, in_features (={self.in_features})]"
             )
         check_rngs("ResNet", rngs, drop_path=self.blocks[-1].drop_path)
         x = jax.nn.relu(self.stem_norm(self.stem(images)))
@@ -376,7 +376,7 @@ def _stem(
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]):
     if value not in allowed:
-        raise ValueError(f"ResNet: {name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        raise ValueError(f"ResNet: {name} (={value!r}) must be one of {', '.join(map(repr, allowed))}")
 
 
 def resnet18(**kwargs: Any) -> ResNet:

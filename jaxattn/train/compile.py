@@ -92,7 +92,7 @@ def find_devices(topology: str) -> list[Any]:
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        raise InputError(f"topology (={topology!r}) is none that the TPU's compiler knows: {error}") from error
+        raise InputError(f"topology (={topology!r}) must be one that the TPU's compiler knows: {error}") from error
 
 
 def _virtual(topology: str, count: int) -> list[Any]:
@@ -100,7 +100,9 @@ def _virtual(topology: str, count: int) -> list[Any]:
         jax.config.update("jax_num_cpu_devices", count)
     devices = jax.devices("cpu")
     if not 1 <= count <= len(devices):
-        raise InputError(f"topology (={topology!r}) asks for {count} of the {len(devices)} devices of this process")
+        raise InputError(
+            f"topology (={topology!r}) must be cpu:1 to cpu:{len(devices)}, as this process has {len(devices)} devices"
+        )
     return devices[:count]
 
 
@@ -153,7 +155,7 @@ def plan_step(config: Config, topology: str, mesh: str, image_shape: tuple[int, 
     """The report of a configuration's training step, for images that need not be there either."""
     config.check()
     if config.mix == "both":
-        raise InputError("mix (='both') is two networks; compile one, with --mix conv or --mix attention")
+        raise InputError("mix (='both') must be one network: --mix conv or --mix attention")
     if min(image_shape) < 1 or classes < 1:
         raise InputError(f"image_shape (={image_shape}) and classes (={classes}) must be at least 1")
     devices = find_devices(topology)

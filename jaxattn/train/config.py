@@ -135,6 +135,8 @@ class Options:
     def check(self):
         """Raises a ValueError that names the first field out of its range."""
         if self.resume and self.overwrite:
-            raise InputError("resume and overwrite exclude each other: go on with the run, or replace it")
+            raise InputError(
+                "resume (=True) and overwrite (=True) must not both be set: go on with the run, or replace it"
+            )
         if self.checkpoint_every < 0:
             raise InputError(f"checkpoint_every (={self.checkpoint_every}) must be at least 0")

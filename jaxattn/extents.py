@@ -252,7 +252,18 @@ class _Resolver:
         if length is None:
             length = stride * extent if pad == "SAME" else stride * (extent - 1) + span + 1 - low - high
         boundary = boundary or (None if pad == "VALID" else "zero")
-        found = Affine(*place, token.text, token.axes, token.coefficients, extents, below - low, length, high, boundary)
+        found = Affine(
+            term=place[0],
+            dim=place[1],
+            text=token.text,
+            axes=token.axes,
+            coefficients=token.coefficients,
+            extents=extents,
+            offset=below - low,
+            length=length,
+            padding_high=high,
+            boundary=boundary,
+        )
         self._check_range(token, found)
         return found
 

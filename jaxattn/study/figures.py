@@ -75,7 +75,7 @@ def curves(panels: Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]], xl
                     list(curve), [value.mean for value in found], color=color, marker=mark, markersize=5, label=name
                 )
                 if all(map(math.isfinite, found[0])):
-                    low, high = zip(*[value[1:] for value in found], strict=True)
+                    low, high = [value.low for value in found], [value.high for value in found]
                     axes.fill_between(list(curve), low, np.minimum(high, 1), color=color, alpha=0.15, linewidth=0)
             axes.set(title=title, xlabel=xlabel, xscale="log", ylim=(None, 1.02))
             axes.set_xticks(list(next(iter(mixers.values()))))

@@ -130,14 +130,19 @@ def compile_report(function: jax.stages.Wrapped, *arguments: Any, topology: str,
             raise
         raise InputError(f"the step does not fit {topology}; its compiler says: {_brief(str(error))}") from error
     memory, costs = compiled.memory_analysis(), compiled.cost_analysis() or {}
-    sizes = [
-        getattr(memory, f"{name}_size_in_bytes") for name in ("argument", "output", "alias", "temp", "generated_code")
-    ]
+    names = {
+        "arguments": "argument",
+        "outputs": "output",
+        "aliased": "alias",
+        "temporaries": "temp",
+        "code": "generated_code",
+    }
+    sizes = {ours: getattr(memory, f"{theirs}_size_in_bytes") for ours, theirs in names.items()}
     return Report(
-        topology,
-        devices,
-        *sizes,
-        peak=sum(sizes) - 2 * sizes[2],
+        topology=topology,
+        devices=devices,
+        **sizes,
+        peak=sum(sizes.values()) - 2 * sizes["aliased"],
         limit=CHIPS[kind].memory * 2**30 if kind in CHIPS else None,
         flops=costs.get("flops", float("nan")),
         text=hlo.read(compiled.as_text() or ""),

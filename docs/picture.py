@@ -7,13 +7,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from sklearn.datasets import load_sample_image
 
 import jaxattn
-from jaxattn.plots import INK, SEQUENTIAL, STYLE
+from jaxattn.plots import INK, SEQUENTIAL, styled
 
 SIDE, PIXELS = 21, ((62, 140), (118, 96))  # of the window, and at its middle
 KINDS = (
@@ -50,7 +49,7 @@ def weights(photo: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 def draw() -> Figure:
     photo = photograph()
     kinds = weights(jnp.asarray(photo))
-    with matplotlib.rc_context(STYLE | {"font.size": 11}):
+    with styled(11):
         figure = Figure(figsize=(8.4, 4.6), layout="constrained")
         for row, (i, j) in zip(figure.subplots(2, 4), PIXELS, strict=True):
             half = SIDE // 2

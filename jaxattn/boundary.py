@@ -23,4 +23,4 @@ def fold(index: np.ndarray, length: int, boundary: str) -> np.ndarray:
     if boundary == "reflect":
         period = max(2 * (length - 1), 1)
         return np.minimum(index % period, -index % period)
-    raise ValueError(f"boundary={boundary!r}: must be one of {', '.join(BOUNDARIES)}")
+    raise ValueError(f"fold: boundary (={boundary!r}) must be one of {', '.join(BOUNDARIES)}")

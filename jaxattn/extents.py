@@ -204,7 +204,6 @@ class _Resolver:
 
     def span(self, token: Token) -> tuple[int, int]:
         """How far the windows of a token reach in all, and how much of that is below the position."""
-        assert token.coefficients is not None
         empty = [axis for axis in token.axes[1:] if self.sizes[axis] == 0]
         if empty:
             message = f"the window '{empty[0]}' of '{token.text}' has extent 0"
@@ -216,7 +215,6 @@ class _Resolver:
     def pad(self, token: Token, length: int | None, pad: Padding) -> tuple[int, int, int]:
         """What is padded below and above, and the extent of the position that follows. `length` is None for the
         output's tokens."""
-        assert token.coefficients is not None
         (span, below), stride = self.span(token), token.coefficients[0]
         if pad != "VALID" and token.constant:
             message = f"'{token.text}' has a constant, and padding={pad!r} shifts it as well: say it once"
@@ -241,7 +239,6 @@ class _Resolver:
     def locate(self, token: Token, length: int | None, place: tuple[int, int], pad: Padding, boundary) -> Affine:
         """The index of an affine token whose axes are all known. `length` is None for the output's: there the token
         says how long its axis is."""
-        assert token.coefficients is not None
         (span, below), stride = self.span(token), token.coefficients[0]
         low, high, extent = self.pad(token, length, pad)
         extents = tuple(self.sizes[axis] for axis in token.axes)
@@ -255,7 +252,18 @@ class _Resolver:
         if length is None:
             length = stride * extent if pad == "SAME" else stride * (extent - 1) + span + 1 - low - high
         boundary = boundary or (None if pad == "VALID" else "zero")
-        found = Affine(*place, token.text, token.axes, token.coefficients, extents, below - low, length, high, boundary)
+        found = Affine(
+            term=place[0],
+            dim=place[1],
+            text=token.text,
+            axes=token.axes,
+            coefficients=token.coefficients,
+            extents=extents,
+            offset=below - low,
+            length=length,
+            padding_high=high,
+            boundary=boundary,
+        )
         self._check_range(token, found)
         return found
 

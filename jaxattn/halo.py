@@ -52,12 +52,12 @@ def halo(x, axis: int, axis_name: str, before: int, after: int, boundary: str = 
     Array([2, 3, 0, 1, 2, 3, 0], dtype=int...)
     """
     if boundary not in BOUNDARIES:
-        raise ValueError(f"halo: boundary={boundary!r}: must be one of {', '.join(BOUNDARIES)}")
+        raise ValueError(f"halo: boundary (={boundary!r}) must be one of {', '.join(BOUNDARIES)}")
     x = jnp.asarray(x)
     axis, length = axis % x.ndim, x.shape[axis]
     if before + length + after < 1:
         raise ValueError(
-            f"halo: before (={before}) and after (={after}) leave nothing of the {length} tokens of a shard"
+            f"halo: before (={before}) and after (={after}) must leave some of the {length} tokens of a shard"
         )
     low, high = max(before, 0), max(after, 0)
     if boundary in ("zero", "wrap"):
@@ -142,16 +142,15 @@ def split_pad(
     length, shards, span = x.shape[axis], shard_count(axis_name), (size - 1) * dilation
     if length % stride:
         raise ValueError(
-            f"split_pad: over {axis_name!r}, each of {shards} shards holds {length} tokens of the split axis: stride "
-            f"(={stride}) must divide them"
+            f"split_pad: stride (={stride}) must divide the {length} tokens that each of {shards} shards over "
+            f"{axis_name!r} holds"
         )
     low, high = pads
     positions = (shards * length + low + high - span - 1) // stride + 1
     if positions != shards * length // stride:
         raise ValueError(
-            f"split_pad: pads (={low}, {high}) give {positions} positions of {shards * length} tokens, and shards of "
-            f"{length} over {axis_name!r} give {shards * length // stride} with stride {stride}: pad by (size - 1)·"
-            f"dilation (={span}) in all, as 'SAME' does"
+            f"split_pad: pads (={low}, {high}) must give {shards * length // stride} positions, a shard's share each "
+            f"over {axis_name!r}, and give {positions}: pad by (size - 1)·dilation (={span}) in all, as 'SAME' does"
         )
     return halo(x, axis, axis_name, low, span - low - stride + 1, boundary)
 
@@ -215,7 +214,7 @@ def _check_options(options: dict[str, Any], axis_name: str) -> None:
     options.pop("dropout_key", None)
     given += ["dropout_rate"] if options.pop("dropout_rate", 0.0) != 0 else []
     if given:
-        raise ValueError(f"split_attention: {given[0]} is given; over the split axis {axis_name!r} it must be left out")
+        raise ValueError(f"split_attention: {given[0]} must be left out over the split axis {axis_name!r}")
 
 
 class _Place(NamedTuple):
@@ -236,7 +235,7 @@ class _Place(NamedTuple):
         whole = self.whole
         if whole.boundary == "shift" or whole.block > 1:
             return False
-        return not self.window.causal[0] or bool((whole.positions() <= whole.query[:, None]).all())  # pyright: ignore
+        return not self.window.along[0].causal or bool((whole.positions() <= whole.query[:, None]).all())
 
     @property
     def queries(self) -> int:
@@ -248,22 +247,31 @@ def _place(query, key, window: Window, axis_name: str) -> _Place:
     axis = key.ndim - 2 - window.rank
     if axis < 0 or query.ndim != key.ndim:
         raise ValueError(
-            f"split_attention: query has shape {query.shape} and key {key.shape}; expected [*batch, *grid, heads, "
-            f"head_dim] with a grid of rank {window.rank}"
+            f"split_attention: query (={query.shape}) and key (={key.shape}) must be [*batch, *grid, heads, head_dim] "
+            f"with a grid of rank {window.rank}"
         )
-    length, shards, stride = key.shape[axis], shard_count(axis_name), window.stride[0]  # pyright: ignore
-    if window.boundary[0] == "valid":
+    length, shards, stride = key.shape[axis], shard_count(axis_name), window.along[0].stride
+    if window.along[0].boundary == "valid":
         raise ValueError(
-            f"split_attention: boundary is 'valid' along the axis split over {axis_name!r}, whose shards would differ "
-            "in length; allowed: 'shift', 'mask', 'zero', 'edge', 'reflect', 'wrap'"
+            "split_attention: boundary (='valid') must be one of 'shift', 'mask', 'zero', 'edge', 'reflect', 'wrap' "
+            f"along the axis split over {axis_name!r}, whose shards would differ in length"
         )
     if length % stride or query.shape[axis] != length // stride:
         raise ValueError(
-            f"split_attention: a shard of {length} keys over {axis_name!r} and {query.shape[axis]} queries; the stride "
-            f"(={stride}) must divide the keys, and there must be as many queries as it leaves"
+            f"split_attention: stride (={stride}) must divide the {length} keys of a shard over {axis_name!r}, and "
+            f"leave as many as there are queries, {query.shape[axis]}"
         )
     grid = (shards * length, *key.shape[axis + 1 : -2])
-    return _Place(window, axis, axis_name, shards, length, stride, grid, window.axes(grid)[0])
+    return _Place(
+        window=window,
+        axis=axis,
+        axis_name=axis_name,
+        shards=shards,
+        length=length,
+        stride=stride,
+        grid=grid,
+        whole=window.axes(grid)[0],
+    )
 
 
 def _key_mask(mask, key, place: _Place):
@@ -272,9 +280,7 @@ def _key_mask(mask, key, place: _Place):
         return None
     mask, grid = jnp.asarray(mask), key.shape[place.axis : -2]
     if mask.shape[-len(grid) :] != grid or mask.ndim > key.ndim - 2:
-        raise ValueError(
-            f"split_attention: mask has shape {mask.shape}; over a split axis, it must be of keys: {key.shape[:-2]}"
-        )
+        raise ValueError(f"split_attention: mask (={mask.shape}) must be of keys, {key.shape[:-2]}, over a split axis")
     return mask.reshape((1,) * (key.ndim - 2 - mask.ndim) + mask.shape)
 
 
@@ -293,7 +299,7 @@ def _sliding(query, key, value, bias, mask, place: _Place, tables, options):
         position = lax.axis_index(place.axis_name) * place.length + offset + np.arange(span)
         inside = ((position >= 0) & (position < whole.length)).reshape(span, *(1,) * (window.rank - 1))
         mask = _inside_too(mask, inside, (*(1,) * place.axis, span, *place.grid[1:]), whole.boundary)
-    tables = {name: _recentred(table, whole) for name, table in tables.items()}
+    tables = {name: _recentered(table, whole) for name, table in tables.items()}
     valid = {"boundary": "valid", "offset": None, "causal": False}
     ours = {name: (first, *getattr(window, name)[1:]) for name, first in valid.items()}
     beginning = dataclasses.replace(window, **ours)
@@ -307,12 +313,12 @@ def _inside_too(mask, inside: jax.Array, shape: tuple[int, ...], boundary: str):
     return jnp.broadcast_to(inside, shape) if mask is None else mask & inside
 
 
-def _recentred(table, whole: Axis):
+def _recentered(table, whole: Axis):
     """A relative table, or one for each axis, for windows that begin at their query."""
     if table is None:
         return None
     if isinstance(table, tuple | list):
-        return tuple(_recentred(t, whole) if a == 0 else t for a, t in enumerate(table))
+        return tuple(_recentered(t, whole) if a == 0 else t for a, t in enumerate(table))
     return jnp.roll(jnp.asarray(table), whole.size - 1 - int(whole.relative()[0]), axis=1)
 
 
@@ -358,9 +364,9 @@ def _check_part(place: _Place, start: int, low: int, high: int) -> None:
     seen, expected = _seen(part)[ours], _seen(place.whole)[theirs]
     if not np.array_equal(np.where(seen < 0, seen, seen + start - low), expected):
         raise ValueError(
-            f"split_attention: windows of {place.window} don't fall on shards of {place.length} tokens over "
-            f"{place.axis_name!r} as they do on the whole grid; block·dilation "
-            f"(={place.whole.block * place.whole.dilation}) must divide the tokens of a shard"
+            f"split_attention: block·dilation (={place.whole.block * place.whole.dilation}) must divide the "
+            f"{place.length} tokens of a shard over {place.axis_name!r}, where {place.window} would fall on other keys "
+            "than on the whole grid"
         )
 
 

@@ -36,18 +36,19 @@ class IndexRangeError(EquationError):
 class Token:
     """One axis of one operand, as written: its text, its column in the equation, and the axes it names.
 
-    `coefficients` is None but for a sum, which also has a `constant`.
+    `coefficients`, one an axis, are those of a sum, and empty otherwise; a sum may also have a `constant`.
     """
 
     text: str
     column: int
     axes: tuple[str, ...]
-    coefficients: tuple[int, ...] | None = None
+    coefficients: tuple[int, ...] = ()
     constant: int = 0
 
     @property
     def affine(self) -> bool:
-        return self.coefficients is not None
+        """Whether the token is a sum."""
+        return bool(self.coefficients)
 
     def columns(self, axis: str | None = None) -> range:
         """Where the token, or one axis in it, stands in the equation."""

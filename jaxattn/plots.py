@@ -1,24 +1,28 @@
 """Figures: functions from arrays to a matplotlib `Figure`. No pyplot, so no global state and no display."""
 
-import functools
+import contextlib
 import html
 import io
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
-try:
+from jaxattn.errors import needs_extra
+
+with needs_extra("train"):
     import matplotlib
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.patches import Ellipse, Rectangle
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
-except ImportError as error:
-    raise ImportError("matplotlib is not installed, and figures need it: pip install 'jaxattn[train]'") from error
+
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
 
 # Okabe and Ito's colours, told apart by colour-blind readers and legible on white and on black.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -26,8 +30,7 @@ INK = "#555a63"  # text and axes
 QUERY = "#ff3b30"  # the mark of a query
 SHARES = (0.5, 0.9)  # of a Gaussian's weight, inside a head's ellipses
 SEQUENTIAL, DIVERGING = "viridis", "RdBu_r"
-STYLE = {
-    "font.size": 10,
+STYLE: "dict[RcKeyType, Any]" = {
     "axes.titlesize": 10,
     "axes.labelsize": 10,
     "axes.labelcolor": INK,
@@ -46,18 +49,17 @@ STYLE = {
 }
 
 
-def _styled(draw: Callable) -> Callable:
-    """Draws under this module's style, and leaves matplotlib's own as it was."""
+@contextlib.contextmanager
+def styled(size: int = 10) -> Iterator[None]:
+    """A context, or a decorator, that draws in this module's style, in letters of `size` points.
 
-    @functools.wraps(draw)
-    def wrapped(*args, **kwargs):
-        with matplotlib.rc_context(STYLE):  # pyright: ignore[reportArgumentType]
-            return draw(*args, **kwargs)
-
-    return wrapped
+    It leaves matplotlib's own style as it was.
+    """
+    with matplotlib.rc_context({**STYLE, "font.size": size}):
+        yield
 
 
-@_styled
+@styled()
 def learning_curves(runs: Mapping[str, Sequence[Mapping[str, int | float]]]) -> Figure:
     """Loss and accuracy by epoch, one colour a run. The accuracy's axis begins at the lowest tenth of its values.
 
@@ -95,7 +97,7 @@ def learning_curves(runs: Mapping[str, Sequence[Mapping[str, int | float]]]) -> 
     return figure
 
 
-@_styled
+@styled()
 def attention_maps(
     images: Float[np.ndarray, "images height width"],
     queries: Int[np.ndarray, "images 2"],
@@ -142,7 +144,7 @@ def attention_maps(
     return figure
 
 
-@_styled
+@styled()
 def kernels(kernel: Float[np.ndarray, "height width in_features features"], columns: int = 6) -> Figure:
     """Convolution kernels by offset, one per output feature: that of the input feature whose norm is largest.
 
@@ -169,8 +171,8 @@ def kernels(kernel: Float[np.ndarray, "height width in_features features"], colu
     return figure
 
 
-@_styled
-def mean_attention(means: Float[np.ndarray, "heads height width"], low: tuple[int, int], columns: int = 2) -> Figure:
+@styled()
+def mean_attention(means: Float[np.ndarray, "heads height width"], low: Sequence[int], columns: int = 2) -> Figure:
     """Each head's mean weight by offset, as `jaxattn.measure.mean_by_offset` returns it; a cross marks offset zero.
 
     Each head has its own colour scale, from zero to the largest mean, which stands above it.
@@ -197,7 +199,7 @@ def mean_attention(means: Float[np.ndarray, "heads height width"], low: tuple[in
     return figure
 
 
-@_styled
+@styled()
 def heads_by_layers(
     maps: Float[np.ndarray, "layers heads height width"],
     query: Sequence[int] | Int[np.ndarray, "2"],
@@ -238,7 +240,7 @@ def heads_by_layers(
     return figure
 
 
-@_styled
+@styled()
 def head_centers_on_grid(
     centers: Float[np.ndarray, "layers heads 2"],
     spreads: Float[np.ndarray, "layers heads 2 2"],
@@ -304,7 +306,7 @@ def _draw_head(axes: Axes, head: int, center: np.ndarray, spread: np.ndarray):
     axes.annotate(str(head + 1), (center[1], center[0]), (3, 3), textcoords="offset points", color=color, fontsize=8)
 
 
-@_styled
+@styled()
 def receptive_fields(fields: Float[np.ndarray, "fields height width"], titles: Sequence[str]) -> Figure:
     """Effective receptive fields side by side, and how far each reaches: its share by column, summed over the rows.
 

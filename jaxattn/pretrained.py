@@ -73,7 +73,10 @@ def fill(model: nnx.Module, arrays: Mapping[str, np.ndarray], names: Mapping[str
     shapes = {name: _torch_shapes(path[-1], state[path].shape) for name, path in paths.items()}
     given = {name: array for name, array in arrays.items() if name.split(".")[-1] != COUNTER}
     if len(paths) < len(state):
-        raise ValueError(f"fill: names gives {len(state)} parameters and statistics {len(paths)} names between them")
+        raise ValueError(
+            f"fill: names must give each of {len(state)} parameters and statistics a name of its own, and give "
+            f"{len(paths)}"
+        )
     _check_fit(shapes, given)
     for name, path in paths.items():
         array = np.reshape(given[name], shapes[name][0])
@@ -174,7 +177,7 @@ def imagenet_input(image: ArrayLike, size: int = 224) -> Float[Array, "size size
     """
     image = jnp.asarray(image, jnp.float32)
     if image.ndim != 3 or image.shape[-1] != 3:
-        raise ValueError(f"imagenet_input: image must be [height, width, 3], got {image.shape}")
+        raise ValueError(f"imagenet_input: image (={image.shape}) must be [height, width, 3]")
     height, width, _ = image.shape
     side = round(min(height, width) * size / (size + 32))
     top, left = (height - side + 1) // 2, (width - side + 1) // 2

@@ -14,6 +14,18 @@ BOUNDARIES = ("shift", "mask", "zero", "edge", "reflect", "wrap", "valid")
 FOLDING = ("edge", "reflect", "wrap")
 
 
+class Along(NamedTuple):
+    """What a window is along one axis; the fields are `Window`'s arguments."""
+
+    size: int
+    stride: int
+    dilation: int
+    block: int
+    causal: bool
+    boundary: str
+    offset: int | None
+
+
 @dataclasses.dataclass(frozen=True)
 class Window:
     """Which keys each query of a grid sees; every argument may differ per axis, and one value serves all of them.
@@ -81,25 +93,35 @@ class Window:
     def __post_init__(self) -> None:
         size: Any = self.size if _has_axes(self.size) else (self.size,)
         if len(size) == 0:
-            raise ValueError("Window: size is empty, and a window has at least one axis")
+            raise ValueError(f"Window: size (={self.size}) must have at least one axis")
         for name in ("size", "stride", "dilation", "block"):
             values = _per_axis(name, getattr(self, name), len(size))
             object.__setattr__(self, name, tuple(_positive(name, axis, value) for axis, value in enumerate(values)))
         for name, check in (("causal", _boolean), ("boundary", _boundary), ("offset", _offset)):
             values = _per_axis(name, getattr(self, name), len(size))
             object.__setattr__(self, name, tuple(check(axis, value) for axis, value in enumerate(values)))
-        for axis in range(len(size)):
-            _check_together(axis, *(getattr(self, field.name)[axis] for field in dataclasses.fields(self)))
+        for axis, along in enumerate(self.along):
+            _check_together(axis, along)
+
+    @functools.cached_property
+    def along(self) -> tuple[Along, ...]:
+        """What the window is along each axis.
+
+        >>> Window((7, 7), causal=(True, False)).along[0].causal
+        True
+        """
+        arguments: list[Any] = [getattr(self, name) for name in Along._fields]  # tuples, once the window is made
+        return tuple(map(Along._make, zip(*arguments, strict=True)))
 
     @property
     def rank(self) -> int:
         """The number of axes."""
-        return len(self.sizes)
+        return len(self.along)
 
-    @property
+    @functools.cached_property
     def sizes(self) -> tuple[int, ...]:
-        """`size`, which is a tuple once the window is made."""
-        return self.size  # pyright: ignore[reportReturnType]
+        """The slots along each axis."""
+        return tuple(along.size for along in self.along)
 
     def axes(self, shape: Sequence[int]) -> tuple["Axis", ...]:
         """The slots of every query along each axis of a grid of keys."""
@@ -159,7 +181,17 @@ class Axis(NamedTuple):
     def everything(cls, queries: int, keys: int) -> "Axis":
         """Every query sees every key: attention without a window."""
         zeros = np.zeros(queries, int)
-        return cls(keys, 1, keys, "mask", 1, np.arange(queries), zeros, zeros, np.full(queries, keys))
+        return cls(
+            size=keys,
+            dilation=1,
+            length=keys,
+            boundary="mask",
+            block=1,
+            query=np.arange(queries),
+            start=zeros,
+            low=zeros,
+            high=np.full(queries, keys),
+        )
 
     def positions(self) -> np.ndarray:
         """[queries, size]"""
@@ -189,9 +221,8 @@ class Axis(NamedTuple):
         if rest.any() or first.min(initial=0) < 0 or first.max(initial=0) > self.size - 1:
             low, high = -(self.size - 1) * self.dilation, 0
             raise ValueError(
-                f"Window: offset {self.start[0] - self.query[0]} puts keys at offsets that a relative table of "
-                f"2·{self.size}-1 entries does not hold: with relative_bias or key_embedding, offset is a multiple of "
-                f"the dilation {self.dilation}, from {low} to {high}"
+                f"Window: offset (={self.start[0] - self.query[0]}) must be a multiple of dilation (={self.dilation}) "
+                f"from {low} to {high} with relative_bias or key_embedding, whose tables have 2·{self.size}-1 entries"
             )
         return first
 
@@ -199,8 +230,9 @@ class Axis(NamedTuple):
 @functools.lru_cache(maxsize=256)
 def _axis(window: Window, axis: int, length: int) -> Axis:
     """Place the windows along one axis: the table in Window's docstring, line by line."""
-    names = ("size", "stride", "dilation", "block", "causal", "boundary", "offset")
-    k, stride, d, s, causal, boundary, offset = (getattr(window, name)[axis] for name in names)
+    along = window.along[axis]
+    k, stride, d, s = along.size, along.stride, along.dilation, along.block
+    causal, boundary, offset = along.causal, along.boundary, along.offset
     _check_length(axis, length, k, d, boundary)
     queries = (length - d * (k - 1) - 1) // stride + 1 if boundary == "valid" else -(-length // stride)
     x = stride * np.arange(queries)
@@ -221,7 +253,17 @@ def _axis(window: Window, axis: int, length: int) -> Axis:
         low, high = np.clip(-(start // d), 0, k), np.clip(-((start - length) // d), 0, k)
     if causal:  # positions up to x
         high = np.clip((x - start) // d + 1, 0, high)
-    return Axis(k, d, length, boundary, s, x, start, low, np.maximum(low, high))
+    return Axis(
+        size=k,
+        dilation=d,
+        length=length,
+        boundary=boundary,
+        block=s,
+        query=x,
+        start=start,
+        low=low,
+        high=np.maximum(low, high),
+    )
 
 
 def outer(tables: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -236,10 +278,10 @@ def outer(tables: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def _rank_advice(size: tuple[int, ...], shape: tuple[int, ...]) -> str:
-    given = f"size {size} has {len(size)} axes and the grid {shape} has {len(shape)}"
+    advice = f"size (={size}) must have as many axes as the grid (={shape})"
     if len(set(size)) == 1 and len(shape) > 0:
-        return f"{given}: for this size along every axis, write Window({(size[0],) * len(shape)})"
-    return f"{given}: a window has one size for each axis of the grid"
+        return f"{advice}: for this size along every axis, write Window({(size[0],) * len(shape)})"
+    return advice
 
 
 def _has_axes(value: Any) -> bool:
@@ -250,9 +292,7 @@ def _per_axis(name: str, value: Any, rank: int) -> tuple:
     if isinstance(value, str) or not _has_axes(value):
         return (value,) * rank
     if len(value) != rank:
-        raise ValueError(
-            f"Window: {name} is {tuple(value)}, of length {len(value)}; size has {rank} axes: give one or {rank}"
-        )
+        raise ValueError(f"Window: {name} (={tuple(value)}) must be one value or {rank}, as many as size has axes")
     return tuple(value)
 
 
@@ -262,25 +302,27 @@ def _integer(name: str, axis: int, value: Any, allowed: str) -> int:
             raise TypeError
         return operator.index(value)
     except TypeError:
-        raise ValueError(f"Window: {name} is {value!r} on axis {axis}; allowed: {allowed}") from None
+        raise ValueError(f"Window: {name} (={value!r}) must be {allowed} on axis {axis}") from None
 
 
 def _positive(name: str, axis: int, value: Any) -> int:
     number = _integer(name, axis, value, "an integer >= 1")
     if number < 1:
-        raise ValueError(f"Window: {name} is {number} on axis {axis}; allowed: an integer >= 1")
+        raise ValueError(f"Window: {name} (={number}) must be an integer >= 1 on axis {axis}")
     return number
 
 
 def _boolean(axis: int, value: Any) -> bool:
     if not isinstance(value, bool | np.bool_):
-        raise ValueError(f"Window: causal is {value!r} on axis {axis}; allowed: True or False")
+        raise ValueError(f"Window: causal (={value!r}) must be True or False on axis {axis}")
     return bool(value)
 
 
 def _boundary(axis: int, value: Any) -> str:
     if value not in BOUNDARIES:
-        raise ValueError(f"Window: boundary is {value!r} on axis {axis}; allowed: {', '.join(map(repr, BOUNDARIES))}")
+        raise ValueError(
+            f"Window: boundary (={value!r}) must be one of {', '.join(map(repr, BOUNDARIES))} on axis {axis}"
+        )
     return value
 
 
@@ -288,34 +330,34 @@ def _offset(axis: int, value: Any) -> int | None:
     return None if value is None else _integer("offset", axis, value, "an integer or None")
 
 
-def _check_together(
-    axis: int, size: int, stride: int, dilation: int, block: int, causal: bool, boundary: str, offset: int | None
-) -> None:
+def _check_together(axis: int, along: Along) -> None:
+    size, stride, block, boundary, offset = along.size, along.stride, along.block, along.boundary, along.offset
+
     def refuse(what: str) -> None:
-        raise ValueError(f"Window: {what} (axis {axis})")
+        raise ValueError(f"Window: {what} on axis {axis}")
 
     if block > size:
-        refuse(f"block is {block} and size {size}; allowed: block <= size")
+        refuse(f"block (={block}) must be at most size (={size})")
     if block > 1 and stride > 1:
-        refuse(f"block is {block} and stride {stride}; allowed: only one of them above 1")
+        refuse(f"block (={block}) must be 1 where stride (={stride}) is above 1")
     if block > 1 and boundary == "valid":
-        refuse(f"block is {block} with boundary 'valid'; allowed: block=1")
-    if causal and boundary in FOLDING:
-        refuse(f"boundary is {boundary!r} with causal=True; allowed: 'shift', 'mask', 'zero', 'valid'")
+        refuse(f"block (={block}) must be 1 with boundary 'valid'")
+    if along.causal and boundary in FOLDING:
+        refuse(f"boundary (={boundary!r}) must be one of 'shift', 'mask', 'zero', 'valid' with causal=True")
     if offset is not None and boundary == "shift":
-        refuse(f"offset is {offset} with boundary 'shift', which places the window itself; allowed: None")
+        refuse(f"offset (={offset}) must be None with boundary 'shift', which places the window itself")
     if offset and boundary == "valid":
-        refuse(f"offset is {offset} with boundary 'valid', whose windows begin at the query; allowed: None or 0")
+        refuse(f"offset (={offset}) must be None or 0 with boundary 'valid', whose windows begin at the query")
 
 
 def _check_length(axis: int, length: int, size: int, dilation: int, boundary: str) -> None:
-    where = f"the grid has {length} tokens along axis {axis}, where size is {size} and dilation {dilation}"
-    if length < 1:
-        raise ValueError(f"Window: {where}; allowed: a grid with at least one token")
-    if boundary == "shift" and size * dilation > length:
-        raise ValueError(
-            f"Window: {where}; allowed with boundary 'shift': size·dilation = {size * dilation} <= {length}"
-        )
+    def refuse(what: str) -> None:
+        raise ValueError(f"Window: the grid (={length} along axis {axis}) must have {what}")
+
     span = dilation * (size - 1) + 1
+    if length < 1:
+        refuse("at least one token")
+    if boundary == "shift" and size * dilation > length:
+        refuse(f"size (={size}) · dilation (={dilation}) = {size * dilation} tokens or more with boundary 'shift'")
     if boundary == "valid" and span > length:
-        raise ValueError(f"Window: {where}; allowed with boundary 'valid': a span of {span} <= {length}")
+        refuse(f"the {span} tokens that size (={size}) with dilation (={dilation}) spans with boundary 'valid'")

@@ -40,7 +40,7 @@ def zeros(*shape, dtype=jnp.float64):
         ((X, zeros(2, 6, 4, 7), X), {}, "key has head_dim 7 and query 8: they must be equal"),
         ((X, X, X), {"window": Window(3, stride=2)}, "query has the grid (6,); of key's grid (6,), Window(size=(3,)"),
         ((X, X, X), {"window": 3}, "window (=3) must be None or a jaxattn.Window"),
-        ((X, X, X), {"window": Window(7)}, "6 tokens along axis 0, where size is 7"),
+        ((X, X, X), {"window": Window(7)}, "the grid (=6 along axis 0) must have size (=7)"),
         (
             (X, X, X),
             {"bias": zeros(3, 6, 6)},
@@ -97,12 +97,12 @@ def zeros(*shape, dtype=jnp.float64):
         (
             (X, X, X),
             {"relative_bias": zeros(4, 5), "window": Window(3, boundary="mask", offset=1)},
-            "offset 1 puts keys",
+            "offset (=1) must be a multiple of dilation (=1)",
         ),
         (
             (X, X, X),
             {"relative_bias": zeros(4, 5), "window": Window(3, boundary="mask", dilation=2, offset=-3)},
-            "offset -3 puts keys",
+            "offset (=-3) must be a multiple of dilation (=2)",
         ),
         (
             (X, X, X),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxattn.train.augment import augment, normalise
+from jaxattn.train.augment import augment, normalize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +38,12 @@ def run(settings, images, targets, seed=0):
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
-def test_normalise(dtype):
+def test_normalize(dtype):
     rng = np.random.default_rng(0)
     levels, mean, std = rng.integers(0, 256, (3, 4, 5, 2)), rng.random(2), rng.random(2) + 0.1
     images = levels.astype(np.uint8) if dtype == np.uint8 else (levels / 255).astype(np.float32)
     # as a data set gives them: NumPy's
-    found = jax.jit(lambda x: normalise(x, mean.astype(np.float32), std.astype(np.float32)))(images)
+    found = jax.jit(lambda x: normalize(x, mean.astype(np.float32), std.astype(np.float32)))(images)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, (levels / 255 - mean) / std, rtol=2e-5, atol=2e-6)
 

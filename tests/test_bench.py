@@ -362,13 +362,13 @@ def fails(capsys, *arguments):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["conv", "--cases", "depthwise-9x9"], "cases (=depthwise-9x9) names none of `bench conv`; allowed"),
+        (["conv", "--cases", "depthwise-9x9"], "cases (=depthwise-9x9) must name some of `bench conv`"),
         (
             ["conv", "--json", "nowhere/bench.json"],
-            "json (=nowhere/bench.json) cannot be written: nowhere is not a folder",
+            "json (=nowhere/bench.json) must be in a folder that can be written to: nowhere",
         ),
-        (["conv", "--json", "."], "json (=.) is a folder"),
-        (["conv", "--out", "file"], "out (=file) cannot be made"),
+        (["conv", "--json", "."], "json (=.) must be a file, not a folder"),
+        (["conv", "--out", "file"], "out (=file) must be a folder that can be made"),
         (["everything"], "everything"),
     ],
 )

@@ -24,9 +24,9 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxattn.errors import InputError
 from jaxattn.train import checkpoint
 from jaxattn.train.checkpoint import Checkpoints, Restored, load_weights
-from jaxattn.train.extras import InputError
 
 
 class State(NamedTuple):
@@ -300,7 +300,7 @@ def test_when_all_are_damaged_all_are_named_and_stay(run):
         assert "checkpoints: no checkpoint is whole: " in str(caught.value)
         for step in (1, 2):
             assert f"checkpoints/{step} is damaged: manifest.json is not what was written" in str(caught.value)
-    with pytest.raises(InputError, match=r"is not a whole run: no checkpoint is whole: .*/1 is damaged"):
+    with pytest.raises(InputError, match=r"must be a whole run: no checkpoint is whole: .*/1 is damaged"):
         load_weights(run, Network(rngs=nnx.Rngs(0)))
 
 
@@ -497,5 +497,5 @@ def test_wrong_arguments_are_named(tmp_path):
         Checkpoints(tmp_path, keep_last=0)
     with pytest.raises(InputError, match=r"keep_best \(=-1\) must be at least 0"):
         Checkpoints(tmp_path, keep_best=-1)
-    with pytest.raises(InputError, match="is not a whole run: checkpoints is missing or empty"):
+    with pytest.raises(InputError, match="must be a whole run: checkpoints is missing or empty"):
         load_weights(tmp_path, Network(rngs=nnx.Rngs(0)))

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 from jaxattn import cli
-from jaxattn.train import data, loop
+from jaxattn.train import data, loop, session
 from jaxattn.train.augment import pix
 from jaxattn.train.build import build
 from jaxattn.train.checkpoint import Checkpoints
@@ -59,7 +59,7 @@ def both(tmp_path_factory):
     folder = tmp_path_factory.mktemp("work")
     said = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "load", few)
+        patch.setattr(session, "load", few)
         patch.chdir(folder)
         for arguments in (["train", "--epochs", "1", "--out", OUT], ["eval", OUT]):
             with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -180,13 +180,13 @@ def fails(capsys, *arguments) -> str:
         (["train", "--data", "mnist"], "jaxattn: data (='mnist') must be one of 'digits', 'fashion-mnist:PATH'"),
         (["train", "--recipe", "soup"], "jaxattn: recipe (='soup') must be one of digits, fashion"),
         (["train", "--checkpoint-every", "-1"], "jaxattn: checkpoint_every (=-1) must be at least 0"),
-        (["train", "--resume", "--overwrite"], "jaxattn: resume and overwrite exclude each other"),
+        (["train", "--resume", "--overwrite"], "jaxattn: resume (=True) and overwrite (=True) must not both be set"),
         (["train", "--data", "fashion-mnist:nowhere"], "jaxattn: nowhere: has neither train-images-idx3-ubyte"),
         (["train", "--mesh", "data=3"], "jaxattn: mesh (='data=3') takes 3 devices and there are 8; this fits: data=8"),
         (["train", "--mesh", "data=8"], "jaxattn: batch_size (=50) must be a multiple of data·fsdp (=8)"),
         (["eval"], "run"),
-        (["eval", "nowhere"], "jaxattn: run (=nowhere) is not a folder"),
-        (["eval", "."], "jaxattn: run (=.) is not a run: config.json is missing"),
+        (["eval", "nowhere"], "jaxattn: run (=nowhere) must be a folder that `jaxattn train` wrote"),
+        (["eval", "."], "jaxattn: run (=.) must be a folder that `jaxattn train` wrote: config.json is missing"),
     ],
 )
 def test_a_mistake_is_explained_and_leaves_nothing(tmp_path, monkeypatch, capsys, arguments, message):
@@ -197,7 +197,7 @@ def test_a_mistake_is_explained_and_leaves_nothing(tmp_path, monkeypatch, capsys
 
 def test_a_run_without_its_checkpoint(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps({"mix": "conv"}))
-    assert "is not a whole run: checkpoints is missing or empty" in fails(capsys, "eval", str(tmp_path))
+    assert "must be a whole run: checkpoints is missing or empty" in fails(capsys, "eval", str(tmp_path))
 
 
 def test_an_existing_run_is_not_overwritten(both, capsys):
@@ -217,7 +217,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, capsys):
             raise KeyboardInterrupt
         return real(config, *args, **kwargs)
 
-    monkeypatch.setattr(cli, "load", few)
+    monkeypatch.setattr(session, "load", few)
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(loop, "train", interrupted)
@@ -275,5 +275,5 @@ def test_eval_is_of_the_network_as_it_ended_and_not_of_its_best_epoch(tmp_path):
             weights, rest = nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
             weights = jax.tree.map(lambda weight, step=step: weight + step, weights)
             checkpoints.save(step, {"weights": weights, "rest": rest}, {}, validation)
-    loaded = nnx.state(cli.load_model(config, digits, tmp_path), nnx.Param)
+    loaded = nnx.state(session.load_model(config, digits, tmp_path), nnx.Param)
     assert jax.tree.all(jax.tree.map(lambda one, two: (one == two).all(), loaded, weights))

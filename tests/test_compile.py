@@ -125,17 +125,17 @@ def test_a_volume_is_split(capsys):
     [
         (["--topology", "v9:2x2"], "topology (='v9:2x2') must be KIND:SHAPE, such as v5e:4x4"),
         (["--topology", "v5e:2"], "topology (='v5e:2') must be KIND:SHAPE"),
-        (["--topology", "cpu:64"], "topology (='cpu:64') asks for 64 of the 8 devices"),
+        (["--topology", "cpu:64"], "topology (='cpu:64') must be cpu:1 to cpu:8"),
         (["--topology", "cpu:8", "--mesh", "data=3"], "takes 3 devices and there are 8"),
         (["--topology", "cpu:8", "--batch-size", "9"], "batch_size (=9) must be a multiple of data·fsdp (=8)"),
-        (["--topology", "cpu:8", "--mix", "both"], "mix (='both') is two networks"),
+        (["--topology", "cpu:8", "--mix", "both"], "mix (='both') must be one network"),
         (
             ["--topology", "cpu:8", "--model", "volume_small", "--mix", "attention"],
-            "takes images of 3 axes and channels, got (8, 8, 1)",
+            "images (=(8, 8, 1)) must have 3 axes and channels",
         ),
         (
             ["--topology", "cpu:8", "--image-shape", "8", "8", "8", "1"],
-            "model (='tiny') takes images of 2 axes and channels, got (8, 8, 8, 1)",
+            "images (=(8, 8, 8, 1)) must have 2 axes and channels for model (='tiny')",
         ),
         (
             [
@@ -151,7 +151,7 @@ def test_a_volume_is_split(capsys):
                 "8",
                 "1",
             ],
-            "shift (=1) is for images of two axes; for volumes it must be 0",
+            "shift (=1) must be 0 for volumes",
         ),
     ],
 )

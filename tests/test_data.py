@@ -190,7 +190,7 @@ def test_an_endless_source_never_repeats():
 @pytest.mark.parametrize(
     ("batch_size", "process", "message"),
     [
-        (11, (0, 1), r"batch_size \(=11\) is more than the 10 training images"),
+        (11, (0, 1), r"batch_size \(=11\) must be at most the 10 training images"),
         (0, (0, 1), r"batch_size \(=0\) must be a positive multiple of the 1 processes"),
         (5, (0, 2), r"batch_size \(=5\) must be a positive multiple of the 2 processes"),
         (4, (2, 2), r"process \(=\(2, 2\)\) must be \(index, count\)"),

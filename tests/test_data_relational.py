@@ -176,7 +176,7 @@ def test_draws_are_splitmix64():
     [
         ("relational", "must be 'relational:same-different', 'relational:copy' or 'relational:match'"),
         ("relational:sort", r"data \(='relational:sort'\) must be 'relational:same-different'"),
-        ("relational:copy?glyph=3", "unknown option 'glyph'; allowed: size, offset, classes"),
+        ("relational:copy?glyph=3", r"option \(='glyph'\) must be one of size, offset, classes"),
         ("relational:copy?offset=3", r"option offset \(='3'\) must be ROWS,COLUMNS"),
         ("relational:copy?offset=0,0", r"option offset \(=\(0, 0\)\) must lead away"),
         ("relational:copy?offset=0,8", r"option offset \(=\(0, 8\)\) must be at most 7 in an image of size 8"),

@@ -215,8 +215,8 @@ def test_alone(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("localhost:1234", None, None), "given together; processes and process is missing"),
-        ((None, 2, 1), "given together; coordinator is missing"),
+        (("localhost:1234", None, None), "processes and process (=None) must be given too"),
+        ((None, 2, 1), "coordinator (=None) must be given too"),
         (("localhost", 2, 1), "coordinator (='localhost') must be HOST:PORT"),
         ((":1234", 2, 1), "coordinator (=':1234') must be HOST:PORT"),
         (("localhost:http", 2, 1), "coordinator (='localhost:http') must be HOST:PORT"),

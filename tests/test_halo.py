@@ -83,9 +83,9 @@ def test_halos_of_any_dtype():
 
 
 def test_what_a_halo_refuses():
-    with pytest.raises(ValueError, match="boundary='mask': must be one of zero, edge"):
+    with pytest.raises(ValueError, match=r"halo: boundary \(='mask'\) must be one of zero, edge"):
         split(lambda x: halo(x, 0, "space", 1, 1, "mask"), 4, P("space"))(jnp.ones(8))
-    with pytest.raises(ValueError, match=r"before \(=-1\) and after \(=-1\) leave nothing of the 2 tokens"):
+    with pytest.raises(ValueError, match=r"before \(=-1\) and after \(=-1\) must leave some of the 2 tokens"):
         split(lambda x: halo(x, 0, "space", -1, -1), 4, P("space"))(jnp.ones(8))
 
 
@@ -125,9 +125,9 @@ def test_what_a_split_convolution_refuses():
     def run(length, pads, **geometry):
         split(lambda x: split_pad(x, 0, "space", pads, **geometry), 4, P("space"))(jnp.ones(length))
 
-    with pytest.raises(ValueError, match=r"shards holds 3 tokens of the split axis: stride \(=2\) must divide"):
+    with pytest.raises(ValueError, match=r"split_pad: stride \(=2\) must divide the 3 tokens"):
         run(12, (1, 1), size=3, stride=2)
-    with pytest.raises(ValueError, match=r"pads \(=0, 0\) give 10 positions of 12 tokens"):
+    with pytest.raises(ValueError, match=r"pads \(=0, 0\) must give 12 positions, .*, and give 10"):
         run(12, (0, 0), size=3)
 
 
@@ -256,13 +256,18 @@ def test_split_attention_mapped_and_in_other_dtypes(dtype):
 @pytest.mark.parametrize(
     ("length", "queries", "options", "message"),
     [
-        (8, 8, dict(window=Window(3, boundary="valid")), "boundary is 'valid' along the axis split over 'space'"),
-        (12, 4, dict(window=Window(3, stride=2)), r"a shard of 3 keys over 'space' .* the stride \(=2\) must divide"),
-        (8, 8, dict(window=Window(3, block=3)), r"block·dilation \(=3\) must divide the tokens of a shard"),
-        (8, 8, dict(window=Window(3), mask=jnp.ones((2, 3), bool)), r"mask has shape .* must be of keys: \(2,\)"),
-        (8, 8, dict(score_mod=lambda *x: x[0]), "score_mod is given; over the split axis 'space' it must be left out"),
-        (8, 8, dict(segment_ids=jnp.zeros(2, int)), "segment_ids is given"),
-        (8, 8, dict(dropout_rate=0.1), "dropout_rate is given"),
+        (
+            8,
+            8,
+            dict(window=Window(3, boundary="valid")),
+            r"boundary \(='valid'\) must be one of .* over 'space'",
+        ),
+        (12, 4, dict(window=Window(3, stride=2)), r"stride \(=2\) must divide the 3 keys of a shard over 'space'"),
+        (8, 8, dict(window=Window(3, block=3)), r"block·dilation \(=3\) must divide the 2 tokens of a shard"),
+        (8, 8, dict(window=Window(3), mask=jnp.ones((2, 3), bool)), r"mask \(=\(2, 3\)\) must be of keys, \(2,\)"),
+        (8, 8, dict(score_mod=lambda *x: x[0]), "score_mod must be left out over the split axis 'space'"),
+        (8, 8, dict(segment_ids=jnp.zeros(2, int)), "segment_ids must be left out"),
+        (8, 8, dict(dropout_rate=0.1), "dropout_rate must be left out"),
     ],
 )
 def test_what_split_attention_refuses(length, queries, options, message):
@@ -329,5 +334,5 @@ def test_what_split_layers_refuse():
         ValueError, match=r"input_dilation \(=\(2, 2\)\) must be 1 where axis_name \(='space'\) is given"
     ):
         run(Conv(4, 4, (3, 3), padding=1, input_dilation=2, axis_name="space", rngs=nnx.Rngs(0)))
-    with pytest.raises(ValueError, match=r"pads \(=0, 0\) give 6 positions of 8 tokens"):
+    with pytest.raises(ValueError, match=r"pads \(=0, 0\) must give 8 positions, .*, and give 6"):
         run(Conv(4, 4, (3, 3), padding="VALID", axis_name="space", rngs=nnx.Rngs(0)))

@@ -10,11 +10,13 @@ FLOOR = {
     "boundary": 0,
     "machine": 0,
     "units": 0,
+    "errors": 0,
     "notation": 0,
     "torch_file": 0,
     "extents": 1,
     "window": 1,
     "normalize": 1,
+    "plots": 1,
     "position": 1,
     "kernels": 2,
     "lowerings": 2,
@@ -30,7 +32,6 @@ FLOOR = {
     "models": 8,
     "pretrained": 9,
     "train": 9,
-    "plots": 9,
     "bench": 10,
     "study": 10,
     "cli": 11,
@@ -70,3 +71,19 @@ def test_imports_only_from_floors_below(path):
 
 def test_every_file_is_seen():
     assert len(FILES) >= 5
+
+
+UNFINISHED = ("kernels", "lowerings", "einsum.py")  # being rebuilt: an assert may still lack its message there
+
+
+def test_an_assert_says_what_is_wrong():
+    for path in FILES:
+        if path.relative_to(PACKAGE).parts[0] not in UNFINISHED:
+            for node in ast.walk(ast.parse(path.read_text())):
+                said = not isinstance(node, ast.Assert) or node.msg is not None
+                assert said, f"{path}: an assert without a message; better none, where the types can tell"
+
+
+def test_the_types_are_rarely_silenced():
+    silenced = [path.name for path in FILES for line in path.read_text().splitlines() if "pyright: ignore" in line]
+    assert len(silenced) <= 9, f"{len(silenced)} times 'pyright: ignore': {', '.join(silenced)}; give better types"

@@ -89,7 +89,7 @@ def test_what_is_not_a_run_is_never_touched(tmp_path, how):
     (tmp_path / "thesis" / "chapter1").write_text("precious")
     (tmp_path / "file").write_text("precious")
     for name in ("thesis", "file"):
-        with pytest.raises(ValueError, match="exists and is not a run; choose another --out"):
+        with pytest.raises(ValueError, match="must be new, empty or a run; choose another --out"):
             start_run(tmp_path / name, Config(), **how)
     assert (tmp_path / "thesis" / "chapter1").read_text() == "precious"
     assert (tmp_path / "file").read_text() == "precious"
@@ -124,7 +124,7 @@ def test_config_survives_the_disk(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "is not a run: config.json is missing"),
+        (None, "must be a folder that `jaxattn train` wrote: config.json is missing"),
         ("{", r"config.json: "),
         ("[]", r"config.json: "),
         (json.dumps({"depth": 3}), "config.json: .*depth"),
@@ -140,7 +140,7 @@ def test_a_folder_that_is_not_a_run_is_told_why(tmp_path, content, message):
 
 
 def test_no_folder_at_all(tmp_path):
-    with pytest.raises(ValueError, match=r"run \(=.*nowhere\) is not a folder"):
+    with pytest.raises(ValueError, match=r"run \(=.*nowhere\) must be a folder that `jaxattn train` wrote"):
         read_config(tmp_path / "nowhere")
 
 

@@ -14,8 +14,9 @@ from flax import nnx
 from study_fakes import CALLS
 
 from jaxattn import cli, models
+from jaxattn.errors import InputError
 from jaxattn.study import animation, kept, mixers, run, worker
-from jaxattn.study.animation import moving_centres
+from jaxattn.study.animation import moving_centers
 from jaxattn.study.answer import ANSWER, SHORT, answer
 from jaxattn.study.claim import FAILED, Measurement, Setting
 from jaxattn.study.claims import CLAIMS
@@ -23,7 +24,6 @@ from jaxattn.study.fit import Trained, classifier, examples
 from jaxattn.study.mixers import DistanceAttention
 from jaxattn.study.seeds import interval
 from jaxattn.train.data import load
-from jaxattn.train.extras import InputError
 
 FAKE = study_fakes.CLAIMS
 NUMBERS = "1,2,3,4"  # of the fakes that end
@@ -149,7 +149,7 @@ def test_the_command_prints_the_verdicts(tmp_path, capsys):
     ("given", "message"),
     [
         ({"claims": "5,x"}, r"claims \(='5,x'\) must be numbers with commas"),
-        ({"claims": "5,23"}, r"claims \(='5,23'\): there is no claim 23; allowed: 1 to 22"),
+        ({"claims": "5,23"}, r"claims \(='5,23'\) must be from 1 to 22: there is no claim 23"),
         ({"claims": ""}, r"claims \(=''\) must be numbers"),
         ({"seeds": 0}, r"seeds \(=0\) must be at least 1"),
         ({"jobs": 0}, r"jobs \(=0\) must be at least 1"),
@@ -166,7 +166,7 @@ def test_a_mistake_is_named_before_anything_runs(tmp_path, given, message):
 
 def test_a_folder_that_cannot_be_written_to(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"out \(=.*file\) cannot be written to"):
+    with pytest.raises(InputError, match=r"out \(=.*file\) must be a folder that can be written to"):
         run.study("1", "quick", 1, "digits", tmp_path / "file")
 
 
@@ -221,10 +221,10 @@ def test_the_answer_says_what_came_out():
     assert SHORT not in [text for text, _ in answer({5: "hold", 18: "fail"})]
 
 
-def test_moving_centres_end_where_training_ended():
+def test_moving_centers_end_where_training_ended():
     tracks = np.zeros((3, 1, 1, 2))
     tracks[-1, 0, 0] = (1.0, -1.0)  # down a row, left a column
-    svg = moving_centres(tracks, ["layer 1"])
+    svg = moving_centers(tracks, ["layer 1"])
     middle = animation.SIDE / 2
     x, y = map(float, re.search(r'<circle cx="([\d.]+)" cy="([\d.]+)" r="4.5"', svg).groups())
     assert x < middle < y

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxattn import zoo
 from jaxattn.study.claim import Setting
 from jaxattn.study.claims import CLAIMS, ablation, curves, distance, replacement, selection, template
-from jaxattn.study.claims.curves import MIXERS
+from jaxattn.study.claims.curves import CURVES
 from jaxattn.study.mixers import SIZES, network, train
 from jaxattn.train.data import load
 from jaxattn.train.evaluate import count_parameters
@@ -28,7 +28,7 @@ CASES = {
     7: ("depends on the window", {}, {"everything": (3, 3)}, "fails"),
     8: ("holds", {}, {"offset": 2, "steps": 300}, "fails"),
     9: ("depends on what global means", {"steps": 10}, {"size": 1}, "fails"),
-    10: ("depends on how much data is much", SMALL, {"mixers": MIXERS[::-1]}, "fails"),
+    10: ("depends on how much data is much", SMALL, {"mixers": CURVES[::-1]}, "fails"),
     11: ("holds", {}, {"along": 0}, "fails"),
     12: ("holds", {}, {"layer": lambda x, kernel: template.attend(x)}, "fails"),
     13: ("depends on W_Q = W_K", SMALL, {"made": "two matrices"}, "fails"),
@@ -39,7 +39,7 @@ CASES = {
     18: ("holds", {}, {"content": 1.0}, "fails"),
     19: ("depends on the normaliser", {}, {"normalizers": ("softmax",)}, "fails"),
     20: ("holds", {}, {"shift": 1}, "fails"),
-    21: ("depends on the task", SMALL, {"mixers": (*MIXERS[:3], MIXERS[0])}, "fails"),
+    21: ("depends on the task", SMALL, {"mixers": (*CURVES[:3], CURVES[0])}, "fails"),
     22: ("holds", {"steps": 150}, {"window": 1}, "fails"),
 }
 LONG = {3, 6, 8, 10, 13, 14, 20, 21, 22}  # what they train takes as long as all the others
@@ -92,7 +92,7 @@ def test_the_networks_that_are_compared_are_of_one_size(shape):
     def parameters(mixer):
         return count_parameters(nnx.eval_shape(lambda: network(mixer, shape, 10, SIZES["full"], nnx.Rngs(0))))
 
-    sizes = [parameters(mixer) for mixer in MIXERS]
+    sizes = [parameters(mixer) for mixer in CURVES]
     assert max(sizes) < 1.06 * min(sizes)
 
 

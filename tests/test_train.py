@@ -205,7 +205,7 @@ def test_matrices_decay_and_vectors_do_not(run):
 
 
 def test_a_batch_larger_than_the_data_is_refused(run):
-    with pytest.raises(ValueError, match=r"batch_size \(=61\) is more than the 60 training images"):
+    with pytest.raises(ValueError, match=r"batch_size \(=61\) must be at most the 60 training images"):
         run(dataclasses.replace(CONFIG, batch_size=61))
 
 

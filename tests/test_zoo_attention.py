@@ -362,7 +362,7 @@ def test_sasa_is_the_module_with_its_settings():
         ("botnet_attention", {}, tables((4, 5), 2), r"\['embedding_0'\] .* expected \[heads, 7, 3\]"),
         ("learned_relative_attention", {}, tables((4, 4), 6), r"\['embedding_1'\] .* expected \[heads, 9, 6\]"),
         ("sasa", {"window": (3, 3)}, tables((3,), 6), "sasa: params lack 'embedding_1'"),
-        ("sasa", {"window": (3, 9)}, tables((3, 9), 6), "Window: the grid has 5 tokens along axis 1, where size is 9"),
+        ("sasa", {"window": (3, 9)}, tables((3, 9), 6), r"Window: the grid \(=5 along axis 1\)"),
         ("halo_attention", {"block": (2, 2), "halo": (1, 1, 1)}, {}, r"halo=\(1, 1, 1\) must be an int >= 0, or one"),
         ("halo_attention", {"block": 2, "halo": -1}, {}, "halo=-1 must be an int >= 0, or one"),
         ("neighborhood_attention", {"window": (3, 3)}, biases((3, 5)), r"expected \[heads, 5, 5\] = \[2, 5, 5\]"),

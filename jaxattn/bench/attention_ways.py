@@ -11,7 +11,7 @@ from jax import lax
 
 from jaxattn.attention import attention
 from jaxattn.bench.cases import AttentionCase
-from jaxattn.bench.ways import Function, Way, cannot_unless
+from jaxattn.bench.ways import CannotError, Function, Way, cannot_unless
 from jaxattn.window import Window
 
 # A program with more slices than this takes minutes to compile.
@@ -19,8 +19,8 @@ SLICES = 400
 
 
 def windowed(case: AttentionCase) -> Window:
-    cannot_unless(case.window is not None, "there is no window")
-    assert case.window is not None
+    if case.window is None:
+        raise CannotError("there is no window")
     return case.window
 
 

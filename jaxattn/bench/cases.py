@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattn.train.extras import InputError
+from jaxattn.errors import InputError
 from jaxattn.window import Window
 
 
@@ -77,12 +77,11 @@ class AttentionCase:
         text = f"{self.dtype}[{','.join(map(str, self.shape))}]"
         if self.window is None:
             return f"{text}, every key"
-        default = Window(self.window.sizes)
-        options = [
-            f"{field.name} {value[0] if len(set(value)) == 1 else value}"
-            for field in dataclasses.fields(Window)[1:]
-            if (value := getattr(self.window, field.name)) != getattr(default, field.name) or field.name == "boundary"
-        ]
+        default, options = Window(self.window.sizes), []
+        for name in ("stride", "dilation", "block", "causal", "boundary", "offset"):
+            value = getattr(self.window, name)
+            if name == "boundary" or value != getattr(default, name):
+                options.append(f"{name} {value[0] if len(set(value)) == 1 else value}")
         size = "×".join(map(str, self.window.sizes))
         return ", ".join([text, f"window {size}", *options, *(["relative bias"] if self.bias else [])])
 
@@ -235,5 +234,7 @@ def select(what: str, quick: bool, patterns: Sequence[str]) -> list[Case]:
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(case.name, pattern) for case in cases):
             names = ", ".join(case.name for case in cases)
-            raise InputError(f"cases (={pattern}) names none of `bench {what}`; allowed, * and ? included: {names}")
+            raise InputError(
+                f"cases (={pattern}) must name some of `bench {what}`, where * and ? stand for anything: {names}"
+            )
     return [case for case in cases if not patterns or any(fnmatch.fnmatchcase(case.name, p) for p in patterns)]

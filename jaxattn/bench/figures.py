@@ -6,11 +6,10 @@ import numpy as np
 
 from jaxattn.bench.programs import MODES
 from jaxattn.bench.report import NAMES, Result
-from jaxattn.plots import COLORS, INK, STYLE
-from jaxattn.train.extras import needs_extra
+from jaxattn.errors import needs_extra
+from jaxattn.plots import COLORS, INK, styled
 
 with needs_extra("train"):
-    import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -24,7 +23,7 @@ def bars(results: Sequence[Result], caption: str) -> Figure:
     """
     counts = [max(len(drawn(r, mode)) for mode in MODES) for r in results]
     height = 0.17 * (sum(counts) + 2 * len(counts)) + 1.0
-    with matplotlib.rc_context(STYLE | {"font.size": 8, "axes.titlesize": 10}):  # pyright: ignore[reportArgumentType]
+    with styled(8):
         figure = Figure(figsize=(11, height), layout="constrained")
         figure.set_label("Horizontal bars: the time of every way in every case")
         for axes, mode in zip(figure.subplots(1, len(MODES)), MODES, strict=True):
@@ -77,7 +76,7 @@ def scaling(results: Sequence[Result], series: str) -> Figure:
     sizes = [r.case.place for r in results]
     ways = list(dict.fromkeys(m.way for r in results for m in r.measurements))
     panels = [(mode, what) for what in ("ms", "MB of temporaries") for mode in MODES]
-    with matplotlib.rc_context(STYLE):  # pyright: ignore[reportArgumentType]
+    with styled():
         figure = Figure(figsize=(9, 6.5), layout="constrained")
         figure.set_label(f"Lines: time and temporaries by {label}")
         for axes, (mode, what) in zip(figure.subplots(2, 2).flat, panels, strict=True):

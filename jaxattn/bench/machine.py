@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -57,7 +58,7 @@ def describe() -> dict[str, Any]:
     return {
         "device": f"{device.platform}: {processor() if device.platform == 'cpu' else device.device_kind}",
         "threads": threads(),
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "load": None if sys.platform == "win32" else os.getloadavg()[0],
         "python": platform.python_version(),
         "versions": {name: version for name in PACKAGES if (version := installed(name))},
     }
@@ -65,7 +66,7 @@ def describe() -> dict[str, Any]:
 
 def threads() -> int:
     """The processors that this process may use; `taskset` gives it fewer."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def processor() -> str:

@@ -12,7 +12,7 @@ from jaxattn.bench import attention_ways, conv_ways, figures, machine, report, t
 from jaxattn.bench.cases import Case, select
 from jaxattn.bench.measure import Effort, compare
 from jaxattn.bench.ways import Way
-from jaxattn.train.extras import InputError
+from jaxattn.errors import InputError
 
 WAYS = {
     "attention": [*attention_ways.WAYS, *torch_ways.ATTENTION],
@@ -66,13 +66,15 @@ def check_writable(out: Path, json_file: Path | None):
     """Before anything is measured: the files can be written."""
     if json_file is not None:
         if not json_file.parent.is_dir() or not os.access(json_file.parent, os.W_OK):
-            raise InputError(f"json (={json_file}) cannot be written: {json_file.parent} is not a folder to write in")
+            raise InputError(
+                f"json (={json_file}) must be in a folder that can be written to: {json_file.parent} is none"
+            )
         if json_file.is_dir():
-            raise InputError(f"json (={json_file}) is a folder; give a file")
+            raise InputError(f"json (={json_file}) must be a file, not a folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"out (={out}) cannot be made: {error.strerror}") from error
+        raise InputError(f"out (={out}) must be a folder that can be made: {error.strerror}") from error
 
 
 def write_json(path: Path, values: dict):

@@ -49,9 +49,11 @@ def convert(model: Any, to: str = "attention", *, alpha: float | None = None, rt
     'Conv'
     """
     if to not in ("attention", "conv"):
-        raise ValueError(f"convert: to is {to!r}; allowed: 'attention', 'conv'")
+        raise ValueError(f"convert: to (={to!r}) must be 'attention' or 'conv'")
     if to == "conv" and (alpha is not None or rtol is not None):
-        raise ValueError(f"convert: alpha (={alpha}) and rtol (={rtol}) are for to='attention'; the way back is exact")
+        raise ValueError(
+            f"convert: alpha (={alpha}) and rtol (={rtol}) must be None with to='conv': the way back is exact"
+        )
     converted = []
 
     def replace(path, layer):
@@ -65,8 +67,8 @@ def convert(model: Any, to: str = "attention", *, alpha: float | None = None, rt
     # the copy comes first: recursive_map would share the variables with the model
     made = nnx.recursive_map(replace, nnx.clone(model))
     if not converted:
-        what = "nn.Conv, nnx.Conv and nn.DepthwiseConv" if to == "attention" else "nn.QuadraticAttention"
-        raise ValueError(f"convert: {type(model).__name__} holds no layer to convert; known are {what}")
+        what = "nn.Conv, nnx.Conv or nn.DepthwiseConv" if to == "attention" else "nn.QuadraticAttention"
+        raise ValueError(f"convert: model (={type(model).__name__}) must hold a layer to convert: {what}")
     return made
 
 
@@ -164,40 +166,40 @@ def _word(slide: Slide) -> Any:
     """The padding of the `nn.Conv` that slides as `slide` does."""
     if slide.boundary == "zero":
         return slide.padding
-    spans = [(k - 1) * d for k, d in zip(slide.window.sizes, slide.dilation, strict=True)]  # pyright: ignore
+    spans = [(axis.size - 1) * axis.dilation for axis in slide.window.along]
     for word, boundary in WRAPPED.items():
         if slide.boundary == boundary and slide.padding == tuple((span // 2, span - span // 2) for span in spans):
             return word
     raise ValueError(
-        f"padding {slide.padding} with boundary {slide.boundary!r} is none of nn.Conv's; allowed: boundary 'zero' with "
-        "any padding, or 'wrap' and 'reflect' with (span // 2, span - span // 2), span = (size - 1)·dilation. "
+        f"padding (={slide.padding}) and boundary (={slide.boundary!r}) must be nn.Conv's: boundary 'zero' with any "
+        "padding, or 'wrap' and 'reflect' with (span // 2, span - span // 2), span = (size - 1)·dilation. "
         "attention_to_conv gives the kernel and options for zoo.conv"
     )
 
 
 def _check_kind(where: str, layer: Any) -> None:
     """Refuse a layer that computes something else than a convolution that slides."""
-    name, known = type(layer).__name__, "known are nn.Conv, nnx.Conv and nn.DepthwiseConv"
+    name, known = type(layer).__name__, "an nn.Conv, nnx.Conv or nn.DepthwiseConv"
     if isinstance(layer, TRANSPOSED):
         raise ValueError(
-            f"convert: {where} is a {name}, whose output is finer than its input; {known}. "
+            f"convert: {where} (={name}) must be {known}, and its output is finer than its input. "
             "A transposed convolution of strides 1 can be written as one of them, with the kernel flipped"
         )
     if type(layer).__call__ not in [kind.__call__ for kind in KNOWN]:
-        raise ValueError(f"convert: {where} is a {name}, which calls something of its own; {known}")
+        raise ValueError(f"convert: {where} (={name}) must be {known}, and it calls something of its own")
 
 
 def _check_options(where: str, layer: Any) -> None:
     """Refuse arguments that an attention has no place for."""
     if any(d != 1 for d in _each(layer.input_dilation, len(layer.kernel_size))):
         raise ValueError(
-            f"convert: {where} has input_dilation {layer.input_dilation}; allowed: 1. Put the zeros between the inputs "
+            f"convert: {where}: input_dilation (={layer.input_dilation}) must be 1: put the zeros between the inputs "
             "in a layer before it"
         )
     if getattr(layer, "axis_name", None) is not None:
         raise ValueError(
-            f"convert: {where} has axis_name {layer.axis_name!r}, a grid split over a mesh; allowed: None. "
-            "nn.QuadraticAttention slides over a whole grid"
+            f"convert: {where}: axis_name (={layer.axis_name!r}) must be None: nn.QuadraticAttention slides over a "
+            "whole grid"
         )
     defaults = {
         "preferred_element_type": None,
@@ -205,8 +207,8 @@ def _check_options(where: str, layer: Any) -> None:
         "promote_dtype": dtypes.promote_dtype,
     }
     for argument, default in defaults.items():
-        if getattr(layer, argument, default) is not default:
-            raise ValueError(f"convert: {where} has a {argument} of its own; allowed: the default")
+        if (given := getattr(layer, argument, default)) is not default:
+            raise ValueError(f"convert: {where}: {argument} (={given}) must be the default")
 
 
 def _each(value: Any, rank: int) -> tuple[int, ...]:

@@ -62,7 +62,7 @@ def init_as_cnn(
     Array([0, 1, 2, 3, 4, 5, 6, 7, 8], dtype=int32)
     """
     if alpha is not None and not 0 < alpha < math.inf:
-        raise ValueError(f"init_as_cnn: alpha is {alpha}; allowed: None or a finite number > 0")
+        raise ValueError(f"init_as_cnn: alpha (={alpha}) must be None or a finite number > 0")
     match how:
         case "gpsa":
             _gpsa(attention, 1.0 if alpha is None else alpha, gate)
@@ -71,11 +71,11 @@ def init_as_cnn(
         case "mimetic":
             if rngs is None or alpha is not None:
                 raise ValueError(
-                    f"init_as_cnn: 'mimetic' needs rngs, and takes no alpha; got rngs={rngs}, alpha={alpha}"
+                    f"init_as_cnn: rngs (={rngs}) must be given and alpha (={alpha}) must be None with how='mimetic'"
                 )
             _mimetic(attention, rngs)
         case _:
-            raise ValueError(f"init_as_cnn: how is {how!r}; allowed: 'gpsa', 'impulse', 'mimetic'")
+            raise ValueError(f"init_as_cnn: how (={how!r}) must be one of 'gpsa', 'impulse', 'mimetic'")
 
 
 def _gpsa(attention: Any, alpha: float, gate: float) -> None:
@@ -84,14 +84,14 @@ def _gpsa(attention: Any, alpha: float, gate: float) -> None:
     side = round(heads ** (1 / rank))
     if side**rank != heads:
         raise ValueError(
-            f"init_as_cnn: 'gpsa' makes the {heads} heads a kernel of {rank} axes with equal sides; allowed is a "
-            f"num_heads of {side**rank} or {(side + 1) ** rank}, a whole number to the power of {rank}"
+            f"init_as_cnn: num_heads (={heads}) must be a whole number to the power of {rank} with how='gpsa', which "
+            f"makes the heads a kernel of {rank} axes with equal sides: {side**rank} or {(side + 1) ** rank}"
         )
     features = value.shape[0]
     if value.shape[1] * value.shape[2] != features:
         raise ValueError(
-            f"init_as_cnn: 'gpsa' makes value, {list(value.shape)}, the identity; allowed is heads · head_dim = "
-            f"{features}"
+            f"init_as_cnn: heads (={value.shape[1]}) · head_dim (={value.shape[2]}) must be {features}, the features, "
+            "with how='gpsa', which makes value the identity"
         )
     centre = _offsets(side, rank)
     _set(position, -alpha * np.concatenate([np.ones((heads, 1)), -2 * centre], axis=1))
@@ -103,7 +103,9 @@ def _impulse(attention: Any, alpha: float, size: int, positions: Any) -> None:
     query, key = _heads(attention, "impulse")
     table: Any = getattr(attention, "relative_bias", None)
     if positions is None and table is None:
-        raise ValueError("init_as_cnn: 'impulse' needs a layer with relative_bias=True, or positions")
+        raise ValueError(
+            "init_as_cnn: positions (=None) must be given with how='impulse' where the layer has no relative_bias"
+        )
     rank = (table.ndim if positions is None else np.ndim(positions)) - 1
     offsets = _offsets(size, rank)
     centre = offsets[np.arange(query.shape[1]) % len(offsets)]
@@ -111,7 +113,7 @@ def _impulse(attention: Any, alpha: float, size: int, positions: Any) -> None:
         return _by_positions(attention, query, key, centre, alpha, np.asarray(positions, np.float64))
     slots = [(n + 1) // 2 for n in table.shape[1:]]
     if min(slots) < size:
-        raise ValueError(f"init_as_cnn: size (={size}) is larger than the layer's window, {slots}")
+        raise ValueError(f"init_as_cnn: size (={size}) must fit in the layer's window, {slots}")
     params = {"centre": jnp.asarray(centre), "alpha": jnp.full(len(centre), alpha)}
     _set(table, quadratic_scores(params, [np.arange(1 - k, k) for k in slots]))
     _set(query, np.zeros(query.shape))  # keys stay, so that the queries have gradients
@@ -124,11 +126,13 @@ def _by_positions(attention: Any, query, key, centre: np.ndarray, alpha: float, 
     rank, head_dim = len(grid), query.shape[2]
     if features != query.shape[0] or features != key.shape[0]:
         raise ValueError(
-            f"init_as_cnn: positions has {features} features, and query and key take {query.shape[0]} and "
-            f"{key.shape[0]}"
+            f"init_as_cnn: positions (={list(positions.shape)}) must have as many features as query "
+            f"(={query.shape[0]}) and key (={key.shape[0]}) take"
         )
     if head_dim < rank + 1:
-        raise ValueError(f"init_as_cnn: 'impulse' needs head_dim (={head_dim}) >= {rank + 1}, on a grid of {rank} axes")
+        raise ValueError(
+            f"init_as_cnn: head_dim (={head_dim}) must be at least {rank + 1} for positions on a grid of {rank} axes"
+        )
     axes = [np.arange(n) - (n - 1) / 2 for n in grid]
     token = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, rank)
     one = np.ones((len(token), 1))
@@ -151,11 +155,13 @@ def _mimetic(attention: Any, rngs: nnx.Rngs) -> None:
     features, heads, head_dim = query.shape
     if key.shape[0] != features or value.shape != query.shape or out.shape != (heads, head_dim, features):
         raise ValueError(
-            f"init_as_cnn: 'mimetic' needs as many features in as out, and as many heads of value; got query "
-            f"{list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}, out {list(out.shape)}"
+            f"init_as_cnn: query (={list(query.shape)}), key (={list(key.shape)}), value (={list(value.shape)}) and "
+            f"out (={list(out.shape)}) must have as many features in as out, and as many heads, with how='mimetic'"
         )
     if head_dim > features:
-        raise ValueError(f"init_as_cnn: 'mimetic' needs head_dim (={head_dim}) <= in_features (={features})")
+        raise ValueError(
+            f"init_as_cnn: head_dim (={head_dim}) must be at most in_features (={features}) with how='mimetic'"
+        )
 
     def noise():
         return np.asarray(jax.random.normal(rngs.params(), (features, features)), np.float64) / np.sqrt(features)
@@ -182,7 +188,7 @@ def _split(matrix: np.ndarray, columns: int) -> tuple[np.ndarray, np.ndarray]:
 def _offsets(side: int, rank: int) -> np.ndarray:
     """The offsets of a kernel's taps, `[side**rank, rank]`."""
     if side < 1:
-        raise ValueError(f"init_as_cnn: size is {side}; allowed: an int >= 1")
+        raise ValueError(f"init_as_cnn: size (={side}) must be an int >= 1")
     axes = [np.arange(side) - (side - 1) // 2] * rank
     return np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, rank)
 
@@ -192,11 +198,13 @@ def _heads(attention: Any, how: str) -> tuple[Any, Any]:
     query, key = _parameter(attention, "query"), _parameter(attention, "key")
     if query.shape[1:] != key.shape[1:]:
         raise ValueError(
-            f"init_as_cnn: {how!r} needs as many key heads as query heads; got query {list(query.shape)}, key "
-            f"{list(key.shape)}"
+            f"init_as_cnn: key (={list(key.shape)}) must have as many heads as query (={list(query.shape)}) with "
+            f"how={how!r}"
         )
     if getattr(attention, "query_ln", None) is not None:
-        raise ValueError(f"init_as_cnn: {how!r} needs a layer without normalize_qk, which would undo the products")
+        raise ValueError(
+            f"init_as_cnn: normalize_qk (=True) must be False with how={how!r}: it would undo the products"
+        )
     return query, key
 
 
@@ -205,7 +213,9 @@ def _parameter(attention: Any, name: str) -> Any:
     found = getattr(attention, name, None)
     found = getattr(found, "kernel", found)
     if not isinstance(found, nnx.Variable):
-        raise ValueError(f"init_as_cnn: {type(attention).__name__} has no parameter {name!r}, which this way sets")
+        raise ValueError(
+            f"init_as_cnn: attention (={type(attention).__name__}) must have the parameter {name!r}, which is to be set"
+        )
     return found
 
 

@@ -45,7 +45,7 @@ def patch_kernel(kernel, patch: int | Sequence[int]) -> jax.Array:
     kernel = jnp.asarray(kernel)
     rank = kernel.ndim - 2
     if rank < 1 or 0 in kernel.shape:
-        raise ValueError(f"patch_kernel: kernel is {list(kernel.shape)}; expected [*window, features, out_features]")
+        raise ValueError(f"patch_kernel: kernel (={list(kernel.shape)}) must be [*window, features, out_features]")
     patch = per_axis("patch_kernel", "patch", patch, rank)
     reach = [-(-(size // 2) // p) for size, p in zip(kernel.shape, patch, strict=False)]
     # The tap of PΔ + a - b is at PΔ + a - b + (K - 1) // 2, which an einsum reads as P·u + a + b' from the first that

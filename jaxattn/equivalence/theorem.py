@@ -39,9 +39,9 @@ def error_bound(alpha: float, ndim: int) -> float:
     0.0013, 4.5e-07
     """
     if not alpha > 0:
-        raise ValueError(f"error_bound: alpha is {alpha}; allowed: a number > 0, or inf")
+        raise ValueError(f"error_bound: alpha (={alpha}) must be a number > 0, or inf")
     if not isinstance(ndim, int) or ndim < 1:
-        raise ValueError(f"error_bound: ndim is {ndim!r}; allowed: an int >= 1")
+        raise ValueError(f"error_bound: ndim (={ndim!r}) must be an int >= 1")
     m = np.arange(1, 2 + math.ceil(math.sqrt(750 / min(alpha, 750))))  # beyond, the terms are zero
     return float(-np.expm1(-ndim * np.log1p(2 * np.exp(-alpha * m**2).sum())))
 
@@ -144,14 +144,14 @@ def attention_to_conv(params: Mapping[str, Any], *, groups: int = 1) -> tuple[ja
     slide = params.get("window")
     if not isinstance(slide, Slide) or slide.boundary == "mask":
         raise ValueError(
-            f"attention_to_conv: params['window'] is {slide!r}; a convolution slides, with something outside: allowed "
-            "is a zoo.Slide whose boundary is 'zero', 'edge', 'reflect' or 'wrap'; for others, nearest_conv takes "
-            "their weights"
+            f"attention_to_conv: params['window'] (={slide!r}) must be a zoo.Slide whose boundary is 'zero', 'edge', "
+            "'reflect' or 'wrap': a convolution slides, with something outside. For others, nearest_conv takes their "
+            "weights"
         )
     if params["value"].shape[2] % groups:
         raise ValueError(
-            f"attention_to_conv: groups (={groups}) must divide the last axis of params['value'], "
-            f"{list(params['value'].shape)}"
+            f"attention_to_conv: groups (={groups}) must divide the last axis of params['value'] "
+            f"(={list(params['value'].shape)})"
         )
     slots = [np.arange(k) - (k - 1) // 2 for k in slide.window.sizes]
     weights = jax.nn.softmax(quadratic_scores(params, slots), axis=range(1, 1 + len(slots)))
@@ -191,7 +191,7 @@ def nearest_conv(weights, value, mask=None) -> tuple[jax.Array, jax.Array]:
     weights, value = jnp.asarray(weights), jnp.asarray(value)
     if weights.ndim < 3 or value.ndim != 3 or weights.shape[-2] != value.shape[0]:
         raise ValueError(
-            f"nearest_conv: weights has shape {list(weights.shape)} and value {list(value.shape)}; expected "
+            f"nearest_conv: weights (={list(weights.shape)}) and value (={list(value.shape)}) must be "
             "[*queries, heads, slots] and [heads, in_features, out_features]"
         )
     heads, slots = weights.shape[-2:]
@@ -212,14 +212,14 @@ def nearest_conv(weights, value, mask=None) -> tuple[jax.Array, jax.Array]:
 def _sharpness(alpha: float | None, rtol: float | None, ndim: int, dtype) -> np.ndarray:
     """α as a number of `dtype`, at least what was asked for."""
     if alpha is not None and rtol is not None:
-        raise ValueError(f"conv_to_attention: alpha (={alpha}) and rtol (={rtol}) are given; give one of them")
+        raise ValueError(f"conv_to_attention: alpha (={alpha}) and rtol (={rtol}) must not both be given")
     if rtol is not None:
         if not rtol > 0:
-            raise ValueError(f"conv_to_attention: rtol is {rtol}; allowed: a number > 0 (alpha=inf is exact)")
+            raise ValueError(f"conv_to_attention: rtol (={rtol}) must be a number > 0 (alpha=inf is exact)")
         alpha = _alpha_for(rtol, ndim)
     alpha = math.inf if alpha is None else alpha
     if not alpha > 0:
-        raise ValueError(f"conv_to_attention: alpha is {alpha}; allowed: a number > 0, or inf for the hard limit")
+        raise ValueError(f"conv_to_attention: alpha (={alpha}) must be a number > 0, or inf for the hard limit")
     wanted = min(float(alpha), HARD)
     rounded = np.asarray(wanted, dtype)
     return rounded if float(rounded) >= wanted else np.nextafter(rounded, np.asarray(np.inf, dtype))
@@ -258,8 +258,8 @@ def _factorized(value: jax.Array, groups: int, head_dim: int) -> tuple[jax.Array
         needed = int((scale > rounding).sum(-1).max())
         if head_dim < needed:
             raise ValueError(
-                f"conv_to_attention: head_dim is {head_dim}, and the kernel has a tap whose matrix has rank {needed}: "
-                f"allowed is head_dim >= {needed}, or None for no factors"
+                f"conv_to_attention: head_dim (={head_dim}) must be at least {needed}, the rank of a tap's matrix, or "
+                "None for no factors"
             )
     root = jnp.sqrt(scale[..., :kept])
     spare = [(0, 0)] * 3 + [(0, head_dim - kept)]
@@ -274,7 +274,7 @@ def _factorized(value: jax.Array, groups: int, head_dim: int) -> tuple[jax.Array
 def _check_kernel(kernel: jax.Array, groups: int, boundary: str, head_dim: int | None) -> None:
     if kernel.ndim < 3 or 0 in kernel.shape or not jnp.issubdtype(kernel.dtype, jnp.floating):
         raise ValueError(
-            f"conv_to_attention: kernel is {kernel.dtype}{list(kernel.shape)}; expected floating point, "
+            f"conv_to_attention: kernel (={kernel.dtype}{list(kernel.shape)}) must be floating point, "
             "[*window, features / groups, out_features]"
         )
     if not isinstance(groups, int) or groups < 1 or kernel.shape[-1] % groups:
@@ -283,9 +283,9 @@ def _check_kernel(kernel: jax.Array, groups: int, boundary: str, head_dim: int |
         )
     if boundary not in BOUNDARIES:
         raise ValueError(
-            f"conv_to_attention: boundary is {boundary!r}; allowed: {', '.join(map(repr, BOUNDARIES))}. With 'mask' "
-            "the weights are normalised over the tokens inside, which is no convolution with zeros outside; its hard "
-            "limit is the convolution with 'edge'"
+            f"conv_to_attention: boundary (={boundary!r}) must be one of {', '.join(map(repr, BOUNDARIES))}. With "
+            "'mask' the weights are normalised over the tokens inside, which is no convolution with zeros outside; its "
+            "hard limit is the convolution with 'edge'"
         )
     if head_dim is not None and head_dim < 1:
-        raise ValueError(f"conv_to_attention: head_dim is {head_dim}; allowed: None or an int >= 1")
+        raise ValueError(f"conv_to_attention: head_dim (={head_dim}) must be None or an int >= 1")

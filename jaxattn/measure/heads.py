@@ -149,8 +149,9 @@ def _look(name: str, weights, indices, stride) -> _Look:
     grid, (heads, slots) = indices.shape[:rank], weights.shape[-2:]
     stride = _per_axis(name, "stride", stride, rank)
     weights = weights.reshape(*weights.shape[: -2 - rank], -1, heads, slots).astype(np.float64)
-    if not (np.isfinite(weights) & (weights >= 0)).all():
-        raise ValueError(f"{name}: weights hold a number that is negative or not finite; allowed: finite, >= 0")
+    valid = np.isfinite(weights) & (weights >= 0)
+    if not valid.all():
+        raise ValueError(f"{name}: weights must be finite and at least 0, and one is {weights[~valid][0]}")
     keys = indices.reshape(-1, slots, rank)
     queries = np.moveaxis(np.indices(grid), 0, -1).reshape(-1, 1, rank)
     weights = np.where(np.all(keys >= 0, axis=-1)[:, None], weights, 0.0)
@@ -172,14 +173,14 @@ def _rank(name: str, weights: np.ndarray, indices: np.ndarray) -> int:
     rank = indices.shape[-1] if indices.ndim else 0
     if rank < 1 or indices.ndim != 2 * rank + 1:
         raise ValueError(
-            f"{name}: indices have the shape {list(indices.shape)}; allowed: [*query_grid, *window, rank], as "
+            f"{name}: indices (={list(indices.shape)}) must be [*query_grid, *window, rank], as "
             "Window.indices(shape) gives them"
         )
     grid, slots = indices.shape[:rank], math.prod(indices.shape[rank:-1])
     if weights.ndim < rank + 2 or weights.shape[-2 - rank : -2] != grid or weights.shape[-1] != slots:
         raise ValueError(
-            f"{name}: weights have the shape {list(weights.shape)}, and the indices {list(indices.shape)}; allowed: "
-            f"[*batch, {', '.join(map(str, grid))}, heads, {slots}]"
+            f"{name}: weights (={list(weights.shape)}) must be [*batch, {', '.join(map(str, grid))}, heads, {slots}] "
+            f"for indices of {list(indices.shape)}"
         )
     return rank
 
@@ -187,5 +188,5 @@ def _rank(name: str, weights: np.ndarray, indices: np.ndarray) -> int:
 def _per_axis(name: str, argument: str, value: int | Sequence[int], rank: int) -> np.ndarray:
     array = np.asarray(value)
     if array.shape not in ((), (rank,)) or array.dtype.kind not in "iu" or (array < 1).any():
-        raise ValueError(f"{name}: {argument} is {value!r}; allowed: an integer >= 1, or {rank} of them")
+        raise ValueError(f"{name}: {argument} (={value!r}) must be an integer >= 1, or {rank} of them")
     return np.broadcast_to(array.astype(int), (rank,))

@@ -48,15 +48,13 @@ def query_key_metric(query_kernel: Kernel, key_kernel: Kernel) -> QueryKeyMetric
     """
     query, key = (np.asarray(kernel, np.float64) for kernel in (query_kernel, key_kernel))
     if query.ndim != 3:
-        raise ValueError(
-            f"query_key_metric: query_kernel has the shape {list(query.shape)}; allowed: [features, heads, head_dim]"
-        )
+        raise ValueError(f"query_key_metric: query_kernel (={list(query.shape)}) must be [features, heads, head_dim]")
     features, heads, head_dim = query.shape
     fits = key.ndim == 3 and (key.shape[0], key.shape[2]) == (features, head_dim)
     if not fits or key.shape[1] < 1 or heads % key.shape[1]:
         raise ValueError(
-            f"query_key_metric: key_kernel has the shape {list(key.shape)}; allowed for a query_kernel of "
-            f"{list(query.shape)}: [{features}, key_heads, {head_dim}], where key_heads divides {heads}"
+            f"query_key_metric: key_kernel (={list(key.shape)}) must be [{features}, key_heads, {head_dim}], where "
+            f"key_heads divides {heads}, for a query_kernel of {list(query.shape)}"
         )
     key = np.repeat(key, heads // key.shape[1], axis=1)
     metric = np.einsum("fhd,ghd->hfg", query, key, optimize=True)

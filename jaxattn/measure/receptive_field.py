@@ -39,20 +39,19 @@ def effective_receptive_field(
     x = jnp.asarray(x)
     if x.ndim < 3 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
-            f"effective_receptive_field: x is {x.dtype}{list(x.shape)}; allowed: floating point, [batch, *grid, "
-            "features]"
+            f"effective_receptive_field: x (={x.dtype}{list(x.shape)}) must be floating point, [batch, *grid, features]"
         )
     shape = jnp.shape(jax.eval_shape(function, x))
     if len(shape) != x.ndim or shape[0] != x.shape[0]:
         raise ValueError(
-            f"effective_receptive_field: function gives {list(shape)} for an x of {list(x.shape)}; allowed: "
+            f"effective_receptive_field: function (giving {list(shape)} for an x of {list(x.shape)}) must give "
             f"[{x.shape[0]}, {x.ndim - 2} axes of a grid, out_features]"
         )
     grid = shape[1:-1]
     at = tuple(n // 2 for n in grid) if position is None else tuple(int(p) for p in position)
     if len(at) != len(grid) or not all(0 <= p < n for p, n in zip(at, grid, strict=True)):
         raise ValueError(
-            f"effective_receptive_field: position is {position}; allowed: an index of the output grid {list(grid)}"
+            f"effective_receptive_field: position (={position}) must be an index of the output grid {list(grid)}"
         )
     gradient = jax.jit(jax.grad(lambda x: function(x)[:, *at].sum()))(x)
     return np.abs(np.asarray(gradient, np.float64)).sum(-1).mean(0)

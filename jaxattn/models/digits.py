@@ -41,7 +41,7 @@ class DigitNet(nnx.Module):
         """Logits of `images` `[*batch, 28, 28, 1]`."""
         x = jnp.asarray(images)
         if x.shape[-3:] != (28, 28, 1):
-            raise ValueError(f"DigitNet: images must be [*batch, 28, 28, 1], got {x.shape}")
+            raise ValueError(f"DigitNet: images (={x.shape}) must be [*batch, 28, 28, 1]")
         for conv in (self.conv1, self.conv2, self.conv3):
             x = nnx.max_pool(jax.nn.relu(conv(x)), (2, 2), (2, 2))
         return self.classifier(jax.nn.relu(self.hidden(x)))

@@ -114,8 +114,7 @@ class EfficientNet(nnx.Module):
         x = jnp.asarray(images)
         if x.ndim < 3 or x.shape[-1] != self.in_features:
             raise ValueError(
-                f"EfficientNet: images must be [*batch, height, width, in_features (={self.in_features})], "
-                f"got {x.shape}"
+                f"EfficientNet: images (={x.shape}) must be [*batch, height, width, in_features (={self.in_features})]"
             )
         x = jax.nn.relu6(self.stem_norm(self.stem(x)))
         for block in self.blocks:

@@ -10,7 +10,7 @@ def check_rates(network: str, **rates: float):
     """A rate is a probability below one."""
     for name, rate in rates.items():
         if not 0 <= rate < 1:
-            raise ValueError(f"{network}: {name} must be in [0, 1), got {rate}")
+            raise ValueError(f"{network}: {name} (={rate}) must be in [0, 1)")
 
 
 def check_rngs(network: str, rngs: Any, **drops: nnx.Dropout):

@@ -125,7 +125,7 @@ class AttentionStem(nnx.Module):
         return y.reshape(*x.shape[:-1], -1)
 
 
-class Mixer(nnx.Module):
+class GridMixer(nnx.Module):
     """A block's spatial mixing: a 3 × 3 convolution, or local attention as in SASA; either with a stride.
 
     The attention is Ramachandran et al.'s: relative embeddings factorised into row and column, no bias, no output
@@ -196,7 +196,7 @@ class Block(nnx.Module):
             )
 
         def mixer(in_features, stride):
-            return Mixer(in_features, features, stride, mix, window=window, num_heads=num_heads, **kwargs)
+            return GridMixer(in_features, features, stride, mix, window=window, num_heads=num_heads, **kwargs)
 
         if block == "basic":
             layers = [mixer(in_features, stride), mixer(features, 1)]
@@ -220,9 +220,9 @@ class Block(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ):
         y = x
-        for layer, norm in zip(self.layers, self.norms, strict=True):
-            y = norm(layer(y, sow_weights=sow_weights) if isinstance(layer, Mixer) else layer(y))
-            y = y if norm is self.norms[-1] else jax.nn.relu(y)
+        for n, (layer, norm) in enumerate(zip(self.layers, self.norms, strict=True), 1):
+            y = norm(layer(y, sow_weights=sow_weights) if isinstance(layer, GridMixer) else layer(y))
+            y = y if n == len(self.layers) else jax.nn.relu(y)
         if self.shortcut is not None and self.shortcut_norm is not None:
             x = self.shortcut_norm(self.shortcut(x))
         return jax.nn.relu(x + self.drop_path(y, rngs=rngs))
@@ -300,7 +300,7 @@ class ResNet(nnx.Module):
         _one_of("stem", stem, STEMS)
         _one_of("stem_mix", stem_mix, MIXES)
         if len(mixes) != len(stage_sizes):
-            raise ValueError(f"ResNet: mix must be a string or one per stage ({len(stage_sizes)}), got {mix!r}")
+            raise ValueError(f"ResNet: mix (={mix!r}) must be a string or one per stage ({len(stage_sizes)})")
         for each in mixes:
             _one_of("mix", each, MIXES)
         check_rates("ResNet", drop_path=drop_path)
@@ -339,7 +339,7 @@ class ResNet(nnx.Module):
         images = jnp.asarray(images)
         if images.ndim < 3 or images.shape[-1] != self.in_features:
             raise ValueError(
-                f"ResNet: images must be [*batch, height, width, in_features (={self.in_features})], got {images.shape}"
+                f"ResNet: images (={images.shape}) must be [*batch, height, width, in_features (={self.in_features})]"
             )
         check_rngs("ResNet", rngs, drop_path=self.blocks[-1].drop_path)
         x = jax.nn.relu(self.stem_norm(self.stem(images)))
@@ -376,7 +376,7 @@ def _stem(
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]):
     if value not in allowed:
-        raise ValueError(f"ResNet: {name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        raise ValueError(f"ResNet: {name} (={value!r}) must be one of {', '.join(map(repr, allowed))}")
 
 
 def resnet18(**kwargs: Any) -> ResNet:

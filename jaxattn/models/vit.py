@@ -44,7 +44,7 @@ def sincos_2d(height: int, width: int, features: int) -> np.ndarray:
     return np.concatenate([np.sin(column), np.cos(column), np.sin(row), np.cos(row)], axis=-1)
 
 
-class Mixer(nnx.Module):
+class TokenMixer(nnx.Module):
     """A block's mixing of tokens, `[*batch, *tokens, width]` to the same; "global" takes a grid or a sequence of them.
 
     "global": `nn.Attention` of all tokens. "local": the same in a window, with a relative bias (NAT, Hassani et al.
@@ -132,7 +132,9 @@ class Block(nnx.Module):
         **kwargs: Any,
     ):
         self.axes, self.post = axes, norm == "post"
-        self.mix = Mixer(width, num_heads, mix, window=window, qkv_bias=qkv_bias, kernel_init=kernel_init, **kwargs)
+        self.mix = TokenMixer(
+            width, num_heads, mix, window=window, qkv_bias=qkv_bias, kernel_init=kernel_init, **kwargs
+        )
         self.mlp = MLP(width, mlp_dim, dropout=dropout, kernel_init=kernel_init, **kwargs)
         self.mix_norm, self.mlp_norm = layer_norm(width, **kwargs), layer_norm(width, **kwargs)
         self.dropout, self.drop_path = nnx.Dropout(dropout), drop_path(drop_path_rate, axes + 1)
@@ -172,7 +174,7 @@ class ViT(nnx.Module):
       depth: blocks.
       num_heads: of every mixing layer. "gpsa" takes a square, and all but "quadratic" one that divides `width`.
       mlp_dim: features within each MLP.
-      mix: "global", "local", "quadratic", "gpsa" (see `Mixer`), a function that makes another layer, as
+      mix: "global", "local", "quadratic", "gpsa" (see `TokenMixer`), a function that makes another layer, as
         `lambda width, **kwargs: nn.Conv(width, width, (3, 3), **kwargs)`, or one of these for each block.
       window: side of the window of "local", or (height, width); at most the grid's.
       class_token: whether there is one; the last block must then be "global", as the other layers need a grid.
@@ -272,7 +274,7 @@ class ViT(nnx.Module):
     def _grid(self, size: Sequence[int]) -> tuple[int, int]:
         """The grid of the patches of an image of `size` (height, width)."""
         if any(n < 1 or n % p for n, p in zip(size, self.patch_size, strict=True)):
-            raise ValueError(f"ViT: patch_size (={self.patch_size}) must divide the image's size, got {tuple(size)}")
+            raise ValueError(f"ViT: patch_size (={self.patch_size}) must divide the image's size (={tuple(size)})")
         rows, columns = (n // p for n, p in zip(size, self.patch_size, strict=True))
         return rows, columns
 
@@ -290,10 +292,10 @@ class ViT(nnx.Module):
             position = jax.lax.dynamic_slice_in_dim(position, jax.lax.axis_index(self.axis_name) * rows, rows)
         return x + position
 
-    def _join(self, x: Float[Array, "*batch height width features"]) -> Float[Array, "*batch tokens features"]:
+    def _join(
+        self, x: Float[Array, "*batch height width features"], token: Float[Array, "features"]
+    ) -> Float[Array, "*batch tokens features"]:
         """The class token, and then all others."""
-        assert self.class_token is not None
-        token = self.class_token[...]
         token = token if self.class_position is None else token + self.class_position[...]
         batch, features = x.shape[:-3], x.shape[-1]
         first = jnp.broadcast_to(token.astype(x.dtype), (*batch, 1, features))
@@ -308,13 +310,14 @@ class ViT(nnx.Module):
         self._check_images(images)
         if self.axis_name is not None and self.class_token is not None:
             raise ValueError(
-                f"ViT: a class token is on no shard of a grid that is split over {self.axis_name!r}: give "
-                "class_token=False, or leave the grid whole"
+                f"ViT: class_token (=True) must be False where the grid is split over {self.axis_name!r}: the token is "
+                "on no shard"
             )
         check_rngs("ViT", rngs, drop_path=self.blocks[-1].drop_path, dropout=self.dropout)
         x = self._tokens(images)
         for n, block in enumerate(self.blocks):
-            x = self._join(x) if n == self.joins else x
+            if self.class_token is not None and n == self.joins:
+                x = self._join(x, self.class_token[...])
             # what joins first is dropped with the rest, after the position
             x = self.dropout(x, rngs=rngs) if n == 0 else x
             x = run_block(block, x, sow_weights=sow_weights, rngs=rngs, remat=self.remat)
@@ -349,7 +352,7 @@ class ViT(nnx.Module):
     def _quadratic(self) -> list[QuadraticAttention]:
         layers = [block.mix.layer for block in self.blocks if isinstance(block.mix.layer, QuadraticAttention)]
         if not layers:
-            raise ValueError("ViT: only heads of mix='quadratic' have centres, and no block of this network has any")
+            raise ValueError("ViT: mix must be 'quadratic' in some block: only such heads have centres")
         return layers
 
     def _check_images(self, images: Array):
@@ -358,7 +361,7 @@ class ViT(nnx.Module):
         whole = (images.shape[-3] * shard_count(self.axis_name), images.shape[-2]) if fits else ()
         if not fits or (self.position_kind == "learned" and whole != self.image_size):
             shape = f"[*batch, {size[0]}, {size[1]}, in_features (={self.in_features})]"
-            raise ValueError(f"ViT: images must be {shape}, got {images.shape}")
+            raise ValueError(f"ViT: images (={images.shape}) must be {shape}")
         self._grid(whole)
 
 
@@ -374,29 +377,29 @@ def _joins(mixes: Sequence[Mix]) -> int:
 def _check_sizes(**sizes: int):
     for name, size in sizes.items():
         if size < 1:
-            raise ValueError(f"ViT: {name} must be at least 1, got {size}")
+            raise ValueError(f"ViT: {name} (={size}) must be at least 1")
 
 
 def _check_names(pool: str, position: str, norm: str, class_token: bool, width: int):
     for name, value, allowed in (("pool", pool, POOLS), ("position", position, POSITIONS), ("norm", norm, NORMS)):
         if value not in allowed:
-            raise ValueError(f"ViT: {name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+            raise ValueError(f"ViT: {name} (={value!r}) must be one of {', '.join(map(repr, allowed))}")
     if pool == "token" and not class_token:
-        raise ValueError("ViT: pool='token' needs a class token, got class_token=False; pool='mean' needs none")
+        raise ValueError("ViT: class_token (=False) must be True with pool='token'; pool='mean' needs none")
     if position == "sincos2d" and width % 4:
-        raise ValueError(f"ViT: with position='sincos2d', 4 must divide width (={width})")
+        raise ValueError(f"ViT: width (={width}) must be a multiple of 4 with position='sincos2d'")
 
 
 def _check_mixes(mixes: Sequence[Mix], depth: int, class_token: bool, window: tuple[int, int], grid: tuple[int, int]):
     if len(mixes) != depth:
-        raise ValueError(f"ViT: mix must be a string, a function, or one per block ({depth}), got {mixes!r}")
+        raise ValueError(f"ViT: mix (={mixes!r}) must be a string, a function, or one per block ({depth})")
     for mix in mixes:
         if mix not in MIXES and not callable(mix):
-            raise ValueError(f"ViT: mix must be one of {', '.join(map(repr, MIXES))}, or a function, got {mix!r}")
+            raise ValueError(f"ViT: mix (={mix!r}) must be one of {', '.join(map(repr, MIXES))}, or a function")
     if class_token and mixes[-1] != "global":
         raise ValueError(
-            f"ViT: a class token is not on the grid that mix={mixes[-1]!r} needs: give class_token=False (and "
-            "pool='mean'), or a mix that ends in 'global', where the token then joins"
+            f"ViT: class_token (=True) must be False (and pool 'mean') with mix={mixes[-1]!r}, which needs a grid; or "
+            "give a mix that ends in 'global', where the token then joins"
         )
     if "local" in mixes and any(w > n for w, n in zip(window, grid, strict=True)):
         raise ValueError(f"ViT: window (={window}) must fit in the grid of the patches, {grid}")

@@ -105,8 +105,8 @@ class VolumeNet(nnx.Module):
         fits = x.ndim >= 4 and x.shape[-1] == self.in_features
         if not fits or any(n % p for n, p in zip(x.shape[-4:-1], self.patch_size, strict=True)):
             raise ValueError(
-                f"VolumeNet: volumes must be [*batch, depth, height, width, in_features (={self.in_features})] with "
-                f"sides that patch_size (={self.patch_size}) divides, got {x.shape}"
+                f"VolumeNet: volumes (={x.shape}) must be [*batch, depth, height, width, in_features "
+                f"(={self.in_features})] with sides that patch_size (={self.patch_size}) divides"
             )
         check_rngs("VolumeNet", rngs, drop_path=self.blocks[-1].drop_path)
         x = self.patches(x)

@@ -10,12 +10,12 @@ from jaxattn.plots import COLORS
 SIDE, GAP, SECONDS = 220, 24, 8
 
 
-def moving_centres(tracks: Float[np.ndarray, "frames layers heads 2"], titles: Sequence[str]) -> str:
+def moving_centers(tracks: Float[np.ndarray, "frames layers heads 2"], titles: Sequence[str]) -> str:
     """Where each head looks from the query (the cross), in tokens, a panel a layer: a dot that moves, and its path.
 
     What does not play animations shows the end of training.
 
-    >>> svg = moving_centres(np.zeros((3, 1, 2, 2)), ["layer 1"])
+    >>> svg = moving_centers(np.zeros((3, 1, 2, 2)), ["layer 1"])
     >>> svg.count("<polyline"), svg.count("<animate ")
     (2, 4)
     """

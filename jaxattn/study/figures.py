@@ -3,12 +3,11 @@
 import math
 from collections.abc import Mapping, Sequence
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from jaxattn.plots import COLORS, INK, STYLE
+from jaxattn.plots import COLORS, INK, styled
 from jaxattn.study.seeds import interval
 
 
@@ -20,7 +19,7 @@ def lines(
     >>> lines([1, 2], {"error": [0.1, 0.01]}, "alpha", "error", log=True).axes[0].get_yscale()
     'log'
     """
-    with matplotlib.rc_context(STYLE):  # pyright: ignore[reportArgumentType]
+    with styled():
         figure = Figure(figsize=(6.4, 3.2), layout="constrained")
         figure.set_label(f"Lines: {ylabel} by {xlabel}")
         axes = figure.subplots()
@@ -40,7 +39,7 @@ def dots(panels: Mapping[str, Mapping[str, Sequence[float]]], xlabel: str) -> Fi
     ['images']
     """
     most = max(map(len, panels.values()))
-    with matplotlib.rc_context(STYLE):  # pyright: ignore[reportArgumentType]
+    with styled():
         figure = Figure(figsize=(7.2, 0.9 + 0.34 * most), layout="constrained")
         figure.set_label(f"Dots: {xlabel} of each seed, and their mean")
         grid = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -64,7 +63,7 @@ def curves(panels: Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]], xl
     """
     names = list(dict.fromkeys(name for mixers in panels.values() for name in mixers))
     looks = dict(zip(names, zip(COLORS, "os^Dvx", strict=True), strict=False))
-    with matplotlib.rc_context(STYLE):  # pyright: ignore[reportArgumentType]
+    with styled():
         figure = Figure(figsize=(7.2, 3.2), layout="constrained")
         figure.set_label(f"Lines: test accuracy by {xlabel}, with 95 % intervals")
         grid = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -76,7 +75,7 @@ def curves(panels: Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]], xl
                     list(curve), [value.mean for value in found], color=color, marker=mark, markersize=5, label=name
                 )
                 if all(map(math.isfinite, found[0])):
-                    low, high = zip(*[value[1:] for value in found], strict=True)
+                    low, high = [value.low for value in found], [value.high for value in found]
                     axes.fill_between(list(curve), low, np.minimum(high, 1), color=color, alpha=0.15, linewidth=0)
             axes.set(title=title, xlabel=xlabel, xscale="log", ylim=(None, 1.02))
             axes.set_xticks(list(next(iter(mixers.values()))))

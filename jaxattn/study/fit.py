@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 
 from jaxattn.study.compiler import LOOP
-from jaxattn.train.augment import normalise
+from jaxattn.train.augment import normalize
 from jaxattn.train.data import Dataset
 
 TEST_BATCH = 500
@@ -78,7 +78,7 @@ def examples(data: Dataset, seed: int, count: int) -> tuple[Examples, Examples]:
     """
 
     def ready(images, labels):
-        return Examples(np.asarray(normalise(images, data.mean, data.std), np.float32), labels)
+        return Examples(np.asarray(normalize(images, data.mean, data.std), np.float32), labels)
 
     everything = len(data.train)
     first = seed * everything + np.arange(count)  # of an endless source, which is as random there as anywhere

@@ -4,7 +4,7 @@ import sys
 import time
 from typing import Self
 
-from jaxattn.train.extras import needs_extra
+from jaxattn.errors import needs_extra
 
 with needs_extra("train"):
     from tqdm import tqdm

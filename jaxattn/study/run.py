@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxattn.errors import InputError
 from jaxattn.study.claim import FAILED, Claim, Profile, decide
 from jaxattn.study.kept import Kept, drawing
 from jaxattn.study.progress import Progress
@@ -15,7 +16,6 @@ from jaxattn.study.seeds import UNDECIDED
 from jaxattn.study.worker import Job, Task
 from jaxattn.study.workers import answers, default_jobs
 from jaxattn.train.data import load
-from jaxattn.train.extras import InputError
 from jaxattn.train.run import write_json
 
 SEEDS = {"quick": 3, "full": 5}
@@ -60,7 +60,7 @@ def study(
         cache.mkdir(parents=True, exist_ok=True)
         write_json(out / "settings.json", settings)
     except OSError as error:
-        raise InputError(f"out (={out}) cannot be written to: {error.strerror}") from error
+        raise InputError(f"out (={out}) must be a folder that can be written to: {error.strerror}") from error
     results, made_with = run_all(chosen, count, Job(SOURCE, profile, data, str(cache)), jobs)
     write_report(out, list(zip(chosen, results, strict=True)), settings, made_with)
     return results
@@ -107,7 +107,7 @@ def select(text: str | None) -> list[Claim]:
     except ValueError as error:
         raise InputError(f"claims (={text!r}) must be numbers with commas between them, as 5,10,21") from error
     if unknown := sorted(wanted - known):
-        raise InputError(f"claims (={text!r}): there is no claim {unknown[0]}; allowed: 1 to {max(known)}")
+        raise InputError(f"claims (={text!r}) must be from 1 to {max(known)}: there is no claim {unknown[0]}")
     return [claim for claim in claims if claim.number in wanted]
 
 

@@ -115,8 +115,7 @@ def default_jobs() -> int:
     """As many as there are cores; one where there may be an accelerator, since a process takes the whole of it."""
     if accelerated():
         return 1
-    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def accelerated() -> bool:

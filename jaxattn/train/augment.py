@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, Num, Real
 
-from jaxattn.train.extras import needs_extra
+from jaxattn.errors import needs_extra
 
 
 @runtime_checkable
@@ -33,14 +33,14 @@ class Augmentation(Protocol):
     def cutmix(self) -> float: ...  # alpha
 
 
-def normalise(
+def normalize(
     images: Num[Array | np.ndarray, "batch *grid channels"],
     mean: Real[Array | np.ndarray, "channels"],
     std: Real[Array | np.ndarray, "channels"],
 ) -> Float[Array, "batch *grid channels"]:
     """(images - mean) / std in float32, where uint8 images count in 255ths.
 
-    >>> normalise(jnp.full((1, 1, 1, 1), 255, jnp.uint8), jnp.array([0.5]), jnp.array([0.25])).item()
+    >>> normalize(jnp.full((1, 1, 1, 1), 255, jnp.uint8), jnp.array([0.5]), jnp.array([0.25])).item()
     2.0
     """
     images = jnp.asarray(images)

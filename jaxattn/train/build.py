@@ -4,8 +4,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxattn import models
+from jaxattn.errors import InputError
 from jaxattn.train.config import RESNETS, VITS, Config
-from jaxattn.train.extras import InputError
 
 FLAT = ("shift", "flip", "cutout", "cutmix", "erasing")  # augmentations that know two axes
 
@@ -17,10 +17,10 @@ def build(config: Config, image_shape: tuple[int, ...], num_classes: int) -> nnx
     *grid, channels = image_shape
     rank = 3 if config.model == "volume_small" else 2
     if len(grid) != rank:
-        raise InputError(f"model (={config.model!r}) takes images of {rank} axes and channels, got {image_shape}")
+        raise InputError(f"images (={image_shape}) must have {rank} axes and channels for model (={config.model!r})")
     flat = [name for name in FLAT if getattr(config, name)]
     if rank == 3 and flat:
-        raise InputError(f"{flat[0]} (={getattr(config, flat[0])}) is for images of two axes; for volumes it must be 0")
+        raise InputError(f"{flat[0]} (={getattr(config, flat[0])}) must be 0 for volumes: it is for images of two axes")
     settings = {
         "num_classes": num_classes,
         "in_features": channels,

@@ -28,7 +28,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from jaxattn.train.extras import InputError, needs_extra
+from jaxattn.errors import InputError, needs_extra
 
 FOLDER, ARRAYS, MANIFEST = "checkpoints", "arrays", "manifest.json"
 
@@ -204,7 +204,7 @@ def load_weights(run: Path, model: nnx.Module, which: Literal["best", "last"] = 
     step, damaged = _first_whole(folder, steps)
     if step < 0:
         said = f"no checkpoint is whole: {'; '.join(damaged.values())}" if damaged else f"{FOLDER} is missing or empty"
-        raise InputError(f"run (={run}) is not a whole run: {said}")
+        raise InputError(f"run (={run}) must be a whole run: {said}")
     path = folder / str(step)
     saved = _read_manifest(path)["arrays"]
     kind = "average" if any(name.startswith("average/") for name in saved) else "weights"

@@ -1,6 +1,7 @@
 """`jaxattn compile`: what a training step would need on a machine that is not there, from that machine's compiler."""
 
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -12,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxattn.errors import InputError, needs_extra
 from jaxattn.machine import traced_for
 from jaxattn.train import hlo
 from jaxattn.train.config import Config
 from jaxattn.train.data.dataset import Arrays, Dataset
-from jaxattn.train.extras import InputError, needs_extra
 from jaxattn.train.program import assemble
 from jaxattn.train.sharding import batch_sharding, make_mesh
 
@@ -81,7 +82,7 @@ def find_devices(topology: str) -> list[Any]:
     if kind == "cpu":
         return _virtual(topology, int(shape))
     with needs_extra("tpu"):
-        import libtpu  # noqa: F401  # pyright: ignore[reportMissingImports]
+        importlib.import_module("libtpu")
     # libtpu asks the cloud that it takes itself to be in, and locks the TPU, unless it is told otherwise
     told = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     for name, value in told.items():
@@ -91,7 +92,7 @@ def find_devices(topology: str) -> list[Any]:
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        raise InputError(f"topology (={topology!r}) is none that the TPU's compiler knows: {error}") from error
+        raise InputError(f"topology (={topology!r}) must be one that the TPU's compiler knows: {error}") from error
 
 
 def _virtual(topology: str, count: int) -> list[Any]:
@@ -99,7 +100,9 @@ def _virtual(topology: str, count: int) -> list[Any]:
         jax.config.update("jax_num_cpu_devices", count)
     devices = jax.devices("cpu")
     if not 1 <= count <= len(devices):
-        raise InputError(f"topology (={topology!r}) asks for {count} of the {len(devices)} devices of this process")
+        raise InputError(
+            f"topology (={topology!r}) must be cpu:1 to cpu:{len(devices)}, as this process has {len(devices)} devices"
+        )
     return devices[:count]
 
 
@@ -127,14 +130,19 @@ def compile_report(function: jax.stages.Wrapped, *arguments: Any, topology: str,
             raise
         raise InputError(f"the step does not fit {topology}; its compiler says: {_brief(str(error))}") from error
     memory, costs = compiled.memory_analysis(), compiled.cost_analysis() or {}
-    sizes = [
-        getattr(memory, f"{name}_size_in_bytes") for name in ("argument", "output", "alias", "temp", "generated_code")
-    ]
+    names = {
+        "arguments": "argument",
+        "outputs": "output",
+        "aliased": "alias",
+        "temporaries": "temp",
+        "code": "generated_code",
+    }
+    sizes = {ours: getattr(memory, f"{theirs}_size_in_bytes") for ours, theirs in names.items()}
     return Report(
-        topology,
-        devices,
-        *sizes,
-        peak=sum(sizes) - 2 * sizes[2],
+        topology=topology,
+        devices=devices,
+        **sizes,
+        peak=sum(sizes.values()) - 2 * sizes["aliased"],
         limit=CHIPS[kind].memory * 2**30 if kind in CHIPS else None,
         flops=costs.get("flops", float("nan")),
         text=hlo.read(compiled.as_text() or ""),
@@ -148,11 +156,11 @@ def _brief(message: str) -> str:
     return " ".join(lines[:6])
 
 
-def plan(config: Config, topology: str, mesh: str, image_shape: tuple[int, ...], classes: int) -> Report:
+def plan_step(config: Config, topology: str, mesh: str, image_shape: tuple[int, ...], classes: int) -> Report:
     """The report of a configuration's training step, for images that need not be there either."""
     config.check()
     if config.mix == "both":
-        raise InputError("mix (='both') is two networks; compile one, with --mix conv or --mix attention")
+        raise InputError("mix (='both') must be one network: --mix conv or --mix attention")
     if min(image_shape) < 1 or classes < 1:
         raise InputError(f"image_shape (={image_shape}) and classes (={classes}) must be at least 1")
     devices = find_devices(topology)

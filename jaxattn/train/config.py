@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Literal, get_args
 
-from jaxattn.train.extras import InputError
+from jaxattn.errors import InputError
 
 RecipeName = Literal["digits", "fashion", "resnet", "vit", "cordonnier", "vit_b"]
 ResnetName = Literal["tiny", "resnet18", "resnet34", "resnet50"]
@@ -135,6 +135,8 @@ class Options:
     def check(self):
         """Raises a ValueError that names the first field out of its range."""
         if self.resume and self.overwrite:
-            raise InputError("resume and overwrite exclude each other: go on with the run, or replace it")
+            raise InputError(
+                "resume (=True) and overwrite (=True) must not both be set: go on with the run, or replace it"
+            )
         if self.checkpoint_every < 0:
             raise InputError(f"checkpoint_every (={self.checkpoint_every}) must be at least 0")

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import jax
 
+from jaxattn.errors import InputError
 from jaxattn.train import peers
-from jaxattn.train.extras import InputError
 
 SILENCE = (
     25  # seconds without a heartbeat after which JAX gives a process up: one that hangs, which no connection shows
@@ -83,7 +83,9 @@ def find_group(coordinator: str | None, processes: int | None, process: int | No
     if len(missing) == 3:
         return Group(None, None, None) if launched() > 1 else None
     if missing or coordinator is None or processes is None or process is None:
-        raise InputError(f"coordinator, processes and process are given together; {' and '.join(missing)} is missing")
+        raise InputError(
+            f"{' and '.join(missing)} (=None) must be given too: coordinator, processes and process go together"
+        )
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit():
         raise InputError(f"coordinator (={coordinator!r}) must be HOST:PORT, where process 0 listens")

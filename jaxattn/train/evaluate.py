@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxattn.train.augment import normalise
+from jaxattn.train.augment import normalize
 from jaxattn.train.data import Dataset, Source
 
 
@@ -15,7 +15,7 @@ def make_predict(graph: nnx.GraphDef, data: Dataset) -> Callable:
     """The forward pass: (weights, rest, images [batch, *grid, channels] as `data` has them) -> classes [batch]."""
 
     def predict(weights, rest, images):
-        return nnx.merge(graph, weights, rest)(normalise(images, data.mean, data.std)).argmax(-1)
+        return nnx.merge(graph, weights, rest)(normalize(images, data.mean, data.std)).argmax(-1)
 
     return predict
 

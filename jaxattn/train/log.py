@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jaxattn.train.extras import needs_extra
+from jaxattn.errors import needs_extra
 
 
 class Log:

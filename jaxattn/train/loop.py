@@ -16,13 +16,13 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from jaxattn.errors import needs_extra
 from jaxattn.train.build import build
 from jaxattn.train.checkpoint import Checkpoints
 from jaxattn.train.config import Config
 from jaxattn.train.data import Dataset, batches
 from jaxattn.train.distributed import is_main
 from jaxattn.train.evaluate import count_correct
-from jaxattn.train.extras import needs_extra
 from jaxattn.train.log import Log, Silent
 from jaxattn.train.meter import AHEAD, Diverged, Meter
 from jaxattn.train.optimizer import schedule

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxattn.train.extras import InputError
+from jaxattn.errors import InputError
 
 METRICS = ("loss", "accuracy", "gradient_norm")  # of a step, in this order
 AHEAD = 4  # steps that the host may be ahead of the device: enough to keep it busy, few enough to hold their batches

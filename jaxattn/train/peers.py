@@ -114,9 +114,10 @@ def _watched(connection: socket.socket) -> socket.socket:
     """Probed by the kernel: broken after some 20 s without a sign of life of the other machine."""
     connection.settimeout(None)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
-        if hasattr(socket, name):  # macOS lacks the first
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    if sys.platform != "darwin":  # which has no TCP_KEEPIDLE
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
     return connection
 
 

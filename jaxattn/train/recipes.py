@@ -2,8 +2,8 @@
 
 import dataclasses
 
+from jaxattn.errors import InputError
 from jaxattn.train.config import Config, DtypeName, Mix, ModelName, OptimizerName, RecipeName
-from jaxattn.train.extras import InputError
 
 
 class Digits(Config):

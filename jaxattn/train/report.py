@@ -18,7 +18,7 @@ from jaxattn.train.data import Dataset
 from jaxattn.train.recipes import changed, recipe
 
 TEMPLATE = Path(__file__).with_name("report.html")
-MIXERS = {"conv": "convolution", "attention": "local attention"}
+COMPARED = {"conv": "convolution", "attention": "local attention"}
 HEADER = ("", "test accuracy", "test errors", "parameters", "MFLOPs per image", "training images/s", "training time")
 
 
@@ -46,11 +46,11 @@ def texts(config: Config, data: Dataset, results: Mapping[str, Mapping[str, Any]
         "lede": f"The network <b>{config.model}</b>, trained twice on {train:,} images of {height} × {width} "
         f"pixels in {len(data.class_names)} classes: once with convolutions, once with local attention in their place, "
         "and everything else alike.",
-        "cards": "".join(_card(mix, results[mix]) for mix in MIXERS),
+        "cards": "".join(_card(mix, results[mix]) for mix in COMPARED),
         "learning_caption": "<b>Left:</b> mean training loss of each epoch. <b>Right:</b> accuracy on the "
         f"{validation:,} validation images after each epoch (solid), and on the training images, {_moved(config)}, "
         "while they were being learned from (dotted). The lowest tenth lies below the frame.",
-        "results": _table(HEADER, [_row(MIXERS[mix], results[mix]) for mix in MIXERS]),
+        "results": _table(HEADER, [_row(COMPARED[mix], results[mix]) for mix in COMPARED]),
         "results_note": f"The {test:,} test images were looked at once, after the last epoch; nothing was chosen by "
         "them. FLOPs are XLA's count for one image through the compiled forward pass. Images per second is the median "
         "over the epochs, without compilation and evaluation; the time is all of the training, with both.",
@@ -96,7 +96,7 @@ def _flag(name: str, value: object) -> str:
 def _card(mix: str, result: Mapping[str, Any]) -> str:
     wrong = result["test_images"] - result["test_correct"]
     return (
-        f'<div class="card {mix}"><span>{MIXERS[mix]}</span><b>{result["test_accuracy"]:.1%}</b>'
+        f'<div class="card {mix}"><span>{COMPARED[mix]}</span><b>{result["test_accuracy"]:.1%}</b>'
         f"<span>of {result['test_images']:,} test images; {wrong} wrong</span></div>"
     )
 

@@ -11,8 +11,8 @@ import os
 import shutil
 from pathlib import Path
 
+from jaxattn.errors import InputError
 from jaxattn.train.config import Config
-from jaxattn.train.extras import InputError
 from jaxattn.train.recipes import changed, recipe
 
 
@@ -41,7 +41,7 @@ def check_out(out: Path, config: Config, *, resume: bool = False, overwrite: boo
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / "config.json").is_file():
-        raise InputError(f"out (={out}) exists and is not a run; choose another --out")
+        raise InputError(f"out (={out}) must be new, empty or a run; choose another --out")
     if resume:
         old, new = dataclasses.asdict(read_config(out)), dataclasses.asdict(config)
         different = [f"{name} is {old[name]!r}, not {new[name]!r}" for name in old if old[name] != new[name]]
@@ -79,10 +79,10 @@ def end_run(out: Path, results: dict):
 def read_config(run: Path) -> Config:
     """The configuration of a run, checked: it is a run, and of this version."""
     if not run.is_dir():
-        raise InputError(f"run (={run}) is not a folder; give one that `jaxattn train` wrote")
+        raise InputError(f"run (={run}) must be a folder that `jaxattn train` wrote")
     path = run / "config.json"
     if not path.is_file():
-        raise InputError(f"run (={run}) is not a run: config.json is missing")
+        raise InputError(f"run (={run}) must be a folder that `jaxattn train` wrote: config.json is missing")
     try:
         config = Config(**json.loads(path.read_text()))
         config.check()

@@ -17,9 +17,9 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from jaxattn.errors import InputError
 from jaxattn.nn.attention import Attention
 from jaxattn.nn.conv import Conv
-from jaxattn.train.extras import InputError
 
 AXES = ("data", "fsdp", "space")
 BATCH = ("data", "fsdp")

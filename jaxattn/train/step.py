@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
-from jaxattn.train.augment import augment, normalise
+from jaxattn.train.augment import augment, normalize
 from jaxattn.train.config import Config
 from jaxattn.train.data import Dataset
 from jaxattn.train.meter import METRICS
@@ -60,7 +60,7 @@ def make_step(
 
     def step(state: State, batch):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        images = normalise(batch["image"], data.mean, data.std)
+        images = normalize(batch["image"], data.mean, data.std)
         targets = jax.nn.one_hot(batch["label"], len(data.class_names), dtype=jnp.float32)
         images, targets = augment(
             jax.random.fold_in(key, 0), images, optax.smooth_labels(targets, config.label_smoothing), config

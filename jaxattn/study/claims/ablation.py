@@ -98,7 +98,7 @@ def optional(numbers: Numbers) -> Measurement:
     judge=optional,
     cost=47,
 )
-def normalisers(setting: Setting, relu: str = "relu", **size: float) -> Measurement:
+def normalizers(setting: Setting, relu: str = "relu", **size: float) -> Measurement:
     images = by_task(setting, NORMALIZERS | {"relu": relu}, TASKS[:1], **size)
     both = {"softmax": NORMALIZERS["softmax"], "relu": relu}
     return Measurement(images | by_task(setting, both, TASKS[1:], **size))

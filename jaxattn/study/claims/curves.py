@@ -9,16 +9,16 @@ from jaxattn.study.claim import Measurement, Numbers, Published, Setting, claim,
 from jaxattn.study.mixers import accuracy, search
 from jaxattn.study.seeds import UNDECIDED, difference, interval, points, together
 
-MIXERS = ("convolution", "local attention", "gated attention", "global attention")
+CURVES = ("convolution", "local attention", "gated attention", "global attention")
 SHARES = {"quick": (0.04, 1.0), "full": (0.002, 0.02, 0.2, 1.0)}
 COUNTS = {"quick": (500, 20_000), "full": (500, 2000, 20_000)}
 CONV, GLOBAL = "convolution", "global attention"
 
 
-def learning_curves(setting: Setting, mixers: Sequence[str] = MIXERS, shuffled: bool = False, **size: float):
+def learning_curves(setting: Setting, mixers: Sequence[str] = CURVES, shuffled: bool = False, **size: float):
     """Test accuracy, as "task, images: mixer", after the same steps on few and on many training images."""
     total = len(setting.data.train)
-    names = dict(zip(MIXERS, mixers, strict=True))
+    names = dict(zip(CURVES, mixers, strict=True))
     elsewhere = {name: mixer for name, mixer in names.items() if name != "local attention"}
     shares = sorted({math.ceil(total * share) for share in SHARES[setting.profile]})
     tasks = (("images", setting.data, shares, names), ("search", search(), COUNTS[setting.profile], elsewhere))

@@ -71,8 +71,8 @@ def without_self(setting: Setting, content: float = 0.0) -> Measurement:
         window = Window((3, 3), boundary="zero")
         layer = nn.Attention(9, 18, window=window, relative_bias=True, use_bias=False, rngs=nnx.Rngs(setting.seed))
         layer.query.kernel[...] *= 6 * content
-        assert layer.out is not None
-        value = jnp.einsum("chd,hdo->hco", layer.value.kernel[...], layer.out.kernel[...])
+        params = nnx.to_pure_dict(nnx.state(layer, nnx.Param))
+        value = jnp.einsum("chd,hdo->hco", params["value"]["kernel"], params["out"]["kernel"])
         return float(nearest_conv(layer.weights(x), value)[1])
 
     numbers = {"residual without data": residual(content), "residual with data": residual(1.0)}

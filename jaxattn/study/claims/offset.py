@@ -9,7 +9,7 @@ from flax import nnx
 
 from jaxattn import nn
 from jaxattn.study import figures
-from jaxattn.study.animation import moving_centres
+from jaxattn.study.animation import moving_centers
 from jaxattn.study.claim import Measurement, Setting, claim, decide
 from jaxattn.study.fit import fit
 from jaxattn.study.mixers import train
@@ -60,4 +60,4 @@ def moving_heads(setting: Setting) -> str:
     """Trains a network of nine quadratic heads a layer on the images: an SVG of their centres through training."""
     centres = lambda model: np.stack([block.mix.layer.centre[...] for block in model.blocks])
     tracks = np.stack(train("nine quadratic heads", setting, setting.data, watch=centres).seen)
-    return moving_centres(tracks, [f"layer {n + 1}" for n in range(tracks.shape[1])])
+    return moving_centers(tracks, [f"layer {n + 1}" for n in range(tracks.shape[1])])

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxattn.errors import InputError
 from jaxattn.train.data.safe_pickle import read_pickle
 from jaxattn.train.data.split import Examples, Found
-from jaxattn.train.extras import InputError
 
 
 class _Layout(NamedTuple):

@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from jaxattn.errors import needs_extra
 from jaxattn.train.data.split import Examples, Found, stratify
-from jaxattn.train.extras import needs_extra
 
 
 def read_digits() -> Found:

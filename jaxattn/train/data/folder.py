@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from jaxattn.errors import InputError
 from jaxattn.train.data.images import Encoded, decode_all
 from jaxattn.train.data.options import whole_number
 from jaxattn.train.data.split import Examples, Found
-from jaxattn.train.extras import InputError
 
 VALIDATION = ("val", "valid", "validation")
 

@@ -3,6 +3,7 @@
 import collections
 import io
 import os
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -10,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
+from jaxattn.errors import InputError, needs_extra
 from jaxattn.train.data.split import Examples
-from jaxattn.train.extras import InputError, needs_extra
 
 with needs_extra("train"):
     from PIL import Image, ImageOps
@@ -105,7 +106,7 @@ def _message(error: BaseException) -> str:
 
 def _fits(*shape: int) -> tuple[int, ...]:
     """The shape, if an array of so many bytes fits into this machine's memory."""
-    if not hasattr(os, "sysconf"):  # Windows
+    if sys.platform == "win32":  # which has no sysconf
         return shape
     needed, memory = int(np.prod(shape, dtype=object)), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > 0.8 * memory:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from jaxattn.errors import InputError
 from jaxattn.train.data.cifar import read_cifar10, read_cifar100
 from jaxattn.train.data.dataset import Dataset
 from jaxattn.train.data.digits import read_digits
@@ -13,7 +14,6 @@ from jaxattn.train.data.options import read_options
 from jaxattn.train.data.parquet import read_parquet
 from jaxattn.train.data.relational import make_relational
 from jaxattn.train.data.split import Found, assemble
-from jaxattn.train.extras import InputError
 
 # what reads each kind, and the options that it takes
 READERS: Mapping[str, tuple[Callable[[Path, Mapping[str, str], bool], Found], tuple[str, ...]]] = {

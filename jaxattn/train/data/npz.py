@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxattn.errors import InputError
 from jaxattn.train.data.split import Examples, Found
-from jaxattn.train.extras import InputError
 
 # what zipfile and NumPy make of a damaged file
 DAMAGED = (OSError, EOFError, ValueError, TypeError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TypeVar
 from urllib.parse import parse_qsl
 
-from jaxattn.train.extras import InputError
+from jaxattn.errors import InputError
 
 Default = TypeVar("Default", int, None)
 
@@ -22,9 +22,9 @@ def read_options(text: str, allowed: tuple[str, ...]) -> dict[str, str]:
     options = dict(pairs)
     for name in options:
         if name not in allowed:
-            raise InputError(f"data: unknown option {name!r}; allowed: {', '.join(allowed) or 'none'}")
+            raise InputError(f"data: option (={name!r}) must be one of {', '.join(allowed) or 'none'}")
     if len(options) < len(pairs):
-        raise InputError(f"data: options (={text!r}) name one option twice")
+        raise InputError(f"data: options (={text!r}) must name each option once")
     return options
 
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxattn.errors import InputError, needs_extra
 from jaxattn.train.data.images import Encoded, decode_all
 from jaxattn.train.data.options import whole_number
 from jaxattn.train.data.split import Found
-from jaxattn.train.extras import InputError, needs_extra
 
 SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "test": "test"}
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Int64
 
+from jaxattn.errors import InputError, needs_extra
 from jaxattn.train.data.dataset import Source
-from jaxattn.train.extras import InputError, needs_extra
 
 if TYPE_CHECKING:
     import grain  # when it runs, only training needs it
@@ -80,7 +80,7 @@ def batches(
     if batch_size < 1 or batch_size % count:
         raise InputError(f"batch_size (={batch_size}) must be a positive multiple of the {count} processes")
     if not source.endless and batch_size > len(source):
-        raise InputError(f"batch_size (={batch_size}) is more than the {len(source)} training images")
+        raise InputError(f"batch_size (={batch_size}) must be at most the {len(source)} training images")
     with needs_extra("train"):
         import grain
     every = _Batches(source, batch_size, seed, epochs, process)

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Int, UInt64
 
+from jaxattn.errors import InputError
 from jaxattn.train.data.dataset import Dataset
 from jaxattn.train.data.options import read_options, whole_number
 from jaxattn.train.data.split import statistics
-from jaxattn.train.extras import InputError
 
 EPOCH, VALIDATION, TEST = 20_000, 2_000, 4_000
 FIRST = 2**32  # of training: the indices before it are of the validation and test parts

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int, Shaped
 
+from jaxattn.errors import InputError
 from jaxattn.train.data.dataset import Arrays, Dataset
-from jaxattn.train.extras import InputError
 
 
 class Examples(NamedTuple):

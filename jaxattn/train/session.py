@@ -1,0 +1,238 @@
+"""A training session, from its settings to the figures and the report: what `jaxattn train` and `jaxattn eval` do."""
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+
+from jaxattn import plots
+from jaxattn.measure import attention_maps, mean_by_offset
+from jaxattn.models.resnet import GridMixer
+from jaxattn.models.vit import ViT
+from jaxattn.nn.attention import Attention
+from jaxattn.nn.conv import Conv
+from jaxattn.nn.quadratic import QuadraticAttention
+from jaxattn.train import evaluate, loop
+from jaxattn.train.augment import normalize
+from jaxattn.train.build import build
+from jaxattn.train.checkpoint import load_weights
+from jaxattn.train.config import Config, Options
+from jaxattn.train.data import Dataset, load
+from jaxattn.train.distributed import is_main, joined
+from jaxattn.train.report import COMPARED, write_report
+from jaxattn.train.run import (
+    check_out,
+    default_folder,
+    end_run,
+    is_whole,
+    read_config,
+    read_epochs,
+    read_results,
+    start_run,
+)
+from jaxattn.train.sharding import check_batch, make_mesh
+from jaxattn.window import Window
+
+# ======================================================================================================================
+# Training
+
+
+def train(config: Config, options: Options):
+    """Trains what `config` says, as `options` say, alone or as one of several processes."""
+    config.check()
+    options.check()
+    with joined(options.coordinator, options.processes, options.process):
+        try:
+            train_here(config, options)
+        except loop.Stopped as stopped:
+            say(f"jaxattn: {stopped}")
+
+
+def train_here(config: Config, options: Options):
+    """Trains in this process. The first of several writes the files and talks; the others compute."""
+    out, resume = options.out or default_folder(config), options.resume
+
+    # What can be wrong is said before anything is written
+    mesh = make_mesh(options.mesh or "") if options.mesh is not None or jax.process_count() > 1 else None
+    if is_main():
+        check_out(out, config, resume=resume, overwrite=options.overwrite)
+    data = load(config.data, config.seed, config.skip_bad)
+    if mesh is not None:
+        check_batch(mesh, config.batch_size, data.image_shape)
+    if is_main():
+        start_run(out, config, resume=resume, overwrite=options.overwrite)
+    for image in data.skipped:
+        say(f"left out: {image}", file=sys.stderr)
+
+    # The networks: one, or two that are compared, each in a folder of its own
+    models = {}
+    for one, folder in networks(config, out):
+        if is_main() and folder != out:
+            start_run(folder, one, resume=resume)
+        models[one.mix] = train_one(
+            one, data, folder, resume=resume, checkpoint_every=options.checkpoint_every, mesh=mesh
+        )
+
+    # The figures, and the report of a comparison
+    if config.mix == "both":
+        if is_main():
+            report(config, data, out, models)
+        say(f"report: {out / 'report.html'}")
+    else:
+        if is_main():
+            draw(config, data, out, models[config.mix])
+        say(f"run: {out}")
+
+
+def networks(config: Config, out: Path) -> list[tuple[Config, Path]]:
+    """The configuration of every network that a run trains, and the folder where it is."""
+    if config.mix != "both":
+        return [(config, out)]
+    return [(dataclasses.replace(config, mix=mix), out / mix) for mix in COMPARED]
+
+
+def train_one(config: Config, data: Dataset, folder: Path, **how: Any) -> nnx.Module:
+    """Trains one network into its folder, unless it is trained already, and says its accuracy on the test images."""
+    together(f"start {folder}")  # the folder is there now, for every process
+    whole = is_whole(folder)
+    together(f"seen {folder}")
+    if whole:
+        model = load_model(config, data, folder)
+    else:
+        trained = loop.train(config, data, folder, **how)
+        model = trained.model
+        if is_main():
+            end_run(folder, measure(trained, data))
+    if is_main():
+        results = read_results(folder)
+        say(accuracy_line(config.mix, results["test_correct"], results["test_images"]))
+    return model
+
+
+def measure(trained: loop.Trained, data: Dataset) -> dict[str, Any]:
+    """What results.json says of a network."""
+    model, total = trained.model, len(data.test)
+    correct = evaluate.evaluate(model, data, data.test)
+    return {
+        "test_accuracy": correct / total,
+        "test_correct": correct,
+        "test_images": total,
+        "parameters": evaluate.count_parameters(model),
+        "flops_per_image": evaluate.flops_per_image(model, data),
+        "train_images_per_second": float(np.median([epoch["images_per_second"] for epoch in trained.epochs])),
+        "seconds": trained.seconds,
+    }
+
+
+# ======================================================================================================================
+# Figures and the report
+
+
+def draw(config: Config, data: Dataset, folder: Path, model: nnx.Module) -> dict[str, Any]:
+    """The figures of a run: how it learned, and what its first mixer looks like. They are saved in its folder too."""
+    figures = look_inside(model, data)
+    save_figures(folder, figures | {"learning_curves": plots.learning_curves({config.mix: read_epochs(folder)})})
+    return figures
+
+
+def look_inside(model: nnx.Module, data: Dataset) -> dict[str, Any]:
+    """Figures of the first mixer: the kernels of its convolution, or where the heads of its attention look."""
+    if isinstance(model, ViT):
+        # of a transformer, where its quadratic heads look
+        quadratic = any(isinstance(layer, QuadraticAttention) for _, layer in nnx.iter_modules(model))
+        return {"head_centers": plots.head_centers_on_grid(model.centers(), model.spreads())} if quadratic else {}
+    path, mixer = next((path, mixer) for path, mixer in nnx.iter_modules(model) if isinstance(mixer, GridMixer))
+    match mixer.layer:
+        case Conv() as conv:
+            return {"kernels": plots.kernels(np.asarray(conv.kernel[...]))}
+        case Attention(window=Window() as window):
+            return look_from(model, (*path, "layer"), window, data)
+    return {}
+
+
+def look_from(model: nnx.Module, path: tuple, window: Window, data: Dataset) -> dict[str, Any]:
+    """Figures of where the heads of the attention at `path` look: from a pixel of some images, and in the mean."""
+    # one test image of each class, and others for the mean
+    images, labels = data.test.fetch(np.arange(min(len(data.test), 2000)))
+    first = np.unique(labels, return_index=True)[1]
+    images = np.asarray(normalize(np.concatenate([images[first], images[:200]]), data.mean, data.std))
+    weights = evaluate.attention_weights(model, images, path)  # [images, *grid, heads, slots]
+    grid = weights.shape[1:3]
+    indices = window.indices(grid)
+    pictures = images[: len(first)].mean(-1)
+    brightest = [np.unravel_index(picture.argmax(), picture.shape) for picture in pictures]
+    queries = np.array(brightest) * grid // pictures.shape[1:]
+    maps = [attention_maps(weights[n], indices, grid)[tuple(query)] for n, query in enumerate(queries)]
+    names = [data.class_names[label] for label in labels[first]]
+    return {
+        "attention_maps": plots.attention_maps(pictures, queries, np.stack(maps), names),
+        "mean_attention": plots.mean_attention(*mean_by_offset(weights[len(first) :], indices)),
+    }
+
+
+def report(config: Config, data: Dataset, folder: Path, models: Mapping[str, nnx.Module]):
+    """Writes the report of two runs, one by convolution and one by local attention."""
+    runs = {one.mix: run for one, run in networks(config, folder)}
+    curves = {COMPARED[mix]: read_epochs(run) for mix, run in runs.items()}
+    figures = {"learning_curves": plots.learning_curves(curves)}
+    for mix, run in runs.items():
+        figures |= draw(dataclasses.replace(config, mix=mix), data, run, models[mix])
+    save_figures(folder, figures)
+    pictures = {name: plots.inline_svg(figure, name) for name, figure in figures.items()}
+    results = {mix: read_results(run) for mix, run in runs.items()}
+    write_report(folder / "report.html", config, data, results, pictures)
+    end_run(folder, results)
+
+
+def save_figures(folder: Path, figures: Mapping[str, Any]):
+    """Writes each figure as `folder/figures/NAME.png`."""
+    (folder / "figures").mkdir(exist_ok=True)
+    for name, figure in figures.items():
+        figure.savefig(folder / "figures" / f"{name}.png", dpi=160, facecolor="white")
+
+
+# ======================================================================================================================
+# Evaluation
+
+
+def evaluate_run(run: Path):
+    """Prints the accuracy of each network of a run on the test images, as its training did."""
+    for _, folder in networks(read_config(run), run):
+        config = read_config(folder)
+        data = load(config.data, config.seed, config.skip_bad)
+        correct = evaluate.evaluate(load_model(config, data, folder), data, data.test)
+        print(accuracy_line(config.mix, correct, len(data.test)))
+
+
+def load_model(config: Config, data: Dataset, folder: Path) -> nnx.Module:
+    """The network of a run, as it ended."""
+    model = build(config, data.image_shape, len(data.class_names))
+    load_weights(folder, model, "last")
+    return model
+
+
+def accuracy_line(mix: str, correct: int, total: int) -> str:
+    """What `train` and `eval` print."""
+    return f"{mix}: test accuracy {correct / total:.2%} ({correct} of {total})"
+
+
+# ======================================================================================================================
+# Several processes
+
+
+def say(text: str, file: TextIO | None = None):
+    """Prints, if this is the first process."""
+    if is_main():
+        print(text, file=file, flush=True)
+
+
+def together(what: str):
+    """Waits until all processes are here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)

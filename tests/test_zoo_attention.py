@@ -9,7 +9,7 @@ import oracle_zoo_attention as oracle
 import pytest
 from flax import nnx
 
-from jaxattn import nn, zoo
+from jaxattn import zoo
 from jaxattn.window import Window
 
 NO_OUT = ("query_bias", "key_bias", "value_bias", "out", "out_bias")
@@ -184,8 +184,12 @@ CASES = {
 
 # Elsewhere the scale is the paper's: here it is given.
 CASES |= {
-    f"{name} scaled": (layer, params, kwargs | {"scale": 0.7}, loop_kwargs | {"scale": 0.7}, grid)
-    for name in ("halo 1d", "nat 1d", "swin 1d", "coatnet 1d", "botnet 1d", "learned 1d", "gpsa 1d")
+    f"{name} scaled": (layer, params, kwargs | {scale: 0.7}, loop_kwargs | {scale: 0.7}, grid)
+    for scale, names in (
+        ("scale", ("halo 1d", "nat 1d", "swin 1d", "coatnet 1d", "gpsa 1d")),
+        ("query_scale", ("botnet 1d", "learned 1d")),
+    )
+    for name in names
     for layer, params, kwargs, loop_kwargs, grid in [CASES[name]]
 }
 
@@ -316,18 +320,6 @@ def test_gpsa_with_the_gate_shut_and_sharp_is_a_shift(offset):
     value = np.tensordot(x, params["value"], 1).reshape(4, 5, -1)
     expected = np.roll(value, [-d for d in offset], (0, 1))
     np.testing.assert_allclose(zoo.gpsa(x, params)[1:-1, 1:-1], expected[1:-1, 1:-1], atol=1e-12)
-
-
-def test_sasa_is_the_module_with_its_settings():
-    """`nn.Attention` scales the content alone; so do embeddings that are larger by the inverse."""
-    layer = nn.Attention(
-        HEADS, FEATURES, HEADS * DIM, window=(3, 3), key_embedding="factorized", use_bias=False, out_projection=False,
-        param_dtype=jnp.float64, rngs=nnx.Rngs(0),
-    )  # fmt: skip
-    x = jnp.asarray(draw(9, 4, 5, FEATURES))
-    params = {name: getattr(layer, name).kernel[...] for name in ("query", "key", "value")}
-    params |= {f"embedding_{axis}": table[...] * DIM**0.5 for axis, table in enumerate(layer.key_embedding)}
-    np.testing.assert_allclose(zoo.sasa(x, params, window=(3, 3), scale=None), layer(x), atol=1e-12)
 
 
 @pytest.mark.parametrize(

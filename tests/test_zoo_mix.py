@@ -152,7 +152,7 @@ CASES = {
     "outlook 2d": ("outlook_attention", (4, 3), outlook((3, 2), False), *both(strides=(2, 2), scale=0.7)),
     "outlook 3d": ("outlook_attention", (2, 1, 3), outlook((2, 1, 2)), {}, {"strides": (1, 1, 1)}),
     "augmented 1d": ("augmented_conv", (5,), augmented((5,), (3,)), {}, {}),
-    "augmented 2d": ("augmented_conv", (2, 3), augmented((2, 3), (2, 3), False), *both(scale=0.7)),
+    "augmented 2d": ("augmented_conv", (2, 3), augmented((2, 3), (2, 3), False), *both(query_scale=0.7)),
     "augmented 3d": ("augmented_conv", (2, 1, 2), augmented((2, 1, 2), (1, 1, 3)), {}, {}),
     "cvt 1d": ("cvt_attention", (5,), local((3,)), *both(strides=(1,), kv_strides=(2,))),
     "cvt 2d": ("cvt_attention", (3, 4), local((3, 2), False), *both(strides=(2, 1), kv_strides=(2, 2), scale=0.7)),

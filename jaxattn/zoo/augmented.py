@@ -24,11 +24,11 @@ from jaxattn.zoo.row import row
     paper="Bello et al. 2019 (1904.09925)",
 )
 def augmented_conv(
-    x, params: Mapping[str, Any], *, scale: float | None = None, precision: lax.PrecisionLike = None
+    x, params: Mapping[str, Any], *, query_scale: float | None = None, precision: lax.PrecisionLike = None
 ) -> jax.Array:
     """A convolution beside attention over the whole grid, whose queries also see how far a key is along each axis,
 
-        y_i = [ Σ_r W_r x_{i+r} ;  Σ_h W_O,h Σ_j softmax_j(scale · q_i·(k_j + r^0[j_0-i_0] + r^1[j_1-i_1])) v_j ]
+        y_i = [ Σ_r W_r x_{i+r} ;  Σ_h W_O,h Σ_j softmax_j(query_scale · q_i·(k_j + r^0[j_0-i_0] + r^1[j_1-i_1])) v_j ]
 
     (Bello et al. 2019, arXiv 1904.09925), with zeros outside the grid in the convolution, and as many relative
     embeddings r as the grid has axes. The heads share them.
@@ -40,7 +40,7 @@ def augmented_conv(
         attention_features]`; "embedding_0", "embedding_1", one for each axis of the grid, `[2n - 1, head_dim]` where
         the axis has n tokens, of which entry n - 1 is offset zero; and optionally "kernel_bias" `[conv_features]`,
         "query_bias", "key_bias", "value_bias", "out_bias", of those shapes without what is summed.
-      scale: None means head_dim ** -0.5.
+      query_scale: of the query, so of both terms; None means head_dim ** -0.5.
       precision: as in `jax.lax.dot_general`.
 
     Returns:
@@ -75,7 +75,7 @@ def augmented_conv(
     query, key, value = (
         affine("... c, c h d -> ... h d", x, params, name, precision) for name in ("query", "key", "value")
     )
-    query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
+    query = query * (query.shape[-1] ** -0.5 if query_scale is None else query_scale)
     embedding = tuple(params[name][None] for name in names)  # one for all heads
     everywhere = Window(grid, boundary="shift")
     y = attention(query, key, value, window=everywhere, key_embedding=embedding, scale=1.0, precision=precision)

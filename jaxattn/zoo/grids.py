@@ -144,13 +144,13 @@ def botnet_attention(
     x,
     params: Mapping[str, Any],
     *,
-    scale: float | None = None,
+    query_scale: float | None = None,
     precision: lax.PrecisionLike = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Attention over a grid with relative embeddings of rows and columns, added to the keys,
 
-        y_i = Σ_h W_O,h Σ_j softmax_j(scale · q_i·(k_j + r[j-i])) v_j,    r[δ] = row[δ1] + column[δ2].
+        y_i = Σ_h W_O,h Σ_j softmax_j(query_scale · q_i·(k_j + r[j-i])) v_j,    r[δ] = row[δ1] + column[δ2].
 
     (Srinivas et al. 2021, Bottleneck Transformers, arXiv 2101.11605. There the tables are shared by the heads, which
     stand one after the other: no "out".)
@@ -162,7 +162,7 @@ def botnet_attention(
         "query", "key" `[features, heads, head_dim]`, "value" `[features, heads, value_dim]`, and optionally
         "query_bias", "key_bias", "value_bias" (without features), "out" `[heads, value_dim, out_features]` and
         "out_bias" `[out_features]`. Without "out" the heads' outputs stand one after the other.
-      scale: of the query, so of both terms; None means head_dim ** -0.5.
+      query_scale: of the query, so of both terms; None means head_dim ** -0.5.
       precision: of the projections and the attention, as in `jax.lax.dot_general`.
       implementation: as in `attention`.
 
@@ -180,7 +180,7 @@ def botnet_attention(
     """
     rank = _rank(params)
     heads = Heads("botnet_attention", params, embeddings(rank), precision=precision)
-    return embedded(heads, x, Window(heads.grid(x, rank)), scale, implementation)
+    return embedded(heads, x, Window(heads.grid(x, rank)), 1.0, implementation, query_scale)
 
 
 @row(
@@ -195,13 +195,13 @@ def learned_relative_attention(
     x,
     params: Mapping[str, Any],
     *,
-    scale: float | None = None,
+    query_scale: float | None = None,
     precision: lax.PrecisionLike = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Attention over a grid whose scores may come from relative positions alone,
 
-        y_i = b_O + Σ_h W_O,h Σ_j softmax_j(scale · (q_i·k_j + q_i·(row_h[δ1] + column_h[δ2]))) v_j,    δ = j - i,
+        y_i = b_O + Σ_h W_O,h Σ_j softmax_j(query_scale · (q_i·k_j + q_i·(row_h[δ1] + column_h[δ2]))) v_j,    δ = j - i,
 
     without q_i·k_j where there is no key among the parameters. (Cordonnier, Loukas & Jaggi 2020, arXiv 1911.03584,
     its learned embedding with and without content. With it, this is `botnet_attention` with a table for each head.)
@@ -213,7 +213,7 @@ def learned_relative_attention(
         "query" `[features, heads, head_dim]`, "value" `[features, heads, value_dim]`; optionally "key", shaped as
         "query", for content, "query_bias", "key_bias", "value_bias" (without features), "out" `[heads, value_dim,
         out_features]` and "out_bias" `[out_features]`. Without "out" the heads' outputs stand one after the other.
-      scale: of the query, so of both terms; None means head_dim ** -0.5.
+      query_scale: of the query, so of both terms; None means head_dim ** -0.5.
       precision: of the projections and the attention, as in `jax.lax.dot_general`.
       implementation: as in `attention`.
 
@@ -231,7 +231,7 @@ def learned_relative_attention(
     """
     rank = _rank(params)
     heads = Heads("learned_relative_attention", params, embeddings(rank), optional=["key"], precision=precision)
-    return embedded(heads, x, Window(heads.grid(x, rank)), scale, implementation)
+    return embedded(heads, x, Window(heads.grid(x, rank)), 1.0, implementation, query_scale)
 
 
 def _rank(params: Mapping[str, Any]) -> int:

@@ -31,7 +31,7 @@ def sasa(
 ) -> jax.Array:
     """Stand-alone self-attention: each token attends to a window around it, with relative embeddings added to the keys,
 
-        y_i = Σ_h W_O,h Σ_{j in N(i)} softmax_j(scale · q_i·(k_j + r_h[j-i])) v_j,
+        y_i = Σ_h W_O,h Σ_{j in N(i)} softmax_j(scale · q_i·k_j + q_i·r_h[j-i]) v_j,
 
     where half of the dimensions of r[δ] embed δ1 and the other half δ2. (Ramachandran et al. 2019, arXiv 1906.05909:
     scale 1, and the heads one after the other: no "out".)
@@ -45,7 +45,7 @@ def sasa(
         `[out_features]`. Without "out" the heads' outputs stand one after the other.
       window: a `Window`, or its size: 7 is `Window(7)` (one dimension), (7, 7) `Window((7, 7))` (two), which moves
         inward at the border. With boundary "zero" zero keys and values stand outside.
-      scale: of the query, so of both terms; None means head_dim ** -0.5.
+      scale: of q·k alone; None means head_dim ** -0.5.
       precision: of the projections and the attention, as in `jax.lax.dot_general`.
       implementation: as in `attention`.
 
@@ -88,7 +88,7 @@ def halo_attention(
 ) -> jax.Array:
     """Blocked local attention: the tokens of a block attend to the block and a halo around it,
 
-        y_i = Σ_h W_O,h Σ_{j in N(i)} softmax_j(scale · q_i·(k_j + r_h[j-i])) v_j,
+        y_i = Σ_h W_O,h Σ_{j in N(i)} softmax_j(scale · q_i·k_j + q_i·r_h[j-i]) v_j,
         N(i) = {b·⌊i/b⌋ - a, ..., b·⌊i/b⌋ + b + a - 1}    along each axis, with a block of b and a halo of a.
 
     (Vaswani et al. 2021, HaloNet, arXiv 2103.12731: scale 1, and the heads one after the other: no "out".)
@@ -103,7 +103,7 @@ def halo_attention(
       halo: a, an int, or one for each axis.
       boundary: what stands outside: "zero", zero keys and values that take part, or "mask", nothing; or another one of
         `Window`'s; one, or one for each axis.
-      scale: of the query, so of both terms; None means head_dim ** -0.5.
+      scale: of q·k alone; None means head_dim ** -0.5.
       precision: of the projections and the attention, as in `jax.lax.dot_general`.
       implementation: as in `attention`.
 
@@ -208,15 +208,17 @@ def halo_window(block: int | Sequence[int], halo: int | Sequence[int], boundary:
     return Window([b + 2 * a for b, a in zip(blocks, halos, strict=True)], block=blocks, boundary=boundary)
 
 
-def embedded(heads: Heads, x, window: Window, scale: float | None, implementation: str | None) -> jax.Array:
-    """Attention in a window with scores scale · q_i·(k_j + r[j-i])."""
+def embedded(
+    heads: Heads, x, window: Window, scale: float | None, implementation: str | None, query_scale: float | None = 1.0
+) -> jax.Array:
+    """Attention in a window with scores scale · q_i·k_j + q_i·r[j-i], the query multiplied by `query_scale` before."""
     query, key, value = heads.project(x, window.rank)
     y = attention(
-        _standing(query, window) * (query.shape[-1] ** -0.5 if scale is None else scale),
+        _standing(query, window) * (query.shape[-1] ** -0.5 if query_scale is None else query_scale),
         key,
         value,
         window=window,
-        scale=1.0,
+        scale=scale,
         key_embedding=heads.embedding(window.sizes),
         precision=heads.precision,
         implementation=implementation,

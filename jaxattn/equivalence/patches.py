@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxattn.einsum import einsum
-from jaxattn.zoo.tokens import axes, per_axis
+from jaxattn.zoo.equations import axes, per_axis
 
 
 def patch_kernel(kernel, patch: int | Sequence[int]) -> jax.Array:

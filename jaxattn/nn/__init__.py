@@ -18,8 +18,6 @@ from .dynamic import DynamicConv as DynamicConv
 from .dynamic import DynamicDepthwiseConv as DynamicDepthwiseConv
 from .dynamic import Involution as Involution
 from .gated import GPSA as GPSA
-from .grids import BoTNetAttention as BoTNetAttention
-from .grids import LearnedRelativeAttention as LearnedRelativeAttention
 from .lambdas import LambdaLayer as LambdaLayer
 from .learned import ParameterKeyAttention as ParameterKeyAttention
 from .learned import QnA as QnA
@@ -27,3 +25,5 @@ from .outlook import OutlookAttention as OutlookAttention
 from .quadratic import QuadraticAttention as QuadraticAttention
 from .shifted import ShiftedWindowAttention as ShiftedWindowAttention
 from .transposed import ConvTranspose as ConvTranspose
+from .whole_grid import BoTNetAttention as BoTNetAttention
+from .whole_grid import LearnedRelativeAttention as LearnedRelativeAttention

@@ -7,7 +7,7 @@ from flax import nnx
 
 from jaxattn.nn.attention import Attention, default_relative_init
 from jaxattn.window import Window
-from jaxattn.zoo.windows import halo_window
+from jaxattn.zoo.sliding import halo_window
 
 vit_init = nnx.initializers.xavier_uniform()
 

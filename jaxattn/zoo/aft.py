@@ -10,9 +10,9 @@ from jax import lax
 
 from jaxattn.einsum import einsum
 from jaxattn.kernels.problem import statistics_dtype
-from jaxattn.zoo.named import affine, features, named
-from jaxattn.zoo.row import row
-from jaxattn.zoo.tokens import axes, divided, same, sliding
+from jaxattn.zoo.equations import axes, divided, same, sliding
+from jaxattn.zoo.parameters import affine, features, named
+from jaxattn.zoo.registry import row
 
 LINEAR = dict.fromkeys(("query", "key", "value"), "features hidden")
 BIASES = dict.fromkeys(("query_bias", "key_bias", "value_bias"), "?hidden")

@@ -11,8 +11,8 @@ from jax import lax
 from jaxattn.attention import attention
 from jaxattn.window import Window
 from jaxattn.zoo.dense import conv
-from jaxattn.zoo.named import affine, features, named
-from jaxattn.zoo.row import row
+from jaxattn.zoo.parameters import affine, features, named
+from jaxattn.zoo.registry import row
 
 
 @row(

@@ -12,7 +12,7 @@ from jaxattn.einsum import einsum
 from jaxattn.kernels.problem import statistics_dtype
 from jaxattn.normalize import softmax
 from jaxattn.zoo.heads import PROJECTIONS, Heads
-from jaxattn.zoo.row import row
+from jaxattn.zoo.registry import row
 
 
 @row(

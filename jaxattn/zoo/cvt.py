@@ -10,9 +10,9 @@ from jax import lax
 
 from jaxattn.attention import attention
 from jaxattn.zoo.depthwise import depthwise_conv
-from jaxattn.zoo.named import affine, features, named
-from jaxattn.zoo.row import row
-from jaxattn.zoo.tokens import same
+from jaxattn.zoo.equations import same
+from jaxattn.zoo.parameters import affine, features, named
+from jaxattn.zoo.registry import row
 
 
 @row(

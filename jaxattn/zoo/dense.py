@@ -7,8 +7,8 @@ import numpy as np
 from jax import lax
 
 from jaxattn.einsum import einsum
-from jaxattn.zoo.row import row
-from jaxattn.zoo.tokens import is_int, pads, per_axis, sliding
+from jaxattn.zoo.equations import is_int, pads, per_axis, sliding
+from jaxattn.zoo.registry import row
 
 
 @row(

@@ -8,9 +8,9 @@ import numpy as np
 from jax import lax
 
 from jaxattn.einsum import einsum
-from jaxattn.zoo.row import row
+from jaxattn.zoo.equations import Padding, divided, pads, per_axis, same, sliding
+from jaxattn.zoo.registry import row
 from jaxattn.zoo.softmax import softmax
-from jaxattn.zoo.tokens import Padding, divided, pads, per_axis, same, sliding
 
 
 @row(

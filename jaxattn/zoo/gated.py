@@ -13,7 +13,7 @@ from jaxattn.einsum import einsum
 from jaxattn.kernels.problem import statistics_dtype
 from jaxattn.window import Window
 from jaxattn.zoo.heads import Heads
-from jaxattn.zoo.row import row
+from jaxattn.zoo.registry import row
 
 
 @row(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxattn.einsum import einsum
-from jaxattn.zoo.named import affine, check_names, features, match
+from jaxattn.zoo.parameters import affine, check_names, features, match
 
 PROJECTIONS = ("query", "key", "value")
 OPTIONAL = ("query_bias", "key_bias", "value_bias", "out", "out_bias")

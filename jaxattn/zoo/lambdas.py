@@ -9,10 +9,10 @@ import numpy as np
 from jax import lax
 
 from jaxattn.einsum import einsum
-from jaxattn.zoo.named import affine, features, named
-from jaxattn.zoo.row import row
+from jaxattn.zoo.equations import axes, same, sliding
+from jaxattn.zoo.parameters import affine, features, named
+from jaxattn.zoo.registry import row
 from jaxattn.zoo.softmax import softmax
-from jaxattn.zoo.tokens import axes, same, sliding
 
 
 @row(

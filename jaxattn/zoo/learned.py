@@ -10,9 +10,9 @@ from jax import lax
 
 from jaxattn.attention import attention
 from jaxattn.window import Window
-from jaxattn.zoo.named import affine, features, named
-from jaxattn.zoo.row import row
-from jaxattn.zoo.tokens import per_axis
+from jaxattn.zoo.equations import per_axis
+from jaxattn.zoo.parameters import affine, features, named
+from jaxattn.zoo.registry import row
 
 
 @row(

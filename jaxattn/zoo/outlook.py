@@ -9,11 +9,11 @@ import numpy as np
 from jax import lax
 
 from jaxattn.einsum import einsum
-from jaxattn.zoo.named import affine, features, named
+from jaxattn.zoo.equations import axes, per_axis
+from jaxattn.zoo.parameters import affine, features, named
 from jaxattn.zoo.pool import mean_pool
-from jaxattn.zoo.row import row
+from jaxattn.zoo.registry import row
 from jaxattn.zoo.softmax import softmax
-from jaxattn.zoo.tokens import axes, per_axis
 
 
 @row(

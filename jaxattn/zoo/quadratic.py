@@ -12,7 +12,7 @@ from jaxattn.attention import attention
 from jaxattn.einsum import einsum
 from jaxattn.kernels.problem import statistics_dtype
 from jaxattn.window import Window
-from jaxattn.zoo.row import row
+from jaxattn.zoo.registry import row
 from jaxattn.zoo.slide import Slide
 
 

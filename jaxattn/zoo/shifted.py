@@ -11,7 +11,7 @@ from jax import lax
 from jaxattn.attention import attention
 from jaxattn.window import Window
 from jaxattn.zoo.heads import Heads
-from jaxattn.zoo.row import row
+from jaxattn.zoo.registry import row
 
 
 @row(

@@ -8,8 +8,8 @@ import numpy as np
 from jax import lax
 
 from jaxattn.einsum import einsum
-from jaxattn.zoo.row import row
-from jaxattn.zoo.tokens import Padding, pads, per_axis, sliding
+from jaxattn.zoo.equations import Padding, pads, per_axis, sliding
+from jaxattn.zoo.registry import row
 
 
 @row(

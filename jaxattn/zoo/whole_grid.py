@@ -12,8 +12,8 @@ from jax import lax
 from jaxattn.attention import attention
 from jaxattn.window import Window
 from jaxattn.zoo.heads import Heads, embeddings
-from jaxattn.zoo.row import row
-from jaxattn.zoo.windows import embedded
+from jaxattn.zoo.registry import row
+from jaxattn.zoo.sliding import embedded
 
 
 @row(

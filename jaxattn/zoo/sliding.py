@@ -9,7 +9,7 @@ from jax import lax
 from jaxattn.attention import attention
 from jaxattn.window import Window
 from jaxattn.zoo.heads import Heads, embeddings
-from jaxattn.zoo.row import row
+from jaxattn.zoo.registry import row
 
 
 @row(

@@ -5,14 +5,12 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, ArrayLike, Float, Num
 
 from jaxattn import zoo
-from jaxattn.nn.heads import default_kernel_init, make_projections
-from jaxattn.nn.layer import operands
+from jaxattn.nn.layer import Layer, default_kernel_init, head_sizes
 
 
-class AxialAttention(nnx.Module):
+class AxialAttention(Layer):
     """Position-sensitive attention along one axis: `jaxattn.zoo.axial_attention` with its parameters.
 
     As in the paper, the heads share the embeddings, and stand one after the other. (Wang et al. 2020, Axial-DeepLab,
@@ -45,6 +43,9 @@ class AxialAttention(nnx.Module):
     (2, 9, 9, 32)
     """
 
+    function = staticmethod(zoo.axial_attention)
+    needs_whole_grid = "it does not know which axis of its input is split"
+
     def __init__(
         self,
         num_heads: int,
@@ -64,21 +65,14 @@ class AxialAttention(nnx.Module):
         embedding_init: Callable[..., Any] | None = None,
         rngs: nnx.Rngs,
     ):
-        sizes = [n for n in (length, window) if n is not None]
-        if len(sizes) != 1:
+        given = [n for n in (length, window) if n is not None]
+        if len(given) != 1:
             raise ValueError(f"AxialAttention: give one of length (={length}) and window (={window})")
         self.axis, self.window, self.dtype, self.precision = axis, window, dtype, precision
-        head_dim = make_projections(
-            self, num_heads, in_features, qkv_features, out_features, use_bias=use_bias, out_projection=out_projection,
-            kernel_init=kernel_init, param_dtype=param_dtype, rngs=rngs,
+        sizes = head_sizes(self, num_heads, in_features, qkv_features, out_features, out_projection)
+        init = nnx.initializers.normal(sizes["head_dim"] ** -0.5) if embedding_init is None else embedding_init
+        self.draw(
+            sizes | {"heads|1": 1, "offsets": 2 * given[0] - 1}, kernel_init=kernel_init, use_bias=use_bias,
+            without=() if out_projection else ("out",), query_embedding=init, key_embedding=init, value_embedding=init,
+            rngs=rngs, dtype=param_dtype,
         )  # fmt: skip
-        init = nnx.initializers.normal(head_dim**-0.5) if embedding_init is None else embedding_init
-        shape = (1, 2 * sizes[0] - 1, head_dim)
-        self.query_embedding = nnx.Param(init(rngs.params(), shape, param_dtype))
-        self.key_embedding = nnx.Param(init(rngs.params(), shape, param_dtype))
-        self.value_embedding = nnx.Param(init(rngs.params(), shape, param_dtype))
-
-    def __call__(self, inputs: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
-        """`[*batch, *grid, out_features]` of `[*batch, *grid, in_features]`."""
-        x, params = operands(self, inputs, dtype=self.dtype)
-        return zoo.axial_attention(x, params, axis=self.axis, window=self.window, precision=self.precision)

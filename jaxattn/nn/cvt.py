@@ -5,15 +5,13 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, ArrayLike, Float, Num
 
 from jaxattn import zoo
-from jaxattn.nn.depthwise import window_weight
-from jaxattn.nn.layer import operands
-from jaxattn.nn.weights import default_kernel_init, divided, frozen, linear, small_init
+from jaxattn.nn.layer import Layer, default_kernel_init, frozen, head_sizes, of_window, small_init
+from jaxattn.sizes import ints
 
 
-class CvTAttention(nnx.Module):
+class CvTAttention(Layer):
     """Attention between tokens that a depthwise convolution has made: `jaxattn.zoo.cvt_attention` with its parameters.
 
     (Wu et al. 2021, arXiv 2103.15808.) Without the paper's batch normalisation, which the parameters can hold.
@@ -44,6 +42,9 @@ class CvTAttention(nnx.Module):
     (2, 7, 7, 8)
     """
 
+    function = staticmethod(zoo.cvt_attention)
+    axis_name: str | None = None
+
     def __init__(
         self,
         num_heads: int,
@@ -63,19 +64,11 @@ class CvTAttention(nnx.Module):
         conv_init: Callable[..., Any] = default_kernel_init,
         rngs: nnx.Rngs,
     ):
-        qkv_features = in_features if qkv_features is None else qkv_features
-        out_features = in_features if out_features is None else out_features
         self.strides, self.kv_strides, self.scale = frozen(strides), frozen(kv_strides), scale
         self.dtype, self.precision = dtype, precision
-        heads = (num_heads, divided(self, "num_heads", num_heads, qkv_features, "qkv_features"))
-        how: dict[str, Any] = {"bias": use_bias, "init": kernel_init, "rngs": rngs, "dtype": param_dtype}
-        for name in ("query", "key", "value"):
-            setattr(self, f"{name}_kernel", window_weight(conv_init, rngs, kernel_size, in_features, param_dtype))
-            linear(self, name, (in_features,), heads, **how)
-        linear(self, "out", heads, (out_features,), **how)
-
-    def __call__(self, inputs: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
-        """`[*batch, *positions, out_features]` of `[*batch, *grid, in_features]`."""
-        x, params = operands(self, inputs, dtype=self.dtype)
-        geometry: dict[str, Any] = {"strides": self.strides, "kv_strides": self.kv_strides}
-        return zoo.cvt_attention(x, params, **geometry, scale=self.scale, precision=self.precision)
+        sizes = head_sizes(self, num_heads, in_features, qkv_features, out_features)
+        conv = of_window(conv_init)
+        self.draw(
+            sizes | {"window": ints("CvTAttention", "kernel_size", kernel_size)}, kernel_init=kernel_init,
+            use_bias=use_bias, query_kernel=conv, key_kernel=conv, value_kernel=conv, rngs=rngs, dtype=param_dtype,
+        )  # fmt: skip

@@ -6,16 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, ArrayLike, Float, Num
 
 from jaxattn import zoo
-from jaxattn.nn.layer import operands
-from jaxattn.nn.weights import default_kernel_init, divided, frozen, ints, linear, weight
+from jaxattn.nn.layer import Layer, default_kernel_init, frozen, glorot_init, of_kernel
+from jaxattn.sizes import ints
+from jaxattn.zoo.equations import divided
 
-glorot_init = nnx.initializers.xavier_uniform()
 
-
-class DynamicConv(nnx.Module):
+class DynamicConv(Layer):
     """`LightConv` whose kernel each position makes of its own features: `jaxattn.zoo.dynamic_conv` with its parameter.
 
     The convolution alone, without the linear maps and the gate around it. (Wu et al. 2019, arXiv 1901.10430.)
@@ -41,6 +39,9 @@ class DynamicConv(nnx.Module):
     (2, 20, 8)
     """
 
+    function = staticmethod(of_kernel(zoo.dynamic_conv))
+    axis_name: str | None = None
+
     def __init__(
         self,
         num_heads: int,
@@ -55,18 +56,14 @@ class DynamicConv(nnx.Module):
         kernel_init: Callable[..., Any] = glorot_init,
         rngs: nnx.Rngs,
     ):
-        divided(self, "num_heads", num_heads, in_features)
+        divided("DynamicConv", "num_heads", num_heads, in_features, "in_features")
         self.dilation, self.causal, self.dtype, self.precision = frozen(dilation), causal, dtype, precision
-        self.kernel = weight(kernel_init, rngs, (in_features,), (*ints(kernel_size), num_heads), param_dtype)
-
-    def __call__(self, inputs: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
-        """`[*batch, *grid, in_features]`, as the input."""
-        x, params = operands(self, inputs, dtype=self.dtype)
-        geometry: dict[str, Any] = {"dilation": self.dilation, "causal": self.causal}
-        return zoo.dynamic_conv(x, params["kernel"], **geometry, precision=self.precision)
+        window = ints("DynamicConv", "kernel_size", kernel_size)
+        sizes = {"features": in_features, "window": window, "heads": num_heads}
+        self.draw(sizes, kernel_init=kernel_init, rngs=rngs, dtype=param_dtype)
 
 
-class Involution(nnx.Module):
+class Involution(Layer):
     """Weights from the centre, shared by the channels of a group: `jaxattn.zoo.involution` with its parameters.
 
     (Li et al. 2021, arXiv 2103.06255.) The paper normalises the bottleneck by batch: give `activation` for that.
@@ -93,6 +90,9 @@ class Involution(nnx.Module):
     (2, 14, 14, 8)
     """
 
+    function = staticmethod(zoo.involution)
+    axis_name: str | None = None
+
     def __init__(
         self,
         in_features: int,
@@ -109,23 +109,16 @@ class Involution(nnx.Module):
         kernel_init: Callable[..., Any] = default_kernel_init,
         rngs: nnx.Rngs,
     ):
-        divided(self, "groups", groups, in_features)
-        reduced = divided(self, "reduction", reduction, in_features)
+        divided("Involution", "groups", groups, in_features, "in_features")
         self.strides, self.dilation, self.activation = frozen(strides), frozen(dilation), activation
         self.dtype, self.precision = dtype, precision
-        how: dict[str, Any] = {"bias": True, "init": kernel_init, "rngs": rngs, "dtype": param_dtype}
-        linear(self, "reduce", (in_features,), (reduced,), **how)
-        linear(self, "span", (reduced,), (*ints(kernel_size), groups), **how)
-
-    def __call__(self, inputs: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
-        """`[*batch, *positions, in_features]` of `[*batch, *grid, in_features]`."""
-        x, params = operands(self, inputs, dtype=self.dtype)
-        params.pop("activation", None)  # a module's parameters are its own affair
-        geometry: dict[str, Any] = {"strides": self.strides, "dilation": self.dilation}
-        return zoo.involution(x, params, **geometry, activation=self.activation, precision=self.precision)
+        reduced = divided("Involution", "reduction", reduction, in_features, "in_features")
+        window = ints("Involution", "kernel_size", kernel_size)
+        sizes = {"features": in_features, "reduced": reduced, "window": window, "groups": groups}
+        self.draw(sizes, kernel_init=kernel_init, use_bias=True, rngs=rngs, dtype=param_dtype)
 
 
-class DynamicDepthwiseConv(nnx.Module):
+class DynamicDepthwiseConv(Layer):
     """A depthwise convolution with a kernel made of the image's mean: `jaxattn.zoo.dynamic_depthwise_conv`.
 
     (Han et al. 2022, arXiv 2106.04263.) The paper normalises the bottleneck by batch: give `activation` for that.
@@ -151,6 +144,9 @@ class DynamicDepthwiseConv(nnx.Module):
     (2, 14, 14, 8)
     """
 
+    function = staticmethod(zoo.dynamic_depthwise_conv)
+    axis_name: str | None = None
+
     def __init__(
         self,
         in_features: int,
@@ -165,16 +161,8 @@ class DynamicDepthwiseConv(nnx.Module):
         kernel_init: Callable[..., Any] = default_kernel_init,
         rngs: nnx.Rngs,
     ):
-        reduced = divided(self, "reduction", reduction, in_features)
         self.dilation, self.activation, self.dtype, self.precision = frozen(dilation), activation, dtype, precision
-        how: dict[str, Any] = {"bias": True, "init": kernel_init, "rngs": rngs, "dtype": param_dtype}
-        linear(self, "reduce", (in_features,), (reduced,), **how)
-        linear(self, "span", (reduced,), (*ints(kernel_size), in_features), **how)
-
-    def __call__(self, inputs: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
-        """`[*batch, *grid, in_features]`, as the input."""
-        x, params = operands(self, inputs, dtype=self.dtype)
-        params.pop("activation", None)  # a module's parameters are its own affair
-        return zoo.dynamic_depthwise_conv(
-            x, params, dilation=self.dilation, activation=self.activation, precision=self.precision
-        )
+        reduced = divided("DynamicDepthwiseConv", "reduction", reduction, in_features, "in_features")
+        window = ints("DynamicDepthwiseConv", "kernel_size", kernel_size)
+        sizes = {"features": in_features, "reduced": reduced, "window": window}
+        self.draw(sizes, kernel_init=kernel_init, use_bias=True, rngs=rngs, dtype=param_dtype)

@@ -5,14 +5,14 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, ArrayLike, Float, Num
 
 from jaxattn import zoo
-from jaxattn.nn.layer import operands
-from jaxattn.nn.weights import divided, frozen, ints, linear, small_init
+from jaxattn.nn.layer import Layer, frozen, head_sizes, small_init
+from jaxattn.sizes import ints
+from jaxattn.zoo.equations import divided
 
 
-class OutlookAttention(nnx.Module):
+class OutlookAttention(Layer):
     """The centre of a window makes all the weights within it: `jaxattn.zoo.outlook_attention` with its parameters.
 
     (Yuan et al. 2021, VOLO, arXiv 2106.13112.)
@@ -40,6 +40,9 @@ class OutlookAttention(nnx.Module):
     (2, 14, 14, 8)
     """
 
+    function = staticmethod(zoo.outlook_attention)
+    needs_whole_grid = "a window adds to its neighbours' outputs, also across the border of a shard"
+
     def __init__(
         self,
         num_heads: int,
@@ -56,15 +59,10 @@ class OutlookAttention(nnx.Module):
         kernel_init: Callable[..., Any] = small_init,
         rngs: nnx.Rngs,
     ):
-        heads = (num_heads, divided(self, "num_heads", num_heads, in_features))
-        window, out = ints(kernel_size), in_features if out_features is None else out_features
         self.strides, self.scale, self.dtype, self.precision = frozen(strides), scale, dtype, precision
-        how: dict[str, Any] = {"init": kernel_init, "rngs": rngs, "dtype": param_dtype}
-        linear(self, "value", (in_features,), heads, bias=use_bias, **how)
-        linear(self, "attention", (in_features,), (num_heads, *window, *window), bias=True, **how)
-        linear(self, "out", heads, (out,), bias=True, **how)
-
-    def __call__(self, inputs: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
-        """`[*batch, *grid, out_features]` of `[*batch, *grid, in_features]`."""
-        x, params = operands(self, inputs, dtype=self.dtype)
-        return zoo.outlook_attention(x, params, strides=self.strides, scale=self.scale, precision=self.precision)
+        divided("OutlookAttention", "num_heads", num_heads, in_features, "in_features")
+        sizes = head_sizes(self, num_heads, in_features, None, out_features)
+        self.draw(
+            sizes | {"window": ints("OutlookAttention", "kernel_size", kernel_size)}, kernel_init=kernel_init,
+            use_bias=use_bias, biased=("attention", "out"), rngs=rngs, dtype=param_dtype,
+        )  # fmt: skip

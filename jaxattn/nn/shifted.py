@@ -5,15 +5,14 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, ArrayLike, Float, Num
 
 from jaxattn import zoo
-from jaxattn.nn.heads import make_projections, offset_bias, small_init
-from jaxattn.nn.layer import operands
-from jaxattn.nn.weights import frozen
+from jaxattn.nn.layer import Layer, frozen, head_sizes, small_init
+from jaxattn.sizes import ints
+from jaxattn.zoo.heads import offsets
 
 
-class ShiftedWindowAttention(nnx.Module):
+class ShiftedWindowAttention(Layer):
     """The grid parted into windows, shifted or not: `jaxattn.zoo.shifted_window_attention` with its parameters.
 
     (Liu et al. 2021, Swin, arXiv 2103.14030.)
@@ -42,6 +41,9 @@ class ShiftedWindowAttention(nnx.Module):
     (2, 14, 14, 32)
     """
 
+    function = staticmethod(zoo.shifted_window_attention)
+    axis_name: str | None = None
+
     def __init__(
         self,
         num_heads: int,
@@ -59,15 +61,10 @@ class ShiftedWindowAttention(nnx.Module):
         relative_init: Callable[..., Any] = small_init,
         rngs: nnx.Rngs,
     ):
-        self.window = (window,) if isinstance(window, int) else tuple(window)
+        self.window = ints("ShiftedWindowAttention", "window", window)
         self.shift, self.dtype, self.precision = frozen(shift), dtype, precision
-        make_projections(
-            self, num_heads, in_features, qkv_features, out_features, use_bias=use_bias, kernel_init=kernel_init,
-            param_dtype=param_dtype, rngs=rngs,
+        sizes = head_sizes(self, num_heads, in_features, qkv_features, out_features)
+        self.draw(
+            sizes | {"offsets": offsets(self.window)}, kernel_init=kernel_init, use_bias=use_bias,
+            relative_bias=relative_init, rngs=rngs, dtype=param_dtype,
         )  # fmt: skip
-        self.relative_bias = offset_bias(num_heads, self.window, relative_init, param_dtype, rngs)
-
-    def __call__(self, inputs: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
-        """`[*batch, *grid, out_features]` of `[*batch, *grid, in_features]`."""
-        x, params = operands(self, inputs, dtype=self.dtype)
-        return zoo.shifted_window_attention(x, params, window=self.window, shift=self.shift, precision=self.precision)

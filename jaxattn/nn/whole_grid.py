@@ -5,14 +5,14 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, ArrayLike, Float, Num
 
 from jaxattn import zoo
-from jaxattn.nn.heads import default_kernel_init, make_embeddings, make_projections, small_init
-from jaxattn.nn.layer import operands
+from jaxattn.nn.layer import Layer, default_kernel_init, head_sizes, small_init
+from jaxattn.sizes import ints
+from jaxattn.zoo.heads import offsets
 
 
-class BoTNetAttention(nnx.Module):
+class BoTNetAttention(Layer):
     """Attention over a grid with embeddings of rows and columns: `jaxattn.zoo.botnet_attention` with its parameters.
 
     As in the paper, the heads share the embeddings, and stand one after the other. (Srinivas et al. 2021, BoTNet, arXiv
@@ -42,6 +42,9 @@ class BoTNetAttention(nnx.Module):
     (2, 7, 7, 32)
     """
 
+    function = staticmethod(zoo.botnet_attention)
+    axis_name: str | None = None
+
     def __init__(
         self,
         num_heads: int,
@@ -60,20 +63,16 @@ class BoTNetAttention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.dtype, self.precision = dtype, precision
-        head_dim = make_projections(
-            self, num_heads, in_features, qkv_features, out_features, use_bias=use_bias, out_projection=out_projection,
-            kernel_init=kernel_init, param_dtype=param_dtype, rngs=rngs,
+        sizes = head_sizes(self, num_heads, in_features, qkv_features, out_features, out_projection)
+        init = nnx.initializers.normal(sizes["head_dim"] ** -0.5) if embedding_init is None else embedding_init
+        sizes |= {"heads|1": 1, "offsets": offsets(ints("BoTNetAttention", "grid", grid)), "width": sizes["head_dim"]}
+        self.draw(
+            sizes, kernel_init=kernel_init, use_bias=use_bias, without=() if out_projection else ("out",),
+            embedding=init, rngs=rngs, dtype=param_dtype,
         )  # fmt: skip
-        init = nnx.initializers.normal(head_dim**-0.5) if embedding_init is None else embedding_init
-        make_embeddings(self, 1, grid, head_dim, init, param_dtype, rngs)
-
-    def __call__(self, inputs: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
-        """`[*batch, *grid, out_features]` of `[*batch, *grid, in_features]`."""
-        x, params = operands(self, inputs, dtype=self.dtype)
-        return zoo.botnet_attention(x, params, precision=self.precision)
 
 
-class LearnedRelativeAttention(nnx.Module):
+class LearnedRelativeAttention(Layer):
     """Attention by learned relative positions, and by content or not: `jaxattn.zoo.learned_relative_attention`.
 
     (Cordonnier, Loukas & Jaggi 2020, arXiv 1911.03584.)
@@ -102,6 +101,9 @@ class LearnedRelativeAttention(nnx.Module):
     (2, 7, 7, 36)
     """
 
+    function = staticmethod(zoo.learned_relative_attention)
+    axis_name: str | None = None
+
     def __init__(
         self,
         num_heads: int,
@@ -120,13 +122,10 @@ class LearnedRelativeAttention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.dtype, self.precision = dtype, precision
-        head_dim = make_projections(
-            self, num_heads, in_features, qkv_features, out_features, use_bias=use_bias, out_bias=True,
-            kernel_init=kernel_init, param_dtype=param_dtype, rngs=rngs, without=() if content else ("key",),
+        sizes = head_sizes(self, num_heads, in_features, qkv_features, out_features)
+        along = offsets(ints("LearnedRelativeAttention", "grid", grid))
+        self.draw(
+            sizes | {"heads|1": num_heads, "offsets": along, "width": sizes["head_dim"]}, kernel_init=kernel_init,
+            use_bias=use_bias, biased=("out",), without=() if content else ("key",), embedding=embedding_init,
+            rngs=rngs, dtype=param_dtype,
         )  # fmt: skip
-        make_embeddings(self, num_heads, grid, head_dim, embedding_init, param_dtype, rngs)
-
-    def __call__(self, inputs: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
-        """`[*batch, *grid, out_features]` of `[*batch, *grid, in_features]`."""
-        x, params = operands(self, inputs, dtype=self.dtype)
-        return zoo.learned_relative_attention(x, params, precision=self.precision)

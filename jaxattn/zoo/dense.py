@@ -7,7 +7,8 @@ import numpy as np
 from jax import lax
 
 from jaxattn.einsum import einsum
-from jaxattn.zoo.equations import is_int, pads, per_axis, sliding
+from jaxattn.sizes import is_int, per_axis
+from jaxattn.zoo.equations import read_padding, sliding
 from jaxattn.zoo.registry import row
 
 
@@ -18,6 +19,7 @@ from jaxattn.zoo.registry import row
     shared="all / yes",
     normalizer="none",
     paper="LeCun et al. 1989; Yu & Koltun 2016 (1511.07122)",
+    shapes={"kernel": "*window features/groups out_features"},
 )
 def conv(
     x,
@@ -84,7 +86,7 @@ def conv(
         x,
         kernel,
         g=int(groups),
-        padding=pads("conv", padding, rank),
+        padding=read_padding("conv", padding, rank),
         boundary=boundary,
         precision=precision,
         preferred_element_type=preferred_element_type,

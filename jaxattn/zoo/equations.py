@@ -1,8 +1,12 @@
 """The text of an equation that slides, in any rank, and a convolution's arguments spelled out for it."""
 
-import numbers
 from collections.abc import Sequence
 from typing import Any
+
+import jax
+
+from jaxattn.halo import shard_count, split_pad
+from jaxattn.sizes import is_int, is_sequence
 
 Padding = str | int | Sequence[int | Sequence[int]]
 
@@ -35,35 +39,59 @@ def same(size: Sequence[int], dilation: Sequence[int], causal: bool = False) -> 
     return [(span, 0) if causal else (span // 2, span - span // 2) for span in spans]
 
 
-def is_int(value) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def per_axis(layer: str, name: str, value, rank: int) -> tuple[int, ...]:
-    """A positive int for each spatial axis."""
-    values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,) * rank
-    if len(values) != rank or not all(is_int(v) and int(v) >= 1 for v in values):
-        raise ValueError(
-            f"{layer}: {name}={value!r} must be a positive int, or one for each of the {rank} spatial axes"
-        )
-    return tuple(map(int, values))
-
-
-def divided(layer: str, name: str, groups: int, size: int, of: str = "features of x") -> None:
-    """Raise where so many features can't be split into so many groups."""
+def divided(where: str, name: str, groups: int, size: int, of: str = "the features of x") -> int:
+    """size / groups, or an error where so many features can't be split into so many groups."""
     if groups < 1 or size % groups:
-        raise ValueError(f"{layer}: the {name} (={groups}) must divide the {of} (={size})")
+        raise ValueError(f"{where}: {name} (={groups}) must divide {of} (={size})")
+    return size // groups
 
 
-def pads(layer: str, padding: Padding | None, rank: int) -> Any:
-    """`padding` with ints of a sequence spelled out as pairs, which `einsum` would read as one pair for all."""
-    if padding is None or isinstance(padding, str) or is_int(padding):
-        return padding
-    if isinstance(padding, Sequence) and len(padding) == rank:
-        entries = [(p, p) if is_int(p) else p for p in padding]
-        if all(isinstance(p, Sequence) and len(p) == 2 and all(map(is_int, p)) for p in entries):
-            return entries
-    raise ValueError(
-        f"{layer}: padding={padding!r} must be 'SAME', 'VALID', an int, or an int or pair for each of the "
-        f"{rank} spatial axes"
+def read_padding(where: str, padding: Any, rank: int, words: Sequence[str] = ("SAME", "VALID")) -> Any:
+    """One of the `words`, in capitals, or a pair (low, high) for each axis.
+
+    >>> read_padding("layer", "same", 2), read_padding("layer", [1, (0, 2)], 2)
+    ('SAME', ((1, 1), (0, 2)))
+    """
+    if isinstance(padding, str) and padding.upper() in words:
+        return padding.upper()
+    entries = tuple(padding) if is_sequence(padding) else (padding,) * rank
+    pairs = tuple(tuple(p) if is_sequence(p) else (p, p) for p in entries)
+    if len(pairs) != rank or not all(len(pair) == 2 and all(map(is_int, pair)) for pair in pairs):
+        raise ValueError(
+            f"{where}: padding (={padding!r}) must be {', '.join(map(repr, words))}, an int, or an int or a pair "
+            f"(low, high) for each of the {rank} axes"
+        )
+    return tuple((int(low), int(high)) for low, high in pairs)
+
+
+def pads(padding: Any, grid: Sequence[int], size: Sequence[int], strides: Sequence[int], dilation: Sequence[int]):
+    """What `read_padding` returns ("SAME", "SAME_LOWER", "VALID", or pairs) as a pair for each axis of a grid.
+
+    >>> pads("SAME", (9, 8), (3, 3), (2, 2), (1, 1))
+    ((1, 1), (0, 1))
+    """
+    if not isinstance(padding, str):
+        return tuple(padding)
+    pairs = []
+    for n, k, s, d in zip(grid, size, strides, dilation, strict=True):
+        total = 0 if padding == "VALID" else max((-(-n // s) - 1) * s + d * (k - 1) + 1 - n, 0)
+        low = -(-total // 2) if padding == "SAME_LOWER" else total // 2
+        pairs.append((low, total - low))
+    return tuple(pairs)
+
+
+def with_neighbours(
+    x: jax.Array, axis_name: str | None, padding: Any, size: Sequence[int], strides, dilation, boundary: Any = None
+) -> tuple[jax.Array, Any]:
+    """x `[*batch, *grid, features]` and its padding; where the grid's first axis is split over `axis_name`, a shard
+    with the neighbours' tokens that its windows see, and no padding along that axis."""
+    if axis_name is None:
+        return x, padding
+    first = x.ndim - 1 - len(size)
+    grid = (x.shape[first] * shard_count(axis_name), *x.shape[first + 1 : -1])
+    along, *others = pads(padding, grid, size, strides, dilation)
+    outside = boundary[0] if is_sequence(boundary) else boundary
+    x = split_pad(
+        x, first, axis_name, along, size=size[0], stride=strides[0], dilation=dilation[0], boundary=outside or "zero"
     )
+    return x, [(0, 0), *others]

@@ -7,8 +7,11 @@ import jax
 from jax import lax
 
 from jaxattn.attention import attention
+from jaxattn.halo import split_attention
+from jaxattn.sizes import ints, per_axis
 from jaxattn.window import Window
-from jaxattn.zoo.heads import Heads, embeddings
+from jaxattn.zoo.heads import EMBEDDINGS, PROJECTIONS, embedding, join, offsets, project
+from jaxattn.zoo.parameters import parameters
 from jaxattn.zoo.registry import row
 
 
@@ -19,6 +22,7 @@ from jaxattn.zoo.registry import row
     shared="head / no",
     normalizer="softmax",
     paper="Ramachandran et al. 2019 (1906.05909)",
+    shapes=PROJECTIONS | EMBEDDINGS,
 )
 def sasa(
     x,
@@ -63,8 +67,7 @@ def sasa(
     (1, 6, 7, 8)
     """
     window = window if isinstance(window, Window) else Window(window)
-    heads = Heads("sasa", params, embeddings(window.rank), precision=precision)
-    return embedded(heads, x, window, scale, implementation)
+    return embedded("sasa", x, params, window, scale=scale, precision=precision, implementation=implementation)
 
 
 @row(
@@ -74,6 +77,7 @@ def sasa(
     shared="head / no",
     normalizer="softmax",
     paper="Vaswani et al. 2021 (2103.12731)",
+    shapes=PROJECTIONS | EMBEDDINGS,
 )
 def halo_attention(
     x,
@@ -120,8 +124,9 @@ def halo_attention(
     (1, 8, 8, 8)
     """
     window = halo_window(block, halo, boundary)
-    heads = Heads("halo_attention", params, embeddings(window.rank), precision=precision)
-    return embedded(heads, x, window, scale, implementation)
+    return embedded(
+        "halo_attention", x, params, window, scale=scale, precision=precision, implementation=implementation
+    )
 
 
 @row(
@@ -131,6 +136,7 @@ def halo_attention(
     shared="head / no",
     normalizer="softmax",
     paper="Hassani et al. 2023 (2204.07143); Hassani & Shi 2022 (2209.15001)",
+    shapes=PROJECTIONS | {"relative_bias": "?heads *offsets"},
 )
 def neighborhood_attention(
     x,
@@ -174,20 +180,19 @@ def neighborhood_attention(
     (1, 6, 7, 8)
     """
     window = window if isinstance(window, Window) else Window(window)
-    heads = Heads("neighborhood_attention", params, optional=["relative_bias"], precision=precision)
-    query, key, value = heads.project(x, window.rank)
-    offsets = (2 * k - 1 for k in window.sizes)
+    p, x, _ = parameters("neighborhood_attention", x, params, window.rank, offsets=offsets(window.sizes))
+    query, key, value = project(x, p, precision)
     y = attention(
         _standing(query, window),
         key,
         value,
         window=window,
         scale=scale,
-        relative_bias=heads.table("relative_bias", "heads", *offsets) if "relative_bias" in params else None,
+        relative_bias=p.get("relative_bias"),
         precision=precision,
         implementation=implementation,
     )
-    return heads.join(y)
+    return join(y, p, precision)
 
 
 def halo_window(block: int | Sequence[int], halo: int | Sequence[int], boundary: str | Sequence[str]) -> Window:
@@ -201,34 +206,45 @@ def halo_window(block: int | Sequence[int], halo: int | Sequence[int], boundary:
            [ 3,  4,  5, -1],
            [ 3,  4,  5, -1]])
     """
-    blocks = tuple(block) if isinstance(block, Sequence) else (block,)
-    halos = tuple(halo) if isinstance(halo, Sequence) else (halo,) * len(blocks)
-    if len(halos) != len(blocks) or any(a < 0 for a in halos):
-        raise ValueError(f"halo_attention: halo={halo!r} must be an int >= 0, or one for each of the blocks {blocks}")
+    blocks = ints("halo_attention", "block", block)
+    halos = per_axis("halo_attention", "halo", halo, len(blocks), least=0)
     return Window([b + 2 * a for b, a in zip(blocks, halos, strict=True)], block=blocks, boundary=boundary)
 
 
 def embedded(
-    heads: Heads, x, window: Window, scale: float | None, implementation: str | None, query_scale: float | None = 1.0
+    layer: str,
+    x,
+    params: Mapping[str, Any],
+    window: Window,
+    *,
+    scale: float | None = 1.0,
+    query_scale: float | None = 1.0,
+    precision: lax.PrecisionLike,
+    implementation: str | None,
+    axis_name: str | None = None,
 ) -> jax.Array:
     """Attention in a window with scores scale · q_i·k_j + q_i·r[j-i], the query multiplied by `query_scale` before."""
-    query, key, value = heads.project(x, window.rank)
-    y = attention(
+    p, x, _ = parameters(layer, x, params, window.rank, offsets=offsets(window.sizes))
+    query, key, value = project(x, p, precision)
+    y = split_attention(
         _standing(query, window) * (query.shape[-1] ** -0.5 if query_scale is None else query_scale),
         key,
         value,
+        axis_name=axis_name,
         window=window,
         scale=scale,
-        key_embedding=heads.embedding(window.sizes),
-        precision=heads.precision,
+        key_embedding=embedding(layer, p, window.rank),
+        precision=precision,
         implementation=implementation,
     )
-    return heads.join(y)
+    return join(y, p, precision)
 
 
 def _standing(query: jax.Array, window: Window) -> jax.Array:
     """The queries of the tokens at which a strided window stands."""
-    grid = query.shape[-2 - window.rank : -2]
     strides: Any = window.stride
+    if all(s == 1 for s in strides):
+        return query
+    grid = query.shape[-2 - window.rank : -2]
     steps = (slice(0, n * s, s) for n, s in zip(window.query_grid(grid), strides, strict=True))
     return query[(..., *steps, slice(None), slice(None))]

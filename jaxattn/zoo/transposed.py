@@ -8,7 +8,8 @@ import numpy as np
 from jax import lax
 
 from jaxattn.einsum import einsum
-from jaxattn.zoo.equations import Padding, pads, per_axis, sliding
+from jaxattn.sizes import per_axis
+from jaxattn.zoo.equations import Padding, read_padding, sliding
 from jaxattn.zoo.registry import row
 
 
@@ -19,6 +20,7 @@ from jaxattn.zoo.registry import row
     shared="all / yes",
     normalizer="none",
     paper="Zeiler et al. 2010",
+    shapes={"kernel": "*window features out_features"},
 )
 def conv_transpose(
     x,
@@ -80,18 +82,15 @@ def conv_transpose(
     sums, window, position = sliding(strides, dilation)
     taps = f"{window} o c" if transpose_kernel else f"{window} c o"
     spans = [d * (k - 1) for k, d in zip(np.shape(kernel)[:rank], dilation, strict=True)]
-    crop = _crop(pads("conv_transpose", padding, rank), spans, strides)
+    crop = _crop(read_padding("conv_transpose", padding, rank), spans, strides)
     return einsum(f"... {position} c, {taps} -> ... {sums} o", x, kernel, padding=crop, precision=precision)
 
 
 def _crop(padding, spans: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int]]:
     """What to crop of all that is written, (low, high) for each axis; negative appends zeros."""
-    if isinstance(padding, str) and padding.upper() == "VALID":
+    if padding == "VALID":
         return [(0, min(0, span + 1 - s)) for span, s in zip(spans, strides, strict=True)]
-    if isinstance(padding, str) and padding.upper() == "SAME":
+    if padding == "SAME":
         totals = [span + 1 - s for span, s in zip(spans, strides, strict=True)]
         return [(max(total, 0) // 2, total - max(total, 0) // 2) for total in totals]
-    if padding is None or isinstance(padding, str):
-        raise ValueError(f"conv_transpose: padding={padding!r} must be 'SAME', 'VALID', an int, or ints or pairs")
-    pairs = [(padding, padding)] * len(spans) if isinstance(padding, int) else padding
-    return [(span - low, span - high) for span, (low, high) in zip(spans, pairs, strict=True)]
+    return [(span - low, span - high) for span, (low, high) in zip(spans, padding, strict=True)]

@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from jaxattn.attention import attention
+from jaxattn.halo import shard_count
 from jaxattn.window import Window
-from jaxattn.zoo.heads import Heads, embeddings
+from jaxattn.zoo.heads import EMBEDDINGS, PROJECTIONS, join, offsets, project
+from jaxattn.zoo.parameters import parameters
 from jaxattn.zoo.registry import row
 from jaxattn.zoo.sliding import embedded
 
@@ -23,6 +24,7 @@ from jaxattn.zoo.sliding import embedded
     shared="head / no",
     normalizer="softmax",
     paper="Vaswani et al. 2017 (1706.03762); Dosovitskiy et al. 2021 (2010.11929)",
+    shapes=PROJECTIONS,
 )
 def global_attention(
     x,
@@ -63,13 +65,11 @@ def global_attention(
     >>> global_attention(jnp.ones((3, 5, 8)), params | {"out": jnp.ones((2, 4, 6))}).shape
     (3, 5, 6)
     """
-    heads = Heads("global_attention", params, precision=precision)
-    grid = heads.grid(x, rank)
-    batch = np.shape(x)[: -1 - rank]
-    tokens = jnp.reshape(x, (*batch, math.prod(grid), np.shape(x)[-1]))
-    query, key, value = heads.project(tokens, rank=1)
+    p, x, grid = parameters("global_attention", x, params, rank)
+    batch = x.shape[: x.ndim - 1 - rank]
+    query, key, value = project(x.reshape(*batch, math.prod(grid), x.shape[-1]), p, precision)
     y = attention(query, key, value, mask=mask, scale=scale, precision=precision, implementation=implementation)
-    return heads.join(y).reshape(*batch, *grid, -1)
+    return join(y, p, precision).reshape(*batch, *grid, -1)
 
 
 @row(
@@ -79,6 +79,7 @@ def global_attention(
     shared="head / no",
     normalizer="softmax",
     paper="Dai et al. 2021 (2106.04803)",
+    shapes=PROJECTIONS | {"relative_bias": "heads *offsets"},
 )
 def coatnet_attention(
     x,
@@ -115,21 +116,21 @@ def coatnet_attention(
     >>> coatnet_attention(jnp.ones((3, 4, 5, 8)), params | {"relative_bias": jnp.ones((2, 7, 9))}).shape
     (3, 4, 5, 8)
     """
-    heads = Heads("coatnet_attention", params, ["relative_bias"], precision=precision)
-    rank = np.ndim(params["relative_bias"]) - 1
-    grid = heads.grid(x, rank)
-    query, key, value = heads.project(x, rank)
+    rank = max(np.ndim(params.get("relative_bias", ())) - 1, 1)
+    grid = whole_grid("coatnet_attention", x, rank)
+    p, x, _ = parameters("coatnet_attention", x, params, rank, offsets=offsets(grid))
+    query, key, value = project(x, p, precision)
     y = attention(
         query,
         key,
         value,
         window=Window(grid),
         scale=scale,
-        relative_bias=heads.table("relative_bias", "heads", *(2 * n - 1 for n in grid)),
+        relative_bias=p["relative_bias"],
         precision=precision,
         implementation=implementation,
     )
-    return heads.join(y)
+    return join(y, p, precision)
 
 
 @row(
@@ -139,6 +140,7 @@ def coatnet_attention(
     shared="head / no",
     normalizer="softmax",
     paper="Srinivas et al. 2021 (2101.11605)",
+    shapes=PROJECTIONS | EMBEDDINGS,
 )
 def botnet_attention(
     x,
@@ -147,6 +149,7 @@ def botnet_attention(
     query_scale: float | None = None,
     precision: lax.PrecisionLike = None,
     implementation: str | None = None,
+    axis_name: str | None = None,
 ) -> jax.Array:
     """Attention over a grid with relative embeddings of rows and columns, added to the keys,
 
@@ -165,6 +168,7 @@ def botnet_attention(
       query_scale: of the query, so of both terms; None means head_dim ** -0.5.
       precision: of the projections and the attention, as in `jax.lax.dot_general`.
       implementation: as in `attention`.
+      axis_name: the mesh axis over which the grid's first axis is split, as in `jaxattn.halo.split_attention`.
 
     Returns:
       `[*batch, *grid, out_features]`, in the dtype of x and params.
@@ -178,9 +182,11 @@ def botnet_attention(
     >>> botnet_attention(jnp.ones((3, 4, 5, 8)), params | tables).shape
     (3, 4, 5, 8)
     """
-    rank = _rank(params)
-    heads = Heads("botnet_attention", params, embeddings(rank), precision=precision)
-    return embedded(heads, x, Window(heads.grid(x, rank)), 1.0, implementation, query_scale)
+    grid = whole_grid("botnet_attention", x, _rank(params), axis_name)
+    return embedded(
+        "botnet_attention", x, params, Window(grid), query_scale=query_scale, precision=precision,
+        implementation=implementation, axis_name=axis_name,
+    )  # fmt: skip
 
 
 @row(
@@ -190,6 +196,7 @@ def botnet_attention(
     shared="head / no",
     normalizer="softmax",
     paper="Cordonnier, Loukas & Jaggi 2020 (1911.03584)",
+    shapes=PROJECTIONS | {"key": "?features -> heads head_dim"} | EMBEDDINGS,
 )
 def learned_relative_attention(
     x,
@@ -198,6 +205,7 @@ def learned_relative_attention(
     query_scale: float | None = None,
     precision: lax.PrecisionLike = None,
     implementation: str | None = None,
+    axis_name: str | None = None,
 ) -> jax.Array:
     """Attention over a grid whose scores may come from relative positions alone,
 
@@ -216,6 +224,7 @@ def learned_relative_attention(
       query_scale: of the query, so of both terms; None means head_dim ** -0.5.
       precision: of the projections and the attention, as in `jax.lax.dot_general`.
       implementation: as in `attention`.
+      axis_name: the mesh axis over which the grid's first axis is split, as in `jaxattn.halo.split_attention`.
 
     Returns:
       `[*batch, *grid, out_features]`, in the dtype of x and params.
@@ -229,9 +238,21 @@ def learned_relative_attention(
     >>> learned_relative_attention(jnp.ones((3, 4, 5, 8)), params | tables).shape
     (3, 4, 5, 8)
     """
-    rank = _rank(params)
-    heads = Heads("learned_relative_attention", params, embeddings(rank), optional=["key"], precision=precision)
-    return embedded(heads, x, Window(heads.grid(x, rank)), 1.0, implementation, query_scale)
+    grid = whole_grid("learned_relative_attention", x, _rank(params), axis_name)
+    return embedded(
+        "learned_relative_attention", x, params, Window(grid), query_scale=query_scale, precision=precision,
+        implementation=implementation, axis_name=axis_name,
+    )  # fmt: skip
+
+
+def whole_grid(layer: str, x, rank: int, axis_name: str | None = None) -> tuple[int, ...]:
+    """The last `rank` axes of x before its features, and of all shards where the first is split."""
+    if np.ndim(x) < rank + 1:
+        raise ValueError(
+            f"{layer}: x has shape {list(np.shape(x))}; expected [*batch, *grid, features] with {rank} grid axes"
+        )
+    first, *others = np.shape(x)[np.ndim(x) - 1 - rank : -1]
+    return (first * shard_count(axis_name), *others)
 
 
 def _rank(params: Mapping[str, Any]) -> int:

@@ -152,7 +152,7 @@ def test_projections_begin_with_the_fans_of_a_matrix():
         ),
         (
             partial(nn.HaloAttention, 2, 8, block=4, halo=(1, 1)),
-            r"halo \(=\(1, 1\)\) must be an int >= 0, or one for each",
+            r"halo \(=\(1, 1\)\) must be an int >= 0, or",
         ),
         (partial(nn.AxialAttention, 2, 8), r"AxialAttention: give one of length \(=None\) and window \(=None\)"),
         (partial(nn.GPSA, 8, 8), r"GPSA: num_heads \(=8\) must be K\^2 for a grid of 2 axes \(rank=2\)"),

@@ -198,7 +198,7 @@ REFUSED = [
     (lambda p: p.update(bias=np.ones(5)), r"params\['bias'\] has shape \[5\]; expected \[out_features\] = \[6\]"),
     (
         lambda p: p.update(out=np.ones((3, 5, 6))),
-        r"params\['out'\] has shape \[3, 5, 6\]; expected .* = \[3, 6, out_features/groups\]",
+        r"params\['out'\] .*; expected .* = \[3, 6, out_features/groups\]",
     ),
     (lambda p: p.update(window=zoo.Slide((3,))), r"window has 1 axes, and centre is \[heads, 2\]"),
     (lambda p: p.update(centre=np.ones((3, 3))), r"x has shape \[4, 3, 4\]; expected .* with 3 grid axes"),

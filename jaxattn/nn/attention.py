@@ -86,6 +86,8 @@ class Attention(nnx.Module):
     (2, 14, 14, 4, 49)
     """
 
+    axis_name: str | None = None
+
     def __init__(
         self,
         num_heads: int,

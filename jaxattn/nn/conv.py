@@ -76,6 +76,8 @@ class Conv(nnx.Module):
     (2, 32, 32, 8)
     """
 
+    axis_name: str | None = None
+
     def __init__(
         self,
         in_features: int,

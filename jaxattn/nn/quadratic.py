@@ -56,6 +56,8 @@ class QuadraticAttention(Layer):
     """
 
     function = staticmethod(zoo.quadratic_attention)
+    centre: nnx.Param
+    alpha: nnx.Param
     needs_whole_grid = "its heads look anywhere on the grid"
 
     def __init__(
@@ -81,14 +83,8 @@ class QuadraticAttention(Layer):
         rngs: nnx.Rngs,
     ):
         out_features = in_features if out_features is None else out_features
-        sizes = {
-            "num_heads": num_heads,
-            "rank": rank,
-            "groups": groups,
-            "head_dim": 1 if head_dim is None else head_dim,
-        }
-        for name, size in sizes.items():
-            per_axis("QuadraticAttention", name, size, 1)
+        for name, size in (("num_heads", num_heads), ("rank", rank), ("groups", groups), ("head_dim", head_dim)):
+            per_axis("QuadraticAttention", name, 1 if size is None else size, 1)
         self.num_heads, self.in_features, self.out_features = num_heads, in_features, out_features
         self.rank, self.window, self.groups = rank, window, groups
         self.dtype, self.precision, self.implementation = dtype, precision, implementation

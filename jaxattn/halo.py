@@ -263,7 +263,7 @@ def _place(query, key, window: Window, axis_name: str) -> _Place:
             f"(={stride}) must divide the keys, and there must be as many queries as it leaves"
         )
     grid = (shards * length, *key.shape[axis + 1 : -2])
-    return _Place(window, axis, axis_name, shards, length, stride, grid, window.axes(grid)[0])
+    return _Place(window, axis, axis_name, shards, length, stride, grid, window.axes(grid)[0])  # pyright: ignore
 
 
 def _key_mask(mask, key, place: _Place):

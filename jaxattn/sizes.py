@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+Size = int | np.integer | np.ndarray | Sequence[int | np.integer]
+
 
 def is_int(value: Any) -> bool:
     """Whether a value is a whole number: Python's or NumPy's, and no bool.

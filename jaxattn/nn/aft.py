@@ -1,6 +1,6 @@
 """The attention-free transformer's layers as Flax modules."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from flax import nnx
 
 from jaxattn import zoo
 from jaxattn.nn.layer import Layer, default_kernel_init, small_init
-from jaxattn.sizes import ints
+from jaxattn.sizes import Size, ints
 from jaxattn.zoo.equations import divided
 
 
@@ -48,7 +48,7 @@ class AFT(Layer):
         hidden_features: int | None = None,
         out_features: int | None = None,
         *,
-        grid: Sequence[int],
+        grid: Size,
         use_bias: bool = True,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
@@ -99,7 +99,7 @@ class AFTConv(Layer):
         self,
         num_heads: int,
         in_features: int,
-        kernel_size: int | Sequence[int],
+        kernel_size: Size,
         hidden_features: int | None = None,
         out_features: int | None = None,
         *,

@@ -1,24 +1,22 @@
 """Attention as a Flax module: projections around `jaxattn.attention`, with tables for its relative terms."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from flax.nnx.nn import dtypes
 from jaxtyping import Array, ArrayLike, Float, Num, Shaped
 
 from jaxattn.attention import attention
 from jaxattn.halo import shard_count, split_attention
+from jaxattn.nn.layer import default_bias_init, default_kernel_init, small_init
 from jaxattn.normalize import NORMALIZERS
+from jaxattn.sizes import Size, ints
 from jaxattn.window import Window
 
-default_kernel_init = nnx.initializers.lecun_normal()
-default_bias_init = nnx.initializers.zeros_init()
-default_relative_init = nnx.initializers.truncated_normal(0.02)
 KEY_EMBEDDINGS = (False, True, "shared", "factorized", "decomposed")
 
 
@@ -97,8 +95,8 @@ class Attention(nnx.Module):
         num_kv_heads: int | None = None,
         in_kv_features: int | None = None,
         *,
-        window: Window | int | Sequence[int] | None = None,
-        grid: Sequence[int] | None = None,
+        window: Window | Size | None = None,
+        grid: Size | None = None,
         rank: int = 1,
         relative_bias: bool = False,
         key_embedding: bool | str = False,
@@ -115,7 +113,7 @@ class Attention(nnx.Module):
         out_kernel_init: Callable[..., Any] | None = None,
         bias_init: Callable[..., Any] = default_bias_init,
         out_bias_init: Callable[..., Any] | None = None,
-        relative_init: Callable[..., Any] | None = default_relative_init,
+        relative_init: Callable[..., Any] | None = small_init,
         use_bias: bool = True,
         out_projection: bool = True,
         implementation: str | None = None,
@@ -135,8 +133,8 @@ class Attention(nnx.Module):
             raise ValueError(
                 f"{type(self).__name__}: window (={window}) must be None where grid (={grid}) is given, a window itself"
             )
-        self.grid = None if grid is None else tuple(grid)
-        window = grid if window is None else window
+        self.grid = None if grid is None else ints(type(self).__name__, "grid", grid)
+        window = self.grid if window is None else window
         self.window = window if window is None or isinstance(window, Window) else Window(window)
         self.rank = rank if self.window is None else self.window.rank
         self.normalize, self.logits_soft_cap, self.scale = normalize, logits_soft_cap, scale
@@ -165,7 +163,7 @@ class Attention(nnx.Module):
         def table(*shape):
             return nnx.Param(init(rngs.params(), shape))
 
-        offsets = () if self.window is None else tuple(int(2 * k - 1) for k in np.atleast_1d(self.window.size))
+        offsets = () if self.window is None else tuple(2 * k - 1 for k in self.window.sizes)
         self.relative_bias = table(self.num_heads, *offsets) if relative_bias else nnx.data(None)
         if key_embedding in ("factorized", "decomposed"):
             dim = self.head_dim // (len(offsets) if key_embedding == "factorized" else 1)
@@ -291,7 +289,8 @@ class Attention(nnx.Module):
         first, *others = x.shape[-1 - self.rank : -1]
         queries, *grid = self.window.query_grid((first * shard_count(self.axis_name), *others))
         grid = (queries // shard_count(self.axis_name), *grid)
-        steps = (slice(0, n * s, s) for n, s in zip(grid, np.atleast_1d(self.window.stride), strict=True))
+        strides: Any = self.window.stride
+        steps = (slice(0, n * s, s) for n, s in zip(grid, strides, strict=True))
         return x[(..., *steps, slice(None))]
 
     def _check_input(self, name: str, x, features: int):

@@ -1,6 +1,6 @@
 """Attention-augmented convolution as a Flax module."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from flax import nnx
 
 from jaxattn import zoo
 from jaxattn.nn.layer import Layer, default_kernel_init
-from jaxattn.sizes import ints
+from jaxattn.sizes import Size, ints
 from jaxattn.zoo.equations import divided
 from jaxattn.zoo.heads import offsets
 
@@ -52,9 +52,9 @@ class AugmentedConv(Layer):
         num_heads: int,
         in_features: int,
         out_features: int,
-        kernel_size: int | Sequence[int],
+        kernel_size: Size,
         *,
-        grid: Sequence[int],
+        grid: Size,
         value_features: int,
         key_features: int | None = None,
         use_bias: bool = True,

@@ -5,11 +5,11 @@ from typing import Any
 
 from flax import nnx
 
-from jaxattn.nn.attention import Attention, default_relative_init
+from jaxattn.nn.attention import Attention
+from jaxattn.nn.layer import glorot_init, small_init
+from jaxattn.sizes import Size
 from jaxattn.window import Window
 from jaxattn.zoo.sliding import halo_window
-
-vit_init = nnx.initializers.xavier_uniform()
 
 
 class GlobalAttention(Attention):
@@ -41,7 +41,7 @@ class GlobalAttention(Attention):
         qkv_features: int | None = None,
         out_features: int | None = None,
         *,
-        kernel_init: Callable[..., Any] = vit_init,
+        kernel_init: Callable[..., Any] = glorot_init,
         rngs: nnx.Rngs,
         **settings: Any,
     ):
@@ -80,7 +80,7 @@ class SASA(Attention):
         qkv_features: int | None = None,
         out_features: int | None = None,
         *,
-        window: Window | int | Sequence[int],
+        window: Window | Size,
         scale: float | None = 1.0,
         use_bias: bool = False,
         out_projection: bool = False,
@@ -126,8 +126,8 @@ class HaloAttention(Attention):
         qkv_features: int | None = None,
         out_features: int | None = None,
         *,
-        block: int | Sequence[int],
-        halo: int | Sequence[int],
+        block: Size,
+        halo: Size,
         boundary: str | Sequence[str] = "zero",
         scale: float | None = 1.0,
         use_bias: bool = False,
@@ -172,9 +172,9 @@ class NeighborhoodAttention(Attention):
         qkv_features: int | None = None,
         out_features: int | None = None,
         *,
-        window: Window | int | Sequence[int],
+        window: Window | Size,
         relative_bias: bool = True,
-        kernel_init: Callable[..., Any] = default_relative_init,
+        kernel_init: Callable[..., Any] = small_init,
         rngs: nnx.Rngs,
         **settings: Any,
     ):
@@ -213,7 +213,7 @@ class CoAtNetAttention(Attention):
         qkv_features: int | None = None,
         out_features: int | None = None,
         *,
-        grid: Sequence[int],
+        grid: Size,
         relative_bias: bool = True,
         rngs: nnx.Rngs,
         **settings: Any,

@@ -1,6 +1,6 @@
 """CvT's attention as a Flax module."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from flax import nnx
 
 from jaxattn import zoo
 from jaxattn.nn.layer import Layer, default_kernel_init, frozen, head_sizes, of_window, small_init
-from jaxattn.sizes import ints
+from jaxattn.sizes import Size, ints
 
 
 class CvTAttention(Layer):
@@ -49,12 +49,12 @@ class CvTAttention(Layer):
         self,
         num_heads: int,
         in_features: int,
-        kernel_size: int | Sequence[int],
+        kernel_size: Size,
         qkv_features: int | None = None,
         out_features: int | None = None,
         *,
-        strides: int | Sequence[int] = 1,
-        kv_strides: int | Sequence[int] = 1,
+        strides: Size = 1,
+        kv_strides: Size = 1,
         scale: float | None = None,
         use_bias: bool = True,
         dtype: Any = None,

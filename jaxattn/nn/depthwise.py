@@ -1,6 +1,6 @@
 """Modules of depthwise convolution: learned weights by offset, each channel or head its own."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,8 +16,8 @@ from jaxattn.nn.layer import (
     of_kernel,
     of_window,
 )
-from jaxattn.sizes import ints
-from jaxattn.zoo.equations import divided
+from jaxattn.sizes import Size, ints
+from jaxattn.zoo.equations import Padding, divided
 
 
 class DepthwiseConv(Layer):
@@ -56,12 +56,12 @@ class DepthwiseConv(Layer):
     def __init__(
         self,
         in_features: int,
-        kernel_size: int | Sequence[int],
+        kernel_size: Size,
         multiplier: int = 1,
         *,
-        strides: int | Sequence[int] = 1,
-        padding: str | int | Sequence[int | Sequence[int]] = "SAME",
-        dilation: int | Sequence[int] = 1,
+        strides: Size = 1,
+        padding: Padding = "SAME",
+        dilation: Size = 1,
         use_bias: bool = True,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
@@ -116,9 +116,9 @@ class LightConv(Layer):
         self,
         num_heads: int,
         in_features: int,
-        kernel_size: int | Sequence[int],
+        kernel_size: Size,
         *,
-        dilation: int | Sequence[int] = 1,
+        dilation: Size = 1,
         causal: bool = False,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,

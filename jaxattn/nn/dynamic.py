@@ -1,6 +1,6 @@
 """Modules of convolutions whose weights are made from the data."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ from flax import nnx
 
 from jaxattn import zoo
 from jaxattn.nn.layer import Layer, default_kernel_init, frozen, glorot_init, of_kernel
-from jaxattn.sizes import ints
+from jaxattn.sizes import Size, ints
 from jaxattn.zoo.equations import divided
 
 
@@ -46,9 +46,9 @@ class DynamicConv(Layer):
         self,
         num_heads: int,
         in_features: int,
-        kernel_size: int | Sequence[int],
+        kernel_size: Size,
         *,
-        dilation: int | Sequence[int] = 1,
+        dilation: Size = 1,
         causal: bool = False,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
@@ -96,12 +96,12 @@ class Involution(Layer):
     def __init__(
         self,
         in_features: int,
-        kernel_size: int | Sequence[int],
+        kernel_size: Size,
         *,
         groups: int = 1,
         reduction: int = 4,
-        strides: int | Sequence[int] = 1,
-        dilation: int | Sequence[int] = 1,
+        strides: Size = 1,
+        dilation: Size = 1,
         activation: Callable[[jax.Array], jax.Array] = jax.nn.relu,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
@@ -150,10 +150,10 @@ class DynamicDepthwiseConv(Layer):
     def __init__(
         self,
         in_features: int,
-        kernel_size: int | Sequence[int],
+        kernel_size: Size,
         *,
         reduction: int = 4,
-        dilation: int | Sequence[int] = 1,
+        dilation: Size = 1,
         activation: Callable[[jax.Array], jax.Array] = jax.nn.relu,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,

@@ -1,6 +1,6 @@
 """Modules of attention in which one side of the pair is learned: the queries, or the keys."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from jaxattn import zoo
 from jaxattn.nn.layer import Layer, default_bias_init, default_kernel_init, frozen, head_sizes
-from jaxattn.sizes import ints
+from jaxattn.sizes import Size, ints
 
 unit_init = nnx.initializers.normal(1.0)
 short_init = nnx.initializers.variance_scaling(1.0, "fan_out", "normal")  # of length one: head_dim ** -0.5
@@ -54,11 +54,11 @@ class QnA(Layer):
         self,
         num_heads: int,
         in_features: int,
-        kernel_size: int | Sequence[int],
+        kernel_size: Size,
         qkv_features: int | None = None,
         out_features: int | None = None,
         *,
-        strides: int | Sequence[int] = 1,
+        strides: Size = 1,
         scale: float | None = None,
         use_bias: bool = True,
         dtype: Any = None,

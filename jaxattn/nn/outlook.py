@@ -1,6 +1,6 @@
 """Outlook attention as a Flax module."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from flax import nnx
 
 from jaxattn import zoo
 from jaxattn.nn.layer import Layer, frozen, head_sizes, small_init
-from jaxattn.sizes import ints
+from jaxattn.sizes import Size, ints
 from jaxattn.zoo.equations import divided
 
 
@@ -47,10 +47,10 @@ class OutlookAttention(Layer):
         self,
         num_heads: int,
         in_features: int,
-        kernel_size: int | Sequence[int],
+        kernel_size: Size,
         out_features: int | None = None,
         *,
-        strides: int | Sequence[int] = 1,
+        strides: Size = 1,
         scale: float | None = None,
         use_bias: bool = False,
         dtype: Any = None,

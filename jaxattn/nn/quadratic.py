@@ -1,7 +1,7 @@
 """Quadratic attention as a Flax module: heads that learn at which offset to look."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from flax import nnx
 
 from jaxattn import zoo
 from jaxattn.nn.layer import Layer, default_bias_init, default_kernel_init
-from jaxattn.sizes import per_axis
+from jaxattn.sizes import Size, per_axis
 from jaxattn.window import Window
 from jaxattn.zoo.equations import divided
 
@@ -67,7 +67,7 @@ class QuadraticAttention(Layer):
         out_features: int | None = None,
         *,
         rank: int = 2,
-        window: zoo.Slide | Window | int | Sequence[int] | None = None,
+        window: zoo.Slide | Window | Size | None = None,
         head_dim: int | None = None,
         groups: int = 1,
         isotropic: bool = True,

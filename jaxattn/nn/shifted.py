@@ -1,6 +1,6 @@
 """Swin's module: windows that part the grid, shifted in every other layer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from flax import nnx
 
 from jaxattn import zoo
 from jaxattn.nn.layer import Layer, frozen, head_sizes, small_init
-from jaxattn.sizes import ints
+from jaxattn.sizes import Size, ints
 from jaxattn.zoo.heads import offsets
 
 
@@ -51,8 +51,8 @@ class ShiftedWindowAttention(Layer):
         qkv_features: int | None = None,
         out_features: int | None = None,
         *,
-        window: int | Sequence[int],
-        shift: int | Sequence[int] = 0,
+        window: Size,
+        shift: Size = 0,
         use_bias: bool = True,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,

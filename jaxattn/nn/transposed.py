@@ -1,6 +1,6 @@
 """Transposed convolution as a Flax module."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,7 +8,8 @@ from flax import nnx
 
 from jaxattn import zoo
 from jaxattn.nn.layer import Layer, default_bias_init, default_kernel_init, frozen, of_kernel
-from jaxattn.sizes import ints
+from jaxattn.sizes import Size, ints
+from jaxattn.zoo.equations import Padding
 
 
 class ConvTranspose(Layer):
@@ -50,11 +51,11 @@ class ConvTranspose(Layer):
         self,
         in_features: int,
         out_features: int,
-        kernel_size: int | Sequence[int],
-        strides: int | Sequence[int] | None = None,
+        kernel_size: Size,
+        strides: Size | None = None,
         *,
-        padding: str | int | Sequence[int | Sequence[int]] = "SAME",
-        kernel_dilation: int | Sequence[int] | None = None,
+        padding: Padding = "SAME",
+        kernel_dilation: Size | None = None,
         use_bias: bool = True,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,

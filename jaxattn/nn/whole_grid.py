@@ -1,6 +1,6 @@
 """Modules of attention over a whole grid."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from flax import nnx
 
 from jaxattn import zoo
 from jaxattn.nn.layer import Layer, default_kernel_init, head_sizes, small_init
-from jaxattn.sizes import ints
+from jaxattn.sizes import Size, ints
 from jaxattn.zoo.heads import offsets
 
 
@@ -52,7 +52,7 @@ class BoTNetAttention(Layer):
         qkv_features: int | None = None,
         out_features: int | None = None,
         *,
-        grid: Sequence[int],
+        grid: Size,
         use_bias: bool = False,
         out_projection: bool = False,
         dtype: Any = None,
@@ -111,7 +111,7 @@ class LearnedRelativeAttention(Layer):
         qkv_features: int | None = None,
         out_features: int | None = None,
         *,
-        grid: Sequence[int],
+        grid: Size,
         content: bool = True,
         use_bias: bool = False,
         dtype: Any = None,

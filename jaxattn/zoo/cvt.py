@@ -1,7 +1,7 @@
 """CvT's attention: queries, keys and values from depthwise convolutions."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 
 from jaxattn.halo import split_attention
+from jaxattn.sizes import Size
 from jaxattn.zoo.depthwise import depthwise_conv
 from jaxattn.zoo.equations import same
 from jaxattn.zoo.heads import PROJECTIONS
@@ -31,8 +32,8 @@ def cvt_attention(
     x,
     params: Mapping[str, Any],
     *,
-    strides: int | Sequence[int] = 1,
-    kv_strides: int | Sequence[int] = 1,
+    strides: Size = 1,
+    kv_strides: Size = 1,
     scale: float | None = None,
     precision: lax.PrecisionLike = None,
     axis_name: str | None = None,

@@ -1,13 +1,11 @@
 """Dense convolution: weights that are fixed, one offset to a tap."""
 
-from collections.abc import Sequence
-
 import jax
 import numpy as np
 from jax import lax
 
 from jaxattn.einsum import einsum
-from jaxattn.sizes import is_int, per_axis
+from jaxattn.sizes import Size, is_int, per_axis
 from jaxattn.zoo.equations import read_padding, sliding
 from jaxattn.zoo.registry import row
 
@@ -25,9 +23,9 @@ def conv(
     x,
     kernel,
     *,
-    strides: int | Sequence[int] = 1,
+    strides: Size = 1,
     padding="SAME",
-    dilation: int | Sequence[int] = 1,
+    dilation: Size = 1,
     groups: int = 1,
     boundary=None,
     precision: lax.PrecisionLike = None,

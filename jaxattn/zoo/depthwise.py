@@ -1,13 +1,11 @@
 """Depthwise convolution: learned weights by offset, each channel or head its own."""
 
-from collections.abc import Sequence
-
 import jax
 import numpy as np
 from jax import lax
 
 from jaxattn.einsum import einsum
-from jaxattn.sizes import per_axis
+from jaxattn.sizes import Size, per_axis
 from jaxattn.zoo.equations import Padding, divided, read_padding, same, sliding, with_neighbours
 from jaxattn.zoo.parameters import parameters
 from jaxattn.zoo.registry import row
@@ -27,9 +25,9 @@ def depthwise_conv(
     x,
     kernel,
     *,
-    strides: int | Sequence[int] = 1,
+    strides: Size = 1,
     padding: Padding = "SAME",
-    dilation: int | Sequence[int] = 1,
+    dilation: Size = 1,
     boundary=None,
     precision: lax.PrecisionLike = None,
     axis_name: str | None = None,
@@ -99,7 +97,7 @@ def light_conv(
     x,
     kernel,
     *,
-    dilation: int | Sequence[int] = 1,
+    dilation: Size = 1,
     causal: bool = False,
     precision: lax.PrecisionLike = None,
     axis_name: str | None = None,

@@ -1,6 +1,6 @@
 """Convolutions whose weights are made from the data: from the centre of the window, or from the whole image."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 
 from jaxattn.einsum import einsum
-from jaxattn.sizes import per_axis
+from jaxattn.sizes import Size, per_axis
 from jaxattn.zoo.equations import divided, same, sliding, with_neighbours
 from jaxattn.zoo.parameters import affine, parameters
 from jaxattn.zoo.pool import mean_pool
@@ -30,7 +30,7 @@ def dynamic_conv(
     x,
     kernel,
     *,
-    dilation: int | Sequence[int] = 1,
+    dilation: Size = 1,
     causal: bool = False,
     precision: lax.PrecisionLike = None,
     axis_name: str | None = None,
@@ -94,8 +94,8 @@ def involution(
     x,
     params: Mapping[str, Any],
     *,
-    strides: int | Sequence[int] = 1,
-    dilation: int | Sequence[int] = 1,
+    strides: Size = 1,
+    dilation: Size = 1,
     activation: Callable[[jax.Array], jax.Array] = jax.nn.relu,
     precision: lax.PrecisionLike = None,
     axis_name: str | None = None,
@@ -160,7 +160,7 @@ def dynamic_depthwise_conv(
     x,
     params: Mapping[str, Any],
     *,
-    dilation: int | Sequence[int] = 1,
+    dilation: Size = 1,
     activation: Callable[[jax.Array], jax.Array] = jax.nn.relu,
     precision: lax.PrecisionLike = None,
     axis_name: str | None = None,

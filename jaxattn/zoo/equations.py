@@ -6,9 +6,9 @@ from typing import Any
 import jax
 
 from jaxattn.halo import shard_count, split_pad
-from jaxattn.sizes import is_int, is_sequence
+from jaxattn.sizes import Size, is_int, is_sequence
 
-Padding = str | int | Sequence[int | Sequence[int]]
+Padding = str | Size | Sequence[Size]
 
 
 def sliding(strides: Sequence[int], dilation: Sequence[int]) -> tuple[str, str, str]:

@@ -1,6 +1,6 @@
 """Attention in which one side of the pair is learned: the queries, or the keys."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ from jax import lax
 
 from jaxattn.attention import attention
 from jaxattn.halo import shard_count, split_attention
-from jaxattn.sizes import per_axis
+from jaxattn.sizes import Size, per_axis
 from jaxattn.window import Window
 from jaxattn.zoo.parameters import affine, parameters
 from jaxattn.zoo.registry import row
@@ -35,7 +35,7 @@ def qna(
     x,
     params: Mapping[str, Any],
     *,
-    strides: int | Sequence[int] = 1,
+    strides: Size = 1,
     scale: float | None = None,
     precision: lax.PrecisionLike = None,
     axis_name: str | None = None,

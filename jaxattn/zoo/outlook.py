@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 
 from jaxattn.einsum import einsum
-from jaxattn.sizes import per_axis
+from jaxattn.sizes import Size, per_axis
 from jaxattn.zoo.equations import axes
 from jaxattn.zoo.parameters import affine, parameters
 from jaxattn.zoo.pool import mean_pool
@@ -33,7 +33,7 @@ def outlook_attention(
     x,
     params: Mapping[str, Any],
     *,
-    strides: int | Sequence[int] = 1,
+    strides: Size = 1,
     scale: float | None = None,
     precision: lax.PrecisionLike = None,
 ) -> jax.Array:

@@ -11,6 +11,7 @@ from jax import lax
 from jaxattn.attention import attention
 from jaxattn.einsum import einsum
 from jaxattn.kernels.problem import statistics_dtype
+from jaxattn.sizes import Size
 from jaxattn.window import Window
 from jaxattn.zoo.parameters import parameters
 from jaxattn.zoo.registry import row
@@ -37,7 +38,7 @@ def quadratic_attention(
     x,
     params: Mapping[str, Any],
     *,
-    window: Slide | Window | int | Sequence[int] | None = None,
+    window: Slide | Window | Size | None = None,
     precision: lax.PrecisionLike = None,
     implementation: str | None = None,
 ) -> jax.Array:

@@ -10,7 +10,7 @@ from jax import lax
 
 from jaxattn.attention import attention
 from jaxattn.halo import halo
-from jaxattn.sizes import ints, per_axis
+from jaxattn.sizes import Size, ints, per_axis
 from jaxattn.window import Window
 from jaxattn.zoo.heads import PROJECTIONS, join, offsets, project
 from jaxattn.zoo.parameters import parameters
@@ -31,8 +31,8 @@ def shifted_window_attention(
     x,
     params: Mapping[str, Any],
     *,
-    window: int | Sequence[int],
-    shift: int | Sequence[int] = 0,
+    window: Size,
+    shift: Size = 0,
     scale: float | None = None,
     precision: lax.PrecisionLike = None,
     implementation: str | None = None,
@@ -126,7 +126,7 @@ def _regions(grid: Sequence[int], window: Sequence[int], shifts: Sequence[int]) 
     return regions
 
 
-def _shifts(shift: int | Sequence[int], window: Sequence[int]) -> tuple[int, ...]:
+def _shifts(shift: Size, window: Sequence[int]) -> tuple[int, ...]:
     shifts = per_axis("shifted_window_attention", "shift", shift, len(window), least=0)
     if not all(s < k for s, k in zip(shifts, window, strict=True)):
         raise ValueError(

@@ -10,8 +10,9 @@ import numpy as np
 from jax import lax
 
 from jaxattn.boundary import BOUNDARIES, fold
+from jaxattn.sizes import Size
 from jaxattn.window import Window
-from jaxattn.zoo.equations import pads, read_padding
+from jaxattn.zoo.equations import Padding, pads, read_padding
 
 WORDS = ("SAME", "SAME_LOWER", "VALID")
 
@@ -42,10 +43,10 @@ class Slide:
     ((11, 9, 4), (5, 4))
     """
 
-    size: int | Sequence[int]
-    strides: int | Sequence[int] = 1
-    padding: str | int | Sequence[int | Sequence[int]] = "SAME"
-    dilation: int | Sequence[int] = 1
+    size: Size
+    strides: Size = 1
+    padding: Padding = "SAME"
+    dilation: Size = 1
     boundary: str = "zero"
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from jax import lax
 
 from jaxattn.attention import attention
 from jaxattn.halo import split_attention
-from jaxattn.sizes import ints, per_axis
+from jaxattn.sizes import Size, ints, per_axis
 from jaxattn.window import Window
 from jaxattn.zoo.heads import EMBEDDINGS, PROJECTIONS, embedding, join, offsets, project
 from jaxattn.zoo.parameters import parameters
@@ -28,7 +28,7 @@ def sasa(
     x,
     params: Mapping[str, Any],
     *,
-    window: Window | int | Sequence[int],
+    window: Window | Size,
     scale: float | None = 1.0,
     precision: lax.PrecisionLike = None,
     implementation: str | None = None,
@@ -83,8 +83,8 @@ def halo_attention(
     x,
     params: Mapping[str, Any],
     *,
-    block: int | Sequence[int],
-    halo: int | Sequence[int],
+    block: Size,
+    halo: Size,
     boundary: str | Sequence[str] = "zero",
     scale: float | None = 1.0,
     precision: lax.PrecisionLike = None,
@@ -142,7 +142,7 @@ def neighborhood_attention(
     x,
     params: Mapping[str, Any],
     *,
-    window: Window | int | Sequence[int],
+    window: Window | Size,
     scale: float | None = None,
     precision: lax.PrecisionLike = None,
     implementation: str | None = None,
@@ -195,7 +195,7 @@ def neighborhood_attention(
     return join(y, p, precision)
 
 
-def halo_window(block: int | Sequence[int], halo: int | Sequence[int], boundary: str | Sequence[str]) -> Window:
+def halo_window(block: Size, halo: Size, boundary: str | Sequence[str]) -> Window:
     """The window of a block and its halo.
 
     >>> halo_window(2, 1, "mask").indices((6,))[..., 0]

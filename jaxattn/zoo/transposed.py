@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 
 from jaxattn.einsum import einsum
-from jaxattn.sizes import per_axis
+from jaxattn.sizes import Size, per_axis
 from jaxattn.zoo.equations import Padding, read_padding, sliding
 from jaxattn.zoo.registry import row
 
@@ -26,9 +26,9 @@ def conv_transpose(
     x,
     kernel,
     *,
-    strides: int | Sequence[int] = 1,
+    strides: Size = 1,
     padding: Padding = "SAME",
-    dilation: int | Sequence[int] = 1,
+    dilation: Size = 1,
     transpose_kernel: bool = False,
     precision: lax.PrecisionLike = None,
 ) -> jax.Array:

@@ -23,9 +23,7 @@ class AFT(Layer):
       out_features: size of the output's last axis; None means `in_features`.
       grid: the tokens along each axis of the input.
       use_bias: whether the linear maps have biases.
-      dtype: of the computation. None promotes the input's and the parameters' dtypes.
-      param_dtype: of the parameters.
-      precision: as in `jax.lax.dot_general`.
+      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of the linear maps; the biases begin at zero.
       position_init: initialiser of `position`, `[*grid, *grid]`.
       rngs: `nnx.Rngs`; `params` is used.
@@ -76,9 +74,7 @@ class AFTConv(Layer):
       hidden_features: of query, key and value; None means `in_features`.
       out_features: size of the output's last axis; None means `in_features`.
       use_bias: whether the linear maps have biases.
-      dtype: of the computation. None promotes the input's and the parameters' dtypes.
-      param_dtype: of the parameters.
-      precision: as in `jax.lax.dot_general`.
+      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of the linear maps; the biases begin at zero.
       position_init: initialiser of `position`, `[*kernel_size, num_heads]`.
       rngs: `nnx.Rngs`; `params` is used.

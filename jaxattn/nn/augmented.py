@@ -27,9 +27,7 @@ class AugmentedConv(Layer):
       key_features: of queries and keys, all heads together; None means twice `value_features`, as the paper has it.
       value_features: of values, all heads together, fewer than `out_features`.
       use_bias: whether the convolution and the projections have biases.
-      dtype: of the computation. None promotes the input's and the parameters' dtypes.
-      param_dtype: of the parameters.
-      precision: as in `jax.lax.dot_general`.
+      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of the convolution and the projections; the biases begin at zero, and the relative
         embeddings with the paper's deviation of head_dim ** -0.5.
       rngs: `nnx.Rngs`; `params` is used.

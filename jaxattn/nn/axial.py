@@ -17,18 +17,13 @@ class AxialAttention(Layer):
     arXiv 2003.07853.)
 
     Args:
-      num_heads: heads; they divide `qkv_features`.
-      in_features: size of the input's last axis.
-      qkv_features: of query, key and value, all heads together; None means `in_features`.
-      out_features: size of the output's last axis, with an output projection; None means `in_features`.
+      num_heads, in_features, qkv_features, out_features: as in `Attention`.
       length: tokens along the axis; with a window, None.
       axis: which axis of the input; -2 is the grid's last.
       window: how many tokens each one attends to; None means all.
       use_bias: whether the projections have biases.
       out_projection: whether there is an output projection.
-      dtype: of the computation. None promotes the input's and the parameters' dtypes.
-      param_dtype: of the parameters.
-      precision: of the projections and the attention.
+      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of the projections.
       embedding_init: initialiser of the embeddings; None is normal, of standard deviation head_dim ** -0.5.
       rngs: `nnx.Rngs`; `params` is used.

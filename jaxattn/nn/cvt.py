@@ -26,9 +26,7 @@ class CvTAttention(Layer):
       kv_strides: of the keys' and values'; the paper's is 2.
       scale: None means head_dim ** -0.5.
       use_bias: whether the projections have biases.
-      dtype: of the computation. None promotes the input's and the parameters' dtypes.
-      param_dtype: of the parameters.
-      precision: as in `jax.lax.dot_general`.
+      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of the projections; the biases begin at zero.
       conv_init: initialiser of the convolutions, `[*kernel_size, in_features]`.
       rngs: `nnx.Rngs`; `params` is used.

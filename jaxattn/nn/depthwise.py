@@ -33,9 +33,7 @@ class DepthwiseConv(Layer):
       strides, dilation: ints, or one per axis.
       padding: "SAME", "VALID", an int, or an int or a (low, high) pair per axis.
       use_bias: whether a bias is added.
-      dtype: of the computation. None promotes the input's and the parameters' dtypes.
-      param_dtype: of the parameters.
-      precision: as in `jax.lax.dot_general`.
+      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of `kernel`, `[*kernel_size, in_features · multiplier]`.
       bias_init: initialiser of `bias`, `[in_features · multiplier]`.
       rngs: `nnx.Rngs`; `params` is used.
@@ -94,9 +92,7 @@ class LightConv(Layer):
       kernel_size: an int for one dimension, else one int per axis of the grid.
       dilation: an int, or one per axis.
       causal: a position sees what comes before it, and itself last.
-      dtype: of the computation. None promotes the input's and the parameters' dtypes.
-      param_dtype: of the parameters.
-      precision: as in `jax.lax.dot_general`.
+      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of `kernel`, `[*kernel_size, num_heads]`.
       rngs: `nnx.Rngs`; `params` is used.
 

@@ -24,9 +24,7 @@ class DynamicConv(Layer):
       kernel_size: an int for one dimension, else one int per axis of the grid.
       dilation: an int, or one per axis.
       causal: a position sees what comes before it, and itself last.
-      dtype: of the computation. None promotes the input's and the parameters' dtypes.
-      param_dtype: of the parameters.
-      precision: as in `jax.lax.dot_general`.
+      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of `kernel`, `[in_features, *kernel_size, num_heads]`.
       rngs: `nnx.Rngs`; `params` is used.
 
@@ -75,9 +73,7 @@ class Involution(Layer):
       reduction: `in_features` over the size of the bottleneck.
       strides, dilation: ints, or one per axis.
       activation: of the bottleneck; a module's parameters are learned too.
-      dtype: of the computation. None promotes the input's and the parameters' dtypes.
-      param_dtype: of the parameters.
-      precision: as in `jax.lax.dot_general`.
+      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of `reduce` and `span`; their biases begin at zero.
       rngs: `nnx.Rngs`; `params` is used.
 
@@ -129,9 +125,7 @@ class DynamicDepthwiseConv(Layer):
       reduction: `in_features` over the size of the bottleneck.
       dilation: an int, or one per axis.
       activation: of the bottleneck; a module's parameters are learned too.
-      dtype: of the computation. None promotes the input's and the parameters' dtypes.
-      param_dtype: of the parameters.
-      precision: as in `jax.lax.dot_general`.
+      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of `reduce` and `span`; their biases begin at zero.
       rngs: `nnx.Rngs`; `params` is used.
 

@@ -18,18 +18,13 @@ class GPSA(Layer):
     position u = -α (1, -2Δ_h), and the identity for its value. (d'Ascoli et al. 2021, ConViT, arXiv 2103.10697.)
 
     Args:
-      num_heads: heads; they divide `qkv_features`.
-      in_features: size of the input's last axis.
-      qkv_features: of query, key and value, all heads together; None means `in_features`.
-      out_features: size of the output's last axis; None means `in_features`.
+      num_heads, in_features, qkv_features, out_features: as in `Attention`.
       rank: the number of grid axes; num_heads must be a power K^rank.
       locality_strength: α. At 1 a head leaves two thirds of its weight off the token at its offset, in 2-D.
       gate: where λ begins; at 1, 73 % of the weight is positional.
       identity_value: whether the value's kernel begins as the identity; then `qkv_features` must be `in_features`.
       use_bias: whether query, key and value have biases; the output projection has one.
-      dtype: of the computation. None promotes the input's and the parameters' dtypes.
-      param_dtype: of the parameters.
-      precision: of the projections and the attention.
+      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of the projections.
       rngs: `nnx.Rngs`; `params` is used.
 

@@ -27,9 +27,7 @@ class LambdaLayer(Layer):
       key_dim: of each query and key.
       depth: keys and values that make each lambda, the paper's intra-depth.
       use_bias: whether the projections have biases.
-      dtype: of the computation. None promotes the input's and the parameters' dtypes.
-      param_dtype: of the parameters.
-      precision: as in `jax.lax.dot_general`.
+      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of the projections; the biases begin at zero.
       position_init: initialiser of `position`, `[*kernel_size, key_dim, depth]`.
       rngs: `nnx.Rngs`; `params` is used.

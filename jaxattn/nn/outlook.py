@@ -25,9 +25,7 @@ class OutlookAttention(Layer):
       strides: of the windows, an int or one per axis; the paper's is 2, and the output keeps the input's grid.
       scale: of the scores; None means head_dim ** -0.5.
       use_bias: whether the value has a bias; the weights and the output do.
-      dtype: of the computation. None promotes the input's and the parameters' dtypes.
-      param_dtype: of the parameters.
-      precision: as in `jax.lax.dot_general`.
+      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of `value`, `attention` and `out`; the biases begin at zero.
       rngs: `nnx.Rngs`; `params` is used.
 

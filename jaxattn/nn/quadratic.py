@@ -35,9 +35,7 @@ class QuadraticAttention(Layer):
       groups: features in and out are split among them.
       isotropic: a width for each head (`alpha`), or a matrix (`inverse_root`, the Σ^{-1/2} of the full form).
       use_bias: whether a bias is added.
-      dtype: of the computation. None promotes the input's and the parameters' dtypes.
-      param_dtype: of the parameters.
-      precision: as in `jaxattn.attention`.
+      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of `value` and `out`, as matrices from everything that is summed.
       bias_init: initialiser of `bias`, `[out_features]`.
       centre_init: initialiser of `centre`, `[num_heads, rank]`, in tokens.

@@ -18,16 +18,11 @@ class ShiftedWindowAttention(Layer):
     (Liu et al. 2021, Swin, arXiv 2103.14030.)
 
     Args:
-      num_heads: heads; they divide `qkv_features`.
-      in_features: size of the input's last axis.
-      qkv_features: of query, key and value, all heads together; None means `in_features`.
-      out_features: size of the output's last axis; None means `in_features`.
+      num_heads, in_features, qkv_features, out_features: as in `Attention`.
       window: tokens along each side of a window, an int for one dimension, or one for each axis.
       shift: from 0 to window - 1, an int, or one for each axis; the paper's layers alternate between 0 and window // 2.
       use_bias: whether the projections have biases.
-      dtype: of the computation. None promotes the input's and the parameters' dtypes.
-      param_dtype: of the parameters.
-      precision: of the projections and the attention.
+      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of the projections.
       relative_init: initialiser of the relative bias.
       rngs: `nnx.Rngs`; `params` is used.

@@ -26,9 +26,7 @@ class ConvTranspose(Layer):
       padding: "SAME", "VALID", an int, or an int or a (low, high) pair per axis; see the function.
       kernel_dilation: the step between the taps, an int or one per axis; None means 1.
       use_bias: whether a bias is added.
-      dtype: of the computation. None promotes the input's and the parameters' dtypes.
-      param_dtype: of the parameters.
-      precision: as in `jax.lax.dot_general`.
+      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of `kernel`.
       bias_init: initialiser of `bias`, `[out_features]`.
       transpose_kernel: False: `kernel` is `[*kernel_size, in_features, out_features]`, and flipped where it is written.

@@ -19,16 +19,11 @@ class BoTNetAttention(Layer):
     2101.11605.)
 
     Args:
-      num_heads: heads; they divide `qkv_features`.
-      in_features: size of the input's last axis.
-      qkv_features: of query, key and value, all heads together; None means `in_features`.
-      out_features: size of the output's last axis, with an output projection; None means `in_features`.
+      num_heads, in_features, qkv_features, out_features: as in `Attention`.
       grid: the tokens along each axis of the input.
       use_bias: whether the projections have biases.
       out_projection: whether there is an output projection.
-      dtype: of the computation. None promotes the input's and the parameters' dtypes.
-      param_dtype: of the parameters.
-      precision: of the projections and the attention.
+      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of the projections.
       embedding_init: initialiser of the embeddings; None is normal, of standard deviation head_dim ** -0.5.
       rngs: `nnx.Rngs`; `params` is used.
@@ -78,16 +73,11 @@ class LearnedRelativeAttention(Layer):
     (Cordonnier, Loukas & Jaggi 2020, arXiv 1911.03584.)
 
     Args:
-      num_heads: heads; they divide `qkv_features`.
-      in_features: size of the input's last axis.
-      qkv_features: of query, key and value, all heads together; None means `in_features`.
-      out_features: size of the output's last axis; None means `in_features`.
+      num_heads, in_features, qkv_features, out_features: as in `Attention`.
       grid: the tokens along each axis of the input.
       content: whether the scores have q·k; without it there is no key.
       use_bias: whether query, key and value have biases; the output projection has one.
-      dtype: of the computation. None promotes the input's and the parameters' dtypes.
-      param_dtype: of the parameters.
-      precision: of the projections and the attention.
+      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of the projections.
       embedding_init: initialiser of the embeddings.
       rngs: `nnx.Rngs`; `params` is used.

@@ -19,14 +19,9 @@ LINEAR = dict.fromkeys(("query", "key", "value"), "features -> hidden") | {"out"
 
 
 @row(
-    "AFT",
-    weights="exp(k_j + w_ij), gated by σ(q_i)",
-    source="key + learned",
-    shared="no / no",
-    normalizer="sum",
-    paper="Zhai et al. 2021 (2105.14103)",
-    shapes=LINEAR | {"position": "*grid *grid"},
-)
+    "AFT", weights="exp(k_j + w_ij), gated by σ(q_i)", source="key + learned", shared="no / no", normalizer="sum",
+    paper="Zhai et al. 2021 (2105.14103)", shapes=LINEAR | {"position": "*grid *grid"},
+)  # fmt: skip
 def aft(x, params: Mapping[str, Any], *, precision: lax.PrecisionLike = None) -> jax.Array:
     """Each channel a head of its own, whose weights come from key and position,
 
@@ -66,14 +61,10 @@ def aft(x, params: Mapping[str, Any], *, precision: lax.PrecisionLike = None) ->
 
 
 @row(
-    "AFT-conv",
-    weights="exp(k_j + w_{h,j-i}), w = 0 outside the window, gated by σ(q_i)",
-    source="key + learned",
-    shared="no / no",
-    normalizer="sum",
-    paper="Zhai et al. 2021 (2105.14103)",
+    "AFT-conv", weights="exp(k_j + w_{h,j-i}), w = 0 outside the window, gated by σ(q_i)", source="key + learned",
+    shared="no / no", normalizer="sum", paper="Zhai et al. 2021 (2105.14103)",
     shapes=LINEAR | {"position": "*window heads"},
-)
+)  # fmt: skip
 def aft_conv(
     x, params: Mapping[str, Any], *, precision: lax.PrecisionLike = None, axis_name: str | None = None
 ) -> jax.Array:

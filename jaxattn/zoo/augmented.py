@@ -19,16 +19,11 @@ from jaxattn.zoo.whole_grid import whole_grid
 
 
 @row(
-    "attention-augmented convolution",
-    weights="concat(conv, global SASA)",
-    source="learned + pair",
-    shared="mixed / mixed",
-    normalizer="none / softmax",
-    paper="Bello et al. 2019 (1904.09925)",
+    "attention-augmented convolution", weights="concat(conv, global SASA)", source="learned + pair",
+    shared="mixed / mixed", normalizer="none / softmax", paper="Bello et al. 2019 (1904.09925)",
     shapes={"kernel": "*window features -> conv_features"}
-    | PROJECTIONS
-    | {"out": "heads value_dim -> attention_features", "embedding_{axis}": "offsets_{axis} head_dim"},
-)
+    | PROJECTIONS | {"out": "heads value_dim -> attention_features", "embedding_{axis}": "offsets_{axis} head_dim"},
+)  # fmt: skip
 def augmented_conv(
     x,
     params: Mapping[str, Any],

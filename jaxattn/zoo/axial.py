@@ -17,19 +17,11 @@ from jaxattn.zoo.registry import row
 
 
 @row(
-    "axial attention",
-    weights="q·k + q·r^q + k·r^k, V = v_j + r^v, one axis at a time",
-    source="pair",
-    shared="head / no",
-    normalizer="softmax",
-    paper="Wang et al. 2020 (2003.07853)",
-    shapes=PROJECTIONS
-    | {
-        "query_embedding": "heads|1 offsets head_dim",
-        "key_embedding": "heads|1 offsets head_dim",
-        "value_embedding": "heads|1 offsets value_dim",
-    },
-)
+    "axial attention", weights="q·k + q·r^q + k·r^k, V = v_j + r^v, one axis at a time", source="pair",
+    shared="head / no", normalizer="softmax", paper="Wang et al. 2020 (2003.07853)",
+    shapes=PROJECTIONS | {"query_embedding": "heads|1 offsets head_dim", "key_embedding": "heads|1 offsets head_dim",
+    "value_embedding": "heads|1 offsets value_dim"},
+)  # fmt: skip
 def axial_attention(
     x,
     params: Mapping[str, Any],

@@ -18,16 +18,10 @@ from jaxattn.zoo.registry import row
 
 
 @row(
-    "CvT",
-    weights="q·k, with q,k,v from depthwise convolutions",
-    source="pair",
-    shared="head / no",
-    normalizer="softmax",
-    paper="Wu et al. 2021 (2103.15808)",
-    shapes=dict.fromkeys(("query_kernel", "key_kernel", "value_kernel"), "*window features")
-    | PROJECTIONS
-    | {"out": "heads value_dim -> out_features"},
-)
+    "CvT", weights="q·k, with q,k,v from depthwise convolutions", source="pair", shared="head / no",
+    normalizer="softmax", paper="Wu et al. 2021 (2103.15808)", shapes=dict.fromkeys(("query_kernel", "key_kernel",
+    "value_kernel"), "*window features") | PROJECTIONS | {"out": "heads value_dim -> out_features"},
+)  # fmt: skip
 def cvt_attention(
     x,
     params: Mapping[str, Any],

@@ -11,14 +11,10 @@ from jaxattn.zoo.registry import row
 
 
 @row(
-    "dense, strided, dilated, grouped convolution",
-    weights="1[j-i=Δ_h], V_h=W_Δ",
-    source="fixed",
-    shared="all / yes",
-    normalizer="none",
-    paper="LeCun et al. 1989; Yu & Koltun 2016 (1511.07122)",
+    "dense, strided, dilated, grouped convolution", weights="1[j-i=Δ_h], V_h=W_Δ", source="fixed", shared="all / yes",
+    normalizer="none", paper="LeCun et al. 1989; Yu & Koltun 2016 (1511.07122)",
     shapes={"kernel": "*window features/groups out_features"},
-)
+)  # fmt: skip
 def conv(
     x,
     kernel,

@@ -13,14 +13,9 @@ from jaxattn.zoo.softmax import softmax
 
 
 @row(
-    "depthwise convolution (ConvNeXt)",
-    weights="w_{c,j-i}",
-    source="learned",
-    shared="no / yes",
-    normalizer="none",
-    paper="Chollet 2017 (1610.02357); Liu et al. 2022 (2201.03545)",
-    shapes={"kernel": "*window features·m"},
-)
+    "depthwise convolution (ConvNeXt)", weights="w_{c,j-i}", source="learned", shared="no / yes", normalizer="none",
+    paper="Chollet 2017 (1610.02357); Liu et al. 2022 (2201.03545)", shapes={"kernel": "*window features·m"},
+)  # fmt: skip
 def depthwise_conv(
     x,
     kernel,
@@ -85,14 +80,9 @@ def depthwise_conv(
 
 
 @row(
-    "LightConv",
-    weights="w_{h,j-i}",
-    source="learned",
-    shared="head / yes",
-    normalizer="softmax",
-    paper="Wu et al. 2019 (1901.10430)",
-    shapes={"kernel": "*window heads"},
-)
+    "LightConv", weights="w_{h,j-i}", source="learned", shared="head / yes", normalizer="softmax",
+    paper="Wu et al. 2019 (1901.10430)", shapes={"kernel": "*window heads"},
+)  # fmt: skip
 def light_conv(
     x,
     kernel,

@@ -18,14 +18,9 @@ from jaxattn.zoo.softmax import softmax
 
 
 @row(
-    "DynamicConv",
-    weights="(W x_i)_{h,j-i}",
-    source="centre",
-    shared="head / no",
-    normalizer="softmax",
-    paper="Wu et al. 2019 (1901.10430)",
-    shapes={"kernel": "features -> *window heads"},
-)
+    "DynamicConv", weights="(W x_i)_{h,j-i}", source="centre", shared="head / no", normalizer="softmax",
+    paper="Wu et al. 2019 (1901.10430)", shapes={"kernel": "features -> *window heads"},
+)  # fmt: skip
 def dynamic_conv(
     x,
     kernel,
@@ -82,14 +77,10 @@ def dynamic_conv(
 
 
 @row(
-    "involution",
-    weights="(W1 φ(W0 x_i))_{g,j-i}, V=x",
-    source="centre",
-    shared="group / no",
-    normalizer="none",
+    "involution", weights="(W1 φ(W0 x_i))_{g,j-i}, V=x", source="centre", shared="group / no", normalizer="none",
     paper="Li et al. 2021 (2103.06255)",
     shapes={"reduce": "features -> reduced", "span": "reduced -> *window groups"},
-)
+)  # fmt: skip
 def involution(
     x,
     params: Mapping[str, Any],
@@ -148,14 +139,10 @@ def involution(
 
 
 @row(
-    "dynamic depthwise (Han et al. 2022)",
-    weights="f(mean x)_{c,j-i}",
-    source="image",
-    shared="no / yes",
-    normalizer="none",
-    paper="Han et al. 2022 (2106.04263)",
+    "dynamic depthwise (Han et al. 2022)", weights="f(mean x)_{c,j-i}", source="image", shared="no / yes",
+    normalizer="none", paper="Han et al. 2022 (2106.04263)",
     shapes={"reduce": "features -> reduced", "span": "reduced -> *window features"},
-)
+)  # fmt: skip
 def dynamic_depthwise_conv(
     x,
     params: Mapping[str, Any],

@@ -19,14 +19,10 @@ from jaxattn.zoo.whole_grid import whole_grid
 
 
 @row(
-    "GPSA (ConViT)",
-    weights="(1-σ(λ)) softmax(q·k) + σ(λ) softmax(v·r)",
-    source="pair + learned",
-    shared="head / no",
-    normalizer="softmax",
-    paper="d'Ascoli et al. 2021 (2103.10697)",
+    "GPSA (ConViT)", weights="(1-σ(λ)) softmax(q·k) + σ(λ) softmax(v·r)", source="pair + learned", shared="head / no",
+    normalizer="softmax", paper="d'Ascoli et al. 2021 (2103.10697)",
     shapes=PROJECTIONS | {"position": "heads coordinates", "gate": "heads"},
-)
+)  # fmt: skip
 def gpsa(
     x,
     params: Mapping[str, Any],

@@ -15,19 +15,11 @@ from jaxattn.zoo.softmax import everywhere, softmax
 
 
 @row(
-    "lambda layer",
-    weights="q_i·(Σ_j k̄_j v_j + Σ_j E_{j-i} v_j)",
-    source="key + learned",
-    shared="head / no",
-    normalizer="softmax over keys only",
-    paper="Bello 2021 (2102.08602)",
-    shapes={
-        "query": "features -> heads key_dim",
-        "key": "features -> key_dim depth",
-        "value": "features -> value_dim depth",
-        "position": "*window key_dim depth",
-    },
-)
+    "lambda layer", weights="q_i·(Σ_j k̄_j v_j + Σ_j E_{j-i} v_j)", source="key + learned", shared="head / no",
+    normalizer="softmax over keys only", paper="Bello 2021 (2102.08602)",
+    shapes={"query": "features -> heads key_dim", "key": "features -> key_dim depth",
+    "value": "features -> value_dim depth", "position": "*window key_dim depth"},
+)  # fmt: skip
 def lambda_layer(
     x, params: Mapping[str, Any], *, precision: lax.PrecisionLike = None, axis_name: str | None = None
 ) -> jax.Array:

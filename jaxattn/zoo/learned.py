@@ -17,20 +17,10 @@ from jaxattn.zoo.registry import row
 
 
 @row(
-    "QnA",
-    weights="learned q · k_j + b_{j-i}",
-    source="key + learned",
-    shared="head / no",
-    normalizer="softmax",
-    paper="Arar et al. 2022 (2112.11435)",
-    shapes={
-        "query": "heads head_dim",
-        "key": "features -> heads head_dim",
-        "value": "features -> heads value_dim",
-        "bias": "heads *window",
-        "out": "heads value_dim -> out_features",
-    },
-)
+    "QnA", weights="learned q · k_j + b_{j-i}", source="key + learned", shared="head / no", normalizer="softmax",
+    paper="Arar et al. 2022 (2112.11435)", shapes={"query": "heads head_dim", "key": "features -> heads head_dim",
+    "value": "features -> heads value_dim", "bias": "heads *window", "out": "heads value_dim -> out_features"},
+)  # fmt: skip
 def qna(
     x,
     params: Mapping[str, Any],
@@ -86,19 +76,11 @@ def qna(
 
 
 @row(
-    "parameter-key attention",
-    weights="q from data, k (and v) parameters: a convolution read as attention",
-    source="learned key",
-    shared="head / no",
-    normalizer="any",
-    paper="Sukhbaatar et al. 2019 (1907.01470)",
-    shapes={
-        "query": "?features -> heads head_dim",
-        "key": "keys heads head_dim",
-        "value": "keys heads value_dim",
-        "out": "?heads value_dim -> out_features",
-    },
-)
+    "parameter-key attention", weights="q from data, k (and v) parameters: a convolution read as attention",
+    source="learned key", shared="head / no", normalizer="any", paper="Sukhbaatar et al. 2019 (1907.01470)",
+    shapes={"query": "?features -> heads head_dim", "key": "keys heads head_dim", "value": "keys heads value_dim",
+    "out": "?heads value_dim -> out_features"},
+)  # fmt: skip
 def parameter_key_attention(
     x,
     params: Mapping[str, Any],

@@ -17,18 +17,11 @@ from jaxattn.zoo.softmax import softmax
 
 
 @row(
-    "outlook attention (VOLO)",
-    weights="windows u that hold i: (W x_u)_{slot i,j}",
-    source="window centre",
-    shared="head / no",
-    normalizer="softmax, then fold",
-    paper="Yuan et al. 2021 (2106.13112)",
-    shapes={
-        "value": "features -> heads head_dim",
-        "attention": "features -> heads *window *window",
-        "out": "heads head_dim -> out_features",
-    },
-)
+    "outlook attention (VOLO)", weights="windows u that hold i: (W x_u)_{slot i,j}", source="window centre",
+    shared="head / no", normalizer="softmax, then fold", paper="Yuan et al. 2021 (2106.13112)",
+    shapes={"value": "features -> heads head_dim", "attention": "features -> heads *window *window",
+    "out": "heads head_dim -> out_features"},
+)  # fmt: skip
 def outlook_attention(
     x,
     params: Mapping[str, Any],

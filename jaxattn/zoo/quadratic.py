@@ -19,21 +19,12 @@ from jaxattn.zoo.slide import Slide
 
 
 @row(
-    "quadratic (Cordonnier)",
-    weights="-α‖δ-Δ_h‖² (isotropic), -½‖Σ^{-1/2}(δ-Δ_h)‖² (full)",
-    source="learned",
-    shared="head / yes",
-    normalizer="softmax",
-    paper="Cordonnier, Loukas & Jaggi 2020 (1911.03584)",
-    shapes={
-        "centre": "heads axes",
-        "alpha": "?heads",
-        "inverse_root": "?heads axes axes",
-        "value": "features/groups heads groups·head_dim",
-        "out": "?heads groups·head_dim out_features/groups",
-        "bias": "?out_features",
-    },
-)
+    "quadratic (Cordonnier)", weights="-α‖δ-Δ_h‖² (isotropic), -½‖Σ^{-1/2}(δ-Δ_h)‖² (full)", source="learned",
+    shared="head / yes", normalizer="softmax", paper="Cordonnier, Loukas & Jaggi 2020 (1911.03584)",
+    shapes={"centre": "heads axes", "alpha": "?heads", "inverse_root": "?heads axes axes",
+    "value": "features/groups heads groups·head_dim", "out": "?heads groups·head_dim out_features/groups",
+    "bias": "?out_features"},
+)  # fmt: skip
 def quadratic_attention(
     x,
     params: Mapping[str, Any],

@@ -19,14 +19,10 @@ from jaxattn.zoo.whole_grid import whole_grid
 
 
 @row(
-    "Swin",
-    weights="q·k/√d + b_{j-i}, partition, cyclic shift",
-    source="pair + learned",
-    shared="head / no",
-    normalizer="softmax",
-    paper="Liu et al. 2021 (2103.14030)",
+    "Swin", weights="q·k/√d + b_{j-i}, partition, cyclic shift", source="pair + learned", shared="head / no",
+    normalizer="softmax", paper="Liu et al. 2021 (2103.14030)",
     shapes=PROJECTIONS | {"relative_bias": "heads *offsets"},
-)
+)  # fmt: skip
 def shifted_window_attention(
     x,
     params: Mapping[str, Any],

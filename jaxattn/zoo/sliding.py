@@ -16,14 +16,9 @@ from jaxattn.zoo.registry import row
 
 
 @row(
-    "SASA",
-    weights="q_i·(k_j + r_{j-i})",
-    source="pair",
-    shared="head / no",
-    normalizer="softmax",
-    paper="Ramachandran et al. 2019 (1906.05909)",
-    shapes=PROJECTIONS | EMBEDDINGS,
-)
+    "SASA", weights="q_i·(k_j + r_{j-i})", source="pair", shared="head / no", normalizer="softmax",
+    paper="Ramachandran et al. 2019 (1906.05909)", shapes=PROJECTIONS | EMBEDDINGS,
+)  # fmt: skip
 def sasa(
     x,
     params: Mapping[str, Any],
@@ -71,14 +66,9 @@ def sasa(
 
 
 @row(
-    "HaloNet",
-    weights="SASA, N = block + halo",
-    source="pair",
-    shared="head / no",
-    normalizer="softmax",
-    paper="Vaswani et al. 2021 (2103.12731)",
-    shapes=PROJECTIONS | EMBEDDINGS,
-)
+    "HaloNet", weights="SASA, N = block + halo", source="pair", shared="head / no", normalizer="softmax",
+    paper="Vaswani et al. 2021 (2103.12731)", shapes=PROJECTIONS | EMBEDDINGS,
+)  # fmt: skip
 def halo_attention(
     x,
     params: Mapping[str, Any],
@@ -130,14 +120,10 @@ def halo_attention(
 
 
 @row(
-    "NAT, DiNAT",
-    weights="q·k/√d + b_{j-i}, shifted window, dilated",
-    source="pair + learned",
-    shared="head / no",
-    normalizer="softmax",
-    paper="Hassani et al. 2023 (2204.07143); Hassani & Shi 2022 (2209.15001)",
+    "NAT, DiNAT", weights="q·k/√d + b_{j-i}, shifted window, dilated", source="pair + learned", shared="head / no",
+    normalizer="softmax", paper="Hassani et al. 2023 (2204.07143); Hassani & Shi 2022 (2209.15001)",
     shapes=PROJECTIONS | {"relative_bias": "?heads *offsets"},
-)
+)  # fmt: skip
 def neighborhood_attention(
     x,
     params: Mapping[str, Any],

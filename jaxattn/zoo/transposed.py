@@ -14,14 +14,9 @@ from jaxattn.zoo.registry import row
 
 
 @row(
-    "transposed convolution",
-    weights="1[i-s·j=Δ_h], V_h=W_Δ",
-    source="fixed",
-    shared="all / yes",
-    normalizer="none",
-    paper="Zeiler et al. 2010",
-    shapes={"kernel": "*window features out_features"},
-)
+    "transposed convolution", weights="1[i-s·j=Δ_h], V_h=W_Δ", source="fixed", shared="all / yes", normalizer="none",
+    paper="Zeiler et al. 2010", shapes={"kernel": "*window features out_features"},
+)  # fmt: skip
 def conv_transpose(
     x,
     kernel,

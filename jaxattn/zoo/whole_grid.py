@@ -18,14 +18,9 @@ from jaxattn.zoo.sliding import embedded
 
 
 @row(
-    "ViT",
-    weights="q·k/√d, global",
-    source="pair",
-    shared="head / no",
-    normalizer="softmax",
-    paper="Vaswani et al. 2017 (1706.03762); Dosovitskiy et al. 2021 (2010.11929)",
-    shapes=PROJECTIONS,
-)
+    "ViT", weights="q·k/√d, global", source="pair", shared="head / no", normalizer="softmax",
+    paper="Vaswani et al. 2017 (1706.03762); Dosovitskiy et al. 2021 (2010.11929)", shapes=PROJECTIONS,
+)  # fmt: skip
 def global_attention(
     x,
     params: Mapping[str, Any],
@@ -73,14 +68,9 @@ def global_attention(
 
 
 @row(
-    "CoAtNet",
-    weights="q·k/√d + w_{i-j}, global",
-    source="pair + learned",
-    shared="head / no",
-    normalizer="softmax",
-    paper="Dai et al. 2021 (2106.04803)",
-    shapes=PROJECTIONS | {"relative_bias": "heads *offsets"},
-)
+    "CoAtNet", weights="q·k/√d + w_{i-j}, global", source="pair + learned", shared="head / no", normalizer="softmax",
+    paper="Dai et al. 2021 (2106.04803)", shapes=PROJECTIONS | {"relative_bias": "heads *offsets"},
+)  # fmt: skip
 def coatnet_attention(
     x,
     params: Mapping[str, Any],
@@ -134,14 +124,9 @@ def coatnet_attention(
 
 
 @row(
-    "BoTNet",
-    weights="SASA, global",
-    source="pair",
-    shared="head / no",
-    normalizer="softmax",
-    paper="Srinivas et al. 2021 (2101.11605)",
-    shapes=PROJECTIONS | EMBEDDINGS,
-)
+    "BoTNet", weights="SASA, global", source="pair", shared="head / no", normalizer="softmax",
+    paper="Srinivas et al. 2021 (2101.11605)", shapes=PROJECTIONS | EMBEDDINGS,
+)  # fmt: skip
 def botnet_attention(
     x,
     params: Mapping[str, Any],
@@ -190,14 +175,10 @@ def botnet_attention(
 
 
 @row(
-    "learned 2-D relative (Cordonnier)",
-    weights="q·k + q·(row_{δ1} + col_{δ2}), content on or off",
-    source="pair",
-    shared="head / no",
-    normalizer="softmax",
-    paper="Cordonnier, Loukas & Jaggi 2020 (1911.03584)",
+    "learned 2-D relative (Cordonnier)", weights="q·k + q·(row_{δ1} + col_{δ2}), content on or off", source="pair",
+    shared="head / no", normalizer="softmax", paper="Cordonnier, Loukas & Jaggi 2020 (1911.03584)",
     shapes=PROJECTIONS | {"key": "?features -> heads head_dim"} | EMBEDDINGS,
-)
+)  # fmt: skip
 def learned_relative_attention(
     x,
     params: Mapping[str, Any],

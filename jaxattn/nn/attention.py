@@ -176,17 +176,17 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        inputs_q: Num[ArrayLike, "..."],
-        inputs_k: Num[ArrayLike, "..."] | None = None,
-        inputs_v: Num[ArrayLike, "..."] | None = None,
+        inputs_q: Num[ArrayLike, "*batch_and_grid in_features"],
+        inputs_k: Num[ArrayLike, "*batch_and_key_grid in_kv_features"] | None = None,
+        inputs_v: Num[ArrayLike, "*batch_and_value_grid in_value_features"] | None = None,
         *,
-        mask: Shaped[ArrayLike, "..."] | None = None,
-        bias: Num[ArrayLike, "..."] | None = None,
+        mask: Shaped[ArrayLike, "*mask"] | None = None,
+        bias: Num[ArrayLike, "*bias"] | None = None,
         segment_ids: Any = None,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | nnx.RngStream | None = None,
         sow_weights: bool = False,
-    ) -> Float[Array, "..."]:
+    ) -> Float[Array, "*batch_and_query_grid out_features"]:
         """Attends.
 
         Args:
@@ -226,13 +226,13 @@ class Attention(nnx.Module):
 
     def weights(
         self,
-        inputs_q: Num[ArrayLike, "..."],
-        inputs_k: Num[ArrayLike, "..."] | None = None,
+        inputs_q: Num[ArrayLike, "*batch_and_grid in_features"],
+        inputs_k: Num[ArrayLike, "*batch_and_key_grid in_kv_features"] | None = None,
         *,
-        mask: Shaped[ArrayLike, "..."] | None = None,
-        bias: Num[ArrayLike, "..."] | None = None,
+        mask: Shaped[ArrayLike, "*mask"] | None = None,
+        bias: Num[ArrayLike, "*bias"] | None = None,
         segment_ids: Any = None,
-    ) -> Float[Array, "..."]:
+    ) -> Float[Array, "*batch_and_query_grid num_heads slots"]:
         """The weights A, for figures: `[*batch, *query_grid, num_heads, slots]`, without dropout.
 
         The slots are the window's, row-major (`Window.indices` says which token each is); without a window, all tokens.

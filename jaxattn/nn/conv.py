@@ -141,9 +141,9 @@ class Conv(nnx.Module):
 
     def __call__(
         self,
-        inputs: Num[ArrayLike, "..."],
+        inputs: Num[ArrayLike, "*batch_and_spatial in_features"],
         out_sharding: PartitionSpec | Sharding | None = None,
-    ) -> Float[Array, "..."]:
+    ) -> Float[Array, "*batch_and_new_spatial out_features"]:
         """Convolves `inputs`.
 
         Args:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Shaped
 
 from jaxattn.kernels.operands import Operands, Options, ScoreMod, statistics_dtype
 from jaxattn.normalize import NORMALIZERS, Normalizer
+from jaxattn.sizes import is_int
 from jaxattn.window import Axis, Window
 
 # Loose on purpose: a wrong shape is a ValueError that says what was expected.
@@ -74,8 +75,6 @@ def read(
     """The arguments with all that depends on values checked."""
     if window is not None and not isinstance(window, Window):
         raise ValueError(f"attention: window (={window!r}) must be None or a jaxattn.Window")
-    if score_mod is not None and not callable(score_mod):
-        raise ValueError(f"attention: score_mod (={score_mod!r}) must be None or a function")
     if implementation is not None and not isinstance(implementation, str):
         raise ValueError(f"attention: implementation (={implementation!r}) must be None or a name")
     if arrays.scale is not None:
@@ -88,7 +87,7 @@ def read(
     )
     settings = Settings(
         window=window,
-        score_mod=score_mod,
+        score_mod=_function("score_mod", score_mod),
         normalize=_normalizer(normalize, return_residuals),
         dropout_rate=float(dropout_rate),
         precision=tuple(precision) if isinstance(precision, list) else precision,
@@ -357,9 +356,9 @@ def _converted(name: str, x: Any) -> Any:
 
 
 def _dropout_key(rate: Any, key: Any) -> Any:
-    if not isinstance(rate, numbers.Real) or not 0 <= rate < 1:
+    if not isinstance(rate, numbers.Real) or not 0 <= float(rate) < 1:
         raise ValueError(f"attention: dropout_rate (={rate!r}) must be a number >= 0 and < 1")
-    if rate > 0 and key is None:
+    if float(rate) > 0 and key is None:
         raise ValueError(f"attention: dropout_key (=None) must be a jax.random.key, for dropout_rate is {rate}")
     if rate == 0 or key is None:
         return None
@@ -385,7 +384,7 @@ def _check_soft_cap(value: Any) -> None:
     _check_number("logits_soft_cap", value)
 
 
-def _normalizer(normalize: Any, return_residuals: Any) -> Normalizer:
+def _normalizer(normalize: Any, return_residuals: Any) -> Any:
     if return_residuals and normalize != "softmax":
         raise ValueError(
             f"attention: return_residuals (={return_residuals!r}) must be False with normalize={normalize!r}: only "
@@ -402,8 +401,16 @@ def _normalizer(normalize: Any, return_residuals: Any) -> Normalizer:
 
 def _integers(tile: Any) -> int | tuple[int, ...] | None:
     """`tile` as ints of Python's, of which 1 and True are not the same."""
-    values = tuple(tile) if isinstance(tile, Sequence | np.ndarray) and not isinstance(tile, str) else (tile,)
-    integers = all(isinstance(t, numbers.Integral) and not isinstance(t, bool) for t in values)
-    if tile is not None and not integers:
+    if tile is None:
+        return None
+    several = isinstance(tile, Sequence | np.ndarray) and not isinstance(tile, str)
+    sizes: list[Any] = list(tile) if several else [tile]
+    if not all(map(is_int, sizes)):
         raise ValueError(f"attention: tile (={tile!r}) must be None, an int, or an int for each axis of the grid")
-    return None if tile is None else int(tile) if values == (tile,) else tuple(map(int, values))
+    return tuple(map(int, sizes)) if several else int(sizes[0])
+
+
+def _function(name: str, value: Any) -> Any:
+    if value is not None and not callable(value):
+        raise ValueError(f"attention: {name} (={value!r}) must be None or a function")
+    return value

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import numbers
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
@@ -22,6 +21,7 @@ from jaxattn.notation import (
     Token,
     parse,
 )
+from jaxattn.sizes import is_int
 
 OUTPUT = -1  # the output among the terms: the last
 Shapes = tuple[tuple[int, ...], ...]
@@ -156,7 +156,7 @@ class _Resolver:
             if axis not in named:
                 message = f"keyword {axis}={size!r} names no axis of the equation (its axes: {', '.join(named)})"
                 raise self.fail(NotationError, message)
-            if not _is_int(size) or size < 1:
+            if not is_int(size) or size < 1:
                 message = f"keyword {axis}={size!r} must be a positive int"
                 raise self.fail(ExtentError, message, named[axis].columns(axis))
         return tuple(sorted((axis, int(size)) for axis, size in given.items()))
@@ -365,11 +365,11 @@ def normalize_padding(padding, sums: list[str]) -> list[Padding]:
     def one(value) -> Padding:
         if isinstance(value, str) and value.upper() in ("VALID", "SAME"):
             return "VALID" if value.upper() == "VALID" else "SAME"
-        if _is_int(value):
+        if is_int(value):
             return int(value), int(value)
         if not isinstance(value, str) and isinstance(value, Iterable):
             pair = tuple(value)
-            if len(pair) == 2 and all(map(_is_int, pair)):
+            if len(pair) == 2 and all(map(is_int, pair)):
                 return int(pair[0]), int(pair[1])
         raise ValueError(
             f"padding={padding!r} must be 'VALID', 'SAME', an int, a pair (low, high), "
@@ -381,7 +381,7 @@ def normalize_padding(padding, sums: list[str]) -> list[Padding]:
     if isinstance(padding, str) or not isinstance(padding, Iterable):
         return [one(padding)] * len(sums)
     entries = list(padding)
-    if len(entries) == 2 and all(map(_is_int, entries)):
+    if len(entries) == 2 and all(map(is_int, entries)):
         return [one(entries)] * len(sums)
     if len(entries) != len(sums):
         raise _miscounted("padding", entries, sums)
@@ -400,10 +400,6 @@ def normalize_boundary(boundary, sums: list[str]) -> list[str | None]:
     if len(entries) != len(sums):
         raise _miscounted("boundary", entries, sums)
     return entries
-
-
-def _is_int(value) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _miscounted(name: str, entries: list, sums: list[str]) -> ValueError:

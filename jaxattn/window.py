@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxattn.boundary import fold
+from jaxattn.sizes import Size, is_sequence
 
 BOUNDARIES = ("shift", "mask", "zero", "edge", "reflect", "wrap", "valid")
 FOLDING = ("edge", "reflect", "wrap")
@@ -81,17 +82,17 @@ class Window:
                [ 3,  4, -1]])
     """
 
-    size: int | Sequence[int]
+    size: Size
     _: dataclasses.KW_ONLY
-    stride: int | Sequence[int] = 1
-    dilation: int | Sequence[int] = 1
-    block: int | Sequence[int] = 1
+    stride: Size = 1
+    dilation: Size = 1
+    block: Size = 1
     causal: bool | Sequence[bool] = False
     boundary: str | Sequence[str] = "shift"
     offset: int | Sequence[int | None] | None = None
 
     def __post_init__(self) -> None:
-        size: Any = self.size if _has_axes(self.size) else (self.size,)
+        size: Any = self.size if is_sequence(self.size) else (self.size,)
         if len(size) == 0:
             raise ValueError(f"Window: size (={self.size}) must have at least one axis")
         for name in ("size", "stride", "dilation", "block"):
@@ -125,7 +126,7 @@ class Window:
 
     def axes(self, shape: Sequence[int]) -> tuple["Axis", ...]:
         """The slots of every query along each axis of a grid of keys."""
-        lengths: Any = shape if _has_axes(shape) else (shape,)
+        lengths: Any = shape if is_sequence(shape) else (shape,)
         shape = tuple(_integer("grid", axis, n, "an integer") for axis, n in enumerate(lengths))
         if len(shape) != self.rank:
             raise ValueError(f"Window: {_rank_advice(self.sizes, shape)}")
@@ -284,12 +285,8 @@ def _rank_advice(size: tuple[int, ...], shape: tuple[int, ...]) -> str:
     return advice
 
 
-def _has_axes(value: Any) -> bool:
-    return isinstance(value, Sequence) or (isinstance(value, np.ndarray) and value.ndim > 0)
-
-
 def _per_axis(name: str, value: Any, rank: int) -> tuple:
-    if isinstance(value, str) or not _has_axes(value):
+    if not is_sequence(value):
         return (value,) * rank
     if len(value) != rank:
         raise ValueError(f"Window: {name} (={tuple(value)}) must be one value or {rank}, as many as size has axes")

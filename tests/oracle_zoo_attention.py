@@ -91,8 +91,8 @@ def coatnet_attention(x, params, scale=None):
     return attend(x, params, everywhere(grid), lambda h, q, k, delta: scale * q @ k + bias(params, h, delta, grid))
 
 
-def botnet_attention(x, params, scale=None):
-    grid, scale = x.shape[:-1], usual(scale, params)
+def botnet_attention(x, params, query_scale=None):
+    grid, scale = x.shape[:-1], usual(query_scale, params)
     score = lambda h, q, k, delta: scale * q @ (k + embedding(params, h, delta, grid))
     return attend(x, params, everywhere(grid), score)
 
@@ -104,7 +104,7 @@ def sasa(x, params, size, zeros=False, scale=1.0, stride=1):
     """Windows of `size` around each token, or every stride-th one; at the border cut off, or filled with zeros."""
     grid = x.shape[:-1]
     ranges = lambda i: [range(a - k // 2, a - k // 2 + k) for a, k in zip(i, size, strict=True)]
-    score = lambda h, q, k, delta: scale * q @ (k + embedding(params, h, delta, size))
+    score = lambda h, q, k, delta: q @ (scale * k + embedding(params, h, delta, size))
     y = attend(x, params, lambda i: standing(ranges(i), grid, zeros), score)
     return y[tuple(slice(None, None, stride) for _ in grid)]
 
@@ -117,7 +117,7 @@ def halo_attention(x, params, block, halo, zeros=True, scale=1.0):
         ranges = [range(f - a, f + b + a) for f, b, a in zip(first, block, halo, strict=True)]
         return standing(ranges, grid, zeros)
 
-    return attend(x, params, neighbours, lambda h, q, k, delta: scale * q @ (k + embedding(params, h, delta, size)))
+    return attend(x, params, neighbours, lambda h, q, k, delta: q @ (scale * k + embedding(params, h, delta, size)))
 
 
 def nearest(i, n, k, dilation):

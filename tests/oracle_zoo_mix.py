@@ -158,12 +158,12 @@ def attend(query, keys, values, scale, bias=None):
     return sum(w * v for w, v in zip(weights, values, strict=True))
 
 
-def augmented_conv(p, scale=None):
+def augmented_conv(p, query_scale=None):
     x, kernel, rank = p["x"], p["kernel"], p["x"].ndim - 1
     grid, size = x.shape[:-1], kernel.shape[:-2]
     convolved = np.zeros((*grid, kernel.shape[-1]), complex) + p.get("kernel_bias", 0)
     query, key, value = (project(x, p, name) for name in ("query", "key", "value"))
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = query.shape[-1] ** -0.5 if query_scale is None else query_scale
     z = np.zeros(value.shape, complex)
     tokens = list(np.ndindex(*grid))
     for i in tokens:

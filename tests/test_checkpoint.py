@@ -24,6 +24,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxattn import nn
 from jaxattn.errors import InputError
 from jaxattn.train import checkpoint
 from jaxattn.train.checkpoint import Checkpoints, Restored, load_weights
@@ -146,10 +147,23 @@ def test_another_structure_is_refused_by_name(tmp_path):
         with pytest.raises(InputError) as caught:
             restore(checkpoints, {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in like.items()})
         assert checkpoints.steps() == [1]
-    assert str(caught.value).endswith(
+    assert (
         "checkpoints/1: does not fit the network: only in the checkpoint: c float64[1]; only in the network: "
-        "d float32[1]; different: b is float32[2] in the checkpoint, float32[4] in the network"
-    )
+        "d float32[1]; different: b is float32[2] in the checkpoint, float32[4] in the network; if both are the same"
+    ) in str(caught.value)
+
+
+def test_layers_that_named_their_arrays_otherwise(tmp_path):
+    """`SASA` had "query" where it has "query.kernel" now: the error names both, and says where they come from."""
+    layer = nn.SASA(1, 2, window=3, rngs=nnx.Rngs(0))
+    like = nnx.state(layer, nnx.Param)
+    old = {name: jnp.zeros((2, 1, 2), "float32") for name in ("query", "key", "value")}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"weights": old | {"embedding_0": jnp.zeros((1, 5, 2), "float32")}}, {})
+        with pytest.raises(
+            InputError, match=r"weights/query float32.*weights/query/kernel.*saved by a version of jaxattn"
+        ):
+            restore(checkpoints, {"weights": like})
 
 
 # In the background

@@ -391,7 +391,7 @@ def test_residual_of_the_border():
             r"boundary \(='mask'\) must be .* limit is the convolution with 'edge'",
         ),
         (np.ones((3, 2, 2)), {"head_dim": 0}, r"head_dim \(=0\) must be None or an int >= 1"),
-        (np.ones((3, 2, 2)), {"padding": "CIRCULAR"}, "padding is 'CIRCULAR'; allowed: 'SAME', 'SAME_LOWER', 'VALID'"),
+        (np.ones((3, 2, 2)), {"padding": "CIRCULAR"}, r"padding \(='CIRCULAR'. must be 'SAME', 'SAME_LOWER', 'VALID'"),
     ],
 )
 def test_bad_arguments(kernel, kwargs, message):

@@ -12,6 +12,7 @@ FLOOR = {
     "units": 0,
     "errors": 0,
     "notation": 0,
+    "sizes": 0,
     "torch_file": 0,
     "extents": 1,
     "window": 1,
@@ -24,18 +25,18 @@ FLOOR = {
     "einsum": 3,
     "attention": 4,
     "attention_plan": 4,
-    "zoo": 5,
     "halo": 5,
     "measure": 5,
-    "nn": 6,
-    "equivalence": 7,
-    "models": 8,
-    "pretrained": 9,
-    "train": 9,
-    "bench": 10,
-    "study": 10,
-    "cli": 11,
-    "__main__": 12,
+    "zoo": 6,
+    "nn": 7,
+    "equivalence": 8,
+    "models": 9,
+    "pretrained": 10,
+    "train": 10,
+    "bench": 11,
+    "study": 11,
+    "cli": 12,
+    "__main__": 13,
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
@@ -73,15 +74,11 @@ def test_every_file_is_seen():
     assert len(FILES) >= 5
 
 
-UNFINISHED = ("kernels", "lowerings", "einsum.py")  # being rebuilt: an assert may still lack its message there
-
-
 def test_an_assert_says_what_is_wrong():
     for path in FILES:
-        if path.relative_to(PACKAGE).parts[0] not in UNFINISHED:
-            for node in ast.walk(ast.parse(path.read_text())):
-                said = not isinstance(node, ast.Assert) or node.msg is not None
-                assert said, f"{path}: an assert without a message; better none, where the types can tell"
+        for node in ast.walk(ast.parse(path.read_text())):
+            said = not isinstance(node, ast.Assert) or node.msg is not None
+            assert said, f"{path}: an assert without a message; better none, where the types can tell"
 
 
 def test_the_types_are_rarely_silenced():

@@ -241,14 +241,16 @@ def test_bad_input_to_the_measures_of_heads(name):
             function(weights, indices, *rest)
     if name != "entropy":
         for stride in (0, (1, 2, 3)):
-            with pytest.raises(ValueError, match=rf"^{name}: stride \(=.*\) must be an integer >= 1, or 2 of them"):
+            with pytest.raises(
+                ValueError, match=rf"^{name}: stride \(=.*\) must be an int >= 1, or one for each of the 2"
+            ):
                 function(good, indices, *rest, stride)
 
 
 @pytest.mark.parametrize("size", [0, (3, -1), (3, 3, 3)])
 def test_bad_size(size):
     indices, weights = Window((3, 3)).indices((4, 5)), np.full((4, 5, 2, 9), 1 / 9)
-    with pytest.raises(ValueError, match=r"^locality: size \(=.*\) must be an integer >= 1, or 2 of them"):
+    with pytest.raises(ValueError, match=r"^locality: size \(=.*\) must be an int >= 1, or one for each of the 2 axes"):
         measure.locality(weights, indices, size)
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import oracle_zoo_attention as oracle
 import pytest
 from flax import nnx
+from zoo_names import zoo_params
 
-from jaxattn import nn
+from jaxattn import nn, zoo
 from jaxattn.window import Window
 
 # module: its arguments, the grid, and the loop that it is
@@ -90,8 +91,8 @@ def test_a_training_step(module, dtype):
     assert step(stepped, x)[0] < loss < np.inf
     for path, gradient in nnx.to_flat_state(gradients):
         # softmax does not see the key's bias, which adds the same to all of a query's scores
-        assert path == ("key_bias",) or abs(gradient[...]).max() > 0, path
-    exact = {name: np.asarray(p, float) for name, p in nnx.to_pure_dict(params).items()}
+        assert path in (("key_bias",), ("key", "bias")) or abs(gradient[...]).max() > 0, path
+    exact = {name: p.astype(float) for name, p in zoo_params(nnx.merge(graphdef, params)).items()}
     expected = loop(np.asarray(x[0], float), exact)
     assert abs(y[0].astype(float) - expected).max() < TOLERANCE[dtype] * max(1, abs(expected).max())
 
@@ -135,7 +136,7 @@ def test_projections_begin_with_the_fans_of_a_matrix():
     layer = nn.BoTNetAttention(4, 64, 128, 64, grid=(64, 64), out_projection=True, rngs=nnx.Rngs(0))
     for kernel, fan in ((layer.query, 64), (layer.out, 128), (layer.embedding_0, 32)):
         np.testing.assert_allclose(kernel[...].std(), fan**-0.5, rtol=0.05)
-    spread = nn.GlobalAttention(4, 64, 128, rngs=nnx.Rngs(0)).query[...].std()
+    spread = nn.GlobalAttention(4, 64, 128, rngs=nnx.Rngs(0)).query.kernel[...].std()
     np.testing.assert_allclose(spread, (2 / (64 + 128)) ** 0.5, rtol=0.05)  # Glorot's
 
 
@@ -144,8 +145,15 @@ def test_projections_begin_with_the_fans_of_a_matrix():
     [
         (partial(nn.GlobalAttention, 3, 8), r"GlobalAttention: num_heads \(=3\) must divide qkv_features \(=8\)"),
         (partial(nn.SASA, 2, 8, None, 6, window=3), r"SASA: without an output projection, out_features \(=6\) must be"),
-        (partial(nn.SASA, 2, 8, window=(3, 3, 3)), r"SASA: the window's 3 axes must divide head_dim \(=4\)"),
-        (partial(nn.HaloAttention, 2, 8, block=4, halo=(1, 1)), r"halo=\(1, 1\) must be an int >= 0, or one for each"),
+        (partial(nn.SASA, 2, 8, window=(3, 3, 3)), r"SASA: .*the window's 3 axes must divide head_dim \(=4\)"),
+        (
+            partial(nn.CoAtNetAttention, 2, 8, grid=(3,), window=3),
+            r"CoAtNetAttention: window \(=3\) must be None where",
+        ),
+        (
+            partial(nn.HaloAttention, 2, 8, block=4, halo=(1, 1)),
+            r"halo \(=\(1, 1\)\) must be an int >= 0, or",
+        ),
         (partial(nn.AxialAttention, 2, 8), r"AxialAttention: give one of length \(=None\) and window \(=None\)"),
         (partial(nn.GPSA, 8, 8), r"GPSA: num_heads \(=8\) must be K\^2 for a grid of 2 axes \(rank=2\)"),
         (partial(nn.GPSA, 4, 8, 16), r"GPSA: with identity_value, qkv_features \(=16\) must be in_features \(=8\)"),
@@ -158,7 +166,51 @@ def test_errors(make, message):
 
 def test_input_errors():
     layer = nn.CoAtNetAttention(2, 8, grid=(3, 4), rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match=r"params\['query'\] has shape \[8, 2, 4\]; expected .* = \[5, heads, "):
+    with pytest.raises(
+        ValueError, match=r"inputs_q must be \[\*batch, 2 grid axes.*, 8 features\], got shape \(3, 4, 5\)"
+    ):
         layer(jnp.ones((3, 4, 5)))
-    with pytest.raises(ValueError, match=r"params\['relative_bias'\] has shape \[2, 5, 7\]; expected .* \[2, 7, 7\]"):
-        layer(jnp.ones((4, 4, 8)))
+    for other in ((4, 4), (3, 3)):
+        with pytest.raises(ValueError, match=r"inputs_q must be \[\*batch, \*grid \(=\(3, 4\)\), 8 features\], got \("):
+            layer(jnp.ones((*other, 8)))
+
+
+NAMED = {  # module: its function, and what both take
+    nn.GlobalAttention: (zoo.global_attention, {"rank": 2}),
+    nn.SASA: (zoo.sasa, {"window": Window((3, 3), boundary="zero", stride=2)}),
+    nn.HaloAttention: (zoo.halo_attention, {"block": (2, 3), "halo": 1, "boundary": "mask"}),
+    nn.NeighborhoodAttention: (zoo.neighborhood_attention, {"window": (3, 2)}),
+    nn.CoAtNetAttention: (zoo.coatnet_attention, {}),
+}
+
+
+@pytest.mark.parametrize("scale", [None, 0.7])
+@pytest.mark.parametrize("module", NAMED, ids=lambda module: module.__name__)
+def test_a_named_attention_is_its_function(module, scale):
+    """To the rounding of float64, with biases and an output projection, and a scale that is the same in both."""
+    function, kwargs = NAMED[module]
+    own = {"grid": (4, 6)} if module is nn.CoAtNetAttention else {}
+    projections = {} if function in (zoo.global_attention, zoo.neighborhood_attention, zoo.coatnet_attention) else {
+        "use_bias": True, "out_projection": True
+    }  # fmt: skip
+    graphdef, params = drawn(module, 2, 6, 8, 5, **kwargs, **own, **projections, scale=scale, param_dtype=jnp.float64)
+    layer = nnx.merge(graphdef, params)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 4, 6, 6)))
+    np.testing.assert_allclose(layer(x), function(x, zoo_params(layer), **kwargs, scale=scale), atol=1e-12)
+
+
+@pytest.mark.parametrize("module", NAMED, ids=lambda module: module.__name__)
+def test_a_named_attention_has_what_attention_has(module):
+    """A mask, grouped heads, dropout and weights."""
+    own = {"grid": (4, 6)} if module is nn.CoAtNetAttention else {}
+    layer = module(4, 8, **NAMED[module][1], **own, num_kv_heads=2, dropout_rate=0.5, rngs=nnx.Rngs(0))
+    assert layer.key.kernel.shape == (8, 2, 2)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(1, 4, 6, 8)), jnp.float32)
+    whole = layer(x, deterministic=True)
+    assert abs(layer(x, deterministic=False) - whole).max() > 0
+    weights = layer.weights(x)
+    assert weights.shape[:-2] == whole.shape[:-1]
+    mask = jnp.arange(24) > 0 if module is nn.GlobalAttention else (jnp.arange(24) > 0).reshape(1, 4, 6)
+    seen = layer.weights(x, mask=mask)
+    assert (seen == 0).sum() > (weights == 0).sum()
+    assert abs(layer(x, mask=mask, deterministic=True) - whole).max() > 0

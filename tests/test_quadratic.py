@@ -186,19 +186,22 @@ def test_narrow_types(dtype, tolerance):
 
 
 REFUSED = [
-    (lambda p: p.pop("centre"), "'centre' is missing"),
-    (lambda p: p.pop("alpha"), "'alpha' is missing"),
-    (lambda p: p.update(inverse_root=np.ones((3, 2, 2))), "both 'alpha' and 'inverse_root'"),
-    (lambda p: p.update(keys=np.ones(3)), r"\['keys'\], which this layer does not know"),
-    (lambda p: p.update(centre=np.ones(3)), r"params\['centre'\] has shape \[3\]; expected \[heads, rank\]"),
-    (lambda p: p.update(alpha=np.ones(2)), r"params\['alpha'\] has shape \[2\]; expected \[3\]"),
+    (lambda p: p.pop("centre"), "params lack 'centre'"),
+    (lambda p: p.pop("alpha"), "needed is one of 'alpha' and 'inverse_root'"),
+    (lambda p: p.update(inverse_root=np.ones((3, 2, 2))), "needed is one of 'alpha' and 'inverse_root', not both"),
+    (lambda p: p.update(keys=np.ones(3)), "params have 'keys'; allowed are"),
+    (lambda p: p.update(centre=np.ones(3)), r"params\['centre'\] has shape \[3\]; expected \[heads, axes\]"),
+    (lambda p: p.update(alpha=np.ones(2)), r"params\['alpha'\] has shape \[2\]; expected \[heads\] = \[3\]"),
     (lambda p: p.update(value=np.ones((4, 2, 6))), r"params\['value'\] has shape \[4, 2, 6\]"),
-    (lambda p: p.update(value=np.ones((3, 3, 6))), r"expected \[features / groups, 3, .* x having 4 features"),
-    (lambda p: p.update(value=np.ones((2, 3, 5))), r"expected \[2, 3, 2 · head_dim\], in 2 groups"),
-    (lambda p: p.update(bias=np.ones(5)), r"params\['bias'\] has shape \[5\]; expected \[6\]"),
-    (lambda p: p.update(out=np.ones((3, 5, 6))), r"params\['out'\] has shape \[3, 5, 6\]; expected \[3, 6, 6\]"),
+    (lambda p: p.update(value=np.ones((3, 3, 6))), r"expected \[features / groups, heads, .* x having 4 features"),
+    (lambda p: p.update(value=np.ones((2, 3, 5))), r"has shape \[2, 3, 5\]; expected .* x having 4 features"),
+    (lambda p: p.update(bias=np.ones(5)), r"params\['bias'\] has shape \[5\]; expected \[out_features\] = \[6\]"),
+    (
+        lambda p: p.update(out=np.ones((3, 5, 6))),
+        r"params\['out'\] .*; expected .* = \[3, 6, out_features/groups\]",
+    ),
     (lambda p: p.update(window=zoo.Slide((3,))), r"window has 1 axes, and centre is \[heads, 2\]"),
-    (lambda p: p.update(centre=np.ones((3, 3))), r"x has shape \[4, 3, 4\]; with centre \[heads, 3\]"),
+    (lambda p: p.update(centre=np.ones((3, 3))), r"x has shape \[4, 3, 4\]; expected .* with 3 grid axes"),
 ]
 
 
@@ -225,9 +228,9 @@ def test_a_slide_of_one_axis():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"padding": "FULL"}, "Slide: padding is 'FULL'; allowed: 'SAME', 'SAME_LOWER', 'VALID', an int, or"),
-        ({"padding": (1, 2, 3)}, r"Slide: padding is \(1, 2, 3\)"),
-        ({"padding": 1.5}, "Slide: padding is 1.5"),
+        ({"padding": "FULL"}, r"Slide: padding \(='FULL'\) must be 'SAME', 'SAME_LOWER', 'VALID', an int, or"),
+        ({"padding": (1, 2, 3)}, r"Slide: padding \(=\(1, 2, 3\)\) must be"),
+        ({"padding": 1.5}, r"Slide: padding \(=1.5\) must be"),
         ({"boundary": "shift"}, "Slide: boundary is 'shift'; allowed: 'mask', 'zero', 'edge', 'reflect', 'wrap'"),
         ({"strides": 0}, r"Window: stride \(=0\) must be an integer >= 1 on axis 0"),
     ],
@@ -275,9 +278,9 @@ def test_module_is_the_function():
 @pytest.mark.parametrize(
     ("args", "kwargs", "message"),
     [
-        ((0, 4), {}, "num_heads must be at least 1, got 0"),
-        ((3, 4), {"rank": 0}, "rank must be at least 1, got 0"),
-        ((3, 4), {"head_dim": 0}, "head_dim must be at least 1, got 0"),
+        ((0, 4), {}, r"num_heads \(=0\) must be an int >= 1"),
+        ((3, 4), {"rank": 0}, r"rank \(=0\) must be an int >= 1"),
+        ((3, 4), {"head_dim": 0}, r"head_dim \(=0\) must be an int >= 1"),
         ((3, 4), {"groups": 3}, r"groups \(=3\) must divide in_features \(=4\)"),
         ((3, 4, 3), {"groups": 2}, r"groups \(=2\) must divide out_features \(=3\)"),
     ],
@@ -289,5 +292,5 @@ def test_module_refuses(args, kwargs, message):
 
 def test_module_refuses_inputs():
     layer = nn.QuadraticAttention(3, 4, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match=r"inputs must be \[\*batch, 2 grid axes, in_features \(=4\)\], got \(5, 4\)"):
+    with pytest.raises(ValueError, match=r"x has shape \[5, 4\]; expected .* with 2 grid axes"):
         layer(jnp.ones((5, 4)))

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxattn import models
 from jaxattn.models.resnet import ResNet
-from jaxattn.nn import ShiftedWindowAttention
+from jaxattn.nn import OutlookAttention
 from jaxattn.train.sharding import (
     AXES,
     batch_sharding,
@@ -220,12 +220,12 @@ class Other(nnx.Module):
 
 
 def test_what_can_not_be_split():
-    layer = ShiftedWindowAttention(2, 4, window=2, rngs=nnx.Rngs(0))
+    layer = OutlookAttention(2, 4, (3, 3), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"Other \(the network itself\) can't be computed"):
         split_grid(Other(nnx.Linear(2, 2, rngs=nnx.Rngs(0))), "space")
     model = resnet()
     model.blocks[0].layers[0].layer = layer
-    with pytest.raises(ValueError, match=r"ShiftedWindowAttention \(blocks.0.layers.0.layer\)"):
+    with pytest.raises(ValueError, match=r"OutlookAttention \(blocks.0.layers.0.layer\) can't be .*: a window adds to"):
         split_grid(model, "space")
     with pytest.raises(ValueError, match="QuadraticAttention"):
         split_grid(models.vit_tiny8(mix="quadratic", num_heads=4, rngs=nnx.Rngs(0)), "space")

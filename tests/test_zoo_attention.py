@@ -9,7 +9,7 @@ import oracle_zoo_attention as oracle
 import pytest
 from flax import nnx
 
-from jaxattn import nn, zoo
+from jaxattn import zoo
 from jaxattn.window import Window
 
 NO_OUT = ("query_bias", "key_bias", "value_bias", "out", "out_bias")
@@ -184,8 +184,12 @@ CASES = {
 
 # Elsewhere the scale is the paper's: here it is given.
 CASES |= {
-    f"{name} scaled": (layer, params, kwargs | {"scale": 0.7}, loop_kwargs | {"scale": 0.7}, grid)
-    for name in ("halo 1d", "nat 1d", "swin 1d", "coatnet 1d", "botnet 1d", "learned 1d", "gpsa 1d")
+    f"{name} scaled": (layer, params, kwargs | {scale: 0.7}, loop_kwargs | {scale: 0.7}, grid)
+    for scale, names in (
+        ("scale", ("halo 1d", "nat 1d", "swin 1d", "coatnet 1d", "gpsa 1d")),
+        ("query_scale", ("botnet 1d", "learned 1d")),
+    )
+    for name in names
     for layer, params, kwargs, loop_kwargs, grid in [CASES[name]]
 }
 
@@ -318,18 +322,6 @@ def test_gpsa_with_the_gate_shut_and_sharp_is_a_shift(offset):
     np.testing.assert_allclose(zoo.gpsa(x, params)[1:-1, 1:-1], expected[1:-1, 1:-1], atol=1e-12)
 
 
-def test_sasa_is_the_module_with_its_settings():
-    """`nn.Attention` scales the content alone; so do embeddings that are larger by the inverse."""
-    layer = nn.Attention(
-        HEADS, FEATURES, HEADS * DIM, window=(3, 3), key_embedding="factorized", use_bias=False, out_projection=False,
-        param_dtype=jnp.float64, rngs=nnx.Rngs(0),
-    )  # fmt: skip
-    x = jnp.asarray(draw(9, 4, 5, FEATURES))
-    params = {name: getattr(layer, name).kernel[...] for name in ("query", "key", "value")}
-    params |= {f"embedding_{axis}": table[...] * DIM**0.5 for axis, table in enumerate(layer.key_embedding)}
-    np.testing.assert_allclose(zoo.sasa(x, params, window=(3, 3), scale=None), layer(x), atol=1e-12)
-
-
 @pytest.mark.parametrize(
     ("layer", "kwargs", "change", "message"),
     [
@@ -343,7 +335,12 @@ def test_sasa_is_the_module_with_its_settings():
             {"key": np.ones((4, 3, 6))},
             r"gpsa: params\['key'\] has shape \[4, 3, 6\]; expected \[features, heads, head_dim\] = \[4, 2, 6\]",
         ),
-        ("gpsa", {}, {"position": np.ones((3, 3))}, r"gpsa: params\['position'\] .* expected \[heads, 3\] = \[2, 3\]"),
+        (
+            "gpsa",
+            {},
+            {"position": np.ones((3, 3))},
+            r"gpsa: params\['position'\] .* expected \[heads, coordinates\] = \[2, 3\]",
+        ),
         ("gpsa", {}, {"position": np.ones((2, 6))}, r"gpsa: x has shape \[4, 5, 4\]; expected .* with 5 grid axes"),
         (
             "global_attention",
@@ -356,31 +353,51 @@ def test_sasa_is_the_module_with_its_settings():
             "coatnet_attention",
             {},
             biases((4, 4)),
-            r"params\['relative_bias'\] .* expected \[heads, 7, 9\]",
+            r"params\['relative_bias'\] .* expected \[heads, \*offsets\] = \[2, 7, 9\]",
         ),
         ("botnet_attention", {}, {}, "botnet_attention: params lack 'embedding_0'"),
-        ("botnet_attention", {}, tables((4, 5), 2), r"\['embedding_0'\] .* expected \[heads, 7, 3\]"),
-        ("learned_relative_attention", {}, tables((4, 4), 6), r"\['embedding_1'\] .* expected \[heads, 9, 6\]"),
+        (
+            "botnet_attention",
+            {},
+            tables((4, 5), 2),
+            r"\['embedding_0'\] has width 2; expected head_dim \(=6\), or head_dim / 2",
+        ),
+        (
+            "learned_relative_attention",
+            {},
+            tables((4, 4), 6),
+            r"\['embedding_1'\] .* expected \[heads, offsets_1, width\] = \[2, 9, 6\]",
+        ),
         ("sasa", {"window": (3, 3)}, tables((3,), 6), "sasa: params lack 'embedding_1'"),
         ("sasa", {"window": (3, 9)}, tables((3, 9), 6), r"Window: the grid \(=5 along axis 1\)"),
-        ("halo_attention", {"block": (2, 2), "halo": (1, 1, 1)}, {}, r"halo=\(1, 1, 1\) must be an int >= 0, or one"),
-        ("halo_attention", {"block": 2, "halo": -1}, {}, "halo=-1 must be an int >= 0, or one"),
-        ("neighborhood_attention", {"window": (3, 3)}, biases((3, 5)), r"expected \[heads, 5, 5\] = \[2, 5, 5\]"),
+        (
+            "halo_attention",
+            {"block": (2, 2), "halo": (1, 1, 1)},
+            {},
+            r"halo \(=\(1, 1, 1\)\) must be an int >= 0, or one",
+        ),
+        ("halo_attention", {"block": 2, "halo": -1}, {}, r"halo_attention: halo \(=-1\) must be an int >= 0, or one"),
+        ("neighborhood_attention", {"window": (3, 3)}, biases((3, 5)), r"expected \[heads, \*offsets\] = \[2, 5, 5\]"),
         (
             "shifted_window_attention",
             {"window": (3, 3), "shift": 3},
             biases((3, 3)),
-            "shift=3 must be an int from",
+            r"shift \(=3\) must be below the window \(3, 3\)",
         ),
         ("shifted_window_attention", {"window": (3, 3)}, {}, "params lack 'relative_bias'"),
-        ("axial_attention", {"axis": -1}, axial(5), "axis=-1 must be an axis of x, which has 3, and not the last"),
+        (
+            "axial_attention",
+            {"axis": -1},
+            axial(5),
+            r"axis \(=-1\) must be an axis of x, which has 3, and not the last",
+        ),
         (
             "axial_attention",
             {},
             axial(4),
-            r"\['query_embedding'\] .* expected \[heads, 9, head_dim\]",
+            r"\['query_embedding'\] .* expected \[heads, offsets, head_dim\] = \[2, 9, 6\]",
         ),
-        ("axial_attention", {"window": 0}, axial(4), "window=0 must be None or an int >= 1"),
+        ("axial_attention", {"window": 0}, axial(4), r"window \(=0\) must be None or an int >= 1"),
     ],
 )
 def test_errors(layer, kwargs, change, message):

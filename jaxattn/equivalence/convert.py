@@ -11,6 +11,7 @@ from jaxattn.nn.conv import Conv
 from jaxattn.nn.depthwise import DepthwiseConv
 from jaxattn.nn.quadratic import QuadraticAttention
 from jaxattn.nn.transposed import ConvTranspose
+from jaxattn.sizes import per_axis
 from jaxattn.zoo.slide import Slide
 
 KNOWN = (Conv, nnx.Conv, DepthwiseConv)
@@ -77,14 +78,14 @@ def _to_attention(where: str, layer: Any, alpha: float | None, rtol: float | Non
     layer = _grouped(layer) if isinstance(layer, DepthwiseConv) else layer
     _check_options(where, layer)
     rank = len(layer.kernel_size)
-    dilation = _each(layer.kernel_dilation, rank)
+    dilation = _each(layer, "kernel_dilation", rank)
     padding, boundary = _pads(layer, dilation)
     kernel = layer.kernel[...] if layer.mask is None else layer.kernel[...] * layer.mask
     params, _ = conv_to_attention(
         kernel,
         alpha=alpha,
         rtol=rtol,
-        strides=_each(layer.strides, rank),
+        strides=_each(layer, "strides", rank),
         padding=padding,
         dilation=dilation,
         groups=layer.feature_group_count,
@@ -191,7 +192,7 @@ def _check_kind(where: str, layer: Any) -> None:
 
 def _check_options(where: str, layer: Any) -> None:
     """Refuse arguments that an attention has no place for."""
-    if any(d != 1 for d in _each(layer.input_dilation, len(layer.kernel_size))):
+    if any(d != 1 for d in _each(layer, "input_dilation", len(layer.kernel_size))):
         raise ValueError(
             f"convert: {where}: input_dilation (={layer.input_dilation}) must be 1: put the zeros between the inputs "
             "in a layer before it"
@@ -211,5 +212,6 @@ def _check_options(where: str, layer: Any) -> None:
             raise ValueError(f"convert: {where}: {argument} (={given}) must be the default")
 
 
-def _each(value: Any, rank: int) -> tuple[int, ...]:
-    return (1 if value is None else value,) * rank if value is None or isinstance(value, int) else tuple(value)
+def _each(layer: Any, name: str, rank: int) -> tuple[int, ...]:
+    value = getattr(layer, name)
+    return per_axis(f"convert: {type(layer).__name__}", name, 1 if value is None else value, rank)

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxattn.einsum import einsum
-from jaxattn.zoo.tokens import axes, per_axis
+from jaxattn.sizes import per_axis
+from jaxattn.zoo.equations import axes
 
 
 def patch_kernel(kernel, patch: int | Sequence[int]) -> jax.Array:

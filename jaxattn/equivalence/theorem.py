@@ -18,6 +18,7 @@ import numpy as np
 from jaxattn.boundary import BOUNDARIES
 from jaxattn.einsum import einsum
 from jaxattn.kernels.operands import statistics_dtype
+from jaxattn.sizes import is_int
 from jaxattn.zoo.quadratic import quadratic_scores
 from jaxattn.zoo.slide import Slide
 
@@ -40,7 +41,7 @@ def error_bound(alpha: float, ndim: int) -> float:
     """
     if not alpha > 0:
         raise ValueError(f"error_bound: alpha (={alpha}) must be a number > 0, or inf")
-    if not isinstance(ndim, int) or ndim < 1:
+    if not is_int(ndim) or ndim < 1:
         raise ValueError(f"error_bound: ndim (={ndim!r}) must be an int >= 1")
     m = np.arange(1, 2 + math.ceil(math.sqrt(750 / min(alpha, 750))))  # beyond, the terms are zero
     return float(-np.expm1(-ndim * np.log1p(2 * np.exp(-alpha * m**2).sum())))
@@ -277,7 +278,7 @@ def _check_kernel(kernel: jax.Array, groups: int, boundary: str, head_dim: int |
             f"conv_to_attention: kernel (={kernel.dtype}{list(kernel.shape)}) must be floating point, "
             "[*window, features / groups, out_features]"
         )
-    if not isinstance(groups, int) or groups < 1 or kernel.shape[-1] % groups:
+    if not is_int(groups) or groups < 1 or kernel.shape[-1] % groups:
         raise ValueError(
             f"conv_to_attention: groups (={groups}) must be an int that divides out_features (={kernel.shape[-1]})"
         )

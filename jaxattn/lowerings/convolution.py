@@ -145,8 +145,14 @@ class Sizes(NamedTuple):
         floating = all(jnp.issubdtype(dtype, jnp.floating) for dtype in problem.dtypes)
         if problem.backend != "cpu" or not floating or 0 in sizes.values():
             return None
-        counts = (math.prod(sizes[a] for a in axes) for axes in (conv.group, conv.contracted, conv.features))
-        return cls(*counts, math.prod(sizes[s.q] for s in conv.spatial), math.prod(sizes.values()))
+        count = lambda axes: math.prod(sizes[a] for a in axes)
+        return cls(
+            groups=count(conv.group),
+            contracted=count(conv.contracted),
+            features=count(conv.features),
+            taps=count(s.q for s in conv.spatial),
+            products=count(sizes),
+        )
 
 
 def _arrange(names: list[str], groups: list[tuple[str, ...]]) -> list[int]:

@@ -19,6 +19,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
+from jaxattn.sizes import per_axis
+
 Weights = Float[Array | np.ndarray, "..."]  # loose on purpose, as are the indices: a wrong shape is a ValueError
 Indices = Int[np.ndarray, "..."]
 PerHead = Float[np.ndarray, "..."]
@@ -65,7 +67,7 @@ def locality(weights: Weights, indices: Indices, size: int | Sequence[int], stri
     array([0.2704])
     """
     look = _look("locality", weights, indices, stride)
-    k = _per_axis("locality", "size", size, look.offsets.shape[-1])
+    k = np.asarray(per_axis("locality", "size", size, look.offsets.shape[-1]))
     near = ((-(k // 2) <= look.offsets) & (look.offsets <= (k - 1) // 2)).all(-1)
     return _expected(look, near.astype(float))
 
@@ -147,7 +149,7 @@ def _look(name: str, weights, indices, stride) -> _Look:
     weights, indices = np.asarray(weights), np.asarray(indices)
     rank = _rank(name, weights, indices)
     grid, (heads, slots) = indices.shape[:rank], weights.shape[-2:]
-    stride = _per_axis(name, "stride", stride, rank)
+    stride = np.asarray(per_axis(name, "stride", stride, rank))
     weights = weights.reshape(*weights.shape[: -2 - rank], -1, heads, slots).astype(np.float64)
     valid = np.isfinite(weights) & (weights >= 0)
     if not valid.all():
@@ -183,10 +185,3 @@ def _rank(name: str, weights: np.ndarray, indices: np.ndarray) -> int:
             f"for indices of {list(indices.shape)}"
         )
     return rank
-
-
-def _per_axis(name: str, argument: str, value: int | Sequence[int], rank: int) -> np.ndarray:
-    array = np.asarray(value)
-    if array.shape not in ((), (rank,)) or array.dtype.kind not in "iu" or (array < 1).any():
-        raise ValueError(f"{name}: {argument} (={value!r}) must be an integer >= 1, or {rank} of them")
-    return np.broadcast_to(array.astype(int), (rank,))

@@ -17,6 +17,7 @@ from jaxattn.nn.attention import Attention
 from jaxattn.nn.conv import Conv
 from jaxattn.nn.gated import GPSA
 from jaxattn.nn.quadratic import QuadraticAttention
+from jaxattn.sizes import per_axis
 
 MIXES = ("global", "local", "quadratic", "gpsa")
 POOLS = ("token", "mean")
@@ -233,7 +234,8 @@ class ViT(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.image_size, self.patch_size, window = (_pair(size) for size in (image_size, patch_size, window))
+        self.image_size, self.patch_size = _pair("image_size", image_size), _pair("patch_size", patch_size)
+        window = _pair("window", window)
         self.in_features, self.position_kind = in_features, position
         self.pool = ("token" if class_token else "mean") if pool is None else pool
         self.remat = remat
@@ -365,8 +367,9 @@ class ViT(nnx.Module):
         self._grid(whole)
 
 
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+def _pair(name: str, size: int | tuple[int, int]) -> tuple[int, int]:
+    height, width = per_axis("ViT", name, size, 2)
+    return height, width
 
 
 def _joins(mixes: Sequence[Mix]) -> int:

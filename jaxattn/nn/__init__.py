@@ -5,6 +5,11 @@ from .aft import AFTConv as AFTConv
 from .attention import Attention as Attention
 from .augmented import AugmentedConv as AugmentedConv
 from .axial import AxialAttention as AxialAttention
+from .configured import SASA as SASA
+from .configured import CoAtNetAttention as CoAtNetAttention
+from .configured import GlobalAttention as GlobalAttention
+from .configured import HaloAttention as HaloAttention
+from .configured import NeighborhoodAttention as NeighborhoodAttention
 from .conv import Conv as Conv
 from .cvt import CvTAttention as CvTAttention
 from .depthwise import DepthwiseConv as DepthwiseConv
@@ -13,10 +18,6 @@ from .dynamic import DynamicConv as DynamicConv
 from .dynamic import DynamicDepthwiseConv as DynamicDepthwiseConv
 from .dynamic import Involution as Involution
 from .gated import GPSA as GPSA
-from .grids import BoTNetAttention as BoTNetAttention
-from .grids import CoAtNetAttention as CoAtNetAttention
-from .grids import GlobalAttention as GlobalAttention
-from .grids import LearnedRelativeAttention as LearnedRelativeAttention
 from .lambdas import LambdaLayer as LambdaLayer
 from .learned import ParameterKeyAttention as ParameterKeyAttention
 from .learned import QnA as QnA
@@ -24,6 +25,5 @@ from .outlook import OutlookAttention as OutlookAttention
 from .quadratic import QuadraticAttention as QuadraticAttention
 from .shifted import ShiftedWindowAttention as ShiftedWindowAttention
 from .transposed import ConvTranspose as ConvTranspose
-from .windows import SASA as SASA
-from .windows import HaloAttention as HaloAttention
-from .windows import NeighborhoodAttention as NeighborhoodAttention
+from .whole_grid import BoTNetAttention as BoTNetAttention
+from .whole_grid import LearnedRelativeAttention as LearnedRelativeAttention

@@ -1,18 +1,18 @@
 """The attention-free transformer's layers as Flax modules."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, ArrayLike, Float, Num
 
 from jaxattn import zoo
-from jaxattn.nn.layer import operands
-from jaxattn.nn.weights import default_kernel_init, divided, ints, linear, small_init
+from jaxattn.nn.layer import Layer, default_kernel_init, small_init
+from jaxattn.sizes import Size, ints
+from jaxattn.zoo.equations import divided
 
 
-class AFT(nnx.Module):
+class AFT(Layer):
     """Weights from the key and from who stands where, channel by channel: `jaxattn.zoo.aft` with its parameters.
 
     AFT-full. (Zhai et al. 2021, arXiv 2105.14103.)
@@ -23,9 +23,7 @@ class AFT(nnx.Module):
       out_features: size of the output's last axis; None means `in_features`.
       grid: the tokens along each axis of the input.
       use_bias: whether the linear maps have biases.
-      dtype: of the computation. None promotes the input's and the parameters' dtypes.
-      param_dtype: of the parameters.
-      precision: as in `jax.lax.dot_general`.
+      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of the linear maps; the biases begin at zero.
       position_init: initialiser of `position`, `[*grid, *grid]`.
       rngs: `nnx.Rngs`; `params` is used.
@@ -39,13 +37,16 @@ class AFT(nnx.Module):
     (2, 5, 7, 8)
     """
 
+    function = staticmethod(zoo.aft)
+    needs_whole_grid = "each token has its own weight for each token of the whole grid"
+
     def __init__(
         self,
         in_features: int,
         hidden_features: int | None = None,
         out_features: int | None = None,
         *,
-        grid: Sequence[int],
+        grid: Size,
         use_bias: bool = True,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
@@ -55,17 +56,13 @@ class AFT(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.dtype, self.precision = dtype, precision
-        how: dict[str, Any] = {"bias": use_bias, "init": kernel_init, "rngs": rngs, "dtype": param_dtype}
-        _make_linear(self, in_features, hidden_features, out_features, how)
-        self.position = nnx.Param(position_init(rngs.params(), (*grid, *grid), param_dtype))
-
-    def __call__(self, inputs: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
-        """`[*batch, *grid, out_features]` of `[*batch, *grid, in_features]`."""
-        x, params = operands(self, inputs, dtype=self.dtype)
-        return zoo.aft(x, params, precision=self.precision)
+        sizes = _sizes(in_features, hidden_features, out_features) | {"grid": ints("AFT", "grid", grid)}
+        self.draw(
+            sizes, kernel_init=kernel_init, use_bias=use_bias, position=position_init, rngs=rngs, dtype=param_dtype
+        )
 
 
-class AFTConv(nnx.Module):
+class AFTConv(Layer):
     """`AFT` whose position weights are a window's, the same everywhere: `jaxattn.zoo.aft_conv` with its parameters.
 
     (Zhai et al. 2021, arXiv 2105.14103.)
@@ -77,9 +74,7 @@ class AFTConv(nnx.Module):
       hidden_features: of query, key and value; None means `in_features`.
       out_features: size of the output's last axis; None means `in_features`.
       use_bias: whether the linear maps have biases.
-      dtype: of the computation. None promotes the input's and the parameters' dtypes.
-      param_dtype: of the parameters.
-      precision: as in `jax.lax.dot_general`.
+      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of the linear maps; the biases begin at zero.
       position_init: initialiser of `position`, `[*kernel_size, num_heads]`.
       rngs: `nnx.Rngs`; `params` is used.
@@ -93,11 +88,14 @@ class AFTConv(nnx.Module):
     (2, 14, 14, 8)
     """
 
+    function = staticmethod(zoo.aft_conv)
+    axis_name: str | None = None
+
     def __init__(
         self,
         num_heads: int,
         in_features: int,
-        kernel_size: int | Sequence[int],
+        kernel_size: Size,
         hidden_features: int | None = None,
         out_features: int | None = None,
         *,
@@ -110,21 +108,15 @@ class AFTConv(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.dtype, self.precision = dtype, precision
-        how: dict[str, Any] = {"bias": use_bias, "init": kernel_init, "rngs": rngs, "dtype": param_dtype}
-        hidden = _make_linear(self, in_features, hidden_features, out_features, how)
-        divided(self, "num_heads", num_heads, hidden, "hidden_features")
-        self.position = nnx.Param(position_init(rngs.params(), (*ints(kernel_size), num_heads), param_dtype))
-
-    def __call__(self, inputs: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
-        """`[*batch, *grid, out_features]` of `[*batch, *grid, in_features]`."""
-        x, params = operands(self, inputs, dtype=self.dtype)
-        return zoo.aft_conv(x, params, precision=self.precision)
+        sizes = _sizes(in_features, hidden_features, out_features)
+        divided("AFTConv", "num_heads", num_heads, sizes["hidden"], "hidden_features")
+        sizes |= {"window": ints("AFTConv", "kernel_size", kernel_size), "heads": num_heads}
+        self.draw(
+            sizes, kernel_init=kernel_init, use_bias=use_bias, position=position_init, rngs=rngs, dtype=param_dtype
+        )
 
 
-def _make_linear(layer: nnx.Module, features: int, hidden: int | None, out: int | None, how: dict[str, Any]) -> int:
-    """Give a module its query, key, value and out, and return how many features are between."""
-    hidden = features if hidden is None else hidden
-    for name in ("query", "key", "value"):
-        linear(layer, name, (features,), (hidden,), **how)
-    linear(layer, "out", (hidden,), (features if out is None else out,), **how)
-    return hidden
+def _sizes(features: int, hidden: int | None, out: int | None) -> dict[str, Any]:
+    """Of the linear maps; None is the features."""
+    default = {"features": features, "hidden": features, "out_features": features}
+    return default | {name: n for name, n in (("hidden", hidden), ("out_features", out)) if n is not None}

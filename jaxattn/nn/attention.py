@@ -1,23 +1,22 @@
 """Attention as a Flax module: projections around `jaxattn.attention`, with tables for its relative terms."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from flax.nnx.nn import dtypes
 from jaxtyping import Array, ArrayLike, Float, Num, Shaped
 
 from jaxattn.attention import attention
 from jaxattn.halo import shard_count, split_attention
+from jaxattn.nn.layer import default_bias_init, default_kernel_init, small_init
 from jaxattn.normalize import NORMALIZERS
+from jaxattn.sizes import Size, ints
 from jaxattn.window import Window
 
-default_kernel_init = nnx.initializers.lecun_normal()
-default_bias_init = nnx.initializers.zeros_init()
-default_relative_init = nnx.initializers.truncated_normal(0.02)
 KEY_EMBEDDINGS = (False, True, "shared", "factorized", "decomposed")
 
 
@@ -43,15 +42,18 @@ class Attention(nnx.Module):
       in_kv_features: size of the last axis of the inputs of key and value; None means `in_features`.
       window: None for all tokens of a sequence, a `Window`, or its size: 7 is `Window(7)` (one dimension), (7, 7) is
         `Window((7, 7))` (two), whose boundary is "shift".
-      relative_bias: learns b, `[num_heads, *(2k-1)]`. Needs a window.
+      grid: the tokens along each axis of the input, all of which see each other: `Window(grid)`, on no other grid.
+      rank: without either, how many axes the grid has, all of whose tokens see each other. Masks, biases and segments
+        are then those of the sequence of its tokens, row-major.
+      relative_bias: learns b, `[num_heads, *(2k-1)]`. Needs a window or a grid.
       key_embedding: learns r. True: a table per head, `[num_heads, *(2k-1), head_dim]`. "shared": one for all heads.
         "factorized": a table per head and axis, `[num_heads, 2k-1, head_dim / rank]`, an offset's embedding being its
         axes' embeddings one after the other (Ramachandran et al.). "decomposed": a table per head and axis,
         `[num_heads, 2k-1, head_dim]`, which are added (Srinivas et al. 2021, arXiv 2101.11605; MViTv2, Li et al. 2022,
-        arXiv 2112.01526). Needs a window.
+        arXiv 2112.01526). Needs a window or a grid.
       normalize: as `jaxattn.attention`: "softmax", "relu", "sigmoid", "sparsemax", "none", or a callable.
       logits_soft_cap: scores become cap · tanh(score / cap).
-      scale: None means head_dim ** -0.5.
+      scale: of q·k alone; None means head_dim ** -0.5.
       normalize_qk: a LayerNorm without bias on each query and key (Dehghani et al. 2023, arXiv 2302.05442).
       dtype: of the computation. None promotes the inputs' and the parameters' dtypes.
       param_dtype: of the parameters.
@@ -60,7 +62,8 @@ class Attention(nnx.Module):
       precision: of the projections and the attention.
       kernel_init, out_kernel_init: initialisers of the projections; without the second the first serves both.
       bias_init, out_bias_init: the same for their biases.
-      relative_init: initialiser of the relative tables; small, so that training starts near content alone.
+      relative_init: initialiser of the relative tables; small, so that training starts near content alone. None is
+        normal, of standard deviation head_dim ** -0.5.
       use_bias: whether the projections have biases.
       out_projection: False leaves out W_O: the heads' outputs are concatenated.
       implementation: as `jaxattn.attention`.
@@ -81,6 +84,8 @@ class Attention(nnx.Module):
     (2, 14, 14, 4, 49)
     """
 
+    axis_name: str | None = None
+
     def __init__(
         self,
         num_heads: int,
@@ -90,7 +95,9 @@ class Attention(nnx.Module):
         num_kv_heads: int | None = None,
         in_kv_features: int | None = None,
         *,
-        window: Window | int | tuple[int, ...] | None = None,
+        window: Window | Size | None = None,
+        grid: Size | None = None,
+        rank: int = 1,
         relative_bias: bool = False,
         key_embedding: bool | str = False,
         normalize: str | Callable[..., Array] = "softmax",
@@ -106,7 +113,7 @@ class Attention(nnx.Module):
         out_kernel_init: Callable[..., Any] | None = None,
         bias_init: Callable[..., Any] = default_bias_init,
         out_bias_init: Callable[..., Any] | None = None,
-        relative_init: Callable[..., Any] = default_relative_init,
+        relative_init: Callable[..., Any] | None = small_init,
         use_bias: bool = True,
         out_projection: bool = True,
         implementation: str | None = None,
@@ -122,7 +129,14 @@ class Attention(nnx.Module):
         self.qkv_features = in_features if qkv_features is None else qkv_features
         default = in_features if out_projection else self.qkv_features
         self.out_features = default if out_features is None else out_features
+        if window is not None and grid is not None:
+            raise ValueError(
+                f"{type(self).__name__}: window (={window}) must be None where grid (={grid}) is given, a window itself"
+            )
+        self.grid = None if grid is None else ints(type(self).__name__, "grid", grid)
+        window = self.grid if window is None else window
         self.window = window if window is None or isinstance(window, Window) else Window(window)
+        self.rank = rank if self.window is None else self.window.rank
         self.normalize, self.logits_soft_cap, self.scale = normalize, logits_soft_cap, scale
         _check(self, relative_bias, key_embedding, dropout_rate, out_projection)
         self.head_dim = self.qkv_features // num_heads
@@ -141,6 +155,7 @@ class Attention(nnx.Module):
         if out_projection:
             inits = {"kernel_init": out_kernel_init or kernel_init, "bias_init": out_bias_init or bias_init}
             self.out = linear((num_heads, self.head_dim), self.out_features, axis=(-2, -1), **inits)
+        relative_init = nnx.initializers.normal(self.head_dim**-0.5) if relative_init is None else relative_init
         self._make_tables(relative_bias, key_embedding, partial(relative_init, dtype=param_dtype), rngs)
         self.rngs = rngs.dropout.fork() if keep_rngs and dropout_rate > 0 else None
 
@@ -148,7 +163,7 @@ class Attention(nnx.Module):
         def table(*shape):
             return nnx.Param(init(rngs.params(), shape))
 
-        offsets = () if self.window is None else tuple(int(2 * k - 1) for k in np.atleast_1d(self.window.size))
+        offsets = () if self.window is None else tuple(2 * k - 1 for k in self.window.sizes)
         self.relative_bias = table(self.num_heads, *offsets) if relative_bias else nnx.data(None)
         if key_embedding in ("factorized", "decomposed"):
             dim = self.head_dim // (len(offsets) if key_embedding == "factorized" else 1)
@@ -161,23 +176,23 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        inputs_q: Num[ArrayLike, "..."],
-        inputs_k: Num[ArrayLike, "..."] | None = None,
-        inputs_v: Num[ArrayLike, "..."] | None = None,
+        inputs_q: Num[ArrayLike, "*batch_and_grid in_features"],
+        inputs_k: Num[ArrayLike, "*batch_and_key_grid in_kv_features"] | None = None,
+        inputs_v: Num[ArrayLike, "*batch_and_value_grid in_value_features"] | None = None,
         *,
-        mask: Shaped[ArrayLike, "..."] | None = None,
-        bias: Num[ArrayLike, "..."] | None = None,
+        mask: Shaped[ArrayLike, "*mask"] | None = None,
+        bias: Num[ArrayLike, "*bias"] | None = None,
         segment_ids: Any = None,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | nnx.RngStream | None = None,
         sow_weights: bool = False,
-    ) -> Float[Array, "..."]:
+    ) -> Float[Array, "*batch_and_query_grid out_features"]:
         """Attends.
 
         Args:
-          inputs_q: `[*batch, *grid, in_features]` (one grid axis without a window). In self-attention (`inputs_k` None)
-            under a window with strides the queries are made of the tokens at which they stand, stride·i; otherwise
-            of all of `inputs_q`, whose grid then is the window's query grid.
+          inputs_q: `[*batch, *grid, in_features]`. In self-attention (`inputs_k` None) under a window with strides the
+            queries are made of the tokens at which they stand, stride·i; otherwise of all of `inputs_q`, whose grid
+            then is the window's query grid.
           inputs_k: what the keys are made of, `[*batch, *grid, in_kv_features]`; None means `inputs_q`.
           inputs_v: what the values are made of; None means `inputs_k`.
           mask, bias, segment_ids: as in `jaxattn.attention`; numbers serve as a mask too, nonzero attends.
@@ -192,7 +207,8 @@ class Attention(nnx.Module):
         terms = self._terms(query.dtype, mask, bias, segment_ids)
         if sow_weights:
             self._check_whole("sow_weights")
-            self.sow(nnx.Intermediate, "attention_weights", _weights(query, key, terms))
+            weights = self._weights(query, key, terms, jnp.shape(inputs_q))
+            self.sow(nnx.Intermediate, "attention_weights", weights)
         dropout_key = self._dropout_key(deterministic, rngs)
         y = split_attention(
             query,
@@ -205,24 +221,25 @@ class Attention(nnx.Module):
             precision=self.precision,
             implementation=self.implementation,
         )
-        return y.reshape(*y.shape[:-2], self.qkv_features) if self.out is None else self.out(y)
+        y = y.reshape(*y.shape[:-2], self.qkv_features) if self.out is None else self.out(y)
+        return y if self.window is not None else y.reshape(*jnp.shape(inputs_q)[:-1], self.out_features)
 
     def weights(
         self,
-        inputs_q: Num[ArrayLike, "..."],
-        inputs_k: Num[ArrayLike, "..."] | None = None,
+        inputs_q: Num[ArrayLike, "*batch_and_grid in_features"],
+        inputs_k: Num[ArrayLike, "*batch_and_key_grid in_kv_features"] | None = None,
         *,
-        mask: Shaped[ArrayLike, "..."] | None = None,
-        bias: Num[ArrayLike, "..."] | None = None,
+        mask: Shaped[ArrayLike, "*mask"] | None = None,
+        bias: Num[ArrayLike, "*bias"] | None = None,
         segment_ids: Any = None,
-    ) -> Float[Array, "..."]:
+    ) -> Float[Array, "*batch_and_query_grid num_heads slots"]:
         """The weights A, for figures: `[*batch, *query_grid, num_heads, slots]`, without dropout.
 
         The slots are the window's, row-major (`Window.indices` says which token each is); without a window, all tokens.
         """
         self._check_whole("weights")
         query, key, _ = self._project(inputs_q, inputs_k, None)
-        return _weights(query, key, self._terms(query.dtype, mask, bias, segment_ids))
+        return self._weights(query, key, self._terms(query.dtype, mask, bias, segment_ids), jnp.shape(inputs_q))
 
     def set_view(self, deterministic: bool | None = None):
         """For `nnx.view`.
@@ -235,13 +252,14 @@ class Attention(nnx.Module):
 
     def _check_whole(self, what: str):
         if self.axis_name is not None:
-            raise ValueError(f"Attention: {what} needs the whole grid, and it is split over {self.axis_name!r}")
+            raise ValueError(
+                f"{type(self).__name__}: {what} needs the whole grid, and it is split over {self.axis_name!r}"
+            )
 
     def _project(self, inputs_q, inputs_k, inputs_v):
         if inputs_k is None and inputs_v is not None:
-            raise ValueError("Attention: inputs_v is given without inputs_k; give inputs_k alone for both")
-        rank = 1 if self.window is None else self.window.rank
-        queries = self._standing(inputs_q, rank) if inputs_k is None else inputs_q
+            raise ValueError(f"{type(self).__name__}: inputs_v is given without inputs_k; give inputs_k alone for both")
+        queries = self._standing(inputs_q) if inputs_k is None else inputs_q
         inputs_k = inputs_q if inputs_k is None else inputs_k
         inputs_v = inputs_k if inputs_v is None else inputs_v
         for name, x, features in (
@@ -249,22 +267,40 @@ class Attention(nnx.Module):
             ("inputs_k", inputs_k, self.in_kv_features),
             ("inputs_v", inputs_v, self.in_kv_features),
         ):
-            _check_input(name, x, rank, features, self.window)
+            self._check_input(name, x, features)
+        queries, inputs_k, inputs_v = map(self._in_a_row, (queries, inputs_k, inputs_v))
         query, key, value = self.query(queries), self.key(inputs_k), self.value(inputs_v)
         if self.query_ln is not None and self.key_ln is not None:
             query, key = self.query_ln(query), self.key_ln(key)
         return dtypes.promote_dtype((query, key, value), dtype=self.dtype)
 
-    def _standing(self, x, rank: int):
+    def _in_a_row(self, x):
+        """Without a window, the tokens of a grid one after the other."""
+        if self.window is not None or self.rank == 1:
+            return x
+        *batch, features = *jnp.shape(x)[: -1 - self.rank], jnp.shape(x)[-1]
+        return jnp.reshape(x, (*batch, math.prod(jnp.shape(x)[-1 - self.rank : -1]), features))
+
+    def _standing(self, x):
         """The tokens at which a strided window's queries stand."""
-        if self.window is None or jnp.ndim(x) < rank + 1:
+        if self.window is None or self.grid is not None or jnp.ndim(x) < self.rank + 1:
             return x
         x = jnp.asarray(x)
-        first, *others = x.shape[-1 - rank : -1]
+        first, *others = x.shape[-1 - self.rank : -1]
         queries, *grid = self.window.query_grid((first * shard_count(self.axis_name), *others))
         grid = (queries // shard_count(self.axis_name), *grid)
-        steps = (slice(0, n * s, s) for n, s in zip(grid, np.atleast_1d(self.window.stride), strict=True))
+        strides: Any = self.window.stride
+        steps = (slice(0, n * s, s) for n, s in zip(grid, strides, strict=True))
         return x[(..., *steps, slice(None))]
+
+    def _check_input(self, name: str, x, features: int):
+        shape, grid, layer = jnp.shape(x), self.grid, type(self).__name__
+        if len(shape) < self.rank + 1 or shape[-1] != features:
+            axes = f"{self.rank} grid axes" + ("" if self.window is None else f", for {self.window}")
+            raise ValueError(f"{layer}: {name} must be [*batch, {axes}, {features} features], got shape {shape}")
+        first, *others = shape[-1 - self.rank : -1]
+        if grid is not None and (first * shard_count(self.axis_name), *others) != grid:
+            raise ValueError(f"{layer}: {name} must be [*batch, *grid (={grid}), {features} features], got {shape}")
 
     def _terms(self, dtype, mask, bias, segment_ids) -> dict[str, Any]:
         """What `attention` and its weights depend on besides query, key and value."""
@@ -285,70 +321,68 @@ class Attention(nnx.Module):
             "scale": self.scale,
         }
 
+    def _weights(self, query: Array, key: Array, terms: dict[str, Any], shape: tuple[int, ...]) -> Array:
+        """[*batch, *query_grid, heads, slots]: `attention` returns no weights, but its normaliser makes them."""
+        seen, normalize = [], terms["normalize"]
+        normalize = NORMALIZERS[normalize] if isinstance(normalize, str) else normalize
+
+        def look(scores, mask):
+            seen.append(jnp.where(mask, normalize(scores, mask), 0))
+            return seen[-1]
+
+        looking: dict[str, Any] = {**terms, "normalize": look}
+        attention(query, key, key, **looking, implementation="reference")
+        before = query.shape[:-2] if self.window is not None else shape[:-1]
+        return seen[0].reshape(*before, self.num_heads, -1)
+
     def _dropout_key(self, deterministic: bool | None, rngs: nnx.Rngs | nnx.RngStream | None):
         deterministic = self.deterministic if deterministic is None else deterministic
         if self.dropout_rate == 0.0 or deterministic:
             return None
         if deterministic is None:
             raise ValueError(
-                f"Attention: with dropout_rate (={self.dropout_rate}), deterministic must be given to the constructor "
-                "or the call, or set by train() or eval(); got None"
+                f"{type(self).__name__}: with dropout_rate (={self.dropout_rate}), deterministic must be given to the "
+                "constructor or the call, or set by train() or eval(); got None"
             )
         stream = self.rngs if rngs is None else rngs.dropout if isinstance(rngs, nnx.Rngs) else rngs
         if stream is not None and not isinstance(stream, nnx.RngStream):
-            raise ValueError(f"Attention: rngs must be nnx.Rngs or one of its streams, got {type(rngs).__name__}")
+            raise ValueError(
+                f"{type(self).__name__}: rngs must be nnx.Rngs or one of its streams, got {type(rngs).__name__}"
+            )
         if stream is None:
-            raise ValueError("Attention: with keep_rngs=False, a call that drops must be given rngs; got None")
+            raise ValueError(
+                f"{type(self).__name__}: with keep_rngs=False, a call that drops must be given rngs; got None"
+            )
         return stream()
 
 
-def _weights(query: Array, key: Array, terms: dict[str, Any]) -> Array:
-    """[*batch, *query_grid, heads, slots]: `attention` returns no weights, but its normaliser makes them."""
-    seen, normalize = [], terms["normalize"]
-    normalize = NORMALIZERS[normalize] if isinstance(normalize, str) else normalize
-
-    def look(scores, mask):
-        seen.append(jnp.where(mask, normalize(scores, mask), 0))
-        return seen[-1]
-
-    looking: dict[str, Any] = {**terms, "normalize": look}
-    attention(query, key, key, **looking, implementation="reference")
-    return seen[0].reshape(*query.shape[:-1], -1)
-
-
 def _check(layer: Attention, relative_bias, key_embedding, dropout_rate, out_projection):
+    name = type(layer).__name__
     heads, kv_heads, features = layer.num_heads, layer.num_kv_heads, layer.qkv_features
     if heads < 1 or features % heads:
-        raise ValueError(f"Attention: num_heads (={heads}) must divide qkv_features (={features})")
+        raise ValueError(f"{name}: num_heads (={heads}) must divide qkv_features (={features})")
     if kv_heads < 1 or heads % kv_heads:
-        raise ValueError(f"Attention: num_kv_heads (={kv_heads}) must divide num_heads (={heads})")
+        raise ValueError(f"{name}: num_kv_heads (={kv_heads}) must divide num_heads (={heads})")
     if key_embedding not in KEY_EMBEDDINGS:
-        raise ValueError(f"Attention: key_embedding must be one of {KEY_EMBEDDINGS}, got {key_embedding!r}")
+        raise ValueError(f"{name}: key_embedding must be one of {KEY_EMBEDDINGS}, got {key_embedding!r}")
     if layer.window is None and (relative_bias or key_embedding):
         raise ValueError(
-            f"Attention: relative_bias (={relative_bias}) and key_embedding (={key_embedding!r}) need a window; "
-            'for a global layer on a known grid, Window(grid, boundary="shift")'
+            f"{name}: relative_bias (={relative_bias}) and key_embedding (={key_embedding!r}) need a window; "
+            "for a global layer, give the grid"
         )
     if layer.window is not None and key_embedding == "factorized" and features // heads % layer.window.rank:
         raise ValueError(
-            f"Attention: with key_embedding='factorized', the window's {layer.window.rank} axes must divide "
+            f"{name}: with key_embedding='factorized', the window's {layer.window.rank} axes must divide "
             f"head_dim (={features // heads})"
         )
     if isinstance(layer.normalize, str) and layer.normalize not in NORMALIZERS:
         raise ValueError(
-            f"Attention: normalize must be one of {tuple(NORMALIZERS)} or a callable, got {layer.normalize!r}"
+            f"{name}: normalize must be one of {tuple(NORMALIZERS)} or a callable, got {layer.normalize!r}"
         )
     if not 0 <= dropout_rate < 1:
-        raise ValueError(f"Attention: dropout_rate must be in [0, 1), got {dropout_rate}")
+        raise ValueError(f"{name}: dropout_rate must be in [0, 1), got {dropout_rate}")
     if not out_projection and layer.out_features != features:
         raise ValueError(
-            f"Attention: without an output projection, out_features (={layer.out_features}) "
+            f"{name}: without an output projection, out_features (={layer.out_features}) "
             f"must be qkv_features (={features})"
         )
-
-
-def _check_input(name: str, x, rank: int, features: int, window: Window | None):
-    shape = jnp.shape(x)
-    if len(shape) < rank + 1 or shape[-1] != features:
-        grid = "a sequence axis, without a window" if window is None else f"{rank} grid axes, for {window}"
-        raise ValueError(f"Attention: {name} must be [*batch, {grid}, {features} features], got shape {shape}")

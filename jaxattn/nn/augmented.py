@@ -1,18 +1,19 @@
 """Attention-augmented convolution as a Flax module."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, ArrayLike, Float, Num
 
 from jaxattn import zoo
-from jaxattn.nn.layer import operands
-from jaxattn.nn.weights import default_kernel_init, divided, ints, linear
+from jaxattn.nn.layer import Layer, default_kernel_init
+from jaxattn.sizes import Size, ints
+from jaxattn.zoo.equations import divided
+from jaxattn.zoo.heads import offsets
 
 
-class AugmentedConv(nnx.Module):
+class AugmentedConv(Layer):
     """A convolution beside attention over the whole grid: `jaxattn.zoo.augmented_conv` with its parameters.
 
     (Bello et al. 2019, arXiv 1904.09925.)
@@ -26,9 +27,7 @@ class AugmentedConv(nnx.Module):
       key_features: of queries and keys, all heads together; None means twice `value_features`, as the paper has it.
       value_features: of values, all heads together, fewer than `out_features`.
       use_bias: whether the convolution and the projections have biases.
-      dtype: of the computation. None promotes the input's and the parameters' dtypes.
-      param_dtype: of the parameters.
-      precision: as in `jax.lax.dot_general`.
+      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of the convolution and the projections; the biases begin at zero, and the relative
         embeddings with the paper's deviation of head_dim ** -0.5.
       rngs: `nnx.Rngs`; `params` is used.
@@ -43,14 +42,17 @@ class AugmentedConv(nnx.Module):
     (2, 5, 7, 16)
     """
 
+    function = staticmethod(zoo.augmented_conv)
+    axis_name: str | None = None
+
     def __init__(
         self,
         num_heads: int,
         in_features: int,
         out_features: int,
-        kernel_size: int | Sequence[int],
+        kernel_size: Size,
         *,
-        grid: Sequence[int],
+        grid: Size,
         value_features: int,
         key_features: int | None = None,
         use_bias: bool = True,
@@ -60,30 +62,26 @@ class AugmentedConv(nnx.Module):
         kernel_init: Callable[..., Any] = default_kernel_init,
         rngs: nnx.Rngs,
     ):
-        key_features, window = 2 * value_features if key_features is None else key_features, ints(kernel_size)
+        grid, window = ints("AugmentedConv", "grid", grid), ints("AugmentedConv", "kernel_size", kernel_size)
+        key_features = 2 * value_features if key_features is None else key_features
         if len(grid) != len(window):
-            raise ValueError(
-                f"AugmentedConv: grid (={tuple(grid)}) must have an axis for each of kernel_size (={window})"
-            )
+            raise ValueError(f"AugmentedConv: grid (={grid}) must have an axis for each of kernel_size (={window})")
         if not 0 < value_features < out_features:
             raise ValueError(
                 f"AugmentedConv: value_features (={value_features}) must be positive and below out_features "
                 f"(={out_features})"
             )
         self.dtype, self.precision = dtype, precision
-        dim = divided(self, "num_heads", num_heads, key_features, "key_features")
-        heads = (num_heads, divided(self, "num_heads", num_heads, value_features, "value_features"))
-        how: dict[str, Any] = {"bias": use_bias, "init": kernel_init, "rngs": rngs, "dtype": param_dtype}
-        linear(self, "kernel", (*window, in_features), (out_features - value_features,), **how)
-        linear(self, "query", (in_features,), (num_heads, dim), **how)
-        linear(self, "key", (in_features,), (num_heads, dim), **how)
-        linear(self, "value", (in_features,), heads, **how)
-        linear(self, "out", heads, (value_features,), **how)
-        draw = nnx.initializers.normal(dim**-0.5)
-        for axis, n in enumerate(grid):
-            setattr(self, f"embedding_{axis}", nnx.Param(draw(rngs.params(), (2 * n - 1, dim), param_dtype)))
-
-    def __call__(self, inputs: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
-        """`[*batch, *grid, out_features]` of `[*batch, *grid, in_features]`."""
-        x, params = operands(self, inputs, dtype=self.dtype)
-        return zoo.augmented_conv(x, params, precision=self.precision)
+        dim = divided("AugmentedConv", "num_heads", num_heads, key_features, "key_features")
+        sizes = {
+            "window": window,
+            "features": in_features,
+            "conv_features": out_features - value_features,
+            "heads": num_heads,
+            "head_dim": dim,
+            "value_dim": divided("AugmentedConv", "num_heads", num_heads, value_features, "value_features"),
+            "attention_features": value_features,
+            "offsets": offsets(grid),
+        }
+        embedding = nnx.initializers.normal(dim**-0.5)
+        self.draw(sizes, kernel_init=kernel_init, use_bias=use_bias, embedding=embedding, rngs=rngs, dtype=param_dtype)

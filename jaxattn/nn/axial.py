@@ -5,32 +5,25 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, ArrayLike, Float, Num
 
 from jaxattn import zoo
-from jaxattn.nn.heads import default_kernel_init, make_projections
-from jaxattn.nn.layer import operands
+from jaxattn.nn.layer import Layer, default_kernel_init, head_sizes
 
 
-class AxialAttention(nnx.Module):
+class AxialAttention(Layer):
     """Position-sensitive attention along one axis: `jaxattn.zoo.axial_attention` with its parameters.
 
     As in the paper, the heads share the embeddings, and stand one after the other. (Wang et al. 2020, Axial-DeepLab,
     arXiv 2003.07853.)
 
     Args:
-      num_heads: heads; they divide `qkv_features`.
-      in_features: size of the input's last axis.
-      qkv_features: of query, key and value, all heads together; None means `in_features`.
-      out_features: size of the output's last axis, with an output projection; None means `in_features`.
+      num_heads, in_features, qkv_features, out_features: as in `Attention`.
       length: tokens along the axis; with a window, None.
       axis: which axis of the input; -2 is the grid's last.
       window: how many tokens each one attends to; None means all.
       use_bias: whether the projections have biases.
       out_projection: whether there is an output projection.
-      dtype: of the computation. None promotes the input's and the parameters' dtypes.
-      param_dtype: of the parameters.
-      precision: of the projections and the attention.
+      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of the projections.
       embedding_init: initialiser of the embeddings; None is normal, of standard deviation head_dim ** -0.5.
       rngs: `nnx.Rngs`; `params` is used.
@@ -44,6 +37,9 @@ class AxialAttention(nnx.Module):
     >>> columns(rows(jnp.ones((2, 9, 9, 32)))).shape
     (2, 9, 9, 32)
     """
+
+    function = staticmethod(zoo.axial_attention)
+    needs_whole_grid = "it does not know which axis of its input is split"
 
     def __init__(
         self,
@@ -64,21 +60,14 @@ class AxialAttention(nnx.Module):
         embedding_init: Callable[..., Any] | None = None,
         rngs: nnx.Rngs,
     ):
-        sizes = [n for n in (length, window) if n is not None]
-        if len(sizes) != 1:
+        given = [n for n in (length, window) if n is not None]
+        if len(given) != 1:
             raise ValueError(f"AxialAttention: give one of length (={length}) and window (={window})")
         self.axis, self.window, self.dtype, self.precision = axis, window, dtype, precision
-        head_dim = make_projections(
-            self, num_heads, in_features, qkv_features, out_features, use_bias=use_bias, out_projection=out_projection,
-            kernel_init=kernel_init, param_dtype=param_dtype, rngs=rngs,
+        sizes = head_sizes(self, num_heads, in_features, qkv_features, out_features, out_projection)
+        init = nnx.initializers.normal(sizes["head_dim"] ** -0.5) if embedding_init is None else embedding_init
+        self.draw(
+            sizes | {"heads|1": 1, "offsets": 2 * given[0] - 1}, kernel_init=kernel_init, use_bias=use_bias,
+            without=() if out_projection else ("out",), query_embedding=init, key_embedding=init, value_embedding=init,
+            rngs=rngs, dtype=param_dtype,
         )  # fmt: skip
-        init = nnx.initializers.normal(head_dim**-0.5) if embedding_init is None else embedding_init
-        shape = (1, 2 * sizes[0] - 1, head_dim)
-        self.query_embedding = nnx.Param(init(rngs.params(), shape, param_dtype))
-        self.key_embedding = nnx.Param(init(rngs.params(), shape, param_dtype))
-        self.value_embedding = nnx.Param(init(rngs.params(), shape, param_dtype))
-
-    def __call__(self, inputs: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
-        """`[*batch, *grid, out_features]` of `[*batch, *grid, in_features]`."""
-        x, params = operands(self, inputs, dtype=self.dtype)
-        return zoo.axial_attention(x, params, axis=self.axis, window=self.window, precision=self.precision)

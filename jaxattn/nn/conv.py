@@ -1,6 +1,6 @@
 """Convolution as a Flax module: `nnx.Conv`'s parameters and arguments, `jaxattn.zoo.conv`'s arithmetic."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -15,9 +15,10 @@ from jaxtyping import Array, ArrayLike, Float, Num
 from jaxattn import zoo
 from jaxattn.einsum import einsum
 from jaxattn.halo import shard_count, split_pad
+from jaxattn.nn.layer import default_bias_init, default_kernel_init
+from jaxattn.sizes import Size, ints, per_axis
+from jaxattn.zoo.equations import Padding, pads, read_padding
 
-default_kernel_init = nnx.initializers.lecun_normal()
-default_bias_init = nnx.initializers.zeros_init()
 PADDINGS = ("SAME", "SAME_LOWER", "VALID", "CAUSAL", "CIRCULAR", "REFLECT")
 
 
@@ -76,16 +77,18 @@ class Conv(nnx.Module):
     (2, 32, 32, 8)
     """
 
+    axis_name: str | None = None
+
     def __init__(
         self,
         in_features: int,
         out_features: int,
-        kernel_size: int | Sequence[int],
-        strides: int | Sequence[int] | None = 1,
+        kernel_size: Size,
+        strides: Size | None = 1,
         *,
-        padding: str | int | Sequence[int | Sequence[int]] = "SAME",
-        input_dilation: int | Sequence[int] | None = 1,
-        kernel_dilation: int | Sequence[int] | None = 1,
+        padding: Padding = "SAME",
+        input_dilation: Size | None = 1,
+        kernel_dilation: Size | None = 1,
         feature_group_count: int = 1,
         use_bias: bool = True,
         mask: ArrayLike | None = None,
@@ -104,25 +107,28 @@ class Conv(nnx.Module):
         axis_name: str | None = None,
     ):
         self.axis_name = axis_name
-        self.kernel_size = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
+        self.kernel_size = ints("Conv", "kernel_size", kernel_size)
         rank, groups = len(self.kernel_size), feature_group_count
         self.in_features, self.out_features, self.feature_group_count = in_features, out_features, groups
-        self.strides = _per_axis("strides", strides, rank)
-        self.input_dilation = _per_axis("input_dilation", input_dilation, rank)
-        self.kernel_dilation = _per_axis("kernel_dilation", kernel_dilation, rank)
-        self.padding = _checked_padding(padding, rank)
+        given = {"strides": strides, "input_dilation": input_dilation, "kernel_dilation": kernel_dilation}
+        self.strides, self.input_dilation, self.kernel_dilation = (
+            per_axis("Conv", name, 1 if value is None else value, rank) for name, value in given.items()
+        )
+        self.padding = read_padding("Conv", padding, rank, PADDINGS)
+        if self.padding == "CAUSAL" and rank != 1:
+            raise ValueError(f"Conv: padding (={padding!r}) must be another where kernel_size has {rank} axes, not 1")
         self.use_bias, self.mask, self.implementation = use_bias, mask, implementation
         self.dtype, self.param_dtype, self.promote_dtype = dtype, param_dtype, promote_dtype
         self.precision, self.preferred_element_type = precision, preferred_element_type
         if isinstance(self.padding, str) and self.padding != "VALID" and any(d != 1 for d in self.input_dilation):
             raise ValueError(
-                f"Conv: with input_dilation (={input_dilation}), padding must be 'VALID', an int, or ints or pairs, "
-                f"got {padding!r}"
+                f"Conv: padding (={padding!r}) must be 'VALID', an int, or ints or pairs where input_dilation is given "
+                f"(={input_dilation})"
             )
         _check_groups(groups, in_features=in_features, out_features=out_features)
         self.kernel_shape = (*self.kernel_size, in_features // groups, out_features)
         if mask is not None and jnp.shape(mask) != self.kernel_shape:
-            raise ValueError(f"Conv: mask must have the kernel's shape {self.kernel_shape}, got {jnp.shape(mask)}")
+            raise ValueError(f"Conv: mask (of shape {jnp.shape(mask)}) must have the kernel's, {self.kernel_shape}")
         if conv_general_dilated is not lax.conv_general_dilated:
             raise ValueError(
                 "Conv: conv_general_dilated must be left at its default, since the layer computes jaxattn.zoo.conv; "
@@ -135,9 +141,9 @@ class Conv(nnx.Module):
 
     def __call__(
         self,
-        inputs: Num[ArrayLike, "..."],
+        inputs: Num[ArrayLike, "*batch_and_spatial in_features"],
         out_sharding: PartitionSpec | Sharding | None = None,
-    ) -> Float[Array, "..."]:
+    ) -> Float[Array, "*batch_and_new_spatial out_features"]:
         """Convolves `inputs`.
 
         Args:
@@ -159,14 +165,14 @@ class Conv(nnx.Module):
             axes = [f"i{n}" for n in range(rank)]
             dilated = [f"{d}*{axis}" for d, axis in zip(self.input_dilation, axes, strict=True)]
             x = einsum(f"... {' '.join(axes)} c -> ... {' '.join(dilated)} c", x)
-        pads, boundary = self._pads(x.shape[-1 - rank : -1])
+        padding, boundary = self._pads(x.shape[-1 - rank : -1])
         if self.axis_name is not None:
-            x, pads = self._with_neighbours(x, self.axis_name)
+            x, padding = self._with_neighbours(x, self.axis_name)
         y = zoo.conv(
             x,
             kernel,
             strides=self.strides,
-            padding=pads,
+            padding=padding,
             dilation=self.kernel_dilation,
             groups=self.feature_group_count,
             precision=self.precision,
@@ -184,61 +190,24 @@ class Conv(nnx.Module):
                 f"Conv: input_dilation (={self.input_dilation}) must be 1 where axis_name (={axis_name!r}) is given"
             )
         axis = x.ndim - 1 - len(self.kernel_size)
-        pads, boundary = self._pads((x.shape[axis] * shard_count(axis_name), *x.shape[axis + 1 : -1]))
+        padding, boundary = self._pads((x.shape[axis] * shard_count(axis_name), *x.shape[axis + 1 : -1]))
         size, stride, dilation = self.kernel_size[0], self.strides[0], self.kernel_dilation[0]
         geometry = {"size": size, "stride": stride, "dilation": dilation}
-        x = split_pad(x, axis, axis_name, pads[0], **geometry, boundary=boundary)
-        return x, [(0, 0), *pads[1:]]
+        x = split_pad(x, axis, axis_name, padding[0], **geometry, boundary=boundary)
+        return x, [(0, 0), *padding[1:]]
 
     def _pads(self, spatial: tuple[int, ...]) -> tuple[Any, str]:
         """The (low, high) pads of each axis of the input, and what they are filled with."""
         spans = [(k - 1) * d for k, d in zip(self.kernel_size, self.kernel_dilation, strict=True)]
-        match self.padding:
-            case "VALID":
-                return [(0, 0)] * len(spans), "zero"
-            case "SAME" | "SAME_LOWER":
-                totals = [
-                    max((-(-n // s) - 1) * s + span + 1 - n, 0)
-                    for n, s, span in zip(spatial, self.strides, spans, strict=True)
-                ]
-                lows = [total // 2 if self.padding == "SAME" else -(-total // 2) for total in totals]
-                return [(low, total - low) for low, total in zip(lows, totals, strict=True)], "zero"
-            case "CAUSAL":
-                return [(spans[0], 0)], "zero"
-            case "CIRCULAR" | "REFLECT":
-                boundary = "wrap" if self.padding == "CIRCULAR" else "reflect"
-                return [(span // 2, span - span // 2) for span in spans], boundary
-            case pairs:
-                return pairs, "zero"
+        if self.padding == "CAUSAL":
+            return [(spans[0], 0)], "zero"
+        if self.padding in ("CIRCULAR", "REFLECT"):
+            boundary = "wrap" if self.padding == "CIRCULAR" else "reflect"
+            return [(span // 2, span - span // 2) for span in spans], boundary
+        return pads(self.padding, spatial, self.kernel_size, self.strides, self.kernel_dilation), "zero"
 
 
 def _check_groups(groups: int, **features: int):
     for name, size in features.items():
         if groups < 1 or size % groups:
             raise ValueError(f"Conv: feature_group_count (={groups}) must divide {name} (={size})")
-
-
-def _per_axis(name: str, value: int | Sequence[int] | None, rank: int) -> tuple[int, ...]:
-    values = (1 if value is None else value,) * rank if value is None or isinstance(value, int) else tuple(value)
-    if len(values) != rank or any(v < 1 for v in values):
-        raise ValueError(
-            f"Conv: {name} must be an int >= 1, or {rank} of them (one per axis of kernel_size), got {value!r}"
-        )
-    return values
-
-
-def _checked_padding(padding: Any, rank: int) -> str | tuple[tuple[int, ...], ...]:
-    if isinstance(padding, str) and padding.upper() in PADDINGS:
-        if padding.upper() == "CAUSAL" and rank != 1:
-            raise ValueError(f"Conv: padding 'CAUSAL' is for one spatial axis, kernel_size has {rank}")
-        return padding.upper()
-    if isinstance(padding, int):
-        return ((padding, padding),) * rank
-    if isinstance(padding, Sequence) and not isinstance(padding, str) and len(padding) == rank:
-        pairs = tuple((p, p) if isinstance(p, int) else tuple(p) for p in padding)
-        if all(len(pair) == 2 and all(isinstance(p, int) for p in pair) for pair in pairs):
-            return pairs
-    raise ValueError(
-        f"Conv: padding must be one of {', '.join(PADDINGS)}, an int, or {rank} ints or (low, high) pairs "
-        f"(one per axis of kernel_size), got {padding!r}"
-    )

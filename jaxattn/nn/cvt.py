@@ -1,19 +1,17 @@
 """CvT's attention as a Flax module."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, ArrayLike, Float, Num
 
 from jaxattn import zoo
-from jaxattn.nn.depthwise import window_weight
-from jaxattn.nn.layer import operands
-from jaxattn.nn.weights import default_kernel_init, divided, frozen, linear, small_init
+from jaxattn.nn.layer import Layer, default_kernel_init, frozen, head_sizes, of_window, small_init
+from jaxattn.sizes import Size, ints
 
 
-class CvTAttention(nnx.Module):
+class CvTAttention(Layer):
     """Attention between tokens that a depthwise convolution has made: `jaxattn.zoo.cvt_attention` with its parameters.
 
     (Wu et al. 2021, arXiv 2103.15808.) Without the paper's batch normalisation, which the parameters can hold.
@@ -28,9 +26,7 @@ class CvTAttention(nnx.Module):
       kv_strides: of the keys' and values'; the paper's is 2.
       scale: None means head_dim ** -0.5.
       use_bias: whether the projections have biases.
-      dtype: of the computation. None promotes the input's and the parameters' dtypes.
-      param_dtype: of the parameters.
-      precision: as in `jax.lax.dot_general`.
+      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of the projections; the biases begin at zero.
       conv_init: initialiser of the convolutions, `[*kernel_size, in_features]`.
       rngs: `nnx.Rngs`; `params` is used.
@@ -44,16 +40,19 @@ class CvTAttention(nnx.Module):
     (2, 7, 7, 8)
     """
 
+    function = staticmethod(zoo.cvt_attention)
+    axis_name: str | None = None
+
     def __init__(
         self,
         num_heads: int,
         in_features: int,
-        kernel_size: int | Sequence[int],
+        kernel_size: Size,
         qkv_features: int | None = None,
         out_features: int | None = None,
         *,
-        strides: int | Sequence[int] = 1,
-        kv_strides: int | Sequence[int] = 1,
+        strides: Size = 1,
+        kv_strides: Size = 1,
         scale: float | None = None,
         use_bias: bool = True,
         dtype: Any = None,
@@ -63,19 +62,11 @@ class CvTAttention(nnx.Module):
         conv_init: Callable[..., Any] = default_kernel_init,
         rngs: nnx.Rngs,
     ):
-        qkv_features = in_features if qkv_features is None else qkv_features
-        out_features = in_features if out_features is None else out_features
         self.strides, self.kv_strides, self.scale = frozen(strides), frozen(kv_strides), scale
         self.dtype, self.precision = dtype, precision
-        heads = (num_heads, divided(self, "num_heads", num_heads, qkv_features, "qkv_features"))
-        how: dict[str, Any] = {"bias": use_bias, "init": kernel_init, "rngs": rngs, "dtype": param_dtype}
-        for name in ("query", "key", "value"):
-            setattr(self, f"{name}_kernel", window_weight(conv_init, rngs, kernel_size, in_features, param_dtype))
-            linear(self, name, (in_features,), heads, **how)
-        linear(self, "out", heads, (out_features,), **how)
-
-    def __call__(self, inputs: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
-        """`[*batch, *positions, out_features]` of `[*batch, *grid, in_features]`."""
-        x, params = operands(self, inputs, dtype=self.dtype)
-        geometry: dict[str, Any] = {"strides": self.strides, "kv_strides": self.kv_strides}
-        return zoo.cvt_attention(x, params, **geometry, scale=self.scale, precision=self.precision)
+        sizes = head_sizes(self, num_heads, in_features, qkv_features, out_features)
+        conv = of_window(conv_init)
+        self.draw(
+            sizes | {"window": ints("CvTAttention", "kernel_size", kernel_size)}, kernel_init=kernel_init,
+            use_bias=use_bias, query_kernel=conv, key_kernel=conv, value_kernel=conv, rngs=rngs, dtype=param_dtype,
+        )  # fmt: skip

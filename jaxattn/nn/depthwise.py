@@ -1,20 +1,26 @@
 """Modules of depthwise convolution: learned weights by offset, each channel or head its own."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, ArrayLike, Float, Num
 
 from jaxattn import zoo
-from jaxattn.nn.layer import operands
-from jaxattn.nn.weights import default_bias_init, default_kernel_init, divided, frozen, ints
+from jaxattn.nn.layer import (
+    Layer,
+    default_bias_init,
+    default_kernel_init,
+    frozen,
+    glorot_init,
+    of_kernel,
+    of_window,
+)
+from jaxattn.sizes import Size, ints
+from jaxattn.zoo.equations import Padding, divided
 
-glorot_init = nnx.initializers.xavier_uniform()
 
-
-class DepthwiseConv(nnx.Module):
+class DepthwiseConv(Layer):
     """A convolution in which each channel sees itself alone: `jaxattn.zoo.depthwise_conv` with its parameters.
 
     The values are those of `nnx.Conv` with as many groups as features, from the same `rngs`; its kernel has an axis of
@@ -27,9 +33,7 @@ class DepthwiseConv(nnx.Module):
       strides, dilation: ints, or one per axis.
       padding: "SAME", "VALID", an int, or an int or a (low, high) pair per axis.
       use_bias: whether a bias is added.
-      dtype: of the computation. None promotes the input's and the parameters' dtypes.
-      param_dtype: of the parameters.
-      precision: as in `jax.lax.dot_general`.
+      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of `kernel`, `[*kernel_size, in_features · multiplier]`.
       bias_init: initialiser of `bias`, `[in_features · multiplier]`.
       rngs: `nnx.Rngs`; `params` is used.
@@ -43,15 +47,19 @@ class DepthwiseConv(nnx.Module):
     (2, 14, 14, 8)
     """
 
+    function = staticmethod(of_kernel(zoo.depthwise_conv))
+    kernel: nnx.Param
+    axis_name: str | None = None
+
     def __init__(
         self,
         in_features: int,
-        kernel_size: int | Sequence[int],
+        kernel_size: Size,
         multiplier: int = 1,
         *,
-        strides: int | Sequence[int] = 1,
-        padding: str | int | Sequence[int | Sequence[int]] = "SAME",
-        dilation: int | Sequence[int] = 1,
+        strides: Size = 1,
+        padding: Padding = "SAME",
+        dilation: Size = 1,
         use_bias: bool = True,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
@@ -67,20 +75,13 @@ class DepthwiseConv(nnx.Module):
         self.strides, self.padding, self.dilation = frozen(strides), frozen(padding), frozen(dilation)
         self.in_features, self.out_features = in_features, in_features * multiplier
         self.dtype, self.precision = dtype, precision
-        self.kernel = window_weight(kernel_init, rngs, kernel_size, in_features * multiplier, param_dtype)
-        self.bias = nnx.data(None)
-        if use_bias:
-            self.bias = nnx.Param(bias_init(rngs.params(), (in_features * multiplier,), param_dtype))
-
-    def __call__(self, inputs: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
-        """`[*batch, *positions, in_features · multiplier]` of `[*batch, *grid, in_features]`."""
-        x, params = operands(self, inputs, dtype=self.dtype)
-        geometry: dict[str, Any] = {"strides": self.strides, "padding": self.padding, "dilation": self.dilation}
-        y = zoo.depthwise_conv(x, params["kernel"], **geometry, precision=self.precision)
-        return y if self.bias is None else y + params["bias"]
+        sizes = {"window": ints("DepthwiseConv", "kernel_size", kernel_size), "features·m": self.out_features}
+        self.draw(sizes, kernel=of_window(kernel_init), rngs=rngs, dtype=param_dtype)
+        bias = nnx.Param(bias_init(rngs.params(), (self.out_features,), param_dtype)) if use_bias else None
+        self.bias = nnx.data(bias)
 
 
-class LightConv(nnx.Module):
+class LightConv(Layer):
     """A depthwise convolution whose weights a softmax makes sum to one: `jaxattn.zoo.light_conv` with its parameter.
 
     The convolution alone, without the linear maps and the gate around it. (Wu et al. 2019, arXiv 1901.10430.)
@@ -91,9 +92,7 @@ class LightConv(nnx.Module):
       kernel_size: an int for one dimension, else one int per axis of the grid.
       dilation: an int, or one per axis.
       causal: a position sees what comes before it, and itself last.
-      dtype: of the computation. None promotes the input's and the parameters' dtypes.
-      param_dtype: of the parameters.
-      precision: as in `jax.lax.dot_general`.
+      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of `kernel`, `[*kernel_size, num_heads]`.
       rngs: `nnx.Rngs`; `params` is used.
 
@@ -106,13 +105,16 @@ class LightConv(nnx.Module):
     (2, 20, 8)
     """
 
+    function = staticmethod(of_kernel(zoo.light_conv))
+    axis_name: str | None = None
+
     def __init__(
         self,
         num_heads: int,
         in_features: int,
-        kernel_size: int | Sequence[int],
+        kernel_size: Size,
         *,
-        dilation: int | Sequence[int] = 1,
+        dilation: Size = 1,
         causal: bool = False,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
@@ -120,20 +122,7 @@ class LightConv(nnx.Module):
         kernel_init: Callable[..., Any] = glorot_init,
         rngs: nnx.Rngs,
     ):
-        divided(self, "num_heads", num_heads, in_features)
+        divided("LightConv", "num_heads", num_heads, in_features, "in_features")
         self.dilation, self.causal, self.dtype, self.precision = frozen(dilation), causal, dtype, precision
-        self.kernel = window_weight(kernel_init, rngs, kernel_size, num_heads, param_dtype)
-
-    def __call__(self, inputs: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
-        """`[*batch, *grid, in_features]`, as the input."""
-        x, params = operands(self, inputs, dtype=self.dtype)
-        geometry: dict[str, Any] = {"dilation": self.dilation, "causal": self.causal}
-        return zoo.light_conv(x, params["kernel"], **geometry, precision=self.precision)
-
-
-def window_weight(
-    init: Callable[..., Any], rngs: nnx.Rngs, size: int | Sequence[int], features: int, dtype: Any
-) -> nnx.Param:
-    """A parameter `[*size, features]`, drawn as a convolution's kernel of one input, so that its fan is the window."""
-    kernel = init(rngs.params(), (*ints(size), 1, features), dtype)
-    return nnx.Param(kernel[..., 0, :])
+        sizes = {"window": ints("LightConv", "kernel_size", kernel_size), "heads": num_heads}
+        self.draw(sizes, kernel=of_window(kernel_init), rngs=rngs, dtype=param_dtype)

@@ -1,21 +1,19 @@
 """Modules of convolutions whose weights are made from the data."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, ArrayLike, Float, Num
 
 from jaxattn import zoo
-from jaxattn.nn.layer import operands
-from jaxattn.nn.weights import default_kernel_init, divided, frozen, ints, linear, weight
+from jaxattn.nn.layer import Layer, default_kernel_init, frozen, glorot_init, of_kernel
+from jaxattn.sizes import Size, ints
+from jaxattn.zoo.equations import divided
 
-glorot_init = nnx.initializers.xavier_uniform()
 
-
-class DynamicConv(nnx.Module):
+class DynamicConv(Layer):
     """`LightConv` whose kernel each position makes of its own features: `jaxattn.zoo.dynamic_conv` with its parameter.
 
     The convolution alone, without the linear maps and the gate around it. (Wu et al. 2019, arXiv 1901.10430.)
@@ -26,9 +24,7 @@ class DynamicConv(nnx.Module):
       kernel_size: an int for one dimension, else one int per axis of the grid.
       dilation: an int, or one per axis.
       causal: a position sees what comes before it, and itself last.
-      dtype: of the computation. None promotes the input's and the parameters' dtypes.
-      param_dtype: of the parameters.
-      precision: as in `jax.lax.dot_general`.
+      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of `kernel`, `[in_features, *kernel_size, num_heads]`.
       rngs: `nnx.Rngs`; `params` is used.
 
@@ -41,13 +37,16 @@ class DynamicConv(nnx.Module):
     (2, 20, 8)
     """
 
+    function = staticmethod(of_kernel(zoo.dynamic_conv))
+    axis_name: str | None = None
+
     def __init__(
         self,
         num_heads: int,
         in_features: int,
-        kernel_size: int | Sequence[int],
+        kernel_size: Size,
         *,
-        dilation: int | Sequence[int] = 1,
+        dilation: Size = 1,
         causal: bool = False,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
@@ -55,18 +54,14 @@ class DynamicConv(nnx.Module):
         kernel_init: Callable[..., Any] = glorot_init,
         rngs: nnx.Rngs,
     ):
-        divided(self, "num_heads", num_heads, in_features)
+        divided("DynamicConv", "num_heads", num_heads, in_features, "in_features")
         self.dilation, self.causal, self.dtype, self.precision = frozen(dilation), causal, dtype, precision
-        self.kernel = weight(kernel_init, rngs, (in_features,), (*ints(kernel_size), num_heads), param_dtype)
-
-    def __call__(self, inputs: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
-        """`[*batch, *grid, in_features]`, as the input."""
-        x, params = operands(self, inputs, dtype=self.dtype)
-        geometry: dict[str, Any] = {"dilation": self.dilation, "causal": self.causal}
-        return zoo.dynamic_conv(x, params["kernel"], **geometry, precision=self.precision)
+        window = ints("DynamicConv", "kernel_size", kernel_size)
+        sizes = {"features": in_features, "window": window, "heads": num_heads}
+        self.draw(sizes, kernel_init=kernel_init, rngs=rngs, dtype=param_dtype)
 
 
-class Involution(nnx.Module):
+class Involution(Layer):
     """Weights from the centre, shared by the channels of a group: `jaxattn.zoo.involution` with its parameters.
 
     (Li et al. 2021, arXiv 2103.06255.) The paper normalises the bottleneck by batch: give `activation` for that.
@@ -78,9 +73,7 @@ class Involution(nnx.Module):
       reduction: `in_features` over the size of the bottleneck.
       strides, dilation: ints, or one per axis.
       activation: of the bottleneck; a module's parameters are learned too.
-      dtype: of the computation. None promotes the input's and the parameters' dtypes.
-      param_dtype: of the parameters.
-      precision: as in `jax.lax.dot_general`.
+      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of `reduce` and `span`; their biases begin at zero.
       rngs: `nnx.Rngs`; `params` is used.
 
@@ -93,15 +86,18 @@ class Involution(nnx.Module):
     (2, 14, 14, 8)
     """
 
+    function = staticmethod(zoo.involution)
+    axis_name: str | None = None
+
     def __init__(
         self,
         in_features: int,
-        kernel_size: int | Sequence[int],
+        kernel_size: Size,
         *,
         groups: int = 1,
         reduction: int = 4,
-        strides: int | Sequence[int] = 1,
-        dilation: int | Sequence[int] = 1,
+        strides: Size = 1,
+        dilation: Size = 1,
         activation: Callable[[jax.Array], jax.Array] = jax.nn.relu,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
@@ -109,23 +105,16 @@ class Involution(nnx.Module):
         kernel_init: Callable[..., Any] = default_kernel_init,
         rngs: nnx.Rngs,
     ):
-        divided(self, "groups", groups, in_features)
-        reduced = divided(self, "reduction", reduction, in_features)
+        divided("Involution", "groups", groups, in_features, "in_features")
         self.strides, self.dilation, self.activation = frozen(strides), frozen(dilation), activation
         self.dtype, self.precision = dtype, precision
-        how: dict[str, Any] = {"bias": True, "init": kernel_init, "rngs": rngs, "dtype": param_dtype}
-        linear(self, "reduce", (in_features,), (reduced,), **how)
-        linear(self, "span", (reduced,), (*ints(kernel_size), groups), **how)
-
-    def __call__(self, inputs: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
-        """`[*batch, *positions, in_features]` of `[*batch, *grid, in_features]`."""
-        x, params = operands(self, inputs, dtype=self.dtype)
-        params.pop("activation", None)  # a module's parameters are its own affair
-        geometry: dict[str, Any] = {"strides": self.strides, "dilation": self.dilation}
-        return zoo.involution(x, params, **geometry, activation=self.activation, precision=self.precision)
+        reduced = divided("Involution", "reduction", reduction, in_features, "in_features")
+        window = ints("Involution", "kernel_size", kernel_size)
+        sizes = {"features": in_features, "reduced": reduced, "window": window, "groups": groups}
+        self.draw(sizes, kernel_init=kernel_init, use_bias=True, rngs=rngs, dtype=param_dtype)
 
 
-class DynamicDepthwiseConv(nnx.Module):
+class DynamicDepthwiseConv(Layer):
     """A depthwise convolution with a kernel made of the image's mean: `jaxattn.zoo.dynamic_depthwise_conv`.
 
     (Han et al. 2022, arXiv 2106.04263.) The paper normalises the bottleneck by batch: give `activation` for that.
@@ -136,9 +125,7 @@ class DynamicDepthwiseConv(nnx.Module):
       reduction: `in_features` over the size of the bottleneck.
       dilation: an int, or one per axis.
       activation: of the bottleneck; a module's parameters are learned too.
-      dtype: of the computation. None promotes the input's and the parameters' dtypes.
-      param_dtype: of the parameters.
-      precision: as in `jax.lax.dot_general`.
+      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of `reduce` and `span`; their biases begin at zero.
       rngs: `nnx.Rngs`; `params` is used.
 
@@ -151,13 +138,16 @@ class DynamicDepthwiseConv(nnx.Module):
     (2, 14, 14, 8)
     """
 
+    function = staticmethod(zoo.dynamic_depthwise_conv)
+    axis_name: str | None = None
+
     def __init__(
         self,
         in_features: int,
-        kernel_size: int | Sequence[int],
+        kernel_size: Size,
         *,
         reduction: int = 4,
-        dilation: int | Sequence[int] = 1,
+        dilation: Size = 1,
         activation: Callable[[jax.Array], jax.Array] = jax.nn.relu,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
@@ -165,16 +155,8 @@ class DynamicDepthwiseConv(nnx.Module):
         kernel_init: Callable[..., Any] = default_kernel_init,
         rngs: nnx.Rngs,
     ):
-        reduced = divided(self, "reduction", reduction, in_features)
         self.dilation, self.activation, self.dtype, self.precision = frozen(dilation), activation, dtype, precision
-        how: dict[str, Any] = {"bias": True, "init": kernel_init, "rngs": rngs, "dtype": param_dtype}
-        linear(self, "reduce", (in_features,), (reduced,), **how)
-        linear(self, "span", (reduced,), (*ints(kernel_size), in_features), **how)
-
-    def __call__(self, inputs: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
-        """`[*batch, *grid, in_features]`, as the input."""
-        x, params = operands(self, inputs, dtype=self.dtype)
-        params.pop("activation", None)  # a module's parameters are its own affair
-        return zoo.dynamic_depthwise_conv(
-            x, params, dilation=self.dilation, activation=self.activation, precision=self.precision
-        )
+        reduced = divided("DynamicDepthwiseConv", "reduction", reduction, in_features, "in_features")
+        window = ints("DynamicDepthwiseConv", "kernel_size", kernel_size)
+        sizes = {"features": in_features, "reduced": reduced, "window": window}
+        self.draw(sizes, kernel_init=kernel_init, use_bias=True, rngs=rngs, dtype=param_dtype)

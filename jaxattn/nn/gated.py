@@ -6,32 +6,25 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, ArrayLike, Float, Num
 
 from jaxattn import zoo
-from jaxattn.nn.heads import make_projections, small_init
-from jaxattn.nn.layer import operands
+from jaxattn.nn.layer import Layer, head_sizes, small_init
 
 
-class GPSA(nnx.Module):
+class GPSA(Layer):
     """Gated positional self-attention, which begins as a convolution: `jaxattn.zoo.gpsa` with its parameters.
 
     Head h begins at the offset Δ_h, one of a grid of K^rank = num_heads offsets around the token, with
     position u = -α (1, -2Δ_h), and the identity for its value. (d'Ascoli et al. 2021, ConViT, arXiv 2103.10697.)
 
     Args:
-      num_heads: heads; they divide `qkv_features`.
-      in_features: size of the input's last axis.
-      qkv_features: of query, key and value, all heads together; None means `in_features`.
-      out_features: size of the output's last axis; None means `in_features`.
+      num_heads, in_features, qkv_features, out_features: as in `Attention`.
       rank: the number of grid axes; num_heads must be a power K^rank.
       locality_strength: α. At 1 a head leaves two thirds of its weight off the token at its offset, in 2-D.
       gate: where λ begins; at 1, 73 % of the weight is positional.
       identity_value: whether the value's kernel begins as the identity; then `qkv_features` must be `in_features`.
       use_bias: whether query, key and value have biases; the output projection has one.
-      dtype: of the computation. None promotes the input's and the parameters' dtypes.
-      param_dtype: of the parameters.
-      precision: of the projections and the attention.
+      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of the projections.
       rngs: `nnx.Rngs`; `params` is used.
 
@@ -46,6 +39,9 @@ class GPSA(nnx.Module):
     >>> layer.position[...][0]  # -(1, -2Δ) for Δ = (-1, -1)
     Array([-1., -2., -2.], dtype=float32)
     """
+
+    function = staticmethod(zoo.gpsa)
+    axis_name: str | None = None
 
     def __init__(
         self,
@@ -65,27 +61,21 @@ class GPSA(nnx.Module):
         kernel_init: Callable[..., Any] = small_init,
         rngs: nnx.Rngs,
     ):
+        if identity_value and qkv_features not in (None, in_features):
+            raise ValueError(
+                f"GPSA: with identity_value, qkv_features (={qkv_features}) must be in_features (={in_features})"
+            )
         self.dtype, self.precision = dtype, precision
-        make_projections(
-            self, num_heads, in_features, qkv_features, out_features, use_bias=use_bias, out_bias=True,
-            kernel_init=kernel_init, param_dtype=param_dtype, rngs=rngs,
+        sizes = head_sizes(self, num_heads, in_features, qkv_features, out_features)
+        position = -locality_strength * np.insert(-2 * head_centres(num_heads, rank), 0, 1, axis=1)
+        self.draw(
+            sizes | {"coordinates": rank + 1}, kernel_init=kernel_init, use_bias=use_bias, biased=("out",), rngs=rngs,
+            dtype=param_dtype, position=lambda key, shape, dtype: jnp.asarray(position, dtype),
+            gate=nnx.initializers.constant(gate),
         )  # fmt: skip
         if identity_value:
-            if qkv_features not in (None, in_features):
-                raise ValueError(
-                    f"GPSA: with identity_value, qkv_features (={qkv_features}) must be in_features (={in_features})"
-                )
             identity = jnp.eye(in_features, dtype=param_dtype)
             self.value = nnx.Param(identity.reshape(in_features, num_heads, -1))
-        centres = head_centres(num_heads, rank)
-        position = -locality_strength * np.insert(-2 * centres, 0, 1, axis=1)
-        self.position = nnx.Param(jnp.asarray(position, param_dtype))
-        self.gate = nnx.Param(jnp.full(num_heads, gate, param_dtype))
-
-    def __call__(self, inputs: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
-        """`[*batch, *grid, out_features]` of `[*batch, *grid, in_features]`."""
-        x, params = operands(self, inputs, dtype=self.dtype)
-        return zoo.gpsa(x, params, precision=self.precision)
 
 
 def head_centres(num_heads: int, rank: int) -> np.ndarray:

@@ -1,18 +1,18 @@
 """The lambda layer as a Flax module."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, ArrayLike, Float, Num
 
 from jaxattn import zoo
-from jaxattn.nn.layer import operands
-from jaxattn.nn.weights import default_kernel_init, divided, ints, linear, small_init
+from jaxattn.nn.layer import Layer, default_kernel_init, small_init
+from jaxattn.sizes import Size, ints
+from jaxattn.zoo.equations import divided
 
 
-class LambdaLayer(nnx.Module):
+class LambdaLayer(Layer):
     """What a query sees is a linear map, made before it is asked: `jaxattn.zoo.lambda_layer` with its parameters.
 
     (Bello 2021, arXiv 2102.08602.) Without the paper's batch normalisation, which the parameters can hold with
@@ -27,9 +27,7 @@ class LambdaLayer(nnx.Module):
       key_dim: of each query and key.
       depth: keys and values that make each lambda, the paper's intra-depth.
       use_bias: whether the projections have biases.
-      dtype: of the computation. None promotes the input's and the parameters' dtypes.
-      param_dtype: of the parameters.
-      precision: as in `jax.lax.dot_general`.
+      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of the projections; the biases begin at zero.
       position_init: initialiser of `position`, `[*kernel_size, key_dim, depth]`.
       rngs: `nnx.Rngs`; `params` is used.
@@ -43,11 +41,14 @@ class LambdaLayer(nnx.Module):
     (2, 7, 7, 8)
     """
 
+    function = staticmethod(zoo.lambda_layer)
+    axis_name: str | None = None
+
     def __init__(
         self,
         num_heads: int,
         in_features: int,
-        kernel_size: int | Sequence[int],
+        kernel_size: Size,
         out_features: int | None = None,
         *,
         key_dim: int = 16,
@@ -61,17 +62,12 @@ class LambdaLayer(nnx.Module):
         rngs: nnx.Rngs,
     ):
         out_features = in_features if out_features is None else out_features
-        width = divided(self, "num_heads", num_heads, out_features, "out_features")
+        width = divided("LambdaLayer", "num_heads", num_heads, out_features, "out_features")
         if key_dim < 1 or depth < 1:
             raise ValueError(f"LambdaLayer: key_dim (={key_dim}) and depth (={depth}) must be positive")
         self.dtype, self.precision = dtype, precision
-        how: dict[str, Any] = {"bias": use_bias, "init": kernel_init, "rngs": rngs, "dtype": param_dtype}
-        linear(self, "query", (in_features,), (num_heads, key_dim), **how)
-        linear(self, "key", (in_features,), (key_dim, depth), **how)
-        linear(self, "value", (in_features,), (width, depth), **how)
-        self.position = nnx.Param(position_init(rngs.params(), (*ints(kernel_size), key_dim, depth), param_dtype))
-
-    def __call__(self, inputs: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
-        """`[*batch, *grid, out_features]` of `[*batch, *grid, in_features]`."""
-        x, params = operands(self, inputs, dtype=self.dtype)
-        return zoo.lambda_layer(x, params, precision=self.precision)
+        sizes = {"features": in_features, "heads": num_heads, "key_dim": key_dim, "depth": depth, "value_dim": width}
+        self.draw(
+            sizes | {"window": ints("LambdaLayer", "kernel_size", kernel_size)}, kernel_init=kernel_init,
+            use_bias=use_bias, position=position_init, rngs=rngs, dtype=param_dtype,
+        )  # fmt: skip

@@ -1,60 +1,64 @@
 """Modules of attention in which one side of the pair is learned: the queries, or the keys."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, ArrayLike, Float, Num
+from jaxtyping import Array
 
 from jaxattn import zoo
-from jaxattn.nn.layer import operands
-from jaxattn.nn.weights import default_bias_init, default_kernel_init, divided, frozen, ints, linear
+from jaxattn.nn.layer import Layer, default_bias_init, default_kernel_init, frozen, head_sizes
+from jaxattn.sizes import Size, ints
 
 unit_init = nnx.initializers.normal(1.0)
 short_init = nnx.initializers.variance_scaling(1.0, "fan_out", "normal")  # of length one: head_dim ** -0.5
 
 
-class QnA(nnx.Module):
+class QnA(Layer):
     """Local attention whose queries are learned: `jaxattn.zoo.qna` with its parameters.
 
-    (Arar et al. 2022, arXiv 2112.11435.)
+        (Arar et al. 2022, arXiv 2112.11435.)
 
-    Args:
-      num_heads: heads; they divide `qkv_features`.
-      in_features: size of the input's last axis.
-      kernel_size: the window, an int for one dimension, else one int per axis of the grid.
-      qkv_features: of query, key and value, all heads together; None means `in_features`.
-      out_features: size of the output's last axis; None means `in_features`.
-      strides: an int or one per axis.
-      scale: None means head_dim ** -0.5.
-      use_bias: whether the projections have biases.
-      dtype: of the computation. None promotes the input's and the parameters' dtypes.
-      param_dtype: of the parameters.
-      precision: as in `jax.lax.dot_general`.
-      kernel_init: initialiser of the projections; their biases begin at zero.
-      query_init: initialiser of `query`, `[num_heads, head_dim]`, which begins near length one.
-      bias_init: initialiser of `bias`, `[num_heads, *kernel_size]`.
-      rngs: `nnx.Rngs`; `params` is used.
+        Args:
+          num_heads: heads; they divide `qkv_features`.
+          in_features: size of the input's last axis.
+          kernel_size: the window, an int for one dimension, else one int per axis of the grid.
+          qkv_features: of query, key and value, all heads together; None means `in_features`.
+          out_features: size of the output's last axis; None means `in_features`.
+          strides: an int or one per axis.
+          scale: None means head_dim ** -0.5.
+          use_bias: whether the projections have biases.
+          dtype: of the computation. None promotes the input's and the parameters' dtypes.
+          param_dtype: of the parameters.
+          precision: as in `jax.lax.dot_general`.
+          kernel_init: initialiser of the projections; their biases begin at zero.
+          query_init: initialiser of `query`, `[num_heads, head_dim]`, which begins near length one.
+          bias_init: initialiser of `bias`, `[num_heads, *kernel_size]`.
+          rngs: `nnx.Rngs`; `params` is used.
 
-    Raises:
-      ValueError: an argument out of its range, or an input whose shape does not fit, by name.
+        Raises:
+          ValueError: an argument out of its range, or an input whose shape does not fit, by name.
 
-    >>> from flax import nnx
-    >>> import jax.numpy as jnp
-    >>> QnA(2, 8, (3, 3), strides=2, rngs=nnx.Rngs(0))(jnp.ones((2, 14, 14, 8))).shape
-    (2, 7, 7, 8)
+        >>> from flax import nnx
+    from jaxtyping import Array
+        >>> import jax.numpy as jnp
+        >>> QnA(2, 8, (3, 3), strides=2, rngs=nnx.Rngs(0))(jnp.ones((2, 14, 14, 8))).shape
+        (2, 7, 7, 8)
     """
+
+    function = staticmethod(zoo.qna)
+    axis_name: str | None = None
 
     def __init__(
         self,
         num_heads: int,
         in_features: int,
-        kernel_size: int | Sequence[int],
+        kernel_size: Size,
         qkv_features: int | None = None,
         out_features: int | None = None,
         *,
-        strides: int | Sequence[int] = 1,
+        strides: Size = 1,
         scale: float | None = None,
         use_bias: bool = True,
         dtype: Any = None,
@@ -65,52 +69,48 @@ class QnA(nnx.Module):
         bias_init: Callable[..., Any] = default_bias_init,
         rngs: nnx.Rngs,
     ):
-        qkv_features = in_features if qkv_features is None else qkv_features
         self.strides, self.scale, self.dtype, self.precision = frozen(strides), scale, dtype, precision
-        heads = (num_heads, divided(self, "num_heads", num_heads, qkv_features, "qkv_features"))
-        how: dict[str, Any] = {"bias": use_bias, "init": kernel_init, "rngs": rngs, "dtype": param_dtype}
-        self.query = nnx.Param(query_init(rngs.params(), heads, param_dtype))
-        linear(self, "key", (in_features,), heads, **how)
-        linear(self, "value", (in_features,), heads, **how)
-        self.bias = nnx.Param(bias_init(rngs.params(), (num_heads, *ints(kernel_size)), param_dtype))
-        linear(self, "out", heads, (in_features if out_features is None else out_features,), **how)
-
-    def __call__(self, inputs: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
-        """`[*batch, *positions, out_features]` of `[*batch, *grid, in_features]`."""
-        x, params = operands(self, inputs, dtype=self.dtype)
-        return zoo.qna(x, params, strides=self.strides, scale=self.scale, precision=self.precision)
+        sizes = head_sizes(self, num_heads, in_features, qkv_features, out_features)
+        self.draw(
+            sizes | {"window": ints("QnA", "kernel_size", kernel_size)}, kernel_init=kernel_init, use_bias=use_bias,
+            query=query_init, bias=bias_init, rngs=rngs, dtype=param_dtype,
+        )  # fmt: skip
 
 
-class ParameterKeyAttention(nnx.Module):
+class ParameterKeyAttention(Layer):
     """Attention to learned keys and values: `jaxattn.zoo.parameter_key_attention` with its parameters.
 
-    (Persistent memory, Sukhbaatar et al. 2019, arXiv 1907.01470.)
+        (Persistent memory, Sukhbaatar et al. 2019, arXiv 1907.01470.)
 
-    Args:
-      num_heads: heads; they divide `qkv_features`.
-      in_features: size of the input's last axis.
-      num_keys: keys, and values, of each head.
-      qkv_features: of query, key and value, all heads together; None means `in_features`.
-      out_features: size of the output's last axis; None means `in_features`.
-      normalize: as in `jaxattn.attention`: "softmax", "relu", "sigmoid", "sparsemax", "none", or a callable.
-      scale: None means head_dim ** -0.5.
-      use_bias: whether the projections of query and output have biases.
-      dtype: of the computation. None promotes the input's and the parameters' dtypes.
-      param_dtype: of the parameters.
-      precision: as in `jax.lax.dot_general`.
-      kernel_init: initialiser of the projections; their biases begin at zero.
-      key_init: initialiser of `key`, `[num_keys, num_heads, head_dim]`.
-      value_init: initialiser of `value`, of the same shape.
-      rngs: `nnx.Rngs`; `params` is used.
+        Args:
+          num_heads: heads; they divide `qkv_features`.
+          in_features: size of the input's last axis.
+          num_keys: keys, and values, of each head.
+          qkv_features: of query, key and value, all heads together; None means `in_features`.
+          out_features: size of the output's last axis; None means `in_features`.
+          normalize: as in `jaxattn.attention`: "softmax", "relu", "sigmoid", "sparsemax", "none", or a callable.
+          scale: None means head_dim ** -0.5.
+          use_bias: whether the projections of query and output have biases.
+          dtype: of the computation. None promotes the input's and the parameters' dtypes.
+          param_dtype: of the parameters.
+          precision: as in `jax.lax.dot_general`.
+          kernel_init: initialiser of the projections; their biases begin at zero.
+          key_init: initialiser of `key`, `[num_keys, num_heads, head_dim]`.
+          value_init: initialiser of `value`, of the same shape.
+          rngs: `nnx.Rngs`; `params` is used.
 
-    Raises:
-      ValueError: an argument out of its range, or an input whose shape does not fit, by name.
+        Raises:
+          ValueError: an argument out of its range, or an input whose shape does not fit, by name.
 
-    >>> from flax import nnx
-    >>> import jax.numpy as jnp
-    >>> ParameterKeyAttention(2, 8, 100, rngs=nnx.Rngs(0))(jnp.ones((2, 7, 7, 8))).shape
-    (2, 7, 7, 8)
+        >>> from flax import nnx
+    from jaxtyping import Array
+        >>> import jax.numpy as jnp
+        >>> ParameterKeyAttention(2, 8, 100, rngs=nnx.Rngs(0))(jnp.ones((2, 7, 7, 8))).shape
+        (2, 7, 7, 8)
     """
+
+    function = staticmethod(zoo.parameter_key_attention)
+    axis_name: str | None = None
 
     def __init__(
         self,
@@ -131,18 +131,9 @@ class ParameterKeyAttention(nnx.Module):
         value_init: Callable[..., Any] = unit_init,
         rngs: nnx.Rngs,
     ):
-        qkv_features = in_features if qkv_features is None else qkv_features
         self.normalize, self.scale, self.dtype, self.precision = normalize, scale, dtype, precision
-        heads = (num_heads, divided(self, "num_heads", num_heads, qkv_features, "qkv_features"))
-        how: dict[str, Any] = {"bias": use_bias, "init": kernel_init, "rngs": rngs, "dtype": param_dtype}
-        linear(self, "query", (in_features,), heads, **how)
-        self.key = nnx.Param(key_init(rngs.params(), (num_keys, *heads), param_dtype))
-        self.value = nnx.Param(value_init(rngs.params(), (num_keys, *heads), param_dtype))
-        linear(self, "out", heads, (in_features if out_features is None else out_features,), **how)
-
-    def __call__(self, inputs: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
-        """`[*batch, *grid, out_features]` of `[*batch, *grid, in_features]`."""
-        x, params = operands(self, inputs, dtype=self.dtype)
-        return zoo.parameter_key_attention(
-            x, params, normalize=self.normalize, scale=self.scale, precision=self.precision
-        )
+        sizes = head_sizes(self, num_heads, in_features, qkv_features, out_features)
+        self.draw(
+            sizes | {"keys": num_keys}, kernel_init=kernel_init, use_bias=use_bias, key=key_init, value=value_init,
+            rngs=rngs, dtype=param_dtype,
+        )  # fmt: skip

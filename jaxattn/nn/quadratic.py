@@ -1,24 +1,23 @@
 """Quadratic attention as a Flax module: heads that learn at which offset to look."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, ArrayLike, Float, Num
 
 from jaxattn import zoo
-from jaxattn.nn.layer import operands
+from jaxattn.nn.layer import Layer, default_bias_init, default_kernel_init
+from jaxattn.sizes import Size, per_axis
 from jaxattn.window import Window
+from jaxattn.zoo.equations import divided
 
-default_kernel_init = nnx.initializers.lecun_normal()
-default_bias_init = nnx.initializers.zeros_init()
 default_alpha_init = nnx.initializers.constant(0.5)
 default_centre_init = nnx.initializers.normal(2**0.5)
 
 
-class QuadraticAttention(nnx.Module):
+class QuadraticAttention(Layer):
     """Attention by position alone, with centres and widths that are learned:
 
         y_i = bias + Σ_h Σ_δ softmax_δ(-α_h ‖δ - Δ_h‖²) x_{i+δ} V_h O_h
@@ -36,9 +35,7 @@ class QuadraticAttention(nnx.Module):
       groups: features in and out are split among them.
       isotropic: a width for each head (`alpha`), or a matrix (`inverse_root`, the Σ^{-1/2} of the full form).
       use_bias: whether a bias is added.
-      dtype: of the computation. None promotes the input's and the parameters' dtypes.
-      param_dtype: of the parameters.
-      precision: as in `jaxattn.attention`.
+      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of `value` and `out`, as matrices from everything that is summed.
       bias_init: initialiser of `bias`, `[out_features]`.
       centre_init: initialiser of `centre`, `[num_heads, rank]`, in tokens.
@@ -56,6 +53,11 @@ class QuadraticAttention(nnx.Module):
     (2, 14, 14, 32)
     """
 
+    function = staticmethod(zoo.quadratic_attention)
+    centre: nnx.Param
+    alpha: nnx.Param
+    needs_whole_grid = "its heads look anywhere on the grid"
+
     def __init__(
         self,
         num_heads: int,
@@ -63,7 +65,7 @@ class QuadraticAttention(nnx.Module):
         out_features: int | None = None,
         *,
         rank: int = 2,
-        window: zoo.Slide | Window | int | Sequence[int] | None = None,
+        window: zoo.Slide | Window | Size | None = None,
         head_dim: int | None = None,
         groups: int = 1,
         isotropic: bool = True,
@@ -79,50 +81,28 @@ class QuadraticAttention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         out_features = in_features if out_features is None else out_features
-        _check(num_heads=num_heads, rank=rank, groups=groups, head_dim=1 if head_dim is None else head_dim)
-        for name, size in (("in_features", in_features), ("out_features", out_features)):
-            if size % groups:
-                raise ValueError(f"QuadraticAttention: groups (={groups}) must divide {name} (={size})")
+        for name, size in (("num_heads", num_heads), ("rank", rank), ("groups", groups), ("head_dim", head_dim)):
+            per_axis("QuadraticAttention", name, 1 if size is None else size, 1)
         self.num_heads, self.in_features, self.out_features = num_heads, in_features, out_features
         self.rank, self.window, self.groups = rank, window, groups
         self.dtype, self.precision, self.implementation = dtype, precision, implementation
-
-        def draw(init, *shape):
-            return nnx.Param(init(rngs.params(), shape, param_dtype))
-
-        def kernel(shape, columns):
-            """Drawn as a matrix, so that the fan in is all that is summed."""
-            count = math.prod(shape)
-            matrix = kernel_init(rngs.params(), (count // columns, columns), param_dtype)
-            return nnx.Param(matrix.reshape(shape))
-
-        self.centre = draw(centre_init, num_heads, rank)
-        if isotropic:
-            self.alpha = draw(alpha_init, num_heads)
-        else:
-            self.inverse_root = nnx.Param(jnp.tile(jnp.eye(rank, dtype=param_dtype), (num_heads, 1, 1)))
-        if head_dim is None:
-            self.value = kernel((in_features // groups, num_heads, out_features), out_features)
-        else:
-            self.value = kernel((in_features // groups, num_heads, groups * head_dim), num_heads * groups * head_dim)
-            self.out = kernel((num_heads, groups * head_dim, out_features // groups), out_features)
-        if use_bias:
-            self.bias = draw(bias_init, out_features)
-
-    def __call__(self, inputs: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
-        """Attends: `inputs` `[*batch, *grid, in_features]` to `[*batch, *queries, out_features]`."""
-        if jnp.ndim(inputs) < self.rank + 1 or jnp.shape(inputs)[-1] != self.in_features:
-            raise ValueError(
-                f"QuadraticAttention: inputs must be [*batch, {self.rank} grid axes, in_features "
-                f"(={self.in_features})], got {jnp.shape(inputs)}"
-            )
-        x, params = operands(self, inputs, dtype=self.dtype)
-        return zoo.quadratic_attention(
-            x, params, window=self.window, precision=self.precision, implementation=self.implementation
-        )
+        part = divided("QuadraticAttention", "groups", groups, in_features, "in_features")
+        out_part = divided("QuadraticAttention", "groups", groups, out_features, "out_features")
+        columns = out_features if head_dim is None else groups * head_dim
+        without = ("inverse_root" if isotropic else "alpha", *(() if use_bias else ("bias",)))
+        self.draw(
+            {
+                "heads": num_heads, "axes": rank, "features/groups": part, "groups·head_dim": columns,
+                "out_features/groups": out_part, "out_features": out_features,
+            },
+            rngs=rngs, dtype=param_dtype, without=without if head_dim is not None else (*without, "out"),
+            centre=centre_init, alpha=alpha_init, bias=bias_init,
+            inverse_root=lambda key, shape, dtype: jnp.tile(jnp.eye(rank, dtype=dtype), (num_heads, 1, 1)),
+            value=_matrix(kernel_init, out_features if head_dim is None else num_heads * columns),
+            out=_matrix(kernel_init, out_features),
+        )  # fmt: skip
 
 
-def _check(**sizes: int):
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"QuadraticAttention: {name} must be at least 1, got {size}")
+def _matrix(init: Callable[..., Any], columns: int) -> Callable[..., Any]:
+    """Draws a parameter as a matrix of so many columns, so that the fan in is all that is summed."""
+    return lambda key, shape, dtype: init(key, (math.prod(shape) // columns, columns), dtype).reshape(shape)

@@ -1,34 +1,28 @@
 """Swin's module: windows that part the grid, shifted in every other layer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, ArrayLike, Float, Num
 
 from jaxattn import zoo
-from jaxattn.nn.heads import make_projections, offset_bias, small_init
-from jaxattn.nn.layer import operands
-from jaxattn.nn.weights import frozen
+from jaxattn.nn.layer import Layer, frozen, head_sizes, small_init
+from jaxattn.sizes import Size, ints
+from jaxattn.zoo.heads import offsets
 
 
-class ShiftedWindowAttention(nnx.Module):
+class ShiftedWindowAttention(Layer):
     """The grid parted into windows, shifted or not: `jaxattn.zoo.shifted_window_attention` with its parameters.
 
     (Liu et al. 2021, Swin, arXiv 2103.14030.)
 
     Args:
-      num_heads: heads; they divide `qkv_features`.
-      in_features: size of the input's last axis.
-      qkv_features: of query, key and value, all heads together; None means `in_features`.
-      out_features: size of the output's last axis; None means `in_features`.
+      num_heads, in_features, qkv_features, out_features: as in `Attention`.
       window: tokens along each side of a window, an int for one dimension, or one for each axis.
       shift: from 0 to window - 1, an int, or one for each axis; the paper's layers alternate between 0 and window // 2.
       use_bias: whether the projections have biases.
-      dtype: of the computation. None promotes the input's and the parameters' dtypes.
-      param_dtype: of the parameters.
-      precision: of the projections and the attention.
+      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of the projections.
       relative_init: initialiser of the relative bias.
       rngs: `nnx.Rngs`; `params` is used.
@@ -42,6 +36,9 @@ class ShiftedWindowAttention(nnx.Module):
     (2, 14, 14, 32)
     """
 
+    function = staticmethod(zoo.shifted_window_attention)
+    axis_name: str | None = None
+
     def __init__(
         self,
         num_heads: int,
@@ -49,8 +46,8 @@ class ShiftedWindowAttention(nnx.Module):
         qkv_features: int | None = None,
         out_features: int | None = None,
         *,
-        window: int | Sequence[int],
-        shift: int | Sequence[int] = 0,
+        window: Size,
+        shift: Size = 0,
         use_bias: bool = True,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
@@ -59,15 +56,10 @@ class ShiftedWindowAttention(nnx.Module):
         relative_init: Callable[..., Any] = small_init,
         rngs: nnx.Rngs,
     ):
-        self.window = (window,) if isinstance(window, int) else tuple(window)
+        self.window = ints("ShiftedWindowAttention", "window", window)
         self.shift, self.dtype, self.precision = frozen(shift), dtype, precision
-        make_projections(
-            self, num_heads, in_features, qkv_features, out_features, use_bias=use_bias, kernel_init=kernel_init,
-            param_dtype=param_dtype, rngs=rngs,
+        sizes = head_sizes(self, num_heads, in_features, qkv_features, out_features)
+        self.draw(
+            sizes | {"offsets": offsets(self.window)}, kernel_init=kernel_init, use_bias=use_bias,
+            relative_bias=relative_init, rngs=rngs, dtype=param_dtype,
         )  # fmt: skip
-        self.relative_bias = offset_bias(num_heads, self.window, relative_init, param_dtype, rngs)
-
-    def __call__(self, inputs: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
-        """`[*batch, *grid, out_features]` of `[*batch, *grid, in_features]`."""
-        x, params = operands(self, inputs, dtype=self.dtype)
-        return zoo.shifted_window_attention(x, params, window=self.window, shift=self.shift, precision=self.precision)

@@ -1,18 +1,18 @@
 """Transposed convolution as a Flax module."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, ArrayLike, Float, Num
 
 from jaxattn import zoo
-from jaxattn.nn.layer import operands
-from jaxattn.nn.weights import default_bias_init, default_kernel_init, frozen, ints
+from jaxattn.nn.layer import Layer, default_bias_init, default_kernel_init, frozen, of_kernel
+from jaxattn.sizes import Size, ints
+from jaxattn.zoo.equations import Padding
 
 
-class ConvTranspose(nnx.Module):
+class ConvTranspose(Layer):
     """Transposed convolution in any number of dimensions: `jaxattn.zoo.conv_transpose` with its parameters.
 
     A drop-in for `flax.nnx.ConvTranspose` but for its padding "CIRCULAR" and its `mask`: the same parameters (names,
@@ -26,9 +26,7 @@ class ConvTranspose(nnx.Module):
       padding: "SAME", "VALID", an int, or an int or a (low, high) pair per axis; see the function.
       kernel_dilation: the step between the taps, an int or one per axis; None means 1.
       use_bias: whether a bias is added.
-      dtype: of the computation. None promotes the input's and the parameters' dtypes.
-      param_dtype: of the parameters.
-      precision: as in `jax.lax.dot_general`.
+      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of `kernel`.
       bias_init: initialiser of `bias`, `[out_features]`.
       transpose_kernel: False: `kernel` is `[*kernel_size, in_features, out_features]`, and flipped where it is written.
@@ -44,15 +42,18 @@ class ConvTranspose(nnx.Module):
     (2, 14, 14, 4)
     """
 
+    function = staticmethod(of_kernel(zoo.conv_transpose))
+    needs_whole_grid = "it writes to its neighbours' outputs, also across the border of a shard"
+
     def __init__(
         self,
         in_features: int,
         out_features: int,
-        kernel_size: int | Sequence[int],
-        strides: int | Sequence[int] | None = None,
+        kernel_size: Size,
+        strides: Size | None = None,
         *,
-        padding: str | int | Sequence[int | Sequence[int]] = "SAME",
-        kernel_dilation: int | Sequence[int] | None = None,
+        padding: Padding = "SAME",
+        kernel_dilation: Size | None = None,
         use_bias: bool = True,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
@@ -67,21 +68,7 @@ class ConvTranspose(nnx.Module):
         self.padding, self.transpose_kernel = frozen(padding), transpose_kernel
         self.dtype, self.precision = dtype, precision
         channels = (out_features, in_features) if transpose_kernel else (in_features, out_features)
-        self.kernel = nnx.Param(kernel_init(rngs.params(), (*ints(kernel_size), *channels), param_dtype))
-        self.bias = nnx.data(None)
-        if use_bias:
-            self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype))
-
-    def __call__(self, inputs: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
-        """`[*batch, *positions, out_features]` of `[*batch, *grid, in_features]`."""
-        x, params = operands(self, inputs, dtype=self.dtype)
-        y = zoo.conv_transpose(
-            x,
-            params["kernel"],
-            strides=self.strides,
-            padding=self.padding,
-            dilation=self.dilation,
-            transpose_kernel=self.transpose_kernel,
-            precision=self.precision,
-        )
-        return y if self.bias is None else y + params["bias"]
+        shape = (*ints("ConvTranspose", "kernel_size", kernel_size), *channels)
+        self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
+        bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype)) if use_bias else None
+        self.bias = nnx.data(bias)

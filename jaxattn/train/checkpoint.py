@@ -241,6 +241,11 @@ def _compare(path: Path, saved: dict[str, str], wanted: dict[str, str]):
         ],
     }
     said = "; ".join(f"{side}: {', '.join(names)}" for side, names in sides.items() if names)
+    if sides["only in the checkpoint"] and sides["only in the network"]:
+        said += (
+            "; if both are the same network, it was saved by a version of jaxattn whose layers named their arrays "
+            "otherwise: load it with that version, or train it anew"
+        )
     raise InputError(f"{path}: does not fit the network: {said}")
 
 

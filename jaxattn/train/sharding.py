@@ -18,8 +18,6 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from jaxattn.errors import InputError
-from jaxattn.nn.attention import Attention
-from jaxattn.nn.conv import Conv
 
 AXES = ("data", "fsdp", "space")
 BATCH = ("data", "fsdp")
@@ -151,11 +149,11 @@ def on_mesh(model: nnx.Module, mesh: Mesh) -> None:
 def split_grid(model: nnx.Module, axis_name: str | None) -> None:
     """Tells every layer of a network that the grid's first axis is split over a mesh axis; None: that it is whole.
 
-    Layers that look beyond a token are `jaxattn.nn.Conv` and `Attention`; networks that do so themselves have an
-    attribute `axis_name` too.
+    A layer or a network that looks beyond a token has `axis_name` as an attribute of its class, where it can be split,
+    and otherwise a reason as `needs_whole_grid`.
 
     Raises:
-      ValueError: a layer that can't be split, named by its path in the network.
+      ValueError: a layer that can't be split, named by its path in the network, and why.
 
     >>> from jaxattn.models import tiny
     >>> split_grid(tiny(mix="attention", rngs=nnx.Rngs(0)), "space")
@@ -163,23 +161,27 @@ def split_grid(model: nnx.Module, axis_name: str | None) -> None:
     modules = list(nnx.iter_modules(model))
     if axis_name is not None:
         for path, module in modules:
-            if not _splits(module):
+            if reason := _needs_whole_grid(module):
                 where = ".".join(map(str, path)) or "the network itself"
                 raise InputError(
-                    f"{type(module).__name__} ({where}) can't be computed on a grid that is split over {axis_name!r}; "
-                    "jaxattn.nn.Conv, jaxattn.nn.Attention and layers that treat every token alike can"
+                    f"{type(module).__name__} ({where}) can't be computed on a grid that is split over {axis_name!r}: "
+                    f"{reason}"
                 )
     for _, module in modules:
-        if hasattr(type(module), "axis_name") or isinstance(module, Conv | Attention):
+        if hasattr(type(module), "axis_name"):
             module.axis_name = axis_name  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _splits(module: nnx.Module) -> bool:
-    """Whether a module's own operations, not those of the modules that it holds, are right on a split grid."""
+def _needs_whole_grid(module: nnx.Module) -> str | None:
+    """Why a module's own operations, not those of the modules that it holds, are wrong on a split grid, if they are."""
     if isinstance(module, nnx.Dropout):
-        # one draw for a whole example is every shard's; a draw for each token would be repeated on each shard
-        return module.rate == 0 or len(module.broadcast_dims) > 0
-    return type(module) in (*TOKENWISE, nnx.BatchNorm, Conv, Attention) or hasattr(type(module), "axis_name")
+        # one draw for a whole example is every shard's
+        alike = module.rate == 0 or len(module.broadcast_dims) > 0
+        return None if alike else "its draw for each token would be repeated on each shard"
+    if type(module) in (*TOKENWISE, nnx.BatchNorm) or hasattr(type(module), "axis_name"):
+        return None
+    unknown = "it has no axis_name, and is none of Flax's layers that treat every token alike"
+    return getattr(module, "needs_whole_grid", unknown)
 
 
 def sharded(loss_fn: Callable, mesh: Mesh, specs: PyTree) -> Callable:

@@ -10,22 +10,18 @@ from jax import lax
 
 from jaxattn.einsum import einsum
 from jaxattn.kernels.operands import statistics_dtype
-from jaxattn.zoo.named import affine, features, named
-from jaxattn.zoo.row import row
-from jaxattn.zoo.tokens import axes, divided, same, sliding
+from jaxattn.zoo.equations import axes, divided, same, sliding, with_neighbours
+from jaxattn.zoo.parameters import affine, parameters
+from jaxattn.zoo.registry import row
+from jaxattn.zoo.softmax import below_largest, everywhere
 
-LINEAR = dict.fromkeys(("query", "key", "value"), "features hidden")
-BIASES = dict.fromkeys(("query_bias", "key_bias", "value_bias"), "?hidden")
+LINEAR = dict.fromkeys(("query", "key", "value"), "features -> hidden") | {"out": "hidden -> out_features"}
 
 
 @row(
-    "AFT",
-    weights="exp(k_j + w_ij), gated by σ(q_i)",
-    source="key + learned",
-    shared="no / no",
-    normalizer="sum",
-    paper="Zhai et al. 2021 (2105.14103)",
-)
+    "AFT", weights="exp(k_j + w_ij), gated by σ(q_i)", source="key + learned", shared="no / no", normalizer="sum",
+    paper="Zhai et al. 2021 (2105.14103)", shapes=LINEAR | {"position": "*grid *grid"},
+)  # fmt: skip
 def aft(x, params: Mapping[str, Any], *, precision: lax.PrecisionLike = None) -> jax.Array:
     """Each channel a head of its own, whose weights come from key and position,
 
@@ -56,34 +52,22 @@ def aft(x, params: Mapping[str, Any], *, precision: lax.PrecisionLike = None) ->
     (2, 5, 7, 8)
     """
     rank = max(np.ndim(params.get("position", ())) // 2, 1)
-    sizes = features("aft", x, rank)
-    params = named(
-        "aft", params, sizes, **LINEAR, **BIASES, position="*grid *grid", out="hidden out_features",
-        out_bias="?out_features",
-    )  # fmt: skip
-    if params["position"].shape[:rank] != np.shape(x)[-1 - rank : -1]:
-        raise ValueError(
-            f"aft: params['position'] has shape {list(params['position'].shape)} and x {list(np.shape(x))}: "
-            "they must be [*grid, *grid] and [*batch, *grid, features]"
-        )
-    gate, e, ev = _exponentials(jnp.asarray(x), params, rank, precision)
-    position = params["position"].astype(e.dtype)
-    largest = jnp.max(position, axis=tuple(range(rank, 2 * rank)), keepdims=True)
-    weights = jnp.exp(position - lax.stop_gradient(largest))
+    p, x, _ = parameters("aft", x, params, rank, grid=np.shape(x)[max(np.ndim(x) - 1 - rank, 0) : -1])
+    gate, e, ev = _exponentials(x, p, rank, precision)
+    weights = jnp.exp(below_largest(p["position"].astype(e.dtype), tuple(range(rank, 2 * rank))))
     i, j = axes("i", rank), axes("j", rank)
     above, below = (einsum(f"{i} {j}, ... {j} c -> ... {i} c", weights, z, precision=precision) for z in (ev, e))
-    return affine("... c, c o -> ... o", gate * (above / below).astype(gate.dtype), params, "out", precision)
+    return affine("... c, c o -> ... o", gate * (above / below).astype(gate.dtype), p, "out", precision)
 
 
 @row(
-    "AFT-conv",
-    weights="exp(k_j + w_{h,j-i}), w = 0 outside the window, gated by σ(q_i)",
-    source="key + learned",
-    shared="no / no",
-    normalizer="sum",
-    paper="Zhai et al. 2021 (2105.14103)",
-)
-def aft_conv(x, params: Mapping[str, Any], *, precision: lax.PrecisionLike = None) -> jax.Array:
+    "AFT-conv", weights="exp(k_j + w_{h,j-i}), w = 0 outside the window, gated by σ(q_i)", source="key + learned",
+    shared="no / no", normalizer="sum", paper="Zhai et al. 2021 (2105.14103)",
+    shapes=LINEAR | {"position": "*window heads"},
+)  # fmt: skip
+def aft_conv(
+    x, params: Mapping[str, Any], *, precision: lax.PrecisionLike = None, axis_name: str | None = None
+) -> jax.Array:
     """`aft` whose w is the same wherever one stands, and zero outside a window: all tokens are seen, those near by
     differently,
 
@@ -103,6 +87,7 @@ def aft_conv(x, params: Mapping[str, Any], *, precision: lax.PrecisionLike = Non
         grid's, "out" `[hidden, out_features]`, and optionally "query_bias", "key_bias", "value_bias" `[hidden]` and
         "out_bias" `[out_features]`. Heads divide hidden.
       precision: as in `jax.lax.dot_general`.
+      axis_name: the mesh axis, inside `jax.shard_map`, over which the grid's first axis is split.
 
     Returns:
       `[*batch, *grid, out_features]`, in the dtype of x and params. The sums are in float32 at least.
@@ -116,33 +101,27 @@ def aft_conv(x, params: Mapping[str, Any], *, precision: lax.PrecisionLike = Non
     (2, 14, 14, 8)
     """
     rank = max(np.ndim(params.get("position", ())) - 1, 1)
-    sizes = features("aft_conv", x, rank)
-    params = named(
-        "aft_conv", params, sizes, **LINEAR, **BIASES, position="*window heads", out="hidden out_features",
-        out_bias="?out_features",
-    )  # fmt: skip
-    size, heads = params["position"].shape[:-1], params["position"].shape[-1]
-    divided("aft_conv", "heads of params['position']", heads, params["value"].shape[-1], "hidden features")
-    gate, e, ev = _exponentials(jnp.asarray(x), params, rank, precision)
-    more = jnp.expm1(params["position"].astype(e.dtype))
-    sums, window, i = sliding((1,) * rank, (1,) * rank)
-    pads = same(size, (1,) * rank)
-    grid = tuple(range(-1 - rank, -1))
+    p, x, _ = parameters("aft_conv", x, params, rank)
+    size, heads, ones = p["position"].shape[:-1], p["position"].shape[-1], (1,) * rank
+    divided("aft_conv", "heads of params['position']", heads, p["value"].shape[-1], "the hidden features")
+    gate, e, ev = _exponentials(x, p, rank, precision, axis_name)
+    more = jnp.expm1(p["position"].astype(e.dtype))
+    sums, window, i = sliding(ones, ones)
 
     def total(z):
-        near = einsum(f"... {sums} (h c), {window} h -> ... {i} (h c)", z, more, padding=pads, precision=precision)
-        return z.sum(grid, keepdims=True) + near
+        around, padding = with_neighbours(z, axis_name, same(size, ones), size, ones, ones)
+        equation = f"... {sums} (h c), {window} h -> ... {i} (h c)"
+        near = einsum(equation, around, more, padding=padding, precision=precision)
+        return everywhere(z.sum(tuple(range(-1 - rank, -1)), keepdims=True), axis_name) + near
 
-    return affine("... c, c o -> ... o", gate * (total(ev) / total(e)).astype(gate.dtype), params, "out", precision)
+    return affine("... c, c o -> ... o", gate * (total(ev) / total(e)).astype(gate.dtype), p, "out", precision)
 
 
-def _exponentials(x: jax.Array, params: Mapping[str, jax.Array], rank: int, precision) -> list[jax.Array]:
+def _exponentials(x: jax.Array, params: Mapping[str, jax.Array], rank: int, precision, axis_name=None):
     """σ(q), exp(k - max k) and its product with v, the latter two in float32 at least."""
     query, key, value = (
         affine("... c, c m -> ... m", x, params, name, precision) for name in ("query", "key", "value")
     )
     wide = statistics_dtype(key.dtype)
-    key = key.astype(wide)
-    largest = jnp.max(key, axis=tuple(range(-1 - rank, -1)), keepdims=True)
-    e = jnp.exp(key - lax.stop_gradient(largest))
-    return [jax.nn.sigmoid(query), e, e * value.astype(wide)]
+    e = jnp.exp(below_largest(key.astype(wide), tuple(range(-1 - rank, -1)), axis_name))
+    return jax.nn.sigmoid(query), e, e * value.astype(wide)

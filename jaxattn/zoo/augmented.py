@@ -8,27 +8,33 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxattn.attention import attention
+from jaxattn.halo import split_attention
 from jaxattn.window import Window
 from jaxattn.zoo.dense import conv
-from jaxattn.zoo.named import affine, features, named
-from jaxattn.zoo.row import row
+from jaxattn.zoo.equations import same, with_neighbours
+from jaxattn.zoo.heads import PROJECTIONS, offsets, project
+from jaxattn.zoo.parameters import affine, parameters
+from jaxattn.zoo.registry import row
+from jaxattn.zoo.whole_grid import whole_grid
 
 
 @row(
-    "attention-augmented convolution",
-    weights="concat(conv, global SASA)",
-    source="learned + pair",
-    shared="mixed / mixed",
-    normalizer="none / softmax",
-    paper="Bello et al. 2019 (1904.09925)",
-)
+    "attention-augmented convolution", weights="concat(conv, global SASA)", source="learned + pair",
+    shared="mixed / mixed", normalizer="none / softmax", paper="Bello et al. 2019 (1904.09925)",
+    shapes={"kernel": "*window features -> conv_features"}
+    | PROJECTIONS | {"out": "heads value_dim -> attention_features", "embedding_{axis}": "offsets_{axis} head_dim"},
+)  # fmt: skip
 def augmented_conv(
-    x, params: Mapping[str, Any], *, scale: float | None = None, precision: lax.PrecisionLike = None
+    x,
+    params: Mapping[str, Any],
+    *,
+    query_scale: float | None = None,
+    precision: lax.PrecisionLike = None,
+    axis_name: str | None = None,
 ) -> jax.Array:
     """A convolution beside attention over the whole grid, whose queries also see how far a key is along each axis,
 
-        y_i = [ Σ_r W_r x_{i+r} ;  Σ_h W_O,h Σ_j softmax_j(scale · q_i·(k_j + r^0[j_0-i_0] + r^1[j_1-i_1])) v_j ]
+        y_i = [ Σ_r W_r x_{i+r} ;  Σ_h W_O,h Σ_j softmax_j(query_scale · q_i·(k_j + r^0[j_0-i_0] + r^1[j_1-i_1])) v_j ]
 
     (Bello et al. 2019, arXiv 1904.09925), with zeros outside the grid in the convolution, and as many relative
     embeddings r as the grid has axes. The heads share them.
@@ -40,8 +46,9 @@ def augmented_conv(
         attention_features]`; "embedding_0", "embedding_1", one for each axis of the grid, `[2n - 1, head_dim]` where
         the axis has n tokens, of which entry n - 1 is offset zero; and optionally "kernel_bias" `[conv_features]`,
         "query_bias", "key_bias", "value_bias", "out_bias", of those shapes without what is summed.
-      scale: None means head_dim ** -0.5.
+      query_scale: of the query, so of both terms; None means head_dim ** -0.5.
       precision: as in `jax.lax.dot_general`.
+      axis_name: the mesh axis, inside `jax.shard_map`, over which the grid's first axis is split.
 
     Returns:
       `[*batch, *grid, conv_features + attention_features]`, in the dtype of x and params, the convolution's first.
@@ -56,27 +63,20 @@ def augmented_conv(
     (2, 5, 7, 16)
     """
     rank = max(np.ndim(params.get("kernel", ())) - 2, 1)
-    names = [f"embedding_{axis}" for axis in range(rank)]
-    params = named(
-        "augmented_conv", params, features("augmented_conv", x, rank), kernel="*window features conv_features",
-        kernel_bias="?conv_features", query="features heads head_dim", query_bias="?heads head_dim",
-        key="features heads head_dim", key_bias="?heads head_dim", value="features heads value_dim",
-        value_bias="?heads value_dim", out="heads value_dim attention_features", out_bias="?attention_features",
-        **{name: f"offsets_{axis} head_dim" for axis, name in enumerate(names)},
-    )  # fmt: skip
-    x, grid = jnp.asarray(x), np.shape(x)[-1 - rank : -1]
-    for name, n in zip(names, grid, strict=True):
-        if len(params[name]) != 2 * n - 1:
-            raise ValueError(
-                f"augmented_conv: params[{name!r}] has {len(params[name])} offsets; expected {2 * n - 1} for {n} tokens"
-            )
-    convolved = conv(x, params["kernel"], precision=precision)
-    convolved = convolved + params["kernel_bias"] if "kernel_bias" in params else convolved
-    query, key, value = (
-        affine("... c, c h d -> ... h d", x, params, name, precision) for name in ("query", "key", "value")
+    grid = whole_grid("augmented_conv", x, rank, axis_name)
+    p, x, _ = parameters("augmented_conv", x, params, rank, offsets=offsets(grid))
+    size, ones = p["kernel"].shape[:rank], (1,) * rank
+    around, padding = with_neighbours(x, axis_name, same(size, ones), size, ones, ones)
+    convolved = conv(around, p["kernel"], padding=padding, precision=precision) + p.get("kernel_bias", 0)
+    query, key, value = project(x, p, precision)
+    y = split_attention(
+        query * (query.shape[-1] ** -0.5 if query_scale is None else query_scale),
+        key,
+        value,
+        axis_name=axis_name,
+        window=Window(grid),
+        key_embedding=tuple(p[f"embedding_{axis}"][None] for axis in range(rank)),  # one for all heads
+        scale=1.0,
+        precision=precision,
     )
-    query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
-    embedding = tuple(params[name][None] for name in names)  # one for all heads
-    everywhere = Window(grid, boundary="shift")
-    y = attention(query, key, value, window=everywhere, key_embedding=embedding, scale=1.0, precision=precision)
-    return jnp.concatenate([convolved, affine("... h d, h d o -> ... o", y, params, "out", precision)], axis=-1)
+    return jnp.concatenate([convolved, affine("... h d, h d o -> ... o", y, p, "out", precision)], axis=-1)

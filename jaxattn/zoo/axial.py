@@ -11,18 +11,17 @@ from jax import lax
 from jaxattn.einsum import einsum
 from jaxattn.kernels.operands import statistics_dtype
 from jaxattn.normalize import softmax
-from jaxattn.zoo.heads import PROJECTIONS, Heads
-from jaxattn.zoo.row import row
+from jaxattn.zoo.heads import PROJECTIONS, join, project
+from jaxattn.zoo.parameters import parameters
+from jaxattn.zoo.registry import row
 
 
 @row(
-    "axial attention",
-    weights="q·k + q·r^q + k·r^k, V = v_j + r^v, one axis at a time",
-    source="pair",
-    shared="head / no",
-    normalizer="softmax",
-    paper="Wang et al. 2020 (2003.07853)",
-)
+    "axial attention", weights="q·k + q·r^q + k·r^k, V = v_j + r^v, one axis at a time", source="pair",
+    shared="head / no", normalizer="softmax", paper="Wang et al. 2020 (2003.07853)",
+    shapes=PROJECTIONS | {"query_embedding": "heads|1 offsets head_dim", "key_embedding": "heads|1 offsets head_dim",
+    "value_embedding": "heads|1 offsets value_dim"},
+)  # fmt: skip
 def axial_attention(
     x,
     params: Mapping[str, Any],
@@ -64,20 +63,15 @@ def axial_attention(
     >>> axial_attention(y, params | columns, axis=-2).shape
     (3, 5, 6, 8)
     """
-    names = [f"{name}_embedding" for name in PROJECTIONS]
-    heads = Heads("axial_attention", params, names, precision=precision)
     if window is not None and window < 1:
-        raise ValueError(f"axial_attention: window={window} must be None or an int >= 1")
+        raise ValueError(f"axial_attention: window (={window}) must be None or an int >= 1")
     x, axis = jnp.asarray(x), _axis(axis, np.ndim(x))
-    q, k, v = heads.project(jnp.moveaxis(x, axis, -2), rank=1)
     n = x.shape[axis]
     m = n if window is None else window
-    tables = []
-    for name, width in zip(names, ("head_dim", "head_dim", "value_dim"), strict=True):
-        shared = np.shape(params[name])[:1] == (1,)
-        table = heads.table(name, 1 if shared else "heads", 2 * m - 1, width)
-        tables.append(jnp.broadcast_to(table, (q.shape[-2], *table.shape[1:])))
-    rq, rk, rv = tables
+    p, x, _ = parameters("axial_attention", jnp.moveaxis(x, axis, -2), params, 1, offsets=2 * m - 1)
+    q, k, v = project(x, p, precision)
+    tables = (p[f"{name}_embedding"] for name in ("query", "key", "value"))
+    rq, rk, rv = (jnp.broadcast_to(table, (q.shape[-2], *table.shape[1:])) for table in tables)
     kwargs: dict[str, Any] = {"precision": precision, "boundary": "zero", "i": n, "j": n}
     scores = {"preferred_element_type": statistics_dtype(q.dtype), **kwargs}
     s = einsum("... i h d, ... j h d -> ... h i j", q, k, **scores)
@@ -88,13 +82,13 @@ def axial_attention(
     a = softmax(s, jnp.asarray(seen)).astype(v.dtype)
     y = einsum("... h i j, ... j h d -> ... i h d", a, v, **kwargs)
     y += einsum(f"... h i j, h j-i+{m - 1} d -> ... i h d", a, rv, **kwargs)
-    return jnp.moveaxis(heads.join(y), -2, axis)
+    return jnp.moveaxis(join(y, p, precision), -2, axis)
 
 
 def _axis(axis: int, ndim: int) -> int:
     """Which axis of x, from the front."""
     if not -ndim <= axis < ndim or axis % ndim == ndim - 1:
         raise ValueError(
-            f"axial_attention: axis={axis} must be an axis of x, which has {ndim}, and not the last, its features"
+            f"axial_attention: axis (={axis}) must be an axis of x, which has {ndim}, and not the last, its features"
         )
     return axis % ndim

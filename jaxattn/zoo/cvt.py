@@ -1,36 +1,36 @@
 """CvT's attention: queries, keys and values from depthwise convolutions."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax import lax
 
-from jaxattn.attention import attention
+from jaxattn.halo import split_attention
+from jaxattn.sizes import Size
 from jaxattn.zoo.depthwise import depthwise_conv
-from jaxattn.zoo.named import affine, features, named
-from jaxattn.zoo.row import row
-from jaxattn.zoo.tokens import same
+from jaxattn.zoo.equations import same
+from jaxattn.zoo.heads import PROJECTIONS
+from jaxattn.zoo.parameters import affine, parameters
+from jaxattn.zoo.registry import row
 
 
 @row(
-    "CvT",
-    weights="q·k, with q,k,v from depthwise convolutions",
-    source="pair",
-    shared="head / no",
-    normalizer="softmax",
-    paper="Wu et al. 2021 (2103.15808)",
-)
+    "CvT", weights="q·k, with q,k,v from depthwise convolutions", source="pair", shared="head / no",
+    normalizer="softmax", paper="Wu et al. 2021 (2103.15808)", shapes=dict.fromkeys(("query_kernel", "key_kernel",
+    "value_kernel"), "*window features") | PROJECTIONS | {"out": "heads value_dim -> out_features"},
+)  # fmt: skip
 def cvt_attention(
     x,
     params: Mapping[str, Any],
     *,
-    strides: int | Sequence[int] = 1,
-    kv_strides: int | Sequence[int] = 1,
+    strides: Size = 1,
+    kv_strides: Size = 1,
     scale: float | None = None,
     precision: lax.PrecisionLike = None,
+    axis_name: str | None = None,
 ) -> jax.Array:
     """Attention over the whole grid between tokens that a depthwise convolution has made,
 
@@ -50,6 +50,7 @@ def cvt_attention(
       kv_strides: of the keys' and values'.
       scale: None means head_dim ** -0.5.
       precision: as in `jax.lax.dot_general`.
+      axis_name: the mesh axis, inside `jax.shard_map`, over which the grid's first axis is split.
 
     Returns:
       `[*batch, *positions, out_features]`, ceil(n / stride) positions to an axis of n, in the dtype of x and params.
@@ -64,24 +65,19 @@ def cvt_attention(
     (2, 7, 7, 6)
     """
     rank = max(np.ndim(params.get("query_kernel", ())) - 1, 1)
-    params = named(
-        "cvt_attention", params, features("cvt_attention", x, rank), query_kernel="*window features",
-        key_kernel="*window features", value_kernel="*window features", query="features heads head_dim",
-        query_bias="?heads head_dim", key="features heads head_dim", key_bias="?heads head_dim",
-        value="features heads value_dim", value_bias="?heads value_dim", out="heads value_dim out_features",
-        out_bias="?out_features",
-    )  # fmt: skip
-    batch = np.shape(x)[: -1 - rank]
+    params, x, _ = parameters("cvt_attention", x, params, rank)
+    batch = x.shape[: x.ndim - 1 - rank]
 
     def tokens(name, strides):
         kernel = params[f"{name}_kernel"]
         centred = same(kernel.shape[:-1], (1,) * rank)
-        local = depthwise_conv(x, kernel, strides=strides, padding=centred, precision=precision)
+        local = depthwise_conv(x, kernel, strides=strides, padding=centred, precision=precision, axis_name=axis_name)
         projected = affine("... c, c h d -> ... h d", local, params, name, precision)
         grid = projected.shape[len(batch) : -2]
         return projected.reshape(*batch, math.prod(grid), *projected.shape[-2:]), grid
 
     query, grid = tokens("query", strides)
     key, value = (tokens(name, kv_strides)[0] for name in ("key", "value"))
-    y = attention(query, key, value, scale=scale, precision=precision).reshape(*batch, *grid, *value.shape[-2:])
+    y = split_attention(query, key, value, axis_name=axis_name, scale=scale, precision=precision)
+    y = y.reshape(*batch, *grid, *value.shape[-2:])
     return affine("... h d, h d o -> ... o", y, params, "out", precision)

@@ -1,31 +1,27 @@
 """Dense convolution: weights that are fixed, one offset to a tap."""
 
-from collections.abc import Sequence
-
 import jax
 import numpy as np
 from jax import lax
 
 from jaxattn.einsum import einsum
-from jaxattn.zoo.row import row
-from jaxattn.zoo.tokens import is_int, pads, per_axis, sliding
+from jaxattn.sizes import Size, is_int, per_axis
+from jaxattn.zoo.equations import read_padding, sliding
+from jaxattn.zoo.registry import row
 
 
 @row(
-    "dense, strided, dilated, grouped convolution",
-    weights="1[j-i=Δ_h], V_h=W_Δ",
-    source="fixed",
-    shared="all / yes",
-    normalizer="none",
-    paper="LeCun et al. 1989; Yu & Koltun 2016 (1511.07122)",
-)
+    "dense, strided, dilated, grouped convolution", weights="1[j-i=Δ_h], V_h=W_Δ", source="fixed", shared="all / yes",
+    normalizer="none", paper="LeCun et al. 1989; Yu & Koltun 2016 (1511.07122)",
+    shapes={"kernel": "*window features/groups out_features"},
+)  # fmt: skip
 def conv(
     x,
     kernel,
     *,
-    strides: int | Sequence[int] = 1,
+    strides: Size = 1,
     padding="SAME",
-    dilation: int | Sequence[int] = 1,
+    dilation: Size = 1,
     groups: int = 1,
     boundary=None,
     precision: lax.PrecisionLike = None,
@@ -84,7 +80,7 @@ def conv(
         x,
         kernel,
         g=int(groups),
-        padding=pads("conv", padding, rank),
+        padding=read_padding("conv", padding, rank),
         boundary=boundary,
         precision=precision,
         preferred_element_type=preferred_element_type,

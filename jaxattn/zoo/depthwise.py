@@ -1,35 +1,31 @@
 """Depthwise convolution: learned weights by offset, each channel or head its own."""
 
-from collections.abc import Sequence
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from jaxattn.einsum import einsum
-from jaxattn.zoo.row import row
+from jaxattn.sizes import Size, per_axis
+from jaxattn.zoo.equations import Padding, divided, read_padding, same, sliding, with_neighbours
+from jaxattn.zoo.parameters import parameters
+from jaxattn.zoo.registry import row
 from jaxattn.zoo.softmax import softmax
-from jaxattn.zoo.tokens import Padding, divided, pads, per_axis, same, sliding
 
 
 @row(
-    "depthwise convolution (ConvNeXt)",
-    weights="w_{c,j-i}",
-    source="learned",
-    shared="no / yes",
-    normalizer="none",
-    paper="Chollet 2017 (1610.02357); Liu et al. 2022 (2201.03545)",
-)
+    "depthwise convolution (ConvNeXt)", weights="w_{c,j-i}", source="learned", shared="no / yes", normalizer="none",
+    paper="Chollet 2017 (1610.02357); Liu et al. 2022 (2201.03545)", shapes={"kernel": "*window features·m"},
+)  # fmt: skip
 def depthwise_conv(
     x,
     kernel,
     *,
-    strides: int | Sequence[int] = 1,
+    strides: Size = 1,
     padding: Padding = "SAME",
-    dilation: int | Sequence[int] = 1,
+    dilation: Size = 1,
     boundary=None,
     precision: lax.PrecisionLike = None,
+    axis_name: str | None = None,
 ) -> jax.Array:
     """A convolution in which each channel sees itself alone,
 
@@ -47,6 +43,7 @@ def depthwise_conv(
       padding: "SAME", "VALID", an int, or a sequence with an int or a pair `(low, high)` for each axis.
       boundary: what stands outside: "zero" (default), "edge", "reflect", "wrap"; one, or one for each axis.
       precision: as in `jax.lax.dot_general`.
+      axis_name: the mesh axis, inside `jax.shard_map`, over which the grid's first axis is split.
 
     Returns:
       `[*batch, *positions, features · m]`, in the promoted dtype of x and kernel.
@@ -58,36 +55,42 @@ def depthwise_conv(
     >>> depthwise_conv(jnp.ones((2, 9, 9, 4)), jnp.ones((3, 3, 8)), strides=2).shape
     (2, 5, 5, 8)
     """
-    rank = _rank("depthwise_conv", x, kernel, "features·m")
-    features = np.shape(x)[-1]
-    if features == 0 or np.shape(kernel)[-1] % features:
+    rank = max(np.ndim(kernel) - 1, 1)
+    p, x, _ = parameters("depthwise_conv", x, {"kernel": kernel}, rank)
+    kernel, features = p["kernel"], x.shape[-1]
+    if features == 0 or kernel.shape[-1] % features:
         raise ValueError(
-            f"depthwise_conv: kernel has shape {list(np.shape(kernel))}: its last axis must be a multiple of the "
-            f"features of x (={features})"
+            f"depthwise_conv: kernel has shape {list(kernel.shape)}: its last axis must be a multiple of the features "
+            f"of x (={features})"
         )
     strides = per_axis("depthwise_conv", "strides", strides, rank)
-    sums, window, position = sliding(strides, per_axis("depthwise_conv", "dilation", dilation, rank))
+    dilation = per_axis("depthwise_conv", "dilation", dilation, rank)
+    padding = read_padding("depthwise_conv", padding, rank)
+    x, padding = with_neighbours(x, axis_name, padding, kernel.shape[:-1], strides, dilation, boundary)
+    sums, window, position = sliding(strides, dilation)
     return einsum(
         f"... {sums} c, {window} (c m) -> ... {position} (c m)",
         x,
         kernel,
         c=features,
-        padding=pads("depthwise_conv", padding, rank),
+        padding=padding,
         boundary=boundary,
         precision=precision,
     )
 
 
 @row(
-    "LightConv",
-    weights="w_{h,j-i}",
-    source="learned",
-    shared="head / yes",
-    normalizer="softmax",
-    paper="Wu et al. 2019 (1901.10430)",
-)
+    "LightConv", weights="w_{h,j-i}", source="learned", shared="head / yes", normalizer="softmax",
+    paper="Wu et al. 2019 (1901.10430)", shapes={"kernel": "*window heads"},
+)  # fmt: skip
 def light_conv(
-    x, kernel, *, dilation: int | Sequence[int] = 1, causal: bool = False, precision: lax.PrecisionLike = None
+    x,
+    kernel,
+    *,
+    dilation: Size = 1,
+    causal: bool = False,
+    precision: lax.PrecisionLike = None,
+    axis_name: str | None = None,
 ) -> jax.Array:
     """A depthwise convolution whose weights a softmax makes sum to one, shared by the channels of a head,
 
@@ -104,6 +107,7 @@ def light_conv(
       dilation: an int, or one for each axis of the grid.
       causal: position i sees what comes before it, and itself last, along every axis; otherwise it is in the middle.
       precision: as in `jax.lax.dot_general`.
+      axis_name: the mesh axis, inside `jax.shard_map`, over which the grid's first axis is split.
 
     Returns:
       `[*batch, *grid, features]`, in the promoted dtype of x and kernel. The softmax is in float32 at least.
@@ -115,25 +119,12 @@ def light_conv(
     >>> light_conv(jnp.arange(6.0).reshape(6, 1), jnp.zeros((2, 1)), causal=True)[:, 0]  # a moving average
     Array([0. , 0.5, 1.5, 2.5, 3.5, 4.5], dtype=float32)
     """
-    rank = _rank("light_conv", x, kernel, "heads")
-    kernel = jnp.asarray(kernel)
-    divided("light_conv", "heads of kernel", kernel.shape[-1], np.shape(x)[-1])
+    rank = max(np.ndim(kernel) - 1, 1)
+    p, x, _ = parameters("light_conv", x, {"kernel": kernel}, rank)
+    kernel, size, ones = p["kernel"], p["kernel"].shape[:-1], (1,) * rank
+    divided("light_conv", "heads of kernel", kernel.shape[-1], x.shape[-1])
     dilation = per_axis("light_conv", "dilation", dilation, rank)
-    sums, window, position = sliding((1,) * rank, dilation)
-    return einsum(
-        f"... {sums} (h c), {window} h -> ... {position} (h c)",
-        x,
-        softmax(kernel, tuple(range(rank))),
-        padding=same(kernel.shape[:-1], dilation, causal),
-        precision=precision,
-    )
-
-
-def _rank(layer: str, x, kernel, last: str) -> int:
-    rank = np.ndim(kernel) - 1
-    if rank < 1 or np.ndim(x) < rank + 1:
-        raise ValueError(
-            f"{layer}: kernel has shape {list(np.shape(kernel))} and x {list(np.shape(x))}: they must be "
-            f"[*window, {last}] and [*batch, *grid, features], with a grid of the window's rank, at least 1"
-        )
-    return rank
+    x, padding = with_neighbours(x, axis_name, same(size, dilation, causal), size, ones, dilation)
+    sums, window, position = sliding(ones, dilation)
+    equation = f"... {sums} (h c), {window} h -> ... {position} (h c)"
+    return einsum(equation, x, softmax(kernel, tuple(range(rank))), padding=padding, precision=precision)

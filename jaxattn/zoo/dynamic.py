@@ -1,6 +1,6 @@
 """Convolutions whose weights are made from the data: from the centre of the window, or from the whole image."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -9,23 +9,26 @@ import numpy as np
 from jax import lax
 
 from jaxattn.einsum import einsum
-from jaxattn.zoo.named import affine, features, named
+from jaxattn.sizes import Size, per_axis
+from jaxattn.zoo.equations import divided, same, sliding, with_neighbours
+from jaxattn.zoo.parameters import affine, parameters
 from jaxattn.zoo.pool import mean_pool
-from jaxattn.zoo.row import row
+from jaxattn.zoo.registry import row
 from jaxattn.zoo.softmax import softmax
-from jaxattn.zoo.tokens import divided, per_axis, same, sliding
 
 
 @row(
-    "DynamicConv",
-    weights="(W x_i)_{h,j-i}",
-    source="centre",
-    shared="head / no",
-    normalizer="softmax",
-    paper="Wu et al. 2019 (1901.10430)",
-)
+    "DynamicConv", weights="(W x_i)_{h,j-i}", source="centre", shared="head / no", normalizer="softmax",
+    paper="Wu et al. 2019 (1901.10430)", shapes={"kernel": "features -> *window heads"},
+)  # fmt: skip
 def dynamic_conv(
-    x, kernel, *, dilation: int | Sequence[int] = 1, causal: bool = False, precision: lax.PrecisionLike = None
+    x,
+    kernel,
+    *,
+    dilation: Size = 1,
+    causal: bool = False,
+    precision: lax.PrecisionLike = None,
+    axis_name: str | None = None,
 ) -> jax.Array:
     """`light_conv` whose kernel each position makes of its own features,
 
@@ -43,6 +46,7 @@ def dynamic_conv(
       dilation: an int, or one for each axis of the grid.
       causal: position i sees what comes before it, and itself last, along every axis; otherwise it is in the middle.
       precision: as in `jax.lax.dot_general`.
+      axis_name: the mesh axis, inside `jax.shard_map`, over which the grid's first axis is split.
 
     Returns:
       `[*batch, *grid, features]`, in the promoted dtype of x and kernel. The softmax is in float32 at least.
@@ -54,42 +58,38 @@ def dynamic_conv(
     >>> dynamic_conv(jnp.ones((2, 9, 9, 4)), jnp.ones((4, 3, 3, 2))).shape
     (2, 9, 9, 4)
     """
-    rank = np.ndim(kernel) - 2
-    if rank < 1 or np.ndim(x) < rank + 1 or np.shape(x)[-1] != np.shape(kernel)[0]:
-        raise ValueError(
-            f"dynamic_conv: kernel has shape {list(np.shape(kernel))} and x {list(np.shape(x))}: they must be "
-            "[features, *window, heads] and [*batch, *grid, features], with a grid of the window's rank, at least 1"
-        )
-    size, heads = np.shape(kernel)[1:-1], np.shape(kernel)[-1]
-    divided("dynamic_conv", "heads of kernel", heads, np.shape(x)[-1])
+    rank = max(np.ndim(kernel) - 2, 1)
+    p, x, _ = parameters("dynamic_conv", x, {"kernel": kernel}, rank)
+    kernel, ones = p["kernel"], (1,) * rank
+    size = kernel.shape[1:-1]
+    divided("dynamic_conv", "heads of kernel", kernel.shape[-1], x.shape[-1])
     dilation = per_axis("dynamic_conv", "dilation", dilation, rank)
-    sums, window, position = sliding((1,) * rank, dilation)
+    sums, window, position = sliding(ones, dilation)
     scores = einsum(f"... e, e {window} h -> ... {window} h", x, kernel, precision=precision)
+    around, padding = with_neighbours(x, axis_name, same(size, dilation, causal), size, ones, dilation)
     return einsum(
         f"... {sums} (h c), ... {position} {window} h -> ... {position} (h c)",
-        x,
+        around,
         softmax(scores, tuple(range(-1 - rank, -1))),
-        padding=same(size, dilation, causal),
+        padding=padding,
         precision=precision,
     )
 
 
 @row(
-    "involution",
-    weights="(W1 φ(W0 x_i))_{g,j-i}, V=x",
-    source="centre",
-    shared="group / no",
-    normalizer="none",
+    "involution", weights="(W1 φ(W0 x_i))_{g,j-i}, V=x", source="centre", shared="group / no", normalizer="none",
     paper="Li et al. 2021 (2103.06255)",
-)
+    shapes={"reduce": "features -> reduced", "span": "reduced -> *window groups"},
+)  # fmt: skip
 def involution(
     x,
     params: Mapping[str, Any],
     *,
-    strides: int | Sequence[int] = 1,
-    dilation: int | Sequence[int] = 1,
+    strides: Size = 1,
+    dilation: Size = 1,
     activation: Callable[[jax.Array], jax.Array] = jax.nn.relu,
     precision: lax.PrecisionLike = None,
+    axis_name: str | None = None,
 ) -> jax.Array:
     """Weights from the centre, through a bottleneck, shared by the channels of a group,
 
@@ -107,6 +107,7 @@ def involution(
       strides, dilation: ints, or one for each axis of the grid.
       activation: φ.
       precision: as in `jax.lax.dot_general`.
+      axis_name: the mesh axis, inside `jax.shard_map`, over which the grid's first axis is split.
 
     Returns:
       `[*batch, *positions, features]`, ceil(n / stride) positions to an axis of n, in the dtype of x and params.
@@ -119,37 +120,37 @@ def involution(
     >>> involution(jnp.ones((2, 9, 9, 8)), params).shape
     (2, 9, 9, 8)
     """
-    params, rank = _bottleneck("involution", x, params, "groups")
+    rank = max(np.ndim(params.get("span", ())) - 2, 1)
+    params, x, _ = parameters("involution", x, params, rank)
     size, groups = params["span"].shape[1:-1], params["span"].shape[-1]
-    divided("involution", "groups of params['span']", groups, np.shape(x)[-1])
+    divided("involution", "groups of params['span']", groups, x.shape[-1])
     strides = per_axis("involution", "strides", strides, rank)
     dilation = per_axis("involution", "dilation", dilation, rank)
     sums, window, position = sliding(strides, dilation)
     weights = _weights(mean_pool(x, strides), params, window, activation, precision)
+    around, padding = with_neighbours(x, axis_name, same(size, dilation), size, strides, dilation)
     return einsum(
         f"... {sums} (g c), ... {position} {window} g -> ... {position} (g c)",
-        x,
+        around,
         weights,
-        padding=same(size, dilation),
+        padding=padding,
         precision=precision,
     )
 
 
 @row(
-    "dynamic depthwise (Han et al. 2022)",
-    weights="f(mean x)_{c,j-i}",
-    source="image",
-    shared="no / yes",
-    normalizer="none",
-    paper="Han et al. 2022 (2106.04263)",
-)
+    "dynamic depthwise (Han et al. 2022)", weights="f(mean x)_{c,j-i}", source="image", shared="no / yes",
+    normalizer="none", paper="Han et al. 2022 (2106.04263)",
+    shapes={"reduce": "features -> reduced", "span": "reduced -> *window features"},
+)  # fmt: skip
 def dynamic_depthwise_conv(
     x,
     params: Mapping[str, Any],
     *,
-    dilation: int | Sequence[int] = 1,
+    dilation: Size = 1,
     activation: Callable[[jax.Array], jax.Array] = jax.nn.relu,
     precision: lax.PrecisionLike = None,
+    axis_name: str | None = None,
 ) -> jax.Array:
     """A depthwise convolution whose kernel is made of the mean over the image,
 
@@ -167,6 +168,7 @@ def dynamic_depthwise_conv(
       dilation: an int, or one for each axis of the grid.
       activation: φ.
       precision: as in `jax.lax.dot_general`.
+      axis_name: the mesh axis, inside `jax.shard_map`, over which the grid's first axis is split.
 
     Returns:
       `[*batch, *grid, features]`, in the dtype of x and params.
@@ -179,28 +181,17 @@ def dynamic_depthwise_conv(
     >>> dynamic_depthwise_conv(jnp.ones((2, 9, 9, 8)), params).shape
     (2, 9, 9, 8)
     """
-    params, rank = _bottleneck("dynamic_depthwise_conv", x, params, "features")
-    dilation = per_axis("dynamic_depthwise_conv", "dilation", dilation, rank)
-    sums, window, position = sliding((1,) * rank, dilation)
-    mean = jnp.mean(x, axis=tuple(range(-1 - rank, -1)))
-    weights = _weights(mean, params, window, activation, precision)
-    return einsum(
-        f"... {sums} c, ... {window} c -> ... {position} c",
-        x,
-        weights,
-        padding=same(params["span"].shape[1:-1], dilation),
-        precision=precision,
-    )
-
-
-def _bottleneck(layer: str, x, params, last: str) -> tuple[dict[str, jax.Array], int]:
-    """The parameters that `_weights` takes, checked, and the rank of the grid."""
     rank = max(np.ndim(params.get("span", ())) - 2, 1)
-    checked = named(
-        layer, params, features(layer, x, rank), reduce="features reduced", reduce_bias="?reduced",
-        span=f"reduced *window {last}", span_bias=f"?*window {last}",
-    )  # fmt: skip
-    return checked, rank
+    params, x, _ = parameters("dynamic_depthwise_conv", x, params, rank)
+    size, ones = params["span"].shape[1:-1], (1,) * rank
+    dilation = per_axis("dynamic_depthwise_conv", "dilation", dilation, rank)
+    sums, window, position = sliding(ones, dilation)
+    mean = jnp.mean(x, axis=tuple(range(-1 - rank, -1)))
+    mean = mean if axis_name is None else lax.pmean(mean, axis_name)
+    weights = _weights(mean, params, window, activation, precision)
+    around, padding = with_neighbours(x, axis_name, same(size, dilation), size, ones, dilation)
+    equation = f"... {sums} c, ... {window} c -> ... {position} c"
+    return einsum(equation, around, weights, padding=padding, precision=precision)
 
 
 def _weights(x: jax.Array, params: dict[str, jax.Array], window: str, activation, precision) -> jax.Array:

@@ -8,22 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxattn.attention import attention
 from jaxattn.einsum import einsum
+from jaxattn.halo import split_attention
 from jaxattn.kernels.operands import statistics_dtype
 from jaxattn.window import Window
-from jaxattn.zoo.heads import Heads
-from jaxattn.zoo.row import row
+from jaxattn.zoo.heads import PROJECTIONS, join, project
+from jaxattn.zoo.parameters import parameters
+from jaxattn.zoo.registry import row
+from jaxattn.zoo.whole_grid import whole_grid
 
 
 @row(
-    "GPSA (ConViT)",
-    weights="(1-σ(λ)) softmax(q·k) + σ(λ) softmax(v·r)",
-    source="pair + learned",
-    shared="head / no",
-    normalizer="softmax",
-    paper="d'Ascoli et al. 2021 (2103.10697)",
-)
+    "GPSA (ConViT)", weights="(1-σ(λ)) softmax(q·k) + σ(λ) softmax(v·r)", source="pair + learned", shared="head / no",
+    normalizer="softmax", paper="d'Ascoli et al. 2021 (2103.10697)",
+    shapes=PROJECTIONS | {"position": "heads coordinates", "gate": "heads"},
+)  # fmt: skip
 def gpsa(
     x,
     params: Mapping[str, Any],
@@ -31,6 +30,7 @@ def gpsa(
     scale: float | None = None,
     precision: lax.PrecisionLike = None,
     implementation: str | None = None,
+    axis_name: str | None = None,
 ) -> jax.Array:
     """Gated positional self-attention over a grid: each head mixes what it sees by content and by position,
 
@@ -49,6 +49,7 @@ def gpsa(
       scale: of the content; None means head_dim ** -0.5.
       precision: of the projections and the attention, as in `jax.lax.dot_general`.
       implementation: as in `attention`.
+      axis_name: the mesh axis over which the grid's first axis is split, as in `jaxattn.halo.split_attention`.
 
     Returns:
       `[*batch, *grid, out_features]`, in the dtype of x and params.
@@ -61,18 +62,19 @@ def gpsa(
     >>> gpsa(jnp.ones((3, 4, 5, 8)), params | {"position": jnp.ones((2, 3)), "gate": jnp.ones(2)}).shape
     (3, 4, 5, 8)
     """
-    heads = Heads("gpsa", params, ["position", "gate"], precision=precision)
-    rank = max(1, (np.shape(params["position"]) or (0,))[-1] - 1)
-    window = Window(heads.grid(x, rank))
-    query, key, value = heads.project(x, rank)
+    rank = max(1, (np.shape(params.get("position", ())) or (0,))[-1] - 1)
+    window = Window(whole_grid("gpsa", x, rank, axis_name))
+    p, x, _ = parameters("gpsa", x, params, rank, coordinates=rank + 1)
+    query, key, value = project(x, p, precision)
     exact = statistics_dtype(query.dtype)  # ‖δ‖² needs more than bfloat16's eight bits, also inside a product
-    position = heads.table("position", "heads", rank + 1).astype(exact)
-    bias = einsum("h c, c ... -> h ...", position, _r(window.sizes, exact), precision="highest")
-    gate = jax.nn.sigmoid(heads.table("gate", "heads"))[:, None]
-    kwargs: dict[str, Any] = {"window": window, "precision": precision, "implementation": implementation}
-    content = attention(query, key, value, scale=scale, **kwargs)
-    positional = attention(query, key, value, scale=0.0, relative_bias=bias, **kwargs)
-    return heads.join((1 - gate) * content + gate * positional)
+    bias = einsum("h c, c ... -> h ...", p["position"].astype(exact), _r(window.sizes, exact), precision="highest")
+    gate = jax.nn.sigmoid(p["gate"])[:, None]
+    kwargs: dict[str, Any] = {
+        "window": window, "precision": precision, "implementation": implementation, "axis_name": axis_name,
+    }  # fmt: skip
+    content = split_attention(query, key, value, scale=scale, **kwargs)
+    positional = split_attention(query, key, value, scale=0.0, relative_bias=bias, **kwargs)
+    return join((1 - gate) * content + gate * positional, p, precision)
 
 
 def _r(grid: tuple[int, ...], dtype: Any) -> jax.Array:

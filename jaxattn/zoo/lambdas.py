@@ -4,26 +4,25 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from jaxattn.einsum import einsum
-from jaxattn.zoo.named import affine, features, named
-from jaxattn.zoo.row import row
-from jaxattn.zoo.softmax import softmax
-from jaxattn.zoo.tokens import axes, same, sliding
+from jaxattn.zoo.equations import axes, same, sliding, with_neighbours
+from jaxattn.zoo.parameters import affine, parameters
+from jaxattn.zoo.registry import row
+from jaxattn.zoo.softmax import everywhere, softmax
 
 
 @row(
-    "lambda layer",
-    weights="q_i·(Σ_j k̄_j v_j + Σ_j E_{j-i} v_j)",
-    source="key + learned",
-    shared="head / no",
-    normalizer="softmax over keys only",
-    paper="Bello 2021 (2102.08602)",
-)
-def lambda_layer(x, params: Mapping[str, Any], *, precision: lax.PrecisionLike = None) -> jax.Array:
+    "lambda layer", weights="q_i·(Σ_j k̄_j v_j + Σ_j E_{j-i} v_j)", source="key + learned", shared="head / no",
+    normalizer="softmax over keys only", paper="Bello 2021 (2102.08602)",
+    shapes={"query": "features -> heads key_dim", "key": "features -> key_dim depth",
+    "value": "features -> value_dim depth", "position": "*window key_dim depth"},
+)  # fmt: skip
+def lambda_layer(
+    x, params: Mapping[str, Any], *, precision: lax.PrecisionLike = None, axis_name: str | None = None
+) -> jax.Array:
     """A linear map from queries to values, λ_i, of what all tokens hold and of where those in the window are,
 
         y_i[h, v] = Σ_k q_i[h, k] · (λ^c + λ^p_i)[k, v],
@@ -41,6 +40,7 @@ def lambda_layer(x, params: Mapping[str, Any], *, precision: lax.PrecisionLike =
         depth]`, "position" E `[*window, key_dim, depth]`, whose rank less two is the grid's; and optionally
         "query_bias", "key_bias", "value_bias", of those shapes without features.
       precision: as in `jax.lax.dot_general`.
+      axis_name: the mesh axis, inside `jax.shard_map`, over which the grid's first axis is split.
 
     Returns:
       `[*batch, *grid, heads · value_dim]`, in the dtype of x and params. The softmax is in float32 at least.
@@ -54,19 +54,17 @@ def lambda_layer(x, params: Mapping[str, Any], *, precision: lax.PrecisionLike =
     (2, 7, 7, 8)
     """
     rank = max(np.ndim(params.get("position", ())) - 2, 1)
-    params = named(
-        "lambda_layer", params, features("lambda_layer", x, rank), query="features heads key_dim",
-        query_bias="?heads key_dim", key="features key_dim depth", key_bias="?key_dim depth",
-        value="features value_dim depth", value_bias="?value_dim depth", position="*window key_dim depth",
-    )  # fmt: skip
-    query, key, value = (
-        affine("... c, c m n -> ... m n", jnp.asarray(x), params, name, precision) for name in ("query", "key", "value")
-    )
-    i, position = axes("i", rank), params["position"]
-    key = softmax(key, tuple(range(-2 - rank, -2)))
-    content = einsum(f"... {i} k u, ... {i} v u -> ... k v", key, value, precision=precision)
-    sums, window, _ = sliding((1,) * rank, (1,) * rank)
+    p, x, _ = parameters("lambda_layer", x, params, rank)
+    query, key, value = (affine("... c, c m n -> ... m n", x, p, name, precision) for name in ("query", "key", "value"))
+    i, position, ones = axes("i", rank), p["position"], (1,) * rank
+    key = softmax(key, tuple(range(-2 - rank, -2)), axis_name)
+    content = everywhere(einsum(f"... {i} k u, ... {i} v u -> ... k v", key, value, precision=precision), axis_name)
+    sums, window, _ = sliding(ones, ones)
+    size = position.shape[:-2]
+    flat = value.reshape(*value.shape[:-2], -1)
+    around, padding = with_neighbours(flat, axis_name, same(size, ones), size, ones, ones)
+    around = around.reshape(*around.shape[:-1], *value.shape[-2:])
     equation = f"... {sums} v u, {window} k u -> ... {i} k v"
-    local = einsum(equation, value, position, padding=same(position.shape[:-2], (1,) * rank), precision=precision)
+    local = einsum(equation, around, position, padding=padding, precision=precision)
     y = einsum(f"... {i} h k, ... k v -> ... {i} (h v)", query, content, precision=precision)
     return y + einsum("... h k, ... k v -> ... (h v)", query, local, precision=precision)

@@ -1,6 +1,6 @@
 """Attention in which one side of the pair is learned: the queries, or the keys."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -9,27 +9,26 @@ import numpy as np
 from jax import lax
 
 from jaxattn.attention import attention
+from jaxattn.halo import shard_count, split_attention
+from jaxattn.sizes import Size, per_axis
 from jaxattn.window import Window
-from jaxattn.zoo.named import affine, features, named
-from jaxattn.zoo.row import row
-from jaxattn.zoo.tokens import per_axis
+from jaxattn.zoo.parameters import affine, parameters
+from jaxattn.zoo.registry import row
 
 
 @row(
-    "QnA",
-    weights="learned q · k_j + b_{j-i}",
-    source="key + learned",
-    shared="head / no",
-    normalizer="softmax",
-    paper="Arar et al. 2022 (2112.11435)",
-)
+    "QnA", weights="learned q · k_j + b_{j-i}", source="key + learned", shared="head / no", normalizer="softmax",
+    paper="Arar et al. 2022 (2112.11435)", shapes={"query": "heads head_dim", "key": "features -> heads head_dim",
+    "value": "features -> heads value_dim", "bias": "heads *window", "out": "heads value_dim -> out_features"},
+)  # fmt: skip
 def qna(
     x,
     params: Mapping[str, Any],
     *,
-    strides: int | Sequence[int] = 1,
+    strides: Size = 1,
     scale: float | None = None,
     precision: lax.PrecisionLike = None,
+    axis_name: str | None = None,
 ) -> jax.Array:
     """Local attention whose queries are learned, the same at every position,
 
@@ -48,6 +47,7 @@ def qna(
       strides: an int, or one for each axis of the grid: with s, a window at every s-th token.
       scale: None means head_dim ** -0.5.
       precision: as in `jax.lax.dot_general`.
+      axis_name: the mesh axis, inside `jax.shard_map`, over which the grid's first axis is split.
 
     Returns:
       `[*batch, *positions, out_features]`, ceil(n / stride) positions to an axis of n, in the dtype of x and params.
@@ -62,29 +62,25 @@ def qna(
     (2, 4, 4, 8)
     """
     rank = max(np.ndim(params.get("bias", ())) - 1, 1)
-    params = named(
-        "qna", params, features("qna", x, rank), query="heads head_dim", key="features heads head_dim",
-        key_bias="?heads head_dim", value="features heads value_dim", value_bias="?heads value_dim",
-        bias="heads *window", out="heads value_dim out_features", out_bias="?out_features",
-    )  # fmt: skip
-    window = Window(params["bias"].shape[1:], stride=per_axis("qna", "strides", strides, rank), boundary="mask")
-    key, value = (
-        affine("... c, c h d -> ... h d", jnp.asarray(x), params, name, precision) for name in ("key", "value")
+    p, x, grid = parameters("qna", x, params, rank)
+    window = Window(p["bias"].shape[1:], stride=per_axis("qna", "strides", strides, rank), boundary="mask")
+    key, value = (affine("... c, c h d -> ... h d", x, p, name, precision) for name in ("key", "value"))
+    whole = (grid[0] * shard_count(axis_name), *grid[1:])
+    first, *others = window.query_grid(whole)
+    positions = (first // shard_count(axis_name), *others)
+    query = jnp.broadcast_to(p["query"], (*x.shape[: x.ndim - 1 - rank], *positions, *p["query"].shape))
+    y = split_attention(
+        query, key, value, p["bias"], axis_name=axis_name, window=window, scale=scale, precision=precision
     )
-    positions = window.query_grid(key.shape[-2 - rank : -2])
-    query = jnp.broadcast_to(params["query"], (*key.shape[: -2 - rank], *positions, *params["query"].shape))
-    y = attention(query, key, value, params["bias"], window=window, scale=scale, precision=precision)
-    return affine("... h d, h d o -> ... o", y, params, "out", precision)
+    return affine("... h d, h d o -> ... o", y, p, "out", precision)
 
 
 @row(
-    "parameter-key attention",
-    weights="q from data, k (and v) parameters: a convolution read as attention",
-    source="learned key",
-    shared="head / no",
-    normalizer="any",
-    paper="Sukhbaatar et al. 2019 (1907.01470)",
-)
+    "parameter-key attention", weights="q from data, k (and v) parameters: a convolution read as attention",
+    source="learned key", shared="head / no", normalizer="any", paper="Sukhbaatar et al. 2019 (1907.01470)",
+    shapes={"query": "?features -> heads head_dim", "key": "keys heads head_dim", "value": "keys heads value_dim",
+    "out": "?heads value_dim -> out_features"},
+)  # fmt: skip
 def parameter_key_attention(
     x,
     params: Mapping[str, Any],
@@ -123,13 +119,9 @@ def parameter_key_attention(
     >>> parameter_key_attention(jnp.ones((2, 7, 7, 8)), params).shape
     (2, 7, 7, 10)
     """
-    head_dim = "head_dim" if "query" in params else "features"
-    params = named(
-        "parameter_key_attention", params, features("parameter_key_attention", x, 0), key=f"keys heads {head_dim}",
-        value="keys heads value_dim", query="?features heads head_dim", query_bias="?heads head_dim",
-        out="?heads value_dim out_features", out_bias="?out_features",
-    )  # fmt: skip
-    x, (heads, width) = jnp.asarray(x), params["key"].shape[-2:]
+    sizes = {} if "query" in params else {"head_dim": np.shape(x)[-1]}
+    params, x, _ = parameters("parameter_key_attention", x, params, 0, **sizes)
+    heads, width = params["key"].shape[-2:]
     query = jnp.broadcast_to(x[..., None, :], (*x.shape[:-1], heads, x.shape[-1]))
     query = affine("... c, c h d -> ... h d", x, params, "query", precision) if "query" in params else query
     tokens = query.reshape(-1, heads, width)  # all in one sequence: they don't see each other

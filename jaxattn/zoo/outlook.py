@@ -4,31 +4,29 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from jaxattn.einsum import einsum
-from jaxattn.zoo.named import affine, features, named
+from jaxattn.sizes import Size, per_axis
+from jaxattn.zoo.equations import axes
+from jaxattn.zoo.parameters import affine, parameters
 from jaxattn.zoo.pool import mean_pool
-from jaxattn.zoo.row import row
+from jaxattn.zoo.registry import row
 from jaxattn.zoo.softmax import softmax
-from jaxattn.zoo.tokens import axes, per_axis
 
 
 @row(
-    "outlook attention (VOLO)",
-    weights="windows u that hold i: (W x_u)_{slot i,j}",
-    source="window centre",
-    shared="head / no",
-    normalizer="softmax, then fold",
-    paper="Yuan et al. 2021 (2106.13112)",
-)
+    "outlook attention (VOLO)", weights="windows u that hold i: (W x_u)_{slot i,j}", source="window centre",
+    shared="head / no", normalizer="softmax, then fold", paper="Yuan et al. 2021 (2106.13112)",
+    shapes={"value": "features -> heads head_dim", "attention": "features -> heads *window *window",
+    "out": "heads head_dim -> out_features"},
+)  # fmt: skip
 def outlook_attention(
     x,
     params: Mapping[str, Any],
     *,
-    strides: int | Sequence[int] = 1,
+    strides: Size = 1,
     scale: float | None = None,
     precision: lax.PrecisionLike = None,
 ) -> jax.Array:
@@ -66,18 +64,14 @@ def outlook_attention(
     (2, 9, 9, 8)
     """
     rank = max((np.ndim(params.get("attention", ())) - 2) // 2, 1)
-    params = named(
-        "outlook_attention", params, features("outlook_attention", x, rank), value="features heads head_dim",
-        value_bias="?heads head_dim", attention="features heads *window *window",
-        attention_bias="?heads *window *window", out="heads head_dim out_features", out_bias="?out_features",
-    )  # fmt: skip
+    params, x, grid = parameters("outlook_attention", x, params, rank)
     strides = per_axis("outlook_attention", "strides", strides, rank)
     r, t, u = (axes(name, rank) for name in "rtu")
-    value = affine("... c, c h d -> ... h d", jnp.asarray(x), params, "value", precision)
+    value = affine("... c, c h d -> ... h d", x, params, "value", precision)
     scores = affine(f"... c, c h {r} {t} -> ... h {r} {t}", mean_pool(x, strides), params, "attention", precision)
     read, written = (" ".join(f"{s}*u{k}+{name}{k}" for k, s in enumerate(strides)) for name in "tr")
     weights = softmax(scores * (value.shape[-1] ** -0.5 if scale is None else scale), tuple(range(-rank, 0)))
-    pads = _pads(np.shape(x)[-1 - rank : -1], params["attention"].shape[2 : 2 + rank], strides)
+    pads = _pads(grid, params["attention"].shape[2 : 2 + rank], strides)
     # One einsum would do both, in as many steps as the window has pairs of slots; two take as many as it has slots.
     mixed = einsum(
         f"... {read} h d, ... {u} h {r} {t} -> ... {u} h {r} d", value, weights, padding=pads, precision=precision

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattn.einsum import einsum
-from jaxattn.zoo.tokens import sliding
+from jaxattn.zoo.equations import sliding
 
 
 def mean_pool(x, strides: Sequence[int]) -> jax.Array:

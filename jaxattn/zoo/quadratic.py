@@ -11,24 +11,25 @@ from jax import lax
 from jaxattn.attention import attention
 from jaxattn.einsum import einsum
 from jaxattn.kernels.operands import statistics_dtype
+from jaxattn.sizes import Size
 from jaxattn.window import Window
-from jaxattn.zoo.row import row
+from jaxattn.zoo.parameters import parameters
+from jaxattn.zoo.registry import row
 from jaxattn.zoo.slide import Slide
 
 
 @row(
-    "quadratic (Cordonnier)",
-    weights="-α‖δ-Δ_h‖² (isotropic), -½‖Σ^{-1/2}(δ-Δ_h)‖² (full)",
-    source="learned",
-    shared="head / yes",
-    normalizer="softmax",
-    paper="Cordonnier, Loukas & Jaggi 2020 (1911.03584)",
-)
+    "quadratic (Cordonnier)", weights="-α‖δ-Δ_h‖² (isotropic), -½‖Σ^{-1/2}(δ-Δ_h)‖² (full)", source="learned",
+    shared="head / yes", normalizer="softmax", paper="Cordonnier, Loukas & Jaggi 2020 (1911.03584)",
+    shapes={"centre": "heads axes", "alpha": "?heads", "inverse_root": "?heads axes axes",
+    "value": "features/groups heads groups·head_dim", "out": "?heads groups·head_dim out_features/groups",
+    "bias": "?out_features"},
+)  # fmt: skip
 def quadratic_attention(
     x,
     params: Mapping[str, Any],
     *,
-    window: Slide | Window | int | Sequence[int] | None = None,
+    window: Slide | Window | Size | None = None,
     precision: lax.PrecisionLike = None,
     implementation: str | None = None,
 ) -> jax.Array:
@@ -66,11 +67,13 @@ def quadratic_attention(
     Array([1., 2., 3., 3.], dtype=float32)
     """
     given = params.get("window") if window is None else window
-    arrays = {name: jnp.asarray(p) for name, p in params.items() if name != "window"}
-    groups = _groups(jnp.shape(x), arrays)
+    arrays = {name: p for name, p in params.items() if name != "window"}
+    rank = np.shape(params["centre"])[1] if np.ndim(params.get("centre", ())) == 2 else 1
+    arrays, x, _ = parameters("quadratic_attention", x, arrays, rank, axes=rank)
+    groups = _groups(arrays, x.shape[-1])
     dtype = jnp.result_type(x, *arrays.values())
-    x, arrays = jnp.asarray(x, dtype), {name: p.astype(dtype) for name, p in arrays.items()}
-    heads, rank = arrays["centre"].shape
+    x, arrays = x.astype(dtype), {name: p.astype(dtype) for name, p in arrays.items()}
+    heads = len(arrays["centre"])
     x, inside, window, origin = _placed(x, rank, given)
     if given is None and "alpha" in arrays and rank > 1 and implementation is None:
         mixed = _by_axis(x, arrays["centre"], arrays["alpha"], precision)
@@ -150,42 +153,23 @@ def _project(mixed: jax.Array, params: Mapping[str, jax.Array], groups: int, pre
     return einsum("... h (g d), h (g d) o -> ... (g o)", values, params["out"], g=groups, precision=precision)
 
 
-def _groups(shape: tuple[int, ...], params: Mapping[str, jax.Array]) -> int:
-    """How many groups the features are split into, once every parameter's shape fits."""
-    for name in ("centre", "value", "inverse_root" if "inverse_root" in params else "alpha"):
-        if name not in params:
-            raise ValueError(f"quadratic_attention: params has {sorted(params)}; {name!r} is missing")
-    if unknown := set(params) - {"centre", "alpha", "inverse_root", "value", "out", "bias"}:
-        raise ValueError(f"quadratic_attention: params has {sorted(unknown)}, which this layer does not know")
-    if "alpha" in params and "inverse_root" in params:
-        raise ValueError("quadratic_attention: params has both 'alpha' and 'inverse_root'; give one of them")
-    if params["centre"].ndim != 2 or params["centre"].shape[1] < 1:
-        _refuse("centre", params["centre"], "[heads, rank]")
-    heads, rank = params["centre"].shape
-    if len(shape) < rank + 1:
+def _groups(p: Mapping[str, jax.Array], features: int) -> int:
+    """How many groups the features are split into, once the sizes of the value and what follows from it fit."""
+    if ("alpha" in p) == ("inverse_root" in p):
         raise ValueError(
-            f"quadratic_attention: x has shape {list(shape)}; with centre [heads, {rank}] it is [*batch, {rank} grid "
-            "axes, features]"
+            f"quadratic_attention: params have {sorted(p)}; needed is one of 'alpha' and 'inverse_root', not both"
         )
-    value = params["value"]
-    if value.ndim != 3 or value.shape[1] != heads or value.shape[0] < 1 or shape[-1] % value.shape[0]:
-        _refuse("value", value, f"[features / groups, {heads}, groups · head_dim], x having {shape[-1]} features")
-    groups = shape[-1] // value.shape[0]
-    if value.shape[2] % groups:
-        _refuse("value", value, f"[{value.shape[0]}, {heads}, {groups} · head_dim], in {groups} groups")
-    features = value.shape[2]
-    expected = {"alpha": (heads,), "inverse_root": (heads, rank, rank)}
-    if "out" in params:
-        if params["out"].ndim != 3:
-            _refuse("out", params["out"], f"[{heads}, {features}, out_features / groups]")
-        expected["out"] = (heads, features, params["out"].shape[2])
-        features = groups * params["out"].shape[2]
-    expected["bias"] = (features,)
-    for name, wanted in expected.items():
-        if name in params and params[name].shape != wanted:
-            _refuse(name, params[name], str(list(wanted)))
+    part, _, columns = p["value"].shape
+    groups = features // max(part, 1)
+    if part < 1 or features % part or columns % groups:
+        raise ValueError(
+            f"quadratic_attention: params['value'] has shape {list(p['value'].shape)}; expected [features / groups, "
+            f"heads, groups · head_dim], x having {features} features"
+        )
+    out_features = groups * p["out"].shape[2] if "out" in p else columns
+    if "bias" in p and p["bias"].shape != (out_features,):
+        raise ValueError(
+            f"quadratic_attention: params['bias'] has shape {list(p['bias'].shape)}; expected [out_features] = "
+            f"[{out_features}]"
+        )
     return groups
-
-
-def _refuse(name: str, x: jax.Array, expected: str):
-    raise ValueError(f"quadratic_attention: params[{name!r}] has shape {list(x.shape)}; expected {expected}")

@@ -9,28 +9,30 @@ import numpy as np
 from jax import lax
 
 from jaxattn.attention import attention
+from jaxattn.halo import halo
+from jaxattn.sizes import Size, ints, per_axis
 from jaxattn.window import Window
-from jaxattn.zoo.heads import Heads
-from jaxattn.zoo.row import row
+from jaxattn.zoo.heads import PROJECTIONS, join, offsets, project
+from jaxattn.zoo.parameters import parameters
+from jaxattn.zoo.registry import row
+from jaxattn.zoo.whole_grid import whole_grid
 
 
 @row(
-    "Swin",
-    weights="q·k/√d + b_{j-i}, partition, cyclic shift",
-    source="pair + learned",
-    shared="head / no",
-    normalizer="softmax",
-    paper="Liu et al. 2021 (2103.14030)",
-)
+    "Swin", weights="q·k/√d + b_{j-i}, partition, cyclic shift", source="pair + learned", shared="head / no",
+    normalizer="softmax", paper="Liu et al. 2021 (2103.14030)",
+    shapes=PROJECTIONS | {"relative_bias": "heads *offsets"},
+)  # fmt: skip
 def shifted_window_attention(
     x,
     params: Mapping[str, Any],
     *,
-    window: int | Sequence[int],
-    shift: int | Sequence[int] = 0,
+    window: Size,
+    shift: Size = 0,
     scale: float | None = None,
     precision: lax.PrecisionLike = None,
     implementation: str | None = None,
+    axis_name: str | None = None,
 ) -> jax.Array:
     """The grid is parted into windows, and each token attends to its own window's,
 
@@ -52,6 +54,8 @@ def shifted_window_attention(
       scale: None means head_dim ** -0.5.
       precision: of the projections and the attention, as in `jax.lax.dot_general`.
       implementation: as in `attention`.
+      axis_name: the mesh axis, inside `jax.shard_map`, over which the grid's first axis is split; the window must
+        divide a shard's tokens.
 
     Returns:
       `[*batch, *grid, out_features]`, in the dtype of x and params.
@@ -65,27 +69,43 @@ def shifted_window_attention(
     >>> shifted_window_attention(jnp.ones((1, 8, 8, 8)), params | bias, window=(4, 4), shift=2).shape
     (1, 8, 8, 8)
     """
-    parts = Window(window, block=window)
-    shifts = _shifts(shift, parts.sizes)
-    heads = Heads("shifted_window_attention", params, ["relative_bias"], precision=precision)
-    grid = heads.grid(x, parts.rank)
-    axes = range(-1 - parts.rank, -1)
-    pads = [(0, 0)] * (np.ndim(x) - 1 - parts.rank) + [(0, -n % k) for n, k in zip(grid, parts.sizes, strict=True)]
-    rolled = jnp.roll(jnp.pad(x, [*pads, (0, 0)]), [-s for s in shifts], axes)
-    query, key, value = heads.project(rolled, parts.rank)
+    sizes = ints("shifted_window_attention", "window", window)
+    parts, rank = Window(sizes, block=sizes), len(sizes)
+    shifts = _shifts(shift, sizes)
+    whole = whole_grid("shifted_window_attention", x, rank, axis_name)
+    p, x, grid = parameters("shifted_window_attention", x, params, rank, offsets=offsets(sizes))
+    if axis_name is not None and grid[0] % sizes[0]:
+        raise ValueError(
+            f"shifted_window_attention: window (={window!r}) must divide the {grid[0]} tokens of a shard of the grid's "
+            f"first axis, which is split over {axis_name!r}"
+        )
+    pads = [(0, 0)] * (x.ndim - 1 - rank) + [(0, -n % k) for n, k in zip(grid, sizes, strict=True)] + [(0, 0)]
+    rolled = _rolled(jnp.pad(x, pads), [-s for s in shifts], x.ndim - 1 - rank, axis_name)
+    regions = jnp.asarray(_regions(whole, sizes, shifts))
+    if axis_name is not None:
+        regions = lax.dynamic_slice_in_dim(regions, lax.axis_index(axis_name) * grid[0], grid[0])
+    query, key, value = project(rolled, p, precision)
     y = attention(
         query,
         key,
         value,
         window=parts,
         scale=scale,
-        relative_bias=heads.table("relative_bias", "heads", *(2 * k - 1 for k in parts.sizes)),
-        segment_ids=np.broadcast_to(_regions(grid, parts.sizes, shifts), rolled.shape[:-1]),
+        relative_bias=p["relative_bias"],
+        segment_ids=jnp.broadcast_to(regions, rolled.shape[:-1]),
         precision=precision,
         implementation=implementation,
     )
-    y = jnp.roll(y, shifts, [axis - 1 for axis in axes])
-    return heads.join(y[(..., *(slice(n) for n in grid), slice(None), slice(None))])
+    y = _rolled(y, shifts, x.ndim - 1 - rank, axis_name)
+    return join(y[(..., *(slice(n) for n in grid), slice(None), slice(None))], p, precision)
+
+
+def _rolled(x: jax.Array, shifts: Sequence[int], first: int, axis_name: str | None) -> jax.Array:
+    """`jnp.roll` by `shifts` along the axes that begin at `first`, of which the first may be split."""
+    if axis_name is not None:
+        x = halo(x, first, axis_name, shifts[0], -shifts[0], "wrap")
+        shifts = (0, *shifts[1:])
+    return jnp.roll(x, shifts, range(first, first + len(shifts)))
 
 
 def _regions(grid: Sequence[int], window: Sequence[int], shifts: Sequence[int]) -> np.ndarray:
@@ -102,11 +122,11 @@ def _regions(grid: Sequence[int], window: Sequence[int], shifts: Sequence[int]) 
     return regions
 
 
-def _shifts(shift: int | Sequence[int], window: Sequence[int]) -> tuple[int, ...]:
-    shifts = tuple(shift) if isinstance(shift, Sequence) else (shift,) * len(window)
-    if len(shifts) != len(window) or not all(0 <= s < k for s, k in zip(shifts, window, strict=True)):
+def _shifts(shift: Size, window: Sequence[int]) -> tuple[int, ...]:
+    shifts = per_axis("shifted_window_attention", "shift", shift, len(window), least=0)
+    if not all(s < k for s, k in zip(shifts, window, strict=True)):
         raise ValueError(
-            f"shifted_window_attention: shift={shift!r} must be an int from 0 to k - 1, or one for each axis of the "
-            f"window {tuple(window)}"
+            f"shifted_window_attention: shift (={shift!r}) must be below the window {tuple(window)}, an int or one for "
+            "each axis"
         )
     return shifts

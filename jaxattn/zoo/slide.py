@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import numbers
 from collections.abc import Sequence
 
 import jax
@@ -11,7 +10,11 @@ import numpy as np
 from jax import lax
 
 from jaxattn.boundary import BOUNDARIES, fold
+from jaxattn.sizes import Size
 from jaxattn.window import Window
+from jaxattn.zoo.equations import Padding, pads, read_padding
+
+WORDS = ("SAME", "SAME_LOWER", "VALID")
 
 
 @jax.tree_util.register_static
@@ -40,10 +43,10 @@ class Slide:
     ((11, 9, 4), (5, 4))
     """
 
-    size: int | Sequence[int]
-    strides: int | Sequence[int] = 1
-    padding: str | int | Sequence[int | Sequence[int]] = "SAME"
-    dilation: int | Sequence[int] = 1
+    size: Size
+    strides: Size = 1
+    padding: Padding = "SAME"
+    dilation: Size = 1
     boundary: str = "zero"
 
     def __post_init__(self) -> None:
@@ -54,7 +57,7 @@ class Slide:
             )
         for name, value in (("size", window.size), ("strides", window.stride), ("dilation", window.dilation)):
             object.__setattr__(self, name, value)
-        object.__setattr__(self, "padding", _padding(self.padding, window.rank))
+        object.__setattr__(self, "padding", read_padding("Slide", self.padding, window.rank, WORDS))
 
     @property
     def window(self) -> Window:
@@ -63,51 +66,21 @@ class Slide:
 
     def pads(self, grid: Sequence[int]) -> tuple[tuple[int, int], ...]:
         """(low, high) of every axis of `grid`."""
-        window = self.window
-        spans = [(k - 1) * d for k, d in zip(window.sizes, window.dilation, strict=True)]  # pyright: ignore
-        if self.padding == "VALID":
-            return ((0, 0),) * window.rank
-        if not isinstance(self.padding, str):
-            return self.padding  # pyright: ignore[reportReturnType]
-        totals = [
-            max((-(-n // s) - 1) * s + span + 1 - n, 0)
-            for n, s, span in zip(grid, window.stride, spans, strict=True)  # pyright: ignore[reportArgumentType]
-        ]
-        lows = [total // 2 if self.padding == "SAME" else -(-total // 2) for total in totals]
-        return tuple((low, total - low) for low, total in zip(lows, totals, strict=True))
+        return pads(self.padding, grid, self.window.sizes, self.strides, self.dilation)  # pyright: ignore
 
     def placed(self, x: jax.Array) -> tuple[jax.Array, np.ndarray | None, Window]:
         """`x` `[*batch, *grid, features]` with its padding, which of its tokens take part, and the window over it."""
         rank = self.window.rank
         first, grid = x.ndim - 1 - rank, x.shape[-1 - rank : -1]
-        pads = self.pads(grid)
+        around = self.pads(grid)
         boundary = "zero" if self.boundary == "mask" else self.boundary
-        index = [fold(np.arange(-low, n + high), n, boundary) for n, (low, high) in zip(grid, pads, strict=True)]
+        index = [fold(np.arange(-low, n + high), n, boundary) for n, (low, high) in zip(grid, around, strict=True)]
         if boundary != "zero":
             for axis, along in enumerate(index, first):
                 x = jnp.take(x, along, axis=axis)
             return x, None, self.window
-        x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0)] * first + [(*pad, 0) for pad in pads] + [(0, 0, 0)])
+        x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0)] * first + [(*pad, 0) for pad in around] + [(0, 0, 0)])
         if self.boundary == "zero":
             return x, None, self.window
         inside = functools.reduce(np.multiply.outer, [along >= 0 for along in index])
         return x, inside.reshape((1,) * first + inside.shape), self.window
-
-
-def _padding(padding, rank: int):
-    """`padding` as a word in capitals or as pairs."""
-    if isinstance(padding, str) and padding.upper() in ("SAME", "SAME_LOWER", "VALID"):
-        return padding.upper()
-    if not isinstance(padding, str):
-        values = tuple(padding) if isinstance(padding, Sequence) else (padding,) * rank
-        pairs = [tuple(p) if isinstance(p, Sequence) else (p, p) for p in values]
-        if len(pairs) == rank and all(len(p) == 2 and all(map(_int, p)) for p in pairs):
-            return tuple((int(low), int(high)) for low, high in pairs)
-    raise ValueError(
-        f"Slide: padding is {padding!r}; allowed: 'SAME', 'SAME_LOWER', 'VALID', an int, or an int or a pair "
-        f"(low, high) for each of the {rank} axes"
-    )
-
-
-def _int(value) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

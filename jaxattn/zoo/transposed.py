@@ -8,25 +8,22 @@ import numpy as np
 from jax import lax
 
 from jaxattn.einsum import einsum
-from jaxattn.zoo.row import row
-from jaxattn.zoo.tokens import Padding, pads, per_axis, sliding
+from jaxattn.sizes import Size, per_axis
+from jaxattn.zoo.equations import Padding, read_padding, sliding
+from jaxattn.zoo.registry import row
 
 
 @row(
-    "transposed convolution",
-    weights="1[i-s·j=Δ_h], V_h=W_Δ",
-    source="fixed",
-    shared="all / yes",
-    normalizer="none",
-    paper="Zeiler et al. 2010",
-)
+    "transposed convolution", weights="1[i-s·j=Δ_h], V_h=W_Δ", source="fixed", shared="all / yes", normalizer="none",
+    paper="Zeiler et al. 2010", shapes={"kernel": "*window features out_features"},
+)  # fmt: skip
 def conv_transpose(
     x,
     kernel,
     *,
-    strides: int | Sequence[int] = 1,
+    strides: Size = 1,
     padding: Padding = "SAME",
-    dilation: int | Sequence[int] = 1,
+    dilation: Size = 1,
     transpose_kernel: bool = False,
     precision: lax.PrecisionLike = None,
 ) -> jax.Array:
@@ -80,18 +77,15 @@ def conv_transpose(
     sums, window, position = sliding(strides, dilation)
     taps = f"{window} o c" if transpose_kernel else f"{window} c o"
     spans = [d * (k - 1) for k, d in zip(np.shape(kernel)[:rank], dilation, strict=True)]
-    crop = _crop(pads("conv_transpose", padding, rank), spans, strides)
+    crop = _crop(read_padding("conv_transpose", padding, rank), spans, strides)
     return einsum(f"... {position} c, {taps} -> ... {sums} o", x, kernel, padding=crop, precision=precision)
 
 
 def _crop(padding, spans: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int]]:
     """What to crop of all that is written, (low, high) for each axis; negative appends zeros."""
-    if isinstance(padding, str) and padding.upper() == "VALID":
+    if padding == "VALID":
         return [(0, min(0, span + 1 - s)) for span, s in zip(spans, strides, strict=True)]
-    if isinstance(padding, str) and padding.upper() == "SAME":
+    if padding == "SAME":
         totals = [span + 1 - s for span, s in zip(spans, strides, strict=True)]
         return [(max(total, 0) // 2, total - max(total, 0) // 2) for total in totals]
-    if padding is None or isinstance(padding, str):
-        raise ValueError(f"conv_transpose: padding={padding!r} must be 'SAME', 'VALID', an int, or ints or pairs")
-    pairs = [(padding, padding)] * len(spans) if isinstance(padding, int) else padding
-    return [(span - low, span - high) for span, (low, high) in zip(spans, pairs, strict=True)]
+    return [(span - low, span - high) for span, (low, high) in zip(spans, padding, strict=True)]

@@ -1,6 +1,7 @@
 """What distinguishes one layer from another: where its weights come from, what shares them, what normalises them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -17,6 +18,7 @@ class Row(NamedTuple):
     normalizer: str
     paper: str
     function: str
+    shapes: Mapping[str, str]
 
 
 # Where weights come from, in the order of the table: from what is given to what is found for each pair of tokens.
@@ -36,7 +38,14 @@ ROWS: dict[str, Row] = {}
 
 
 def row(
-    layer: str, *, weights: str, source: str, shared: str, normalizer: str, paper: str
+    layer: str,
+    *,
+    weights: str,
+    source: str,
+    shared: str,
+    normalizer: str,
+    paper: str,
+    shapes: Mapping[str, str] = MappingProxyType({}),
 ) -> Callable[[Function], Function]:
     """Give a function its line in the table.
 
@@ -47,6 +56,7 @@ def row(
       shared: "over channels / over positions": "all / yes", "head / no", "no / yes".
       normalizer: what makes scores weights: "none", "softmax", "sum".
       paper: authors, year and, where there is one, the arXiv number.
+      shapes: each parameter's axes, as in `jaxattn.zoo.parameters`, by which a call is checked and a module drawn.
     """
     channels, positions = shared.split(" / ")
 
@@ -56,7 +66,7 @@ def row(
             raise ValueError(f"zoo: {name} has a row already")
         if source not in SOURCES:
             raise ValueError(f"zoo: source (={source!r}) of {name} must be one of {SOURCES}")
-        ROWS[name] = Row(layer, weights, source, channels, positions, normalizer, paper, name)
+        ROWS[name] = Row(layer, weights, source, channels, positions, normalizer, paper, name, shapes)
         return function
 
     return register

@@ -5,25 +5,22 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from jaxattn.attention import attention
+from jaxattn.halo import shard_count
 from jaxattn.window import Window
-from jaxattn.zoo.heads import Heads, embeddings
-from jaxattn.zoo.row import row
-from jaxattn.zoo.windows import embedded
+from jaxattn.zoo.heads import EMBEDDINGS, PROJECTIONS, join, offsets, project
+from jaxattn.zoo.parameters import parameters
+from jaxattn.zoo.registry import row
+from jaxattn.zoo.sliding import embedded
 
 
 @row(
-    "ViT",
-    weights="q·k/√d, global",
-    source="pair",
-    shared="head / no",
-    normalizer="softmax",
-    paper="Vaswani et al. 2017 (1706.03762); Dosovitskiy et al. 2021 (2010.11929)",
-)
+    "ViT", weights="q·k/√d, global", source="pair", shared="head / no", normalizer="softmax",
+    paper="Vaswani et al. 2017 (1706.03762); Dosovitskiy et al. 2021 (2010.11929)", shapes=PROJECTIONS,
+)  # fmt: skip
 def global_attention(
     x,
     params: Mapping[str, Any],
@@ -63,23 +60,17 @@ def global_attention(
     >>> global_attention(jnp.ones((3, 5, 8)), params | {"out": jnp.ones((2, 4, 6))}).shape
     (3, 5, 6)
     """
-    heads = Heads("global_attention", params, precision=precision)
-    grid = heads.grid(x, rank)
-    batch = np.shape(x)[: -1 - rank]
-    tokens = jnp.reshape(x, (*batch, math.prod(grid), np.shape(x)[-1]))
-    query, key, value = heads.project(tokens, rank=1)
+    p, x, grid = parameters("global_attention", x, params, rank)
+    batch = x.shape[: x.ndim - 1 - rank]
+    query, key, value = project(x.reshape(*batch, math.prod(grid), x.shape[-1]), p, precision)
     y = attention(query, key, value, mask=mask, scale=scale, precision=precision, implementation=implementation)
-    return heads.join(y).reshape(*batch, *grid, -1)
+    return join(y, p, precision).reshape(*batch, *grid, -1)
 
 
 @row(
-    "CoAtNet",
-    weights="q·k/√d + w_{i-j}, global",
-    source="pair + learned",
-    shared="head / no",
-    normalizer="softmax",
-    paper="Dai et al. 2021 (2106.04803)",
-)
+    "CoAtNet", weights="q·k/√d + w_{i-j}, global", source="pair + learned", shared="head / no", normalizer="softmax",
+    paper="Dai et al. 2021 (2106.04803)", shapes=PROJECTIONS | {"relative_bias": "heads *offsets"},
+)  # fmt: skip
 def coatnet_attention(
     x,
     params: Mapping[str, Any],
@@ -115,42 +106,39 @@ def coatnet_attention(
     >>> coatnet_attention(jnp.ones((3, 4, 5, 8)), params | {"relative_bias": jnp.ones((2, 7, 9))}).shape
     (3, 4, 5, 8)
     """
-    heads = Heads("coatnet_attention", params, ["relative_bias"], precision=precision)
-    rank = np.ndim(params["relative_bias"]) - 1
-    grid = heads.grid(x, rank)
-    query, key, value = heads.project(x, rank)
+    rank = max(np.ndim(params.get("relative_bias", ())) - 1, 1)
+    grid = whole_grid("coatnet_attention", x, rank)
+    p, x, _ = parameters("coatnet_attention", x, params, rank, offsets=offsets(grid))
+    query, key, value = project(x, p, precision)
     y = attention(
         query,
         key,
         value,
         window=Window(grid),
         scale=scale,
-        relative_bias=heads.table("relative_bias", "heads", *(2 * n - 1 for n in grid)),
+        relative_bias=p["relative_bias"],
         precision=precision,
         implementation=implementation,
     )
-    return heads.join(y)
+    return join(y, p, precision)
 
 
 @row(
-    "BoTNet",
-    weights="SASA, global",
-    source="pair",
-    shared="head / no",
-    normalizer="softmax",
-    paper="Srinivas et al. 2021 (2101.11605)",
-)
+    "BoTNet", weights="SASA, global", source="pair", shared="head / no", normalizer="softmax",
+    paper="Srinivas et al. 2021 (2101.11605)", shapes=PROJECTIONS | EMBEDDINGS,
+)  # fmt: skip
 def botnet_attention(
     x,
     params: Mapping[str, Any],
     *,
-    scale: float | None = None,
+    query_scale: float | None = None,
     precision: lax.PrecisionLike = None,
     implementation: str | None = None,
+    axis_name: str | None = None,
 ) -> jax.Array:
     """Attention over a grid with relative embeddings of rows and columns, added to the keys,
 
-        y_i = Σ_h W_O,h Σ_j softmax_j(scale · q_i·(k_j + r[j-i])) v_j,    r[δ] = row[δ1] + column[δ2].
+        y_i = Σ_h W_O,h Σ_j softmax_j(query_scale · q_i·(k_j + r[j-i])) v_j,    r[δ] = row[δ1] + column[δ2].
 
     (Srinivas et al. 2021, Bottleneck Transformers, arXiv 2101.11605. There the tables are shared by the heads, which
     stand one after the other: no "out".)
@@ -162,9 +150,10 @@ def botnet_attention(
         "query", "key" `[features, heads, head_dim]`, "value" `[features, heads, value_dim]`, and optionally
         "query_bias", "key_bias", "value_bias" (without features), "out" `[heads, value_dim, out_features]` and
         "out_bias" `[out_features]`. Without "out" the heads' outputs stand one after the other.
-      scale: of the query, so of both terms; None means head_dim ** -0.5.
+      query_scale: of the query, so of both terms; None means head_dim ** -0.5.
       precision: of the projections and the attention, as in `jax.lax.dot_general`.
       implementation: as in `attention`.
+      axis_name: the mesh axis over which the grid's first axis is split, as in `jaxattn.halo.split_attention`.
 
     Returns:
       `[*batch, *grid, out_features]`, in the dtype of x and params.
@@ -178,30 +167,30 @@ def botnet_attention(
     >>> botnet_attention(jnp.ones((3, 4, 5, 8)), params | tables).shape
     (3, 4, 5, 8)
     """
-    rank = _rank(params)
-    heads = Heads("botnet_attention", params, embeddings(rank), precision=precision)
-    return embedded(heads, x, Window(heads.grid(x, rank)), scale, implementation)
+    grid = whole_grid("botnet_attention", x, _rank(params), axis_name)
+    return embedded(
+        "botnet_attention", x, params, Window(grid), query_scale=query_scale, precision=precision,
+        implementation=implementation, axis_name=axis_name,
+    )  # fmt: skip
 
 
 @row(
-    "learned 2-D relative (Cordonnier)",
-    weights="q·k + q·(row_{δ1} + col_{δ2}), content on or off",
-    source="pair",
-    shared="head / no",
-    normalizer="softmax",
-    paper="Cordonnier, Loukas & Jaggi 2020 (1911.03584)",
-)
+    "learned 2-D relative (Cordonnier)", weights="q·k + q·(row_{δ1} + col_{δ2}), content on or off", source="pair",
+    shared="head / no", normalizer="softmax", paper="Cordonnier, Loukas & Jaggi 2020 (1911.03584)",
+    shapes=PROJECTIONS | {"key": "?features -> heads head_dim"} | EMBEDDINGS,
+)  # fmt: skip
 def learned_relative_attention(
     x,
     params: Mapping[str, Any],
     *,
-    scale: float | None = None,
+    query_scale: float | None = None,
     precision: lax.PrecisionLike = None,
     implementation: str | None = None,
+    axis_name: str | None = None,
 ) -> jax.Array:
     """Attention over a grid whose scores may come from relative positions alone,
 
-        y_i = b_O + Σ_h W_O,h Σ_j softmax_j(scale · (q_i·k_j + q_i·(row_h[δ1] + column_h[δ2]))) v_j,    δ = j - i,
+        y_i = b_O + Σ_h W_O,h Σ_j softmax_j(query_scale · (q_i·k_j + q_i·(row_h[δ1] + column_h[δ2]))) v_j,    δ = j - i,
 
     without q_i·k_j where there is no key among the parameters. (Cordonnier, Loukas & Jaggi 2020, arXiv 1911.03584,
     its learned embedding with and without content. With it, this is `botnet_attention` with a table for each head.)
@@ -213,9 +202,10 @@ def learned_relative_attention(
         "query" `[features, heads, head_dim]`, "value" `[features, heads, value_dim]`; optionally "key", shaped as
         "query", for content, "query_bias", "key_bias", "value_bias" (without features), "out" `[heads, value_dim,
         out_features]` and "out_bias" `[out_features]`. Without "out" the heads' outputs stand one after the other.
-      scale: of the query, so of both terms; None means head_dim ** -0.5.
+      query_scale: of the query, so of both terms; None means head_dim ** -0.5.
       precision: of the projections and the attention, as in `jax.lax.dot_general`.
       implementation: as in `attention`.
+      axis_name: the mesh axis over which the grid's first axis is split, as in `jaxattn.halo.split_attention`.
 
     Returns:
       `[*batch, *grid, out_features]`, in the dtype of x and params.
@@ -229,9 +219,21 @@ def learned_relative_attention(
     >>> learned_relative_attention(jnp.ones((3, 4, 5, 8)), params | tables).shape
     (3, 4, 5, 8)
     """
-    rank = _rank(params)
-    heads = Heads("learned_relative_attention", params, embeddings(rank), optional=["key"], precision=precision)
-    return embedded(heads, x, Window(heads.grid(x, rank)), scale, implementation)
+    grid = whole_grid("learned_relative_attention", x, _rank(params), axis_name)
+    return embedded(
+        "learned_relative_attention", x, params, Window(grid), query_scale=query_scale, precision=precision,
+        implementation=implementation, axis_name=axis_name,
+    )  # fmt: skip
+
+
+def whole_grid(layer: str, x, rank: int, axis_name: str | None = None) -> tuple[int, ...]:
+    """The last `rank` axes of x before its features, and of all shards where the first is split."""
+    if np.ndim(x) < rank + 1:
+        raise ValueError(
+            f"{layer}: x has shape {list(np.shape(x))}; expected [*batch, *grid, features] with {rank} grid axes"
+        )
+    first, *others = np.shape(x)[np.ndim(x) - 1 - rank : -1]
+    return (first * shard_count(axis_name), *others)
 
 
 def _rank(params: Mapping[str, Any]) -> int:

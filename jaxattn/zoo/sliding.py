@@ -7,31 +7,30 @@ import jax
 from jax import lax
 
 from jaxattn.attention import attention
+from jaxattn.halo import split_attention
+from jaxattn.sizes import Size, ints, per_axis
 from jaxattn.window import Window
-from jaxattn.zoo.heads import Heads, embeddings
-from jaxattn.zoo.row import row
+from jaxattn.zoo.heads import EMBEDDINGS, PROJECTIONS, embedding, join, offsets, project
+from jaxattn.zoo.parameters import parameters
+from jaxattn.zoo.registry import row
 
 
 @row(
-    "SASA",
-    weights="q_i·(k_j + r_{j-i})",
-    source="pair",
-    shared="head / no",
-    normalizer="softmax",
-    paper="Ramachandran et al. 2019 (1906.05909)",
-)
+    "SASA", weights="q_i·(k_j + r_{j-i})", source="pair", shared="head / no", normalizer="softmax",
+    paper="Ramachandran et al. 2019 (1906.05909)", shapes=PROJECTIONS | EMBEDDINGS,
+)  # fmt: skip
 def sasa(
     x,
     params: Mapping[str, Any],
     *,
-    window: Window | int | Sequence[int],
+    window: Window | Size,
     scale: float | None = 1.0,
     precision: lax.PrecisionLike = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Stand-alone self-attention: each token attends to a window around it, with relative embeddings added to the keys,
 
-        y_i = Σ_h W_O,h Σ_{j in N(i)} softmax_j(scale · q_i·(k_j + r_h[j-i])) v_j,
+        y_i = Σ_h W_O,h Σ_{j in N(i)} softmax_j(scale · q_i·k_j + q_i·r_h[j-i]) v_j,
 
     where half of the dimensions of r[δ] embed δ1 and the other half δ2. (Ramachandran et al. 2019, arXiv 1906.05909:
     scale 1, and the heads one after the other: no "out".)
@@ -45,7 +44,7 @@ def sasa(
         `[out_features]`. Without "out" the heads' outputs stand one after the other.
       window: a `Window`, or its size: 7 is `Window(7)` (one dimension), (7, 7) `Window((7, 7))` (two), which moves
         inward at the border. With boundary "zero" zero keys and values stand outside.
-      scale: of the query, so of both terms; None means head_dim ** -0.5.
+      scale: of q·k alone; None means head_dim ** -0.5.
       precision: of the projections and the attention, as in `jax.lax.dot_general`.
       implementation: as in `attention`.
 
@@ -63,24 +62,19 @@ def sasa(
     (1, 6, 7, 8)
     """
     window = window if isinstance(window, Window) else Window(window)
-    heads = Heads("sasa", params, embeddings(window.rank), precision=precision)
-    return embedded(heads, x, window, scale, implementation)
+    return embedded("sasa", x, params, window, scale=scale, precision=precision, implementation=implementation)
 
 
 @row(
-    "HaloNet",
-    weights="SASA, N = block + halo",
-    source="pair",
-    shared="head / no",
-    normalizer="softmax",
-    paper="Vaswani et al. 2021 (2103.12731)",
-)
+    "HaloNet", weights="SASA, N = block + halo", source="pair", shared="head / no", normalizer="softmax",
+    paper="Vaswani et al. 2021 (2103.12731)", shapes=PROJECTIONS | EMBEDDINGS,
+)  # fmt: skip
 def halo_attention(
     x,
     params: Mapping[str, Any],
     *,
-    block: int | Sequence[int],
-    halo: int | Sequence[int],
+    block: Size,
+    halo: Size,
     boundary: str | Sequence[str] = "zero",
     scale: float | None = 1.0,
     precision: lax.PrecisionLike = None,
@@ -88,7 +82,7 @@ def halo_attention(
 ) -> jax.Array:
     """Blocked local attention: the tokens of a block attend to the block and a halo around it,
 
-        y_i = Σ_h W_O,h Σ_{j in N(i)} softmax_j(scale · q_i·(k_j + r_h[j-i])) v_j,
+        y_i = Σ_h W_O,h Σ_{j in N(i)} softmax_j(scale · q_i·k_j + q_i·r_h[j-i]) v_j,
         N(i) = {b·⌊i/b⌋ - a, ..., b·⌊i/b⌋ + b + a - 1}    along each axis, with a block of b and a halo of a.
 
     (Vaswani et al. 2021, HaloNet, arXiv 2103.12731: scale 1, and the heads one after the other: no "out".)
@@ -103,7 +97,7 @@ def halo_attention(
       halo: a, an int, or one for each axis.
       boundary: what stands outside: "zero", zero keys and values that take part, or "mask", nothing; or another one of
         `Window`'s; one, or one for each axis.
-      scale: of the query, so of both terms; None means head_dim ** -0.5.
+      scale: of q·k alone; None means head_dim ** -0.5.
       precision: of the projections and the attention, as in `jax.lax.dot_general`.
       implementation: as in `attention`.
 
@@ -120,23 +114,21 @@ def halo_attention(
     (1, 8, 8, 8)
     """
     window = halo_window(block, halo, boundary)
-    heads = Heads("halo_attention", params, embeddings(window.rank), precision=precision)
-    return embedded(heads, x, window, scale, implementation)
+    return embedded(
+        "halo_attention", x, params, window, scale=scale, precision=precision, implementation=implementation
+    )
 
 
 @row(
-    "NAT, DiNAT",
-    weights="q·k/√d + b_{j-i}, shifted window, dilated",
-    source="pair + learned",
-    shared="head / no",
-    normalizer="softmax",
-    paper="Hassani et al. 2023 (2204.07143); Hassani & Shi 2022 (2209.15001)",
-)
+    "NAT, DiNAT", weights="q·k/√d + b_{j-i}, shifted window, dilated", source="pair + learned", shared="head / no",
+    normalizer="softmax", paper="Hassani et al. 2023 (2204.07143); Hassani & Shi 2022 (2209.15001)",
+    shapes=PROJECTIONS | {"relative_bias": "?heads *offsets"},
+)  # fmt: skip
 def neighborhood_attention(
     x,
     params: Mapping[str, Any],
     *,
-    window: Window | int | Sequence[int],
+    window: Window | Size,
     scale: float | None = None,
     precision: lax.PrecisionLike = None,
     implementation: str | None = None,
@@ -174,23 +166,22 @@ def neighborhood_attention(
     (1, 6, 7, 8)
     """
     window = window if isinstance(window, Window) else Window(window)
-    heads = Heads("neighborhood_attention", params, optional=["relative_bias"], precision=precision)
-    query, key, value = heads.project(x, window.rank)
-    offsets = (2 * k - 1 for k in window.sizes)
+    p, x, _ = parameters("neighborhood_attention", x, params, window.rank, offsets=offsets(window.sizes))
+    query, key, value = project(x, p, precision)
     y = attention(
         _standing(query, window),
         key,
         value,
         window=window,
         scale=scale,
-        relative_bias=heads.table("relative_bias", "heads", *offsets) if "relative_bias" in params else None,
+        relative_bias=p.get("relative_bias"),
         precision=precision,
         implementation=implementation,
     )
-    return heads.join(y)
+    return join(y, p, precision)
 
 
-def halo_window(block: int | Sequence[int], halo: int | Sequence[int], boundary: str | Sequence[str]) -> Window:
+def halo_window(block: Size, halo: Size, boundary: str | Sequence[str]) -> Window:
     """The window of a block and its halo.
 
     >>> halo_window(2, 1, "mask").indices((6,))[..., 0]
@@ -201,32 +192,45 @@ def halo_window(block: int | Sequence[int], halo: int | Sequence[int], boundary:
            [ 3,  4,  5, -1],
            [ 3,  4,  5, -1]])
     """
-    blocks = tuple(block) if isinstance(block, Sequence) else (block,)
-    halos = tuple(halo) if isinstance(halo, Sequence) else (halo,) * len(blocks)
-    if len(halos) != len(blocks) or any(a < 0 for a in halos):
-        raise ValueError(f"halo_attention: halo={halo!r} must be an int >= 0, or one for each of the blocks {blocks}")
+    blocks = ints("halo_attention", "block", block)
+    halos = per_axis("halo_attention", "halo", halo, len(blocks), least=0)
     return Window([b + 2 * a for b, a in zip(blocks, halos, strict=True)], block=blocks, boundary=boundary)
 
 
-def embedded(heads: Heads, x, window: Window, scale: float | None, implementation: str | None) -> jax.Array:
-    """Attention in a window with scores scale · q_i·(k_j + r[j-i])."""
-    query, key, value = heads.project(x, window.rank)
-    y = attention(
-        _standing(query, window) * (query.shape[-1] ** -0.5 if scale is None else scale),
+def embedded(
+    layer: str,
+    x,
+    params: Mapping[str, Any],
+    window: Window,
+    *,
+    scale: float | None = 1.0,
+    query_scale: float | None = 1.0,
+    precision: lax.PrecisionLike,
+    implementation: str | None,
+    axis_name: str | None = None,
+) -> jax.Array:
+    """Attention in a window with scores scale · q_i·k_j + q_i·r[j-i], the query multiplied by `query_scale` before."""
+    p, x, _ = parameters(layer, x, params, window.rank, offsets=offsets(window.sizes))
+    query, key, value = project(x, p, precision)
+    y = split_attention(
+        _standing(query, window) * (query.shape[-1] ** -0.5 if query_scale is None else query_scale),
         key,
         value,
+        axis_name=axis_name,
         window=window,
-        scale=1.0,
-        key_embedding=heads.embedding(window.sizes),
-        precision=heads.precision,
+        scale=scale,
+        key_embedding=embedding(layer, p, window.rank),
+        precision=precision,
         implementation=implementation,
     )
-    return heads.join(y)
+    return join(y, p, precision)
 
 
 def _standing(query: jax.Array, window: Window) -> jax.Array:
     """The queries of the tokens at which a strided window stands."""
-    grid = query.shape[-2 - window.rank : -2]
     strides: Any = window.stride
+    if all(s == 1 for s in strides):
+        return query
+    grid = query.shape[-2 - window.rank : -2]
     steps = (slice(0, n * s, s) for n, s in zip(window.query_grid(grid), strides, strict=True))
     return query[(..., *steps, slice(None), slice(None))]

@@ -18,33 +18,30 @@ short_init = nnx.initializers.variance_scaling(1.0, "fan_out", "normal")  # of l
 class QnA(Layer):
     """Local attention whose queries are learned: `jaxattn.zoo.qna` with its parameters.
 
-        (Arar et al. 2022, arXiv 2112.11435.)
+    (Arar et al. 2022, arXiv 2112.11435.)
 
-        Args:
-          num_heads: heads; they divide `qkv_features`.
-          in_features: size of the input's last axis.
-          kernel_size: the window, an int for one dimension, else one int per axis of the grid.
-          qkv_features: of query, key and value, all heads together; None means `in_features`.
-          out_features: size of the output's last axis; None means `in_features`.
-          strides: an int or one per axis.
-          scale: None means head_dim ** -0.5.
-          use_bias: whether the projections have biases.
-          dtype: of the computation. None promotes the input's and the parameters' dtypes.
-          param_dtype: of the parameters.
-          precision: as in `jax.lax.dot_general`.
-          kernel_init: initialiser of the projections; their biases begin at zero.
-          query_init: initialiser of `query`, `[num_heads, head_dim]`, which begins near length one.
-          bias_init: initialiser of `bias`, `[num_heads, *kernel_size]`.
-          rngs: `nnx.Rngs`; `params` is used.
+    Args:
+      num_heads: heads; they divide `qkv_features`.
+      in_features: size of the input's last axis.
+      kernel_size: the window, an int for one dimension, else one int per axis of the grid.
+      qkv_features: of query, key and value, all heads together; None means `in_features`.
+      out_features: size of the output's last axis; None means `in_features`.
+      strides: an int or one per axis.
+      scale: None means head_dim ** -0.5.
+      use_bias: whether the projections have biases.
+      dtype, param_dtype, precision: as in `Attention`.
+      kernel_init: initialiser of the projections; their biases begin at zero.
+      query_init: initialiser of `query`, `[num_heads, head_dim]`, which begins near length one.
+      bias_init: initialiser of `bias`, `[num_heads, *kernel_size]`.
+      rngs: `nnx.Rngs`; `params` is used.
 
-        Raises:
-          ValueError: an argument out of its range, or an input whose shape does not fit, by name.
+    Raises:
+      ValueError: an argument out of its range, or an input whose shape does not fit, by name.
 
-        >>> from flax import nnx
-    from jaxtyping import Array
-        >>> import jax.numpy as jnp
-        >>> QnA(2, 8, (3, 3), strides=2, rngs=nnx.Rngs(0))(jnp.ones((2, 14, 14, 8))).shape
-        (2, 7, 7, 8)
+    >>> from flax import nnx
+    >>> import jax.numpy as jnp
+    >>> QnA(2, 8, (3, 3), strides=2, rngs=nnx.Rngs(0))(jnp.ones((2, 14, 14, 8))).shape
+    (2, 7, 7, 8)
     """
 
     function = staticmethod(zoo.qna)
@@ -80,33 +77,30 @@ class QnA(Layer):
 class ParameterKeyAttention(Layer):
     """Attention to learned keys and values: `jaxattn.zoo.parameter_key_attention` with its parameters.
 
-        (Persistent memory, Sukhbaatar et al. 2019, arXiv 1907.01470.)
+    (Persistent memory, Sukhbaatar et al. 2019, arXiv 1907.01470.)
 
-        Args:
-          num_heads: heads; they divide `qkv_features`.
-          in_features: size of the input's last axis.
-          num_keys: keys, and values, of each head.
-          qkv_features: of query, key and value, all heads together; None means `in_features`.
-          out_features: size of the output's last axis; None means `in_features`.
-          normalize: as in `jaxattn.attention`: "softmax", "relu", "sigmoid", "sparsemax", "none", or a callable.
-          scale: None means head_dim ** -0.5.
-          use_bias: whether the projections of query and output have biases.
-          dtype: of the computation. None promotes the input's and the parameters' dtypes.
-          param_dtype: of the parameters.
-          precision: as in `jax.lax.dot_general`.
-          kernel_init: initialiser of the projections; their biases begin at zero.
-          key_init: initialiser of `key`, `[num_keys, num_heads, head_dim]`.
-          value_init: initialiser of `value`, of the same shape.
-          rngs: `nnx.Rngs`; `params` is used.
+    Args:
+      num_heads: heads; they divide `qkv_features`.
+      in_features: size of the input's last axis.
+      num_keys: keys, and values, of each head.
+      qkv_features: of query, key and value, all heads together; None means `in_features`.
+      out_features: size of the output's last axis; None means `in_features`.
+      normalize: as in `jaxattn.attention`: "softmax", "relu", "sigmoid", "sparsemax", "none", or a callable.
+      scale: None means head_dim ** -0.5.
+      use_bias: whether the projections of query and output have biases.
+      dtype, param_dtype, precision: as in `Attention`.
+      kernel_init: initialiser of the projections; their biases begin at zero.
+      key_init: initialiser of `key`, `[num_keys, num_heads, head_dim]`.
+      value_init: initialiser of `value`, of the same shape.
+      rngs: `nnx.Rngs`; `params` is used.
 
-        Raises:
-          ValueError: an argument out of its range, or an input whose shape does not fit, by name.
+    Raises:
+      ValueError: an argument out of its range, or an input whose shape does not fit, by name.
 
-        >>> from flax import nnx
-    from jaxtyping import Array
-        >>> import jax.numpy as jnp
-        >>> ParameterKeyAttention(2, 8, 100, rngs=nnx.Rngs(0))(jnp.ones((2, 7, 7, 8))).shape
-        (2, 7, 7, 8)
+    >>> from flax import nnx
+    >>> import jax.numpy as jnp
+    >>> ParameterKeyAttention(2, 8, 100, rngs=nnx.Rngs(0))(jnp.ones((2, 7, 7, 8))).shape
+    (2, 7, 7, 8)
     """
 
     function = staticmethod(zoo.parameter_key_attention)

@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Float, Shaped
 
 from jaxattn.kernels.backend import Backend, Cost
 from jaxattn.kernels.operands import (
@@ -47,8 +47,8 @@ def attend(operands: Operands, options: Options) -> tuple[Array, ...]:
     return output.reshape(*grid, -1), logsumexp(*masked_scores(operands, options)).reshape(grid)
 
 
-def weights(operands: Operands, options: Options) -> Array:
-    """The weights [*batch, *queries, heads, slots + extra]: normalised, dropout applied."""
+def weights(operands: Operands, options: Options) -> Float[Array, "*batch_and_queries heads slots"]:
+    """The weights of slots and then extra tokens: normalised, dropout applied."""
     weight = apply_normalizer(options.normalize, *masked_scores(operands, options))
     if options.dropout_rate > 0:
         *batch, queries, heads, slots = weight.shape
@@ -58,8 +58,10 @@ def weights(operands: Operands, options: Options) -> Array:
     return weight.reshape(*operands.query.shape[:-1], -1)
 
 
-def masked_scores(operands: Operands, options: Options) -> tuple[Array, Array]:
-    """The final scores and who takes part, both [*batch, n, heads, slots + extra]."""
+def masked_scores(
+    operands: Operands, options: Options
+) -> tuple[Float[Array, "*batch queries heads slots"], Bool[Array, "*batch queries heads slots"]]:
+    """The final scores of slots and then extra tokens, and who takes part."""
     scores = _products(operands, _gather(operands.key, options), options)
     scores = scores + _position_terms(operands, options, scores)
     mask = jnp.broadcast_to(_mask(operands, options), scores.shape)
@@ -76,8 +78,10 @@ def masked_scores(operands: Operands, options: Options) -> tuple[Array, Array]:
     return scores, mask
 
 
-def _products(operands: Operands, key: Array, options: Options) -> Array:
-    """scale·(q·k) [..., n, heads, w] of the keys [..., n, w, key_heads, head_dim]."""
+def _products(
+    operands: Operands, key: Float[Array, "*#batch #queries slots key_heads head_dim"], options: Options
+) -> Float[Array, "*batch queries heads slots"]:
+    """scale·(q·k), with the keys of every query."""
     query = _flat(operands.query, options)
     grouped = query.reshape(*query.shape[:-2], key.shape[-2], -1, query.shape[-1])
     product = _einsum("...nkgd,...nwkd->...nkgw", grouped, key, options)
@@ -167,8 +171,10 @@ def _flat_slots(x: Array, options: Options) -> Array:
     return x.reshape(*batch, int(np.prod(queries)), heads, int(np.prod(slots)))
 
 
-def _append(value: Array, extra: Array) -> Array:
-    """Extra tokens [*batch, extra, ...] after the slots of every query [*batch, n, w, ...]."""
+def _append(
+    value: Shaped[Array, "*batch queries slots heads dim"], extra: Shaped[Array, "*batch extra heads dim"]
+) -> Shaped[Array, "*batch queries slots+extra heads dim"]:
+    """Extra tokens after the slots of every query."""
     extra = jnp.expand_dims(extra, -4)
     shape = (*value.shape[:-3], extra.shape[-3], *value.shape[-2:])
     return jnp.concatenate([value, jnp.broadcast_to(extra, shape)], -3)

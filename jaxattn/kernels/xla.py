@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Float, Shaped
 
 from jaxattn import machine
 from jaxattn.kernels import loop as loops
@@ -37,6 +37,9 @@ from jaxattn.kernels.terms import Rows
 from jaxattn.normalize import softmax
 
 Arrays = dict[str, Array]
+Scores = Float[Array, "tiles batch heads columns rows"]  # heads are the key's, rows the queries that share one
+Term = Float[Array, "#tiles #batch #heads #columns #rows"]  # what is added to them
+ByRow = Float[Array, "tiles batch heads 1 rows"]
 MATRICES = ("query", "key", "value", "extra_key", "extra_value")
 TERMS = ("unscaled", "bias", "relative_bias", "key_embedding")  # unscaled is the query, of which q·r is made
 MASKS = ("key_mask", "slot_mask", "key_segments")
@@ -166,8 +169,14 @@ def _pull(tile: _Tile, cotangents: list[Array], needed: list[str]) -> Arrays:
 # The parts of a tile's attention
 
 
-def _matrices(arrays: Arrays, tile: _Tile) -> tuple[Array, Array, Array]:
-    """Query [tiles, batch, key_heads, rows, head_dim], key and value [tiles, batch, key_heads, columns, ...]."""
+def _matrices(
+    arrays: Arrays, tile: _Tile
+) -> tuple[
+    Float[Array, "tiles batch heads rows head_dim"],
+    Float[Array, "tiles batch heads columns head_dim"],
+    Float[Array, "tiles batch heads columns value_dim"],
+]:
+    """Query, key and value, with extra tokens as further columns."""
     tiles, dtype = arrays["query"].shape[0], _product_dtype(arrays["key"].dtype)
 
     def columns(name: str) -> Array:
@@ -185,8 +194,8 @@ def _matrices(arrays: Arrays, tile: _Tile) -> tuple[Array, Array, Array]:
     return _grouped(arrays["query"], key.shape[2]).astype(dtype), key, value
 
 
-def _heads_first(x: Array, rank: int) -> Array:
-    """[..., *columns, key_heads, head_dim] as [..., key_heads, columns, head_dim]."""
+def _heads_first(x: Shaped[Array, "*columns heads dim"], rank: int) -> Shaped[Array, "*rest heads columns dim"]:
+    """The `rank` axes of the columns as one, behind the heads."""
     return jnp.swapaxes(x.reshape(*x.shape[: -rank - 2], math.prod(x.shape[-rank - 2 : -2]), *x.shape[-2:]), -2, -3)
 
 
@@ -195,13 +204,17 @@ def _product_dtype(dtype: Any) -> Any:
     return statistics_dtype(dtype) if machine.backend() == "cpu" else dtype
 
 
-def _grouped(x: Array, key_heads: int) -> Array:
-    """[tiles, batch, *queries, heads, ...] as [tiles, batch, key_heads, rows, ...]."""
+def _grouped(
+    x: Float[Array, "tiles batch *queries query_heads dim"], key_heads: int
+) -> Float[Array, "tiles batch {key_heads} rows dim"]:
+    """The queries and the heads that share a key head, as rows."""
     x = x.reshape(*x.shape[:2], math.prod(x.shape[2:-2]), key_heads, -1, x.shape[-1])
     return jnp.moveaxis(x, 2, 4).reshape(*x.shape[:2], key_heads, -1, x.shape[-1])
 
 
-def _by_query(x: Array, arrays: Arrays) -> Array:
+def _by_query(
+    x: Float[Array, "tiles batch heads rows dim"], arrays: Arrays
+) -> Float[Array, "tiles batch *queries query_heads dim"]:
     """`_grouped`, undone."""
     *grid, heads, _ = arrays["query"].shape
     x = x.reshape(*x.shape[:3], heads // x.shape[2], -1, x.shape[-1])
@@ -216,7 +229,9 @@ def _product(equation: str, left: Array, right: Array, options: Options) -> Arra
     return jnp.einsum(equation, left, right, precision=options.precision, preferred_element_type=dtype)
 
 
-def _exponential(scores: Array, some: Array | None) -> tuple[Array, Array, Array]:
+def _exponential(
+    scores: Scores, some: Bool[Array, "#tiles #batch #heads 1 #rows"] | None
+) -> tuple[Scores, ByRow, ByRow]:
     """exp(s - max), 1 / its sum, and log sum exp(s); 0 and -inf where there is not `some`.
 
     The sum alone needs no maximum, so that a compiler may make scores, maximum and exponential in one pass.
@@ -228,8 +243,10 @@ def _exponential(scores: Array, some: Array | None) -> tuple[Array, Array, Array
     return exponential, where_some(1 / total, 0), where_some(jnp.log(total) + most, -jnp.inf)
 
 
-def _sees_any(tile: _Tile, additive: Array | None, hidden: Array | None) -> Array | None:
-    """Which queries see anything, [tiles, batch|1, key_heads|1, 1, rows]; None where all do."""
+def _sees_any(
+    tile: _Tile, additive: Term | None, hidden: Term | None
+) -> Bool[Array, "#tiles #batch #heads 1 #rows"] | None:
+    """Which queries see anything; None where all do."""
     by_window = all(axis.patterns.any(-1).all() for axis in tile.loop.axes)
     if "extra_key" in tile.arrays or (by_window and additive is None and not set(MASKS) & set(tile.arrays)):
         return None
@@ -237,7 +254,7 @@ def _sees_any(tile: _Tile, additive: Array | None, hidden: Array | None) -> Arra
     return is_seen(sum(there[1:], there[0])).any(-2, keepdims=True)
 
 
-def _capped(scores: Array, soft_cap: Array | None) -> Array:
+def _capped(scores: Scores, soft_cap: Float[Array, ""] | None) -> Scores:
     """cap·tanh(s / cap); a score that hides, which a bias may make, stays."""
     if soft_cap is None:
         return scores
@@ -245,18 +262,18 @@ def _capped(scores: Array, soft_cap: Array | None) -> Array:
     return jnp.where(seen, soft_capped(jnp.where(seen, scores, 0), soft_cap), hiding_score(scores.dtype))
 
 
-def _normalized(scores: Array, options: Options) -> Array:
+def _normalized(scores: Scores, options: Options) -> Scores:
     scores = jnp.swapaxes(scores, -1, -2)
     mask = is_seen(scores)
     return jnp.swapaxes(apply_normalizer(options.normalize, jnp.where(mask, scores, 0), mask), -1, -2)
 
 
-def _add_term(scores: Array, term: Array | None) -> Array:
+def _add_term(scores: Scores, term: Term | None) -> Scores:
     return scores if term is None else scores + term
 
 
-def _additive(arrays: Arrays, tile: _Tile) -> Array | None:
-    """What is added to q·k: bias, relative_bias[j-i] and q·r[j-i], [tiles, batch|1, key_heads|1, columns, rows]."""
+def _additive(arrays: Arrays, tile: _Tile) -> Term | None:
+    """What is added to q·k: bias, relative_bias[j-i] and q·r[j-i]."""
     if not any(name in arrays for name in TERMS[1:]):
         return None
     dtype, rank = statistics_dtype(arrays["query"].dtype), len(tile.loop.axes)
@@ -273,8 +290,8 @@ def _additive(arrays: Arrays, tile: _Tile) -> Array | None:
     return _flat(_over_tiles(one, arrays, tile), tile)
 
 
-def _hidden(tile: _Tile, dtype: Any) -> Array | None:
-    """0 where a query sees, else a score that hides, [tiles, batch|1, key_heads|1, columns, rows]."""
+def _hidden(tile: _Tile, dtype: Any) -> Term | None:
+    """0 where a query sees, else a score that hides."""
     arrays, rank = tile.arrays, len(tile.loop.axes)
     if set(MASKS) & set(arrays):
         mask = lambda arrays, rows: terms.visible(_operands(arrays, tile), tile.options, rows, tile.loop.tables)
@@ -286,7 +303,7 @@ def _hidden(tile: _Tile, dtype: Any) -> Array | None:
     return _hidden_by_geometry(tile, dtype)
 
 
-def _hidden_by_geometry(tile: _Tile, dtype: Any) -> Array:
+def _hidden_by_geometry(tile: _Tile, dtype: Any) -> Term:
     """The same, of the window alone. There are few patterns, mostly: then every combination is made beforehand."""
     axes, rank = tile.loop.axes, len(tile.loop.axes)
     number = [loops.of_tiles(axis.pattern, tile.loop, tile.step, a) for a, axis in enumerate(axes)]
@@ -329,7 +346,7 @@ def _flat(x: Any, tile: _Tile) -> Any:
     return xp.pad(x, [(0, 0)] * 3 + [(0, extra), (0, 0)]) if extra else x
 
 
-def _dropout_factors(tile: _Tile) -> Array | None:
+def _dropout_factors(tile: _Tile) -> Term | None:
     """What dropout multiplies the weights with."""
     if tile.options.dropout_rate == 0:
         return None
@@ -341,7 +358,7 @@ def _dropout_factors(tile: _Tile) -> Array | None:
     return jnp.swapaxes(kept.reshape(*kept.shape[:3], -1, kept.shape[-1]), -1, -2)
 
 
-def _dropped(x: Array, kept: Array | None) -> Array:
+def _dropped(x: Scores, kept: Term | None) -> Scores:
     return x if kept is None else x * kept
 
 

@@ -35,7 +35,7 @@ class AttentionPlan:
         slots = math.prod(axis.size for axis in options.axes)
         asked = 2 * math.prod(query.shape[:-1]) * slots * (query.shape[-1] + value.shape[-1])
         rows = [(name, f"{x.dtype}[{','.join(map(str, x.shape))}]") for name, x in given.items()]
-        rows.append(("window", str(options.window) if options.window is not None else "all keys"))
+        rows.append(("window", "all keys" if options.window is None else str(options.window.size)))
         rows.append(("backend", self.backend))
         rows += [("", f"not {name}: {reason}") for name, reason in self.refused.items()]
         tile, steps = " × ".join(map(str, cost.tile)), f"{cost.steps} step{'s' * (cost.steps > 1)}"
@@ -63,7 +63,7 @@ def attention_plan(
       query    float32[1,32,32,4,16]
       key      float32[1,32,32,4,16]
       value    float32[1,32,32,4,16]
-      window   Window(size=(7, 7)...)
+      window   (7, 7)
       backend  reference
       tiles    32 × 32 queries by 49 keys, in 1 step that hold 26.5 MB
       cost     12.8 MFLOP, of which the window asks for 12.8 MFLOP

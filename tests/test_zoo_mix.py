@@ -378,7 +378,7 @@ ONES = {"x": (5, 5, 4)}
         ("qna", asked((3, 3)) | {"query": (3, DIM)}, {}, r"qna: params\['key'\] has shape \[4, 2, 3\]; expected"),
         ("qna", asked((3, 3)), {"strides": (1, 2, 3)}, r"qna: strides \(=\(1, 2, 3\)\) must be an int >= 1, or one"),
         ("parameter_key_attention", remembered(without=("query", "query_bias")), {}, r"params\['key'\] has shape"),
-        ("parameter_key_attention", remembered(), {"normalize": "max"}, r"normalize is 'max'; allowed"),
+        ("parameter_key_attention", remembered(), {"normalize": "max"}, r"normalize \(='max'\) must be one of"),
     ],
 )
 def test_errors(name, shapes, kwargs, message):

@@ -21,8 +21,8 @@ import pdoc.render
 HERE = pathlib.Path(__file__).parent
 OUT = HERE.parent / "build" / "docs"
 PUBLIC = {
-    "jaxattn": "einsum attention attention_plan window normalize position halo zoo nn models equivalence measure plots pretrained "
-    "train study bench",
+    "jaxattn": "einsum attention attention_plan window normalize position halo zoo nn models equivalence measure plots "
+    "pretrained train study bench",
     "jaxattn.train": "config recipes data augment optimizer step sharding program loop checkpoint evaluate distributed "
     "compile",
     "jaxattn.study": "claim fit mixers run",

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from jaxattn import arguments
+from jaxattn import arguments, machine
 from jaxattn.arguments import Arrays, Operand, Settings
 from jaxattn.kernels import backends, primitive
 from jaxattn.kernels.operands import ScoreMod
@@ -143,7 +143,7 @@ def attention(
     )
     # a function of the caller's may hold state that a cache would freeze
     attend = _attend if settings.has_functions else _attend_compiled
-    found = attend(arrays, settings)
+    found = attend(arrays, settings, machine.backend())
     return found if return_residuals else found[0]
 
 
@@ -181,15 +181,16 @@ def merge_attentions(outputs: Sequence[Operand], lses: Sequence[Operand], *, ret
     return (merged, logsumexp(scores, present)) if return_residuals else merged
 
 
-def _attend(arrays: Arrays, settings: Settings) -> tuple[Array, ...]:
-    """Check, choose, call."""
+def _attend(arrays: Arrays, settings: Settings, platform: str) -> tuple[Array, ...]:
+    """Check, choose, call. A compiled call is found by its platform too, for a backend may support one alone."""
+    del platform
     operands, options = arguments.check(arrays, settings)
     backend, _ = backends.choose(settings.implementation, operands, options)
     attend = lambda operands, options: primitive.attend(operands, options, backend)
     return _under_mesh(attend, operands.query)(operands, options)
 
 
-_attend_compiled = jax.jit(_attend, static_argnums=1)
+_attend_compiled = jax.jit(_attend, static_argnums=(1, 2))
 
 
 def _under_mesh(attend: Callable, query: Array) -> Callable:

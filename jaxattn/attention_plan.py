@@ -1,6 +1,7 @@
 """What `attention` will do with its arguments, and what that costs."""
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxattn import arguments, units
 from jaxattn.arguments import Arrays
+from jaxattn.attention import attention
 from jaxattn.kernels import backends
 from jaxattn.kernels.backend import Cost
 from jaxattn.kernels.operands import Operands, Options
@@ -41,10 +43,13 @@ class AttentionPlan:
         asked = 2 * math.prod(query.shape[:-1]) * slots * (query.shape[-1] + value.shape[-1])
         rows = [(name, f"{x.dtype}[{','.join(map(str, x.shape))}]") for name, x in given.items()]
         rows.append(("window", "all keys" if options.window is None else str(options.window.size)))
-        rows.append(("backend", self.backend))
+        of_functions = (
+            options.has_functions and ", in tiles that JAX differentiates, for a function of yours takes part"
+        )
+        rows.append(("backend", f"{self.backend}{of_functions or ''}"))
         rows += [("", f"not {name}: {reason}") for name, reason in self.refused.items()]
-        tile, steps = " × ".join(map(str, cost.tile)), f"{cost.steps} step{'s' * (cost.steps > 1)}"
-        rows.append(("tiles", f"{tile} queries by {cost.columns} keys, in {steps} that hold {units.si(cost.held)}B"))
+        tile, steps = " × ".join(map(str, cost.tile)), f"{cost.steps} step{'s' * (cost.steps != 1)}"
+        rows.append(("tiles", f"{tile} queries by {cost.columns} keys, in {steps} holding {units.si(cost.held)}B"))
         rows.append(("cost", f"{units.si(cost.flops)}FLOP, of which the window asks for {units.si(asked)}FLOP"))
         return units.rows("attention", rows)
 
@@ -56,10 +61,11 @@ def attention_plan(
 
     Args:
         query, key, value: arrays, anything with a shape and a dtype, or shapes (tuples of ints, taken as float32).
-        bias, mask, **options: as for `attention`; arrays may be `jax.ShapeDtypeStruct`s.
+        bias, mask, **options: as for `attention`; arrays may be `jax.ShapeDtypeStruct`s, numbers and keys are given.
 
     Raises:
         ValueError: as `attention` does.
+        TypeError: an argument that `attention` does not have.
 
     >>> import jaxattn
     >>> x = (1, 32, 32, 4, 16)
@@ -70,16 +76,16 @@ def attention_plan(
       value    float32[1,32,32,4,16]
       window   (7, 7)
       backend  reference
-      tiles    32 × 32 queries by 49 keys, in 1 step that hold 26.5 MB
+      tiles    32 × 32 queries by 49 keys, in 1 step holding 26.5 MB
       cost     12.8 MFLOP, of which the window asks for 12.8 MFLOP
     """
-    described = (jax.ShapeDtypeStruct(x, jnp.float32) if isinstance(x, tuple) else x for x in (query, key, value))
-    traced = {name: options.pop(name) for name in Arrays._fields if name in options}
-    defaults = {"window": None, "score_mod": None, "normalize": "softmax", "dropout_rate": 0.0, "precision": None}
-    defaults |= {"tile": None, "implementation": None, "return_residuals": False}
-    if unknown := sorted(set(options) - set(defaults)):
-        raise ValueError(f"attention_plan: {unknown[0]} must be an argument of attention")
-    arrays, settings = arguments.read(Arrays(*described, bias=bias, mask=mask, **traced), **(defaults | options))
+    described = (
+        jax.ShapeDtypeStruct(x, jnp.float32) if isinstance(x, tuple | list) else x for x in (query, key, value)
+    )
+    call = inspect.signature(attention).bind(*described, bias=bias, mask=mask, **options)
+    call.apply_defaults()
+    traced = {name: call.arguments.pop(name) for name in Arrays._fields}
+    arrays, settings = arguments.read(Arrays(**traced), **call.arguments)
     found = []
 
     def check(arrays: Arrays) -> Operands:
@@ -89,4 +95,7 @@ def attention_plan(
 
     operands = jax.eval_shape(check, arrays)
     backend, refused = backends.choose(settings.implementation, operands, found[0])
-    return AttentionPlan(backend.name, refused, backend.cost(operands, found[0]), operands, found[0])
+    empty = any(x.size == 0 for x in operands if x is not None)
+    nothing = Cost(found[0].queries, columns=0, steps=0, held=0, flops=0)
+    cost = nothing if empty else backend.cost(operands, found[0])
+    return AttentionPlan(backend.name, refused, cost, operands, found[0])

@@ -110,7 +110,7 @@ def _make_plan(equation, operands, padding, boundary, preferred_element_type, im
     if not isinstance(equation, str):
         raise ValueError(f"einsum: the equation must be a string, got {type(equation).__name__}")
     if implementation not in tuple(IMPLEMENTATIONS):
-        raise ValueError(f"einsum: implementation={implementation!r} must be one of {tuple(IMPLEMENTATIONS)}")
+        raise ValueError(f"einsum: implementation (={implementation!r}) must be one of {tuple(IMPLEMENTATIONS)}")
     shapes = tuple(tuple(x.shape) for x in operands)
     dtypes = tuple(np.dtype(x.dtype) for x in operands)
     pads, edges, extents = check_options(equation, shapes, tuple(map(str, dtypes)), padding, boundary, sizes)
@@ -217,9 +217,9 @@ def einsum(
     """
     arrays = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in operands]
     options = (padding, boundary, preferred_element_type, implementation)
-    plain = isinstance(equation, str) and all(x is None or isinstance(x, str | np.dtype | type) for x in options)
-    plain = plain and not any(x.weak_type for x in arrays)  # whose dtype gives way
-    if plain and all(type(size) is int for size in sizes.values()):
+    simple = isinstance(equation, str) and all(x is None or isinstance(x, str | np.dtype | type) for x in options)
+    simple = simple and not any(x.weak_type for x in arrays)  # whose dtype gives way
+    if simple and all(type(size) is int for size in sizes.values()):
         described = tuple((x.shape, x.dtype) for x in arrays)
         chosen = _known_plan(equation, described, *options, tuple(sizes.items()), machine.backend())
     else:

@@ -124,11 +124,23 @@ def test_the_plan_of_a_call():
     assert plan.cost.flops == 2 * 2 * 3 * 16 * 16 * (8 + 8)
     (t,) = plan.cost.tile
     assert plan.cost.held == 4 * 2 * 3 * (16 // t) * (t * 16 + (t + 16) * (8 + 8))
-    assert f"{t} queries by 16 keys, in 1 step that hold" in str(plan)
+    assert f"{t} queries by 16 keys, in 1 step holding" in str(plan)
     dense = jaxattn.attention_plan(x, x, x, window=jaxattn.Window(5), implementation="reference")
     assert dense.cost.flops == 2 * 2 * 3 * 16 * 5 * (8 + 8)
-    with pytest.raises(ValueError, match="attention_plan: windows must be an argument of attention"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'windows'"):
         jaxattn.attention_plan(x, x, x, windows=3)
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 2, 4), (2, 0, 2, 4)])
+def test_the_plan_of_an_empty_call(shape):
+    assert jaxattn.attention_plan(shape, shape, shape).cost[1:] == (0, 0, 0, 0)
+    assert attention(*[jnp.zeros(shape)] * 3).shape == shape
+
+
+def test_the_plan_says_where_a_function_takes_part():
+    x = (1, 8, 2, 4)
+    plan = jaxattn.attention_plan(x, x, x, score_mod=lambda s, head, query, key: s, implementation="xla")
+    assert "backend  xla, in tiles that JAX differentiates, for a function of yours takes part" in str(plan)
 
 
 def test_a_call_like_an_earlier_one_is_not_checked_again(monkeypatch):

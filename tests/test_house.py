@@ -24,7 +24,7 @@ FLOOR = {
     "arguments": 3,
     "einsum": 3,
     "attention": 4,
-    "attention_plan": 4,
+    "attention_plan": 5,
     "halo": 5,
     "measure": 5,
     "zoo": 6,

@@ -321,7 +321,7 @@ def _hidden_by_geometry(tile: _Tile, dtype: Any) -> Term:
 
 
 def _rows_of(table: np.ndarray, index: Any) -> Any:
-    """The rows of a table, of which a loop knows only then which."""
+    """The rows of a table; in a loop, the step decides which."""
     if isinstance(index, np.ndarray):
         return table[index]
     return jnp.asarray(table)[index]

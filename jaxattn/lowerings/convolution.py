@@ -20,24 +20,36 @@ from jaxattn.extents import OUTPUT, Affine, Resolved
 from jaxattn.lowerings.gather import axes_of, merge, split
 from jaxattn.lowerings.lowering import Lowering, Problem
 from jaxattn.lowerings.slices import extend, fold_back, grown
+from jaxattn.lowerings.taps import TapAxis, Trim, trim
 
 
 @dataclasses.dataclass(frozen=True)
 class Spatial:
-    """One spatial dimension: axis p of x or of the output, axis q of the kernel, and the numbers lax wants.
+    """One spatial dimension: axis p of x or of the output, axis q of the kernel, and their numbers.
 
-    A negative coefficient is a positive one over the flipped axis: `flip_p`, `flip_q`.
+    The tokens are of x, the positions of the output; or, where it is `scattered`, the other way around. A negative
+    coefficient is a positive one over the flipped axis: `flip_p`, `flip_q`. `trim` says what takes part.
     """
 
     p: str
     q: str
     index: Affine
     scattered: bool
-    stride: int
-    dilation: int
-    padding: tuple[int, int]
+    axis: TapAxis
+    trim: Trim
     flip_p: bool
     flip_q: bool
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        """What lax pads by, once the axis is trimmed: never less than zero."""
+        axis = self.trim.axis
+        if self.scattered:
+            reach = axis.dilation * (axis.taps - 1)
+            return reach - axis.low, reach - axis.least_high
+        # lax rounds the number of positions down: of the paddings that give it, take the one that was asked for
+        asked = 0 if is_filled(self.index) else self.index.padding_high
+        return axis.low, min(max(asked, axis.least_high, 0), axis.least_high + axis.stride - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +65,12 @@ class Convolution:
 
     def describe(self, resolved: Resolved) -> str:
         """The call in words, for a reader of the plan."""
-        both = [f"strides {tuple(s.stride for s in self.spatial if not s.scattered)}"]
+        both = [f"strides {tuple(s.trim.axis.stride for s in self.spatial if not s.scattered)}"]
         if any(s.scattered for s in self.spatial):
-            both.append(f"lhs_dilation {tuple(s.stride for s in self.spatial if s.scattered)}")
+            both.append(f"lhs_dilation {tuple(s.trim.axis.stride for s in self.spatial if s.scattered)}")
         both += [
             f"padding {tuple(s.padding for s in self.spatial)}",
-            f"dilation {tuple(s.dilation for s in self.spatial)}",
+            f"dilation {tuple(s.trim.axis.dilation for s in self.spatial)}",
             f"groups {math.prod(resolved.sizes[a] for a in self.group)}",
         ]
         return ", ".join(part for part in both if not part.endswith("()"))
@@ -83,7 +95,7 @@ def match(resolved: Resolved) -> Convolution | None:
             scattered = index.term == len(resolved.operands)
             p_stands = (p in bare[x]) if scattered else (p in bare[OUTPUT] and p not in bare[x])
             if p_stands and p not in bare[1 - x] and q in bare[1 - x] and q not in bare[x] | bare[OUTPUT]:
-                spatial.append(_spatial(index, p, q, scattered))
+                spatial += filter(None, [_spatial(index, p, q, scattered)])
                 break
     used = [axis for s in spatial for axis in (s.p, s.q)]
     if len(spatial) < len(resolved.affine) or len(set(used)) < len(used):
@@ -99,23 +111,15 @@ def match(resolved: Resolved) -> Convolution | None:
     )
 
 
-def _spatial(index: Affine, p: str, q: str, scattered: bool) -> Spatial:
-    """The numbers of one spatial dimension. Outside is zero by now, or has been filled: see `extend`."""
+def _spatial(index: Affine, p: str, q: str, scattered: bool) -> Spatial | None:
+    """One spatial dimension; None where nothing of it takes part. Outside stands zero, by now: see `extend`."""
     along = dict(zip(index.axes, zip(index.coefficients, index.extents, strict=True), strict=True))
     (a, count), (b, taps) = along[p], along[q]
-    filled = is_filled(index)
-    # what the flips of p and q leave: lowest is the index where |a|·p + |b|·q is zero
-    lowest, length = 0 if filled else index.lowest, axis_length(index)
-    reach = abs(b) * (taps - 1)
-    if scattered:
-        # out[m] = Σ x[p] w[q] where m = lowest + |a| p + |b| q: correlate the dilated x with the kernel flipped
-        low = lowest + reach
-        high = length - (abs(a) * (count - 1) + 1) - low + reach
-        return Spatial(p, q, index, True, abs(a), abs(b), (low, high), a < 0, b > 0)
-    # lax rounds the number of positions down: of the paddings that give `count`, take the one that was asked for
-    least = lowest + abs(a) * (count - 1) + reach - (length - 1)
-    high = min(max(0 if filled else index.padding_high, least), least + abs(a) - 1)
-    return Spatial(p, q, index, False, abs(a), abs(b), (-lowest, high), a < 0, b < 0)
+    # what the flips of p and q leave: `lowest` is the token where |a|·p + |b|·q is zero
+    lowest = 0 if is_filled(index) else index.lowest
+    axis = TapAxis(abs(a), abs(b), -lowest, axis_length(index), count, taps)
+    trimmed = trim(axis)
+    return None if trimmed is None else Spatial(p, q, index, scattered, axis, trimmed, a < 0, b < 0)
 
 
 def is_filled(index: Affine) -> bool:
@@ -207,8 +211,15 @@ def convolve(
     y_order = _arrange(y_names, y_groups)
     y_at = [y_order.index(g) for g in range(len(y_order))]
 
+    for s, along, tap in zip(conv.spatial, x_at[1:-1], w_at[:-2], strict=True):
+        x = _part(x, along, s.trim.positions if s.scattered else s.trim.tokens)
+        w = _part(w, tap, s.trim.taps)
     run = run or functools.partial(by_lax, precision=precision)
     y = run(conv, resolved, (x, x_at), (w, w_at), y_at)
+    for s, along in zip(conv.spatial, y_at[1:-1], strict=True):
+        y = _within(
+            y, along, *((s.trim.tokens, s.axis.length) if s.scattered else (s.trim.positions, s.axis.positions))
+        )
     spread = {s.p: y.shape[at] for s, at in zip(conv.spatial, y_at[1:-1], strict=True)}
     flat = [a for g in y_order for a in y_groups[g]]
     y = y.reshape([spread.get(a, resolved.sizes[a]) for a in flat]).transpose([flat.index(a) for a in y_names])
@@ -224,17 +235,28 @@ def by_lax(conv: Convolution, resolved: Resolved, x, w, y_at: list[int], precisi
     (x, x_at), (w, w_at) = x, w
     return lax.conv_general_dilated(
         x,
-        w,
-        window_strides=[1 if s.scattered else s.stride for s in conv.spatial],
+        _flip(w, [tap for s, tap in zip(conv.spatial, w_at, strict=False) if s.scattered]),
+        window_strides=[1 if s.scattered else s.trim.axis.stride for s in conv.spatial],
         padding=[s.padding for s in conv.spatial],
-        lhs_dilation=[s.stride if s.scattered else 1 for s in conv.spatial],
-        rhs_dilation=[s.dilation for s in conv.spatial],
+        lhs_dilation=[s.trim.axis.stride if s.scattered else 1 for s in conv.spatial],
+        rhs_dilation=[s.trim.axis.dilation for s in conv.spatial],
         dimension_numbers=lax.ConvDimensionNumbers(
             (x_at[0], x_at[-1], *x_at[1:-1]), (w_at[-1], w_at[-2], *w_at[:-2]), (y_at[0], y_at[-1], *y_at[1:-1])
         ),
         feature_group_count=math.prod(resolved.sizes[a] for a in conv.group),
         precision=precision,
     )
+
+
+def _part(x: jax.Array, dim: int, part: tuple[int, int]) -> jax.Array:
+    return x if part == (0, x.shape[dim]) else lax.slice_in_dim(x, *part, axis=dim)
+
+
+def _within(y: jax.Array, dim: int, part: tuple[int, int], length: int) -> jax.Array:
+    """The transpose of `_part`: zeros around."""
+    around = (part[0], length - part[1], 0)
+    pads = [around if d == dim else (0, 0, 0) for d in range(y.ndim)]
+    return y if part == (0, length) else lax.pad(y, jnp.zeros((), y.dtype), pads)
 
 
 def _sum_out(x: jax.Array, names: list[str], kept: set[str]) -> tuple[jax.Array, list[str]]:

@@ -13,7 +13,6 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,8 +21,9 @@ from jax.extend.core import Primitive
 from jaxtyping import Array
 
 from jaxattn.extents import Resolved
-from jaxattn.lowerings.convolution import Convolution, Sizes, axis_length, convolve, described, match
+from jaxattn.lowerings.convolution import Convolution, Sizes, convolve, described, match
 from jaxattn.lowerings.lowering import Lowering, Problem
+from jaxattn.lowerings.taps import TapAxis
 from jaxattn.lowerings.trilinear import others, trilinear
 
 # Channels of a group up to which they may be taken one by one, each in all the groups at once.
@@ -33,17 +33,6 @@ TAPS = 128
 # Positions that a step of the kernel's gradient adds up, and how many products it may write out. With few positions in
 # it the slices of a step are read with their offsets computed for every element, which costs more than the sum itself.
 BOX, WRITTEN = 56, 512
-
-
-class TapAxis(NamedTuple):
-    """One spatial dimension: x has `length` tokens, y so many positions, w so many taps."""
-
-    stride: int
-    dilation: int
-    low: int
-    length: int
-    positions: int
-    taps: int
 
 
 def _evaluate(first: Array, second: Array, *, wrt: str, axes: tuple[TapAxis, ...]) -> Array:
@@ -196,17 +185,7 @@ def _depthwise(conv: Convolution, resolved: Resolved, x, w, y_at: list[int], acc
     (x, x_at), (w, w_at) = x, w
     groups, dtype = math.prod(resolved.sizes[a] for a in conv.group), x.dtype
     x, w = x.astype(accumulate).transpose(x_at), w.astype(accumulate).transpose(w_at)
-    scattered = conv.spatial[0].scattered
-    axes = []
-    for s, n in zip(conv.spatial, x.shape[1:-1], strict=True):
-        taps = resolved.sizes[s.q]
-        if scattered:  # x stands where the positions are, and the kernel has been flipped, for `lax`
-            low, length, positions = s.dilation * (taps - 1) - s.padding[0], axis_length(s.index), n
-        else:
-            low, length, positions = s.padding[0], n, resolved.sizes[s.p]
-        axes.append(TapAxis(s.stride, s.dilation, low, length, positions, taps))
-    if scattered:
-        w = lax.rev(w, range(len(axes)))
+    scattered, axes = conv.spatial[0].scattered, [s.trim.axis for s in conv.spatial]
     ys = []
     for c in range(w.shape[-2]):
         channel = x.reshape(*x.shape[:-1], groups, -1)[..., c]

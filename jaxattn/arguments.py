@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped
 
-from jaxattn.kernels.operands import Operands, Options, ScoreMod, statistics_dtype
+from jaxattn.kernels.operands import Operands, Options, ScoreMod, hiding_score, statistics_dtype
 from jaxattn.normalize import NORMALIZERS, Normalizer
 from jaxattn.sizes import is_int
 from jaxattn.window import Axis, Window
@@ -83,7 +83,7 @@ def read(
         _check_soft_cap(arrays.logits_soft_cap)
     key = _dropout_key(dropout_rate, arrays.dropout_key)
     as_arrays = (
-        x if x is None or isinstance(x, TYPES) else _converted(name, x) for name, x in arrays._asdict().items()
+        x if x is None else _converted(name, x) for name, x in arrays._asdict().items()
     )
     settings = Settings(
         window=window,
@@ -110,7 +110,9 @@ def check(arrays: Arrays, settings: Settings) -> tuple[Operands, Options]:
         query=query,
         key=key,
         value=value,
-        scale=jnp.asarray(query.shape[-1] ** -0.5 if scale is None else scale, statistics_dtype(query.dtype)),
+        scale=jnp.asarray(
+            max(query.shape[-1], 1) ** -0.5 if scale is None else scale, statistics_dtype(query.dtype)
+        ),
         soft_cap=None if soft_cap is None else jnp.asarray(soft_cap, statistics_dtype(query.dtype)),
         bias=_slotwise("bias", arrays.bias, geometry),
         slot_mask=slot_mask,
@@ -228,7 +230,7 @@ def _relative(name: str, table: Operand | None, geometry: _Geometry) -> Array | 
         )
     for axis in geometry.axes:
         axis.relative()  # raises where an offset puts keys beyond the table
-    return table.astype(geometry.dtype) if embedding else table
+    return table.astype(geometry.dtype) if embedding else _hiding(table, geometry)
 
 
 def _embedding(tables: Operand | Sequence[Operand] | None, geometry: _Geometry) -> Array | None:
@@ -275,25 +277,58 @@ def _slotwise(name: str, x: Operand | None, geometry: _Geometry) -> Array | None
         keys = f", or a mask of keys {(*batch, *geometry.keys)}" if name == "mask" and geometry.window else ""
         _refuse(name, x, f"what broadcasts against {layout} = {full}{keys}")
     x = x.reshape((1,) * (len(full) - x.ndim) + x.shape)
+    x = _hiding(x, geometry) if name == "bias" else x
     return jnp.swapaxes(x, -2, -3) if geometry.window is None else x
 
 
-def _masks(mask: Operand | None, geometry: _Geometry) -> tuple[Array | None, Array | None]:
-    """A mask of keys, or one by slot."""
-    of_keys = (*geometry.batch, *geometry.keys)
+def _hiding(bias: Array, geometry: _Geometry) -> Array:
+    """The bias, with -inf for the least number of its dtype: in the dtype of the scores that may be one among others."""
+    least = float(jnp.finfo(bias.dtype).min)
+    if least <= hiding_score(statistics_dtype(geometry.dtype)) / 2:
+        return bias
+    return jnp.where(bias <= least, -jnp.inf, bias)
+
+
+def _masks(
+    mask: Operand | tuple[Operand | None, Operand | None] | None, geometry: _Geometry
+) -> tuple[Array | None, Array | None]:
+    """A mask of keys and one by slot: a pair of them, or one that can be only one of both."""
+    if isinstance(mask, tuple):
+        if geometry.window is None and mask[0] is not None:
+            raise ValueError(
+                "attention: mask[0] must be None without a window: [*batch, 1, 1, S] is a mask of keys, for all heads"
+            )
+        return _key_mask("mask[0]", mask[0], geometry), _slotwise("mask[1]", mask[1], geometry)
     if mask is None or geometry.window is None:
         return None, _slotwise("mask", mask, geometry)
+    if not _is_key_mask(np.shape(mask), geometry):
+        return None, _slotwise("mask", mask, geometry)
     mask = jnp.asarray(mask)
-    if mask.shape == geometry.keys and not _broadcasts(mask.shape, (geometry.heads, *geometry.slots)):
-        mask = mask.reshape((1,) * len(geometry.batch) + mask.shape)  # the same keys in every batch entry
-    same_grid = mask.shape[len(geometry.batch) :] == geometry.keys
-    if mask.ndim == len(of_keys) and same_grid and _broadcasts(mask.shape, of_keys):
-        return (
-            (mask, None)
-            if mask.dtype == jnp.bool_
-            else _refuse("mask", mask, "a bool array, True where a query attends")
+    if _broadcasts(mask.shape, (*geometry.batch, *geometry.queries, geometry.heads, *geometry.slots)):
+        raise ValueError(
+            f"attention: mask (={mask.dtype}{list(mask.shape)}) must be one that can be read in one way, and the window "
+            f"{geometry.slots} on the grid {geometry.keys} leaves two: mask=(mask, None) says which keys take part, "
+            "mask=(None, mask) which slots"
         )
-    return None, _slotwise("mask", mask, geometry)
+    return _key_mask("mask", mask, geometry), None
+
+
+def _is_key_mask(shape: tuple[int, ...], geometry: _Geometry) -> bool:
+    """Whether a shape is [*batch|1, *keys], or the grid of the keys alone."""
+    batch, grid = shape[: -len(geometry.keys)], shape[-len(geometry.keys) :]
+    return grid == geometry.keys and len(batch) in (0, len(geometry.batch)) and _broadcasts(batch, geometry.batch)
+
+
+def _key_mask(name: str, mask: Operand | None, geometry: _Geometry) -> Array | None:
+    """A mask of keys with every axis present: [*batch|1, *keys]."""
+    if mask is None:
+        return None
+    mask = jnp.asarray(mask)
+    if mask.dtype != jnp.bool_:
+        _refuse(name, mask, "a bool array, True where a query attends")
+    if not _is_key_mask(mask.shape, geometry):
+        _refuse(name, mask, f"a mask of keys {(*geometry.batch, *geometry.keys)}, or {geometry.keys} for every entry")
+    return mask.reshape((1,) * (len(geometry.batch) + len(geometry.keys) - mask.ndim) + mask.shape)
 
 
 def _segments(ids: Operand | Sequence[Operand] | None, geometry: _Geometry) -> tuple[Array | None, Array | None]:
@@ -350,9 +385,13 @@ TYPES = (jax.Array, np.ndarray, jax.ShapeDtypeStruct, numbers.Real)
 
 def _converted(name: str, x: Any) -> Any:
     """An array, or a tuple of arrays where several may be given."""
+    if name == "mask" and isinstance(x, tuple) and any(part is None or hasattr(part, "shape") for part in x):
+        if len(x) != 2:
+            raise ValueError(f"attention: mask (={len(x)} arrays) must be one, or a pair: of keys, and by slot")
+        return tuple(part if part is None else _converted("", part) for part in x)
     if name in ("segment_ids", "key_embedding") and isinstance(x, tuple | list):
         return tuple(part if isinstance(part, TYPES) else jnp.asarray(part) for part in x)
-    return jnp.asarray(x)
+    return x if isinstance(x, TYPES) else jnp.asarray(x)
 
 
 def _dropout_key(rate: Any, key: Any) -> Any:
@@ -374,6 +413,8 @@ def _check_number(name: str, value: Any) -> None:
     array = isinstance(value, np.ndarray | jax.Array) and any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
     if np.shape(value) != () or not (array or isinstance(value, numbers.Real)):
         raise ValueError(f"attention: {name} (={value!r}) must be one real number")
+    if isinstance(value, np.ndarray | numbers.Real) and not np.isfinite(value):
+        raise ValueError(f"attention: {name} (={value!r}) must be finite")
 
 
 def _check_soft_cap(value: Any) -> None:

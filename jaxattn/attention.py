@@ -21,7 +21,7 @@ def attention(
     key: Operand,
     value: Operand,
     bias: Operand | None = None,
-    mask: Operand | None = None,
+    mask: Operand | tuple[Operand | None, Operand | None] | None = None,
     *,
     window: Window | None = None,
     scale: float | Operand | None = None,
@@ -55,9 +55,10 @@ def attention(
         key: [*batch, *grid, key_heads, head_dim].
         value: [*batch, *grid, key_heads, value_dim].
         bias: added to the score; broadcasts against [*batch, *query_grid, heads, *k], or without a window against
-            [*batch, heads, T, S]. A bias of -inf masks, and so does the least finite number.
-        mask: bool, True attends; broadcasts like `bias`. With a window, a mask whose last axes are the grid, after as
-            many batch axes as the key has (of its sizes, or 1), is a mask of keys, [*batch, *grid].
+            [*batch, heads, T, S]. A bias of -inf masks, and so does the least finite number of its dtype.
+        mask: bool, True attends; broadcasts like `bias`. With a window also a mask of keys, [*batch or 1, *grid] or
+            [*grid]; or a pair of both, ``(of_keys, by_slot)``, of which one may be None. A mask that could be read in
+            both ways, as where a window is as large as the grid, is refused unless it is said which it is.
         window: which keys a query sees; None: all of them. A slot outside the grid under boundary "zero" is a zero key
             and a zero value: its score is its bias terms, and neither a mask of keys nor segments apply to it.
         scale: None is head_dim ** -0.5.
@@ -69,7 +70,7 @@ def attention(
         score_mod: ``score_mod(score, head, query_index, key_index) -> score``, elementwise, on tiles of scores against
             which the integer arrays broadcast: the query head, the query's index in the query grid and the key's in the
             key grid (tuples, one array per axis; a slot outside the grid gives its position there). Not applied to
-            extra tokens. A score of -inf masks.
+            extra tokens. A score of -inf masks; a function that returns bools is a mask, and is refused.
         logits_soft_cap: cap·tanh(s / cap), extra tokens included.
         normalize: "softmax"; "relu", max(s, 0) / count; "sigmoid", sigma(s - log count), where count is the number of
             visible slots and extra tokens; "sparsemax"; "none", the scores themselves; or a function `(scores, mask) ->
@@ -92,8 +93,8 @@ def attention(
         [*batch, *query_grid, heads, value_dim] in the promoted dtype of query, key and value (statistics in float32, or
         float64 for float64). A query with nothing to attend to gives zeros, and zero gradients. With
         `return_residuals`, a pair with lse [*batch, *query_grid, heads], -inf where there is nothing to attend to; see
-        `merge_attentions`. Keys and values are expected to be finite: one that is not may reach queries nearby that do
-        not see it, as in dense attention under a mask (0 · NaN); "reference" keeps it to those that do.
+        `merge_attentions`. A NaN gives NaN to the queries that see it, whatever the normaliser. It may also reach
+        queries nearby that do not, as in dense attention under a mask (0 · NaN); "reference" keeps it to those that do.
 
     Raises:
         ValueError: before anything is compiled, naming the argument, what came and what is allowed.

@@ -29,7 +29,7 @@ def logsumexp(scores: Float[Array, "*rows slots"], mask: Bool[Array, "*#rows slo
 
 def relu(scores: Float[Array, "*rows slots"], mask: Bool[Array, "*#rows slots"]) -> Float[Array, "*rows slots"]:
     """max(s_j, 0) / count, where count is the number of visible slots (Wortsman et al. 2023, arXiv 2309.08586)."""
-    return jnp.where(mask, jax.nn.relu(scores), 0) / _count(scores, mask)
+    return jnp.where(mask & ~(scores <= 0), scores, 0) / _count(scores, mask)  # a NaN stays
 
 
 def sigmoid(scores: Float[Array, "*rows slots"], mask: Bool[Array, "*#rows slots"]) -> Float[Array, "*rows slots"]:
@@ -48,7 +48,8 @@ def sparsemax(scores: Float[Array, "*rows slots"], mask: Bool[Array, "*#rows slo
     fixed = jax.lax.stop_gradient(jnp.where(mask, shifted, -2))  # the support lies within 1 of the largest
     support = mask & (_supported_by_pairs if scores.shape[-1] <= FEW else _supported_by_rank)(fixed)
     tau = (jnp.where(support, shifted, 0).sum(-1, keepdims=True) - 1) / _count(scores, support)
-    return jnp.where(support, shifted - tau, 0)
+    # no comparison finds a NaN: a row that holds one has no support
+    return jnp.where(support, shifted - tau, 0) * jnp.where(jnp.isnan(largest), largest, 1)
 
 
 def _supported_by_pairs(scores: Array) -> Array:

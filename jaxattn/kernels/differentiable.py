@@ -19,7 +19,15 @@ from jaxtyping import Array
 from jaxattn import machine
 from jaxattn.kernels import terms, tiles
 from jaxattn.kernels.loop import take
-from jaxattn.kernels.operands import Operands, Options, apply_normalizer, empty_result, soft_capped, without_hidden
+from jaxattn.kernels.operands import (
+    Operands,
+    Options,
+    apply_normalizer,
+    empty_result,
+    modified,
+    soft_capped,
+    without_hidden,
+)
 from jaxattn.kernels.terms import Rows, Tables
 from jaxattn.kernels.tiles import AxisTiles
 from jaxattn.normalize import NORMALIZERS, logsumexp
@@ -81,7 +89,7 @@ def _attend_tile(operands: Operands, options: Options, rows: Rows, tables: Table
     if operands.extra_value is not None:
         output = output + _mix(extra, operands.extra_value, options)
     grid = operands.query.shape[:-1]
-    return output.reshape(*grid, -1).astype(operands.value.dtype), lse.reshape(grid)
+    return output.reshape(*grid, output.shape[-1]).astype(operands.value.dtype), lse.reshape(grid)
 
 
 def _scores(operands: Operands, options: Options, rows: Rows, tables: Tables) -> tuple[Array, Array]:
@@ -102,8 +110,7 @@ def _scores(operands: Operands, options: Options, rows: Rows, tables: Tables) ->
         heads = jnp.arange(operands.query.shape[-2]).reshape(*scores.shape[-2 * rank - 2 : -2 * rank], *[1] * 2 * rank)
         query = tuple(terms.along(row.queries, 2 * rank - axis - 1) for axis, row in enumerate(rows))
         key = tuple(terms.along(row.named_keys, rank - axis - 1) for axis, row in enumerate(rows))
-        modified = options.score_mod(scores, heads, query, key)
-        scores = jnp.broadcast_to(modified, scores.shape).astype(scores.dtype)
+        scores = modified(options.score_mod, scores, heads, query, key)
     return without_hidden(scores, mask)
 
 
@@ -163,7 +170,7 @@ def _cut(x: Array, index: Sequence[np.ndarray], batch: int) -> Array:
         x = take(x, table.ravel(), axis)
     x = x.reshape(*x.shape[:batch], *(n for table in index for n in table.shape), *x.shape[batch + rank :])
     x = jnp.moveaxis(x, range(batch, batch + 2 * rank, 2), range(rank))
-    return x.reshape(-1, *x.shape[rank:])
+    return x.reshape(math.prod(x.shape[:rank]), *x.shape[rank:])
 
 
 def _restore(x: Array, tables: Tables, batch: int) -> Array:

@@ -1,7 +1,7 @@
 """What every kernel is given: operands in one canonical layout, and options. `attention` has checked all of it."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -105,8 +105,26 @@ def without_hidden(scores: Array, mask: Array) -> tuple[Array, Array]:
 
 
 def is_seen(scores: Array) -> Array:
-    """Where scores do not hide; -inf does, and so does the least number of their dtype."""
-    return scores > hiding_score(scores.dtype) / 2
+    """Where scores do not hide; -inf does, and so does the least number of their dtype. A NaN is seen."""
+    return ~(scores <= hiding_score(scores.dtype) / 2)
+
+
+def modified(score_mod: ScoreMod, scores: Array, head: Array, query: Sequence[Array], key: Sequence[Array]) -> Array:
+    """What a `score_mod` makes of scores, whose axes the indices are given too, so that its result has them as well."""
+    lift = lambda x: jnp.expand_dims(x, range(scores.ndim - x.ndim))
+    found = score_mod(scores, lift(head), tuple(map(lift, query)), tuple(map(lift, key)))
+    shape, dtype = jnp.shape(found), jnp.result_type(found)
+    if dtype == bool or not any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer)):
+        raise ValueError(
+            f"attention: score_mod (={score_mod!r}) must return scores, real numbers, and not {dtype}: who attends is "
+            "said by mask=, or by jnp.where(allowed, score, -jnp.inf)"
+        )
+    if shape and (len(shape) != scores.ndim or any(n not in (1, m) for n, m in zip(shape, scores.shape, strict=True))):
+        raise ValueError(
+            f"attention: score_mod (={score_mod!r}) must return an array that its arguments broadcast to, and not one "
+            f"of shape {shape}: it is given tiles of scores, and arrays of your own are to be indexed by its indices"
+        )
+    return jnp.broadcast_to(found, scores.shape).astype(scores.dtype)
 
 
 def apply_normalizer(normalize: Normalizer, scores: Array, mask: Array) -> Array:

@@ -1,7 +1,7 @@
 """The readable attention: gather each query's keys, multiply, normalise, multiply.
 
 It materialises the gathered keys, `N × window × head_dim`; `kernels/xla.py` is the one that does not. Queries are
-flattened to one axis n and slots to one axis w; k and g are the key heads, and the query heads that share one.
+flattened to one axis n and slots to one axis w; keys and values are repeated for the h query heads.
 """
 
 import functools
@@ -21,6 +21,7 @@ from jaxattn.kernels.operands import (
     dropout_factors,
     embedding_parts,
     empty_result,
+    modified,
     soft_capped,
     statistics_dtype,
     without_hidden,
@@ -34,37 +35,42 @@ def attend(operands: Operands, options: Options) -> tuple[Array, ...]:
     """The output [*batch, *queries, heads, value_dim]; with `options.residuals` also lse [*batch, *queries, heads]."""
     if 0 in operands.query.shape[:-1]:
         return empty_result(operands, options)
-    weight = weights(operands, options)
+    scores, mask = masked_scores(operands, options)
+    weight = _weights(scores, mask, operands, options).astype(operands.value.dtype)
     value = _gather(operands.value, options)
     if operands.extra_value is not None:
         value = _append(value, operands.extra_value)
-    rows = _flat(operands.query, options).shape[:-1]
-    weight = weight.reshape(*rows[:-1], value.shape[-2], -1, weight.shape[-1]).astype(value.dtype)
-    output = _einsum("...nkgw,...nwkd->...nkgd", weight, value, options).astype(value.dtype)
+    value = _seen(value, mask)
+    output = _einsum("...nhw,...nwhd->...nhd", weight, value, options).astype(value.dtype)
     grid = operands.query.shape[:-1]
-    if not options.residuals:
-        return (output.reshape(*grid, -1),)
-    return output.reshape(*grid, -1), logsumexp(*masked_scores(operands, options)).reshape(grid)
+    output = output.reshape(*grid, value.shape[-1])
+    return (output, logsumexp(scores, mask).reshape(grid)) if options.residuals else (output,)
 
 
 def weights(operands: Operands, options: Options) -> Float[Array, "*batch_and_queries heads slots"]:
     """The weights of slots and then extra tokens: normalised, dropout applied."""
-    weight = apply_normalizer(options.normalize, *masked_scores(operands, options))
+    weight = _weights(*masked_scores(operands, options), operands, options)
+    return weight.reshape(*operands.query.shape[:-1], weight.shape[-1])
+
+
+def _weights(scores: Array, mask: Array, operands: Operands, options: Options) -> Array:
+    weight = apply_normalizer(options.normalize, scores, mask)
     if options.dropout_rate > 0:
         *batch, queries, heads, slots = weight.shape
         shape = (*batch, heads, slots)
         kept = lambda query: dropout_factors(operands, options, query, shape, weight.dtype)
         weight = weight * jnp.moveaxis(jax.vmap(kept)(jnp.arange(queries)), 0, -3)
-    return weight.reshape(*operands.query.shape[:-1], -1)
+    return weight
 
 
 def masked_scores(
     operands: Operands, options: Options
 ) -> tuple[Float[Array, "*batch queries heads slots"], Bool[Array, "*batch queries heads slots"]]:
     """The final scores of slots and then extra tokens, and who takes part."""
-    scores = _products(operands, _gather(operands.key, options), options)
+    mask = _mask(operands, options)
+    mask = jnp.broadcast_to(mask, (*_flat(operands.query, options).shape[:-1], mask.shape[-1]))
+    scores = _products(operands, _seen(_gather(operands.key, options), mask), options)
     scores = scores + _position_terms(operands, options, scores)
-    mask = jnp.broadcast_to(_mask(operands, options), scores.shape)
     scores, mask = without_hidden(scores, mask)
     scores = soft_capped(scores, operands.soft_cap)
     if options.score_mod is not None:
@@ -72,6 +78,7 @@ def masked_scores(
     scores, mask = without_hidden(scores, mask)
     if operands.extra_key is not None:
         extra = jnp.expand_dims(operands.extra_key, -4)  # the same for every query
+        extra = jnp.repeat(extra, scores.shape[-2] // extra.shape[-2], axis=-2)
         extra = soft_capped(_products(operands, extra, options), operands.soft_cap)
         scores = jnp.concatenate([scores, extra], -1)
         mask = jnp.concatenate([mask, jnp.ones_like(extra, bool)], -1)
@@ -79,13 +86,19 @@ def masked_scores(
 
 
 def _products(
-    operands: Operands, key: Float[Array, "*#batch #queries slots key_heads head_dim"], options: Options
+    operands: Operands, key: Float[Array, "*#batch #queries slots heads head_dim"], options: Options
 ) -> Float[Array, "*batch queries heads slots"]:
     """scale·(q·k), with the keys of every query."""
-    query = _flat(operands.query, options)
-    grouped = query.reshape(*query.shape[:-2], key.shape[-2], -1, query.shape[-1])
-    product = _einsum("...nkgd,...nwkd->...nkgw", grouped, key, options)
-    return operands.scale * product.reshape(*query.shape[:-1], -1)
+    return operands.scale * _einsum("...nhd,...nwhd->...nhw", _flat(operands.query, options), key, options)
+
+
+def _seen(
+    x: Float[Array, "*batch queries slots key_heads dim"], mask: Bool[Array, "*batch queries heads slots"]
+) -> Float[Array, "*batch queries slots heads dim"]:
+    """What each query head sees of the keys, or values, of its key head; zeros of what is masked, so that a NaN stays
+    with those that see it."""
+    x = jnp.repeat(x, mask.shape[-2] // x.shape[-2], axis=-2)
+    return jnp.where(jnp.swapaxes(mask, -1, -2)[..., None], x, jnp.zeros((), x.dtype))
 
 
 def _position_terms(operands: Operands, options: Options, scores: Array) -> Array:
@@ -128,19 +141,19 @@ def _modify(score_mod: ScoreMod, scores: Array, options: Options) -> Array:
     shape = _inside(options).shape
     query = np.unravel_index(np.arange(shape[0]), tuple(len(axis.start) for axis in options.axes))
     position = outer([axis.named_keys() for axis in options.axes])
-    modified = score_mod(
+    return modified(
+        score_mod,
         scores,
         jnp.arange(scores.shape[-2])[:, None],
-        tuple(jnp.asarray(index)[:, None, None] for index in query),
-        tuple(jnp.asarray(index.reshape(shape))[:, None] for index in position),
+        [jnp.asarray(index)[:, None, None] for index in query],
+        [jnp.asarray(index.reshape(shape))[:, None] for index in position],
     )
-    return jnp.broadcast_to(modified, scores.shape).astype(scores.dtype)
 
 
 def _inside(options: Options) -> np.ndarray:
     """Whether a slot holds a key of the grid, [n, w]."""
     inside = np.logical_and.reduce(outer([axis.keys() >= 0 for axis in options.axes]))
-    return inside.reshape(-1, np.prod([axis.size for axis in options.axes], dtype=int))
+    return inside.reshape(math.prod(options.queries), math.prod(axis.size for axis in options.axes))
 
 
 def _gather(x: Array, options: Options, trailing: int = 2) -> Array:
@@ -152,14 +165,18 @@ def _gather(x: Array, options: Options, trailing: int = 2) -> Array:
     x, dtype = _flat(x, options, trailing), x.dtype
     if jnp.issubdtype(dtype, jnp.floating):
         x = x.astype(statistics_dtype(dtype))  # the transpose of gathering is a sum
-    picked = jnp.take(x, index.reshape(inside.shape), axis=x.ndim - trailing - 1).astype(dtype)
+    axis = x.ndim - trailing - 1
+    if inside.size == 0:  # jnp.take would give x
+        return jnp.zeros((*x.shape[:axis], *inside.shape, *x.shape[axis + 1 :]), dtype)
+    picked = jnp.take(x, index.reshape(inside.shape), axis=axis).astype(dtype)
     return jnp.where(inside.reshape(*inside.shape, *[1] * trailing), picked, jnp.zeros((), dtype))
 
 
 def _flat(x: Array, options: Options, trailing: int = 2) -> Array:
     """The grid, followed by `trailing` axes, as one axis."""
     cut = x.ndim - trailing
-    return x.reshape(*x.shape[: cut - len(options.axes)], -1, *x.shape[cut:])
+    first = cut - len(options.axes)
+    return x.reshape(*x.shape[:first], math.prod(x.shape[first:cut]), *x.shape[cut:])
 
 
 def _flat_slots(x: Array, options: Options) -> Array:
@@ -168,7 +185,7 @@ def _flat_slots(x: Array, options: Options) -> Array:
     queries, slots = (tuple(map(n, options.axes)) for n in (lambda axis: len(axis.start), lambda axis: axis.size))
     batch, heads = x.shape[: -2 * rank - 1], x.shape[-rank - 1]
     x = jnp.broadcast_to(x, (*batch, *queries, heads, *slots))
-    return x.reshape(*batch, int(np.prod(queries)), heads, int(np.prod(slots)))
+    return x.reshape(*batch, math.prod(queries), heads, math.prod(slots))
 
 
 def _append(
@@ -191,8 +208,8 @@ def _cost(operands: Operands, options: Options) -> Cost:
     extra = 0 if operands.extra_key is None else operands.extra_key.shape[-3]
     columns = math.prod(axis.size for axis in options.axes) + extra
     *_, heads, head_dim = query.shape
-    rows, key_heads = math.prod(query.shape[:-2]), operands.key.shape[-2]
-    held = rows * columns * (key_heads * (head_dim + value_dim) * query.dtype.itemsize + 4 * heads)
+    rows = math.prod(query.shape[:-2])
+    held = rows * columns * heads * ((head_dim + value_dim) * query.dtype.itemsize + 4)
     return Cost(options.queries, columns, 1, held, 2 * rows * heads * columns * (head_dim + value_dim))
 
 

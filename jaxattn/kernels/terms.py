@@ -27,13 +27,14 @@ def relative(operands: Operands, options: Options, rows: Rows, tables: Tables, d
     everywhere, terms = tuple(range(rank)), {}
     for axes, table in embedding_parts(operands, options):
         offsets, heads = table.shape[1:-1], "kg" if table.shape[0] > 1 else ""
-        flat = table.reshape(*([key_heads, -1] if heads else []), math.prod(offsets), table.shape[-1])
+        shared = [key_heads, len(table) // key_heads] if heads else []
+        flat = table.reshape(*shared, math.prod(offsets), table.shape[-1])
         logits = product(f"...kgqd,{heads}md->...kgqm", grouped(operands, rank), flat, options)
         along = [2 * options.axes[a].size - 1 if a in axes else 1 for a in everywhere]
         terms[axes] = logits.reshape(*logits.shape[:-2], *(len(row.shift) for row in rows), *along)
     if operands.relative_bias is not None:
         table = operands.relative_bias
-        bias = table.reshape(key_heads, -1, *[1] * rank, *table.shape[1:]).astype(dtype)
+        bias = table.reshape(key_heads, len(table) // key_heads, *[1] * rank, *table.shape[1:]).astype(dtype)
         terms[everywhere] = terms[everywhere] + bias if everywhere in terms else bias
     for axes, logits in terms.items():
         for a in axes:
@@ -77,7 +78,7 @@ def dropout(operands: Operands, options: Options, rows: Rows, tables: Tables) ->
     )
     kept = jax.vmap(lambda i: dropout_factors(operands, options, i, shape, dtype))(index.reshape(-1))
     kept = jnp.moveaxis(kept, 0, -2)
-    kept = kept.reshape(*shape[:-2], key_heads, -1, *kept.shape[-2:])
+    kept = kept.reshape(*shape[:-2], key_heads, shape[-2] // key_heads, *kept.shape[-2:])
     of_slots = kept[..., : math.prod(slots)].reshape(*kept.shape[:-2], *index.shape, *slots)
     return to_columns(of_slots, options, rows, tables), kept[..., math.prod(slots) :]
 
@@ -85,7 +86,7 @@ def dropout(operands: Operands, options: Options, rows: Rows, tables: Tables) ->
 def to_columns(x: Array, options: Options, rows: Rows, tables: Tables) -> Array:
     """[..., *queries|1, *slots|1] by column; zero, or False, in a column that is none of a query's slots."""
     for axis, (row, table) in enumerate(zip(rows, tables, strict=True)):
-        if x.shape[axis - len(rows)] > 1 or options.axes[axis].size == 1:  # else the same in every slot
+        if x.shape[axis - len(rows)] != 1 or options.axes[axis].size == 1:  # else the same in every slot
             x = shear(x, -row.shift, -table.shift, table.keys.shape[1], len(rows), axis)
     return x
 
@@ -124,7 +125,8 @@ def along(x: Array | np.ndarray, after: int) -> Array:
 def grouped(operands: Operands, rank: int) -> Array:
     """The query, [*batch, key_heads, group, queries, head_dim]."""
     query = flat_grid(operands.query, rank)
-    query = query.reshape(*query.shape[:-2], operands.key.shape[-2], -1, query.shape[-1])
+    key_heads = operands.key.shape[-2]
+    query = query.reshape(*query.shape[:-2], key_heads, query.shape[-2] // key_heads, query.shape[-1])
     return jnp.moveaxis(query, -4, -2)
 
 

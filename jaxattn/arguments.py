@@ -82,9 +82,7 @@ def read(
     if arrays.logits_soft_cap is not None:
         _check_soft_cap(arrays.logits_soft_cap)
     key = _dropout_key(dropout_rate, arrays.dropout_key)
-    as_arrays = (
-        x if x is None else _converted(name, x) for name, x in arrays._asdict().items()
-    )
+    as_arrays = (x if x is None else _converted(name, x) for name, x in arrays._asdict().items())
     settings = Settings(
         window=window,
         score_mod=_function("score_mod", score_mod),
@@ -110,9 +108,7 @@ def check(arrays: Arrays, settings: Settings) -> tuple[Operands, Options]:
         query=query,
         key=key,
         value=value,
-        scale=jnp.asarray(
-            max(query.shape[-1], 1) ** -0.5 if scale is None else scale, statistics_dtype(query.dtype)
-        ),
+        scale=jnp.asarray(max(query.shape[-1], 1) ** -0.5 if scale is None else scale, statistics_dtype(query.dtype)),
         soft_cap=None if soft_cap is None else jnp.asarray(soft_cap, statistics_dtype(query.dtype)),
         bias=_slotwise("bias", arrays.bias, geometry),
         slot_mask=slot_mask,
@@ -282,7 +278,7 @@ def _slotwise(name: str, x: Operand | None, geometry: _Geometry) -> Array | None
 
 
 def _hiding(bias: Array, geometry: _Geometry) -> Array:
-    """The bias, with -inf for the least number of its dtype: in the dtype of the scores that may be one among others."""
+    """The bias, with -inf for the least number of its dtype, which to wider scores may be one among others."""
     least = float(jnp.finfo(bias.dtype).min)
     if least <= hiding_score(statistics_dtype(geometry.dtype)) / 2:
         return bias
@@ -306,9 +302,9 @@ def _masks(
     mask = jnp.asarray(mask)
     if _broadcasts(mask.shape, (*geometry.batch, *geometry.queries, geometry.heads, *geometry.slots)):
         raise ValueError(
-            f"attention: mask (={mask.dtype}{list(mask.shape)}) must be one that can be read in one way, and the window "
-            f"{geometry.slots} on the grid {geometry.keys} leaves two: mask=(mask, None) says which keys take part, "
-            "mask=(None, mask) which slots"
+            f"attention: mask (={mask.dtype}{list(mask.shape)}) must be one that can be read in one way, and the "
+            f"window {geometry.slots} on the grid {geometry.keys} leaves two: mask=(mask, None) says which keys take "
+            "part, mask=(None, mask) which slots"
         )
     return _key_mask("mask", mask, geometry), None
 
@@ -363,7 +359,7 @@ def _tile(tile: int | tuple[int, ...] | None, geometry: _Geometry) -> tuple[int,
     sizes = tile if isinstance(tile, tuple) else (tile,) * len(geometry.axes)
     blocks = tuple(axis.block for axis in geometry.axes)
     if len(sizes) == len(blocks) and all(t >= 1 and t % block == 0 for t, block in zip(sizes, blocks, strict=True)):
-        return tuple(min(t, n + -n % b) for t, n, b in zip(sizes, geometry.queries, blocks, strict=True))
+        return tuple(max(b, min(t, n + -n % b)) for t, n, b in zip(sizes, geometry.queries, blocks, strict=True))
     raise ValueError(
         f"attention: tile (={tile!r}) must be None, an int, or an int for each of the {len(blocks)} axes; positive "
         f"multiples of the window's block {blocks}"

@@ -114,7 +114,7 @@ def modified(score_mod: ScoreMod, scores: Array, head: Array, query: Sequence[Ar
     lift = lambda x: jnp.expand_dims(x, range(scores.ndim - x.ndim))
     found = score_mod(scores, lift(head), tuple(map(lift, query)), tuple(map(lift, key)))
     shape, dtype = jnp.shape(found), jnp.result_type(found)
-    if dtype == bool or not any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer)):
+    if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer)):
         raise ValueError(
             f"attention: score_mod (={score_mod!r}) must return scores, real numbers, and not {dtype}: who attends is "
             "said by mask=, or by jnp.where(allowed, score, -jnp.inf)"

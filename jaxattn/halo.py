@@ -278,6 +278,13 @@ def _key_mask(mask, key, place: _Place):
     """`mask` with every axis of the keys; `attention` could read it in two ways."""
     if mask is None:
         return None
+    if isinstance(mask, tuple):  # (of keys, by slot)
+        mask, by_slot = mask
+        if by_slot is not None:
+            raise ValueError(
+                "split_attention: mask[1] must be None over a split axis: a mask of keys is split as they are"
+            )
+        return _key_mask(mask, key, place)
     mask, grid = jnp.asarray(mask), key.shape[place.axis : -2]
     if mask.shape[-len(grid) :] != grid or mask.ndim > key.ndim - 2:
         raise ValueError(f"split_attention: mask (={mask.shape}) must be of keys, {key.shape[:-2]}, over a split axis")
@@ -303,7 +310,7 @@ def _sliding(query, key, value, bias, mask, place: _Place, tables, options):
     valid = {"boundary": "valid", "offset": None, "causal": False}
     ours = {name: (first, *getattr(window, name)[1:]) for name, first in valid.items()}
     beginning = dataclasses.replace(window, **ours)
-    return attention(query, wide(key), wide(value), bias, mask, window=beginning, **tables, **options)
+    return attention(query, wide(key), wide(value), bias, (mask, None), window=beginning, **tables, **options)
 
 
 def _inside_too(mask, inside: jax.Array, shape: tuple[int, ...], boundary: str):
@@ -394,7 +401,7 @@ def _on_part(place: _Place, low: int, high: int, before: int, tables, options) -
         along = -2 * place.window.rank - 1  # of the queries in a bias that has this axis
         if bias is not None and bias.ndim >= -along and bias.shape[along] != 1:
             bias = widened(bias, bias.ndim + along)
-        keys = [part(key), part(value), bias, part(mask)]
+        keys = [part(key), part(value), bias, (part(mask), None)]
         y = attention(widened(query, axis), *keys, window=place.window, **tables, **options)
         return jax.tree.map(lambda y: lax.slice_in_dim(y, first, first + place.queries, axis=axis), y)
 

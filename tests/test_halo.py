@@ -265,6 +265,7 @@ def test_split_attention_mapped_and_in_other_dtypes(dtype):
         (12, 4, dict(window=Window(3, stride=2)), r"stride \(=2\) must divide the 3 keys of a shard over 'space'"),
         (8, 8, dict(window=Window(3, block=3)), r"block·dilation \(=3\) must divide the 2 tokens of a shard"),
         (8, 8, dict(window=Window(3), mask=jnp.ones((2, 3), bool)), r"mask \(=\(2, 3\)\) must be of keys, \(2,\)"),
+        (8, 8, dict(window=Window(3), mask=(None, jnp.ones(3, bool))), r"mask\[1\] must be None over a split axis"),
         (8, 8, dict(score_mod=lambda *x: x[0]), "score_mod must be left out over the split axis 'space'"),
         (8, 8, dict(segment_ids=jnp.zeros(2, int)), "segment_ids must be left out"),
         (8, 8, dict(dropout_rate=0.1), "dropout_rate must be left out"),

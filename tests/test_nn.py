@@ -265,7 +265,10 @@ def test_attention_is_nnx_attention(kwargs):
 
 def test_attention_takes_number_masks_as_flax_does():
     x = normal(7, 2, 5, 12)
-    assert_same(*attention_pair(4, 12), x, mask=nnx.make_causal_mask(x[..., 0]))
+    ours, theirs = attention_pair(4, 12)
+    causal = nnx.make_causal_mask(x[..., 0])
+    assert_same(ours, theirs, x, mask=causal)
+    np.testing.assert_array_equal(ours(x, mask=(None, causal)), ours(x, mask=causal))
 
 
 @pytest.mark.core(1)

@@ -180,7 +180,7 @@ class Attention(nnx.Module):
         inputs_k: Num[ArrayLike, "*batch_and_key_grid in_kv_features"] | None = None,
         inputs_v: Num[ArrayLike, "*batch_and_value_grid in_value_features"] | None = None,
         *,
-        mask: Shaped[ArrayLike, "*mask"] | None = None,
+        mask: Shaped[ArrayLike, "*mask"] | tuple[ArrayLike | None, ArrayLike | None] | None = None,
         bias: Num[ArrayLike, "*bias"] | None = None,
         segment_ids: Any = None,
         deterministic: bool | None = None,
@@ -229,7 +229,7 @@ class Attention(nnx.Module):
         inputs_q: Num[ArrayLike, "*batch_and_grid in_features"],
         inputs_k: Num[ArrayLike, "*batch_and_key_grid in_kv_features"] | None = None,
         *,
-        mask: Shaped[ArrayLike, "*mask"] | None = None,
+        mask: Shaped[ArrayLike, "*mask"] | tuple[ArrayLike | None, ArrayLike | None] | None = None,
         bias: Num[ArrayLike, "*bias"] | None = None,
         segment_ids: Any = None,
     ) -> Float[Array, "*batch_and_query_grid num_heads slots"]:
@@ -311,7 +311,7 @@ class Attention(nnx.Module):
             embedding = jnp.asarray(embedding[...], dtype)
         return {
             "window": self.window,
-            "mask": None if mask is None else jnp.asarray(mask, bool),
+            "mask": _bools(mask),
             "bias": None if bias is None else jnp.asarray(bias, dtype),
             "segment_ids": segment_ids,
             "relative_bias": None if self.relative_bias is None else jnp.asarray(self.relative_bias[...], dtype),
@@ -354,6 +354,13 @@ class Attention(nnx.Module):
                 f"{type(self).__name__}: with keep_rngs=False, a call that drops must be given rngs; got None"
             )
         return stream()
+
+
+def _bools(mask: Any) -> Any:
+    """A mask, or a pair of them, of any numbers as bools."""
+    if mask is None:
+        return None
+    return tuple(map(_bools, mask)) if isinstance(mask, tuple) else jnp.asarray(mask, bool)
 
 
 def _check(layer: Attention, relative_bias, key_embedding, dropout_rate, out_projection):

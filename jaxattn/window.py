@@ -206,7 +206,7 @@ class Axis(NamedTuple):
         """`keys`, with the position itself outside."""
         return np.where(self.keys() < 0, self.positions(), self.keys())
 
-    def fold(self, position: np.ndarray) -> np.ndarray:
+    def fold(self, position: Any) -> Any:
         """The key that stands at each position; -1 for none."""
         return fold(position, self.length, self.boundary if self.boundary in FOLDING else "zero")
 

@@ -10,6 +10,7 @@ Within a tile, scores are [*batch, key_heads, group, *queries, *columns].
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,6 @@ from jaxattn.kernels.operands import (
     without_hidden,
 )
 from jaxattn.kernels.terms import Rows, Tables
-from jaxattn.kernels.tiles import AxisTiles
 from jaxattn.normalize import NORMALIZERS, logsumexp
 
 
@@ -44,10 +44,10 @@ def attend(operands: Operands, options: Options) -> tuple[Array, ...]:
     tables = tuple(tiles.cut(axis, t) for axis, t in zip(axes, sizes, strict=True))
     grid = tuple(len(table.queries) for table in tables)
     tile = np.unravel_index(np.arange(math.prod(grid)), grid)
-    rows = tuple(AxisTiles(*(field[t] for field in table)) for table, t in zip(tables, tile, strict=True))
     own = _cut_queries(operands, options, tables)
 
-    def run(own: dict[str, Array], rows: Rows) -> tuple[Array, Array]:
+    def run(own: dict[str, Array], tile: Sequence[Any]) -> tuple[Array, Array]:
+        rows = tuple(tiles.rows_of(table, t, axis) for table, t, axis in zip(tables, tile, axes, strict=True))
         own = own | _take_keys(operands, rows, tables)
         return _attend_tile(operands._replace(**own), options, rows, tables)
 
@@ -55,11 +55,12 @@ def attend(operands: Operands, options: Options) -> tuple[Array, ...]:
     held = math.prod(query.shape[:batch]) * heads * tiles.tile_numbers(math.prod(sizes), columns, dims)
     at_once = tiles.tiles_per_step(math.prod(grid), max(1, tiles.step_budget(backend) // held))
     if math.prod(grid) == 1:  # nothing to loop over, and a static place
-        output, lse = jax.tree.map(lambda x: x[None], run(*jax.tree.map(lambda x: x[0], (own, rows))))
+        output, lse = jax.tree.map(lambda x: x[None], run({name: x[0] for name, x in own.items()}, [0] * len(axes)))
     elif at_once == math.prod(grid):
-        output, lse = jax.vmap(run)(own, rows)
+        output, lse = jax.vmap(run)(own, tuple(map(jnp.asarray, tile)))
     else:
-        output, lse = jax.lax.map(lambda tile: jax.checkpoint(run)(*tile), (own, rows), batch_size=at_once)
+        each = (own, tuple(map(jnp.asarray, tile)))
+        output, lse = jax.lax.map(lambda one: jax.checkpoint(run)(*one), each, batch_size=at_once)
     return tuple(_restore(x, tables, batch) for x in (output, lse)[: 1 + options.residuals])
 
 

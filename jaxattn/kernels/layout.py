@@ -26,14 +26,26 @@ class AxisLayout(NamedTuple):
     length: int  # the places of that arrangement
     start: np.ndarray  # [steps·run], where the columns of a tile begin in the arrangement
     band: np.ndarray  # [steps], where the keys of a whole run begin
-    overlap: np.ndarray  # [steps, length, n], which columns (tile·columns + column) meet at a place of it; -1 for none
-    patterns: np.ndarray  # [patterns, t, columns], who sees what, by the window alone: few tiles differ in that
+    overlap: np.ndarray  # [kinds, length, n], which columns (tile·columns + column) meet at a place of it; -1 for none
+    kind: np.ndarray  # [steps], which of these a step is: few differ
+    ranges: np.ndarray  # [patterns, t, 2], the columns that a query sees, from and to: few tiles differ in that
     pattern: np.ndarray  # [steps·run], which of them a tile has
+    axis: Axis
+
+    @property
+    def columns(self) -> int:
+        """How many a tile has."""
+        return self.tiles.keys.shape[1]
 
     @property
     def everyone(self) -> bool:
         """Whether every query of a tile sees all its columns."""
-        return bool(self.patterns.all())
+        return bool((self.ranges[..., 0] <= 0).all() and (self.ranges[..., 1] >= self.columns).all())
+
+    @property
+    def someone(self) -> bool:
+        """Whether every query of a tile sees some column."""
+        return bool((np.maximum(self.ranges[..., 0], 0) < np.minimum(self.ranges[..., 1], self.columns)).all())
 
 
 def lay_out(axis: Axis, t: int, run: int) -> AxisLayout:
@@ -57,9 +69,8 @@ def lay_out(axis: Axis, t: int, run: int) -> AxisLayout:
     as_they_are = np.array_equal(queries, np.arange(n))
     length = axis.length if keys is None else len(keys)
     band, overlap = _overlap(start.reshape(steps, run), columns, count, length)
+    overlap, kind = np.unique(overlap, axis=0, return_inverse=True) if overlap.size else (overlap[:1], 0 * band)
     seen, pattern = np.unique(np.hstack([tiles.low, tiles.high]) + np.tile(tiles.shift, 2), axis=0, return_inverse=True)
-    low, high = np.split(seen[..., None], 2, axis=1)  # the columns that a query sees
-    patterns = (low <= np.arange(columns)) & (np.arange(columns) < high)
     return AxisLayout(
         tiles=tiles,
         run=run,
@@ -71,8 +82,10 @@ def lay_out(axis: Axis, t: int, run: int) -> AxisLayout:
         start=start,
         band=band,
         overlap=overlap,
-        patterns=patterns,
+        kind=kind.ravel(),
+        ranges=np.stack(np.split(seen, 2, axis=1), -1),
         pattern=pattern.ravel(),
+        axis=axis,
     )
 
 

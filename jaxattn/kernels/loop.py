@@ -40,7 +40,7 @@ class Loop(NamedTuple):
     @property
     def whole(self) -> bool:
         """Whether every tile sees all keys: then they are the same in every step."""
-        return all(axis.tiles.keys.shape[1] == axis.length for axis in self.axes)
+        return all(axis.columns == axis.length for axis in self.axes)
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -166,15 +166,19 @@ def take_steps(body: Callable[[Step, Any], Any], carry: Any, loop: Loop) -> Any:
 
 def rows(loop: Loop, step: Step) -> Rows:
     """The tables of the tiles of a step."""
-    return tuple(AxisTiles(*(of_tiles(x, loop, step, a) for x in axis.tiles)) for a, axis in enumerate(loop.axes))
+    return tuple(tiles.rows_of(axis.tiles, _tiles(loop, step, a), axis.axis) for a, axis in enumerate(loop.axes))
 
 
 def of_tiles(table: np.ndarray, loop: Loop, step: Step, a: int) -> Any:
     """The rows, for the tiles of a step, of a table with one for each tile along axis a."""
+    tile = _tiles(loop, step, a)
+    return table[tile] if isinstance(tile, np.ndarray) else jnp.asarray(table)[tile]
+
+
+def _tiles(loop: Loop, step: Step, a: int) -> Any:
+    """The tiles of a step, by their number along axis a."""
     tile = np.unravel_index(np.arange(math.prod(loop.runs)), loop.runs)[a]
-    if loop.axes[a].steps == 1:
-        return table[tile]
-    return jnp.asarray(table)[step.axes[a] * loop.axes[a].run + tile]
+    return tile if loop.axes[a].steps == 1 else step.axes[a] * loop.axes[a].run + tile
 
 
 def take_chunk(x: Array, loop: Loop, step: Step) -> Array:
@@ -208,7 +212,7 @@ def put_queries(x: Array, tile: Array, loop: Loop, step: Step, add: bool = False
 def take_columns(x: Array, loop: Loop, step: Step) -> Array:
     """[entries, chunks, *keys, ...] as [tiles, entries, *columns, ...]."""
     x, rank = take_chunk(x, loop, step), len(loop.axes)
-    sizes = (x.shape[0], *(axis.tiles.keys.shape[1] for axis in loop.axes), *x.shape[1 + rank :])
+    sizes = (x.shape[0], *(axis.columns for axis in loop.axes), *x.shape[1 + rank :])
     if sizes == x.shape:
         return jnp.broadcast_to(x, (math.prod(loop.runs), *x.shape))
     starts = [of_tiles(axis.start, loop, step, a) for a, axis in enumerate(loop.axes)]
@@ -229,7 +233,8 @@ def add_columns(x: Array, tile: Array, loop: Loop, step: Step) -> Array:
         place = slice(0, 1) if axis.steps == 1 else step.axes[a][None]
         table = lambda x, place=place, static=axis.steps == 1: (x if static else jnp.asarray(x))[place][0]
         begin.append(table(axis.band))
-        meeting = table(axis.overlap)  # [keys, n]
+        kind = table(axis.kind)
+        meeting = (axis.overlap if axis.steps == 1 else jnp.asarray(axis.overlap))[kind]  # [keys, n]
         terms = [take(tile, meeting[:, n], rank) for n in range(meeting.shape[1])]
         tile = functools.reduce(jnp.add, terms)
     return put(x, tile, tuple(begin), loop, step, add=True)

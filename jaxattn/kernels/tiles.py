@@ -8,9 +8,11 @@ key is twice a slot of one query, and edge, reflect and wrap need nothing of the
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from jaxattn.window import Axis
 
@@ -46,6 +48,27 @@ def cut(axis: Axis, t: int) -> AxisTiles:
         low=low,
         high=high,
     )
+
+
+def rows_of(table: AxisTiles, tile: Any, axis: Axis) -> AxisTiles:
+    """The rows of some tiles. Where the program decides which, it holds no more than it must: tiles differ from one
+    another in few ways, but for where they begin; and keys are told from that."""
+    if isinstance(tile, np.ndarray | int):
+        return AxisTiles(*(x[tile] for x in table))
+    start = jnp.asarray(table.start)[tile]
+    position = start[..., None] + axis.dilation * jnp.arange(table.keys.shape[1])
+    keys = axis.fold(position)
+    found: dict[str, Any] = {"start": start, "keys": keys, "named_keys": jnp.where(keys < 0, position, keys)}
+    found |= {name: look_up(x, tile) for name, x in table._asdict().items() if name not in found}
+    return AxisTiles(**found)
+
+
+def look_up(table: np.ndarray, tile: Any) -> Array:
+    """`table[tile]`, of rows that are few but for their first number."""
+    few, which = np.unique(table - table[:, :1], axis=0, return_inverse=True)
+    if len(few) * few.shape[1] + 2 * len(table) >= table.size:
+        return jnp.asarray(table)[tile]
+    return jnp.asarray(few)[jnp.asarray(which.ravel())[tile]] + jnp.asarray(table[:, 0])[tile][..., None]
 
 
 def reach(axis: Axis, t: int) -> int:

@@ -36,6 +36,7 @@ from jaxattn.kernels.operands import (
 from jaxattn.kernels.terms import Rows
 from jaxattn.normalize import softmax
 
+TABLE = 2**16  # numbers of a table that a program may hold
 Arrays = dict[str, Array]
 Scores = Float[Array, "tiles batch heads columns rows"]  # heads are the key's, rows the queries that share one
 Term = Float[Array, "#tiles #batch #heads #columns #rows"]  # what is added to them
@@ -247,7 +248,7 @@ def _sees_any(
     tile: _Tile, additive: Term | None, hidden: Term | None
 ) -> Bool[Array, "#tiles #batch #heads 1 #rows"] | None:
     """Which queries see anything; None where all do."""
-    by_window = all(axis.patterns.any(-1).all() for axis in tile.loop.axes)
+    by_window = all(axis.someone for axis in tile.loop.axes)
     if "extra_key" in tile.arrays or (by_window and additive is None and not set(MASKS) & set(tile.arrays)):
         return None
     there = [term for term in (additive, hidden) if term is not None]
@@ -304,20 +305,24 @@ def _hidden(tile: _Tile, dtype: Any) -> Term | None:
 
 
 def _hidden_by_geometry(tile: _Tile, dtype: Any) -> Term:
-    """The same, of the window alone. There are few patterns, mostly: then every combination is made beforehand."""
+    """The same, of the window alone: a table of what its tiles look like, where they are few and small."""
     axes, rank = tile.loop.axes, len(tile.loop.axes)
     number = [loops.of_tiles(axis.pattern, tile.loop, tile.step, a) for a, axis in enumerate(axes)]
-    hide = lambda seen: np.where(seen, 0, hiding_score(dtype)).astype(dtype)
-    spread = [_spread(axis.patterns, a, rank) for a, axis in enumerate(axes)]
-    if tile.group * math.prod(axis.patterns.size for axis in axes) <= 2**20:
-        table: np.ndarray = np.ones((1,) * (1 + 2 * rank), bool)
-        combined = 0
-        for seen, n in zip(spread, number, strict=True):
+    if tile.group * math.prod(axis.ranges[..., 0].size * axis.columns for axis in axes) <= TABLE:
+        table, combined = np.ones((1,) * (1 + 2 * rank), bool), 0
+        for a, (axis, n) in enumerate(zip(axes, number, strict=True)):
+            seen = _seen(axis.ranges, axis.columns, a, rank)
             table = (table[:, None] & seen).reshape(-1, *np.broadcast_shapes(table.shape[1:], seen.shape[1:]))
             combined = combined * len(seen) + n
-        return jnp.asarray(_rows_of(_flat(hide(table)[:, None, None, None], tile), combined))
-    along = [_rows_of(hide(seen), n) for seen, n in zip(spread, number, strict=True)]
-    return jnp.asarray(_flat(functools.reduce(operator.add, along)[:, None, None, None], tile))
+        hidden = np.where(table, 0, hiding_score(dtype)).astype(dtype)
+        return jnp.asarray(_rows_of(_flat(hidden[:, None, None, None], tile), combined))
+    seen = []
+    for a, (axis, n) in enumerate(zip(axes, number, strict=True)):
+        ranges = axis.ranges[n] if isinstance(n, np.ndarray) else _ranges(axis.ranges, n)
+        seen.append(_seen(ranges, axis.columns, a, rank))
+    seen = jnp.asarray(functools.reduce(operator.and_, seen))[:, None, None, None]
+    # made once, and not again for every head
+    return lax.optimization_barrier(_flat(jnp.where(seen, 0, hiding_score(dtype)).astype(dtype), tile))
 
 
 def _rows_of(table: np.ndarray, index: Any) -> Any:
@@ -327,11 +332,18 @@ def _rows_of(table: np.ndarray, index: Any) -> Any:
     return jnp.asarray(table)[index]
 
 
-def _spread(patterns: np.ndarray, a: int, rank: int) -> np.ndarray:
-    """[patterns, queries, columns] of one axis as [patterns, *queries|1, *columns|1]."""
+def _ranges(ranges: np.ndarray, index: Array) -> Array:
+    """The same of ranges, of which the first and the last columns are each alike but for where they begin."""
+    return jnp.stack([tiles.look_up(ranges[..., end], index) for end in (0, 1)], -1)
+
+
+def _seen(ranges: Any, columns: int, a: int, rank: int) -> Any:
+    """Who sees what along one axis, [patterns or tiles, *queries|1, *columns|1], of the ranges [..., queries, 2]."""
+    low, high = ranges[..., :1], ranges[..., 1:]
+    seen = (low <= np.arange(columns)) & (np.arange(columns) < high)
     shape = [1] * (2 * rank)
-    shape[a], shape[rank + a] = patterns.shape[1:]
-    return patterns.reshape(len(patterns), *shape)
+    shape[a], shape[rank + a] = seen.shape[1:]
+    return seen.reshape(len(seen), *shape)
 
 
 def _flat(x: Any, tile: _Tile) -> Any:
@@ -339,7 +351,7 @@ def _flat(x: Any, tile: _Tile) -> Any:
     0 for extra tokens."""
     rank, xp = (x.ndim - 4) // 2, np if isinstance(x, np.ndarray) else jnp
     arrays, axes = tile.arrays, tile.loop.axes
-    queries, columns = arrays["query"].shape[2 : 2 + rank], [axis.tiles.keys.shape[1] for axis in axes]
+    queries, columns = arrays["query"].shape[2 : 2 + rank], [axis.columns for axis in axes]
     x = xp.broadcast_to(x, (*x.shape[:3], tile.group, *queries, *columns))
     x = xp.swapaxes(x.reshape(*x.shape[:3], tile.group * math.prod(queries), math.prod(columns)), -1, -2)
     extra = arrays["extra_key"].shape[1] if "extra_key" in arrays else 0
@@ -481,7 +493,7 @@ def _cost(operands: Operands, options: Options) -> Cost:
     heads, dims = query.shape[-2], (query.shape[-1], operands.value.shape[-1])
     extra = 0 if operands.extra_key is None else operands.extra_key.shape[-3]
     tile = tuple(axis.tiles.queries.shape[1] for axis in loop.axes)
-    rows, columns = math.prod(tile), math.prod(axis.tiles.keys.shape[1] for axis in loop.axes) + extra
+    rows, columns = math.prod(tile), math.prod(axis.columns for axis in loop.axes) + extra
     batch = math.prod(query.shape[: -len(tile) - 2])
     at_once = batch // loop.chunks * math.prod(loop.runs)
     held = at_once * heads * tiles.tile_numbers(rows, columns, dims) * statistics_dtype(query.dtype).itemsize

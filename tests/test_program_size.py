@@ -1,0 +1,69 @@
+"""How large the programs of `attention` are: what they hold must not grow as the square of a sequence."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from contract import ARGUMENTS, GEOMETRIES, problem, scalar
+
+from jaxattn.attention import attention
+from jaxattn.window import Window
+
+MOST = 1_000_000  # characters of a program; a number that it holds takes eight
+
+
+@pytest.mark.core(6)
+@pytest.mark.parametrize("arguments", ["plain", "everything"])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_programs_are_small(geometry, arguments):
+    assert arguments in ARGUMENTS
+    made = problem(geometry, arguments)
+    given = {name: made.options.pop(name) for name in ("mask", "segment_ids") if name in made.options}
+    loss = scalar(made, "xla")
+
+    def step(operands, given):
+        made.options |= given
+        return jax.grad(loss)(operands)
+
+    text = jax.jit(step).lower(made.operands, given).as_text()
+    assert len(text) < MOST
+
+
+@pytest.mark.parametrize(
+    ("length", "window"),
+    [
+        (16384, Window(16384, causal=True)),
+        (16384, Window(4096, causal=True, boundary="mask")),
+        (8192, Window(8192, boundary="mask")),
+        (8192, Window(8192, causal=True, boundary="zero")),
+        (131072, Window(127)),
+        (16384, Window(1025, dilation=3)),
+    ],
+    ids=str,
+)
+@pytest.mark.core(2)
+@pytest.mark.parametrize("arguments", ["plain", "a mask of keys", "score_mod"])
+def test_long_windows_make_no_table_of_pairs(length, window, arguments):
+    x = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
+    keep = jax.ShapeDtypeStruct((1, length), bool)
+    options = {"score_mod": lambda score, head, query, key: score - abs(query[0] - key[0])}
+
+    def loss(query, key, value, keep):
+        given = {"plain": {}, "a mask of keys": {"mask": (keep, None)}, "score_mod": options}[arguments]
+        return attention(query, key, value, window=window, **given).sum()
+
+    text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x, keep).as_text()
+    assert len(text) < 2 * MOST if arguments == "score_mod" or window.dilation != (1,) else len(text) < MOST
+
+
+def test_a_long_causal_window_is_causal_attention():
+    """The window is compared with, where a table of who sees whom would be too large."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 1500, 1, 4))) for _ in range(3))
+    scores = np.einsum("bqhd,bkhd->bhqk", q, k) / 2
+    scores = np.where(np.tri(1500, dtype=bool), scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    want = np.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdims=True), v)
+    for boundary in ("shift", "mask"):
+        found = attention(q, k, v, window=Window(1500, causal=True, boundary=boundary))
+        np.testing.assert_allclose(found, want, rtol=1e-10, atol=1e-12)

@@ -18,13 +18,15 @@ from jaxattn.lowerings.depthwise import DEPTHWISE
 from jaxattn.lowerings.gather import GATHER, axes_of
 from jaxattn.lowerings.grouped import GROUPED
 from jaxattn.lowerings.local import BANDS
-from jaxattn.lowerings.lowering import Lowering, Problem
+from jaxattn.lowerings.lowering import Lowering, Problem, evaluate, first_match
+from jaxattn.lowerings.pairs import by_pairs
 from jaxattn.lowerings.plain import PLAIN
 from jaxattn.lowerings.product import PRODUCT
 from jaxattn.lowerings.slices import SLICES
 
 # The first that matches is taken: what is special, and faster, stands before what is general.
-LOWERINGS = (PLAIN, PRODUCT, GROUPED, DEPTHWISE, CONVOLUTION, BANDS, SLICES, GATHER)
+ONE_STEP = (PLAIN, PRODUCT, GROUPED, DEPTHWISE, CONVOLUTION, BANDS, SLICES, GATHER)
+LOWERINGS = (PLAIN, by_pairs(ONE_STEP), *ONE_STEP[1:])
 IMPLEMENTATIONS: dict[str | None, tuple[Lowering, ...]] = {None: LOWERINGS, "reference": (GATHER,), "xla": LOWERINGS}
 
 
@@ -81,11 +83,12 @@ class Plan:
 def _plan(equation, shapes, dtypes, dtype, padding, boundary, sizes, implementation, backend) -> Plan:
     resolved = resolve(equation, shapes, tuple(map(str, dtypes)), padding, boundary, dict(sizes))
     problem = Problem(resolved, (*dtypes, dtype), backend)
-    matches = ((lowering, lowering.match(problem)) for lowering in IMPLEMENTATIONS[implementation])
-    lowering, match = next(found for found in matches if found[1] is not None)
+    lowering, match = first_match(IMPLEMENTATIONS[implementation], problem)
     products = math.prod(resolved.sizes.values())
     summed = len(resolved.sizes) > len(axes_of(resolved.output)) or any(resolved.of_term(OUTPUT))
     flops = products * (max(len(shapes) - 1, 0) + int(summed))
+    if lowering.flops is not None:
+        flops = lowering.flops(resolved, match)
     moved = sum(math.prod(s) * d.itemsize for s, d in zip(shapes, dtypes, strict=True))
     moved += math.prod(resolved.output_shape) * dtype.itemsize
     temporaries = lowering.temporaries(resolved, match, max(d.itemsize for d in (dtype, *dtypes)))
@@ -93,13 +96,7 @@ def _plan(equation, shapes, dtypes, dtype, padding, boundary, sizes, implementat
     # an eager call dispatches one program; in a program that is traced it stands as if there were no jit
     @functools.partial(jax.jit, static_argnums=1, inline=True)
     def run(operands: list[jax.Array], precision: lax.PrecisionLike) -> jax.Array:
-        common = np.dtype(jnp.result_type(*operands))
-        if lowering.widens and common.itemsize < dtype.itemsize:
-            common = dtype
-        small = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
-        accumulate = np.dtype(jnp.float32) if small else dtype
-        operands = [x.astype(common) for x in operands]
-        return lowering.run(resolved, match, operands, precision, accumulate).astype(dtype)
+        return evaluate(lowering, resolved, match, operands, precision, dtype)
 
     detail = lowering.describe(resolved, match)
     return Plan(resolved, dtypes, dtype, lowering.name, detail, flops, moved, temporaries, run)

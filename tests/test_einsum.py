@@ -218,3 +218,39 @@ def test_drawn_slices(drawn):
         hypothesis.assume(False)
     hypothesis.assume(resolved.affine and can_slice(resolved) and math.prod(resolved.sizes.values()) <= 3000)
     check(equation, draw_arrays(shapes), options, lambda *arrays: slices(resolved, True, arrays, None, np.dtype(float)))
+
+
+EMPTY = [
+    ("n i+r j+s c, r s c o -> n i j o", dict(n=2, i=4, j=4, r=3, s=2, c=3, o=4), "nco"),
+    ("n i+r c, r c -> n i c", dict(n=2, i=4, r=3, c=3), "nc"),
+    ("n i c, r c o -> n 2*i+r o", dict(n=2, i=4, r=3, c=3, o=4), "nco"),
+    ("n i+r h d, n i r h -> n i h d", dict(n=2, i=4, r=3, h=2, d=3), "nhd"),
+    ("n i h d, n i+r h d -> n i r h", dict(n=2, i=4, r=3, h=2, d=3), "nhd"),
+    ("n i+r c, r c k, k o -> n i o", dict(n=2, i=4, r=3, c=3, k=4, o=5), "ncko"),
+    ("n i d, n j d -> n i j", dict(n=2, i=3, j=4, d=5), "nijd"),
+    ("n i+r c -> n i r c", dict(n=2, i=4, r=3, c=3), "nc"),
+]
+
+
+@pytest.mark.parametrize(("equation", "sizes", "axes"), EMPTY, ids=lambda case: case if isinstance(case, str) else "")
+def test_an_empty_axis(equation, sizes, axes):
+    """A sum over nothing is zero, and so is every gradient; both implementations agree on the shapes."""
+    left, right = equation.split("->")
+    for axis in axes:
+        size = {**sizes, axis: 0}
+
+        def length(token, size=size):
+            if "+" not in token:
+                return size[token]
+            stride, window = token.split("+")
+            return int(stride[0] if "*" in stride else 1) * (size[stride[-1]] - 1) + size[window]
+
+        shapes = [[length(token) for token in term.split()] for term in left.split(",")]
+        given = {"r": size["r"]} if "r" in size and not any(" r" in term for term in left.split(",")) else {}
+        for implementation in ("xla", "reference"):
+            run = functools.partial(jaxattn.einsum, equation, implementation=implementation, **given)
+            y, pull = jax.vjp(run, *(jnp.ones(shape) for shape in shapes))
+            assert y.shape == tuple(map(length, right.split()))
+            np.testing.assert_array_equal(y, jnp.zeros_like(y))
+            for found, shape in zip(pull(jnp.ones_like(y)), shapes, strict=True):
+                np.testing.assert_array_equal(found, jnp.zeros(shape))

@@ -101,11 +101,14 @@ def match(resolved: Resolved) -> Convolution | None:
     if len(spatial) < len(resolved.affine) or len(set(used)) < len(used):
         return None
     mine, other = ([a for a in names[k] if a in bare[k] and a not in used] for k in (x, 1 - x))
+    group = tuple(a for a in mine if a in bare[OUTPUT] and a in other)
+    if any(resolved.sizes[a] == 0 for a in group):  # lax takes no convolution of no groups
+        return None
     return Convolution(
         x,
         tuple(spatial),
         batch=tuple(a for a in mine if a in bare[OUTPUT] and a not in other),
-        group=tuple(a for a in mine if a in bare[OUTPUT] and a in other),
+        group=group,
         contracted=tuple(a for a in mine if a not in bare[OUTPUT] and a in other),
         features=tuple(a for a in other if a in bare[OUTPUT] and a not in mine),
     )

@@ -104,6 +104,7 @@ def check(arrays: Arrays, settings: Settings) -> tuple[Operands, Options]:
     key_mask, slot_mask = _masks(arrays.mask, geometry)
     query_segments, key_segments = _segments(arrays.segment_ids, geometry)
     scale, soft_cap = arrays.scale, arrays.logits_soft_cap
+    dropout_key, key_impl = _key_bits(arrays.dropout_key)
     operands = Operands(
         query=query,
         key=key,
@@ -119,7 +120,7 @@ def check(arrays: Arrays, settings: Settings) -> tuple[Operands, Options]:
         key_segments=key_segments,
         extra_key=extra_key,
         extra_value=extra_value,
-        dropout_key=None if arrays.dropout_key is None else jnp.asarray(arrays.dropout_key),
+        dropout_key=dropout_key,
     )
     options = Options(
         window=settings.window,
@@ -128,6 +129,7 @@ def check(arrays: Arrays, settings: Settings) -> tuple[Operands, Options]:
         normalize=settings.normalize,
         score_mod=settings.score_mod,
         dropout_rate=settings.dropout_rate,
+        key_impl=key_impl,
         precision=settings.precision,
         residuals=settings.return_residuals,
         tile=_tile(settings.tile, geometry),
@@ -309,6 +311,16 @@ def _masks(
     return _key_mask("mask", mask, geometry), None
 
 
+def _key_bits(key: Any) -> tuple[Array | None, Any]:
+    """The bits of a key made of the given one, and their kind. The derivative draws with them again: that is no second
+    use of the key that the caller gave."""
+    if key is None:
+        return None, None
+    key = jnp.asarray(key)
+    typed = key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+    return jax.random.key_data(jax.random.split(typed, 1)[0]), jax.random.key_impl(typed)
+
+
 def _is_key_mask(shape: tuple[int, ...], geometry: _Geometry) -> bool:
     """Whether a shape is [*batch|1, *keys], or the grid of the keys alone."""
     batch, grid = shape[: -len(geometry.keys)], shape[-len(geometry.keys) :]
@@ -409,7 +421,7 @@ def _check_number(name: str, value: Any) -> None:
     array = isinstance(value, np.ndarray | jax.Array) and any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
     if np.shape(value) != () or not (array or isinstance(value, numbers.Real)):
         raise ValueError(f"attention: {name} (={value!r}) must be one real number")
-    if isinstance(value, np.ndarray | numbers.Real) and not np.isfinite(value):
+    if isinstance(value, np.ndarray | numbers.Real) and not math.isfinite(float(value)):
         raise ValueError(f"attention: {name} (={value!r}) must be finite")
 
 

@@ -13,6 +13,7 @@ from jaxattn.arguments import Arrays, Operand, Settings
 from jaxattn.kernels import backends, primitive
 from jaxattn.kernels.operands import ScoreMod
 from jaxattn.normalize import NORMALIZERS, Normalizer, logsumexp
+from jaxattn.promotion import broadcasting
 from jaxattn.window import Window
 
 
@@ -99,6 +100,9 @@ def attention(
     Raises:
         ValueError: before anything is compiled, naming the argument, what came and what is allowed.
 
+    Under `jit`, `vmap`, `grad`, `jvp`, `linear_transpose` in the values, `checkpoint`, `shard_map` it is what the
+    formula is. `jax.experimental.jet` has no rule for "xla": nest `jvp`, or take "reference".
+
     References:
         Vaswani et al. 2017 (arXiv 1706.03762); Ramachandran et al. 2019 (1906.05909); Hassani et al. 2023 (2204.07143).
 
@@ -148,6 +152,7 @@ def attention(
     return found if return_residuals else found[0]
 
 
+@broadcasting
 def merge_attentions(outputs: Sequence[Operand], lses: Sequence[Operand], *, return_residuals: bool = False) -> Any:
     """Join softmax attentions of the same queries over disjoint sets of keys, exactly.
 
@@ -182,6 +187,7 @@ def merge_attentions(outputs: Sequence[Operand], lses: Sequence[Operand], *, ret
     return (merged, logsumexp(scores, present)) if return_residuals else merged
 
 
+@broadcasting
 def _attend(arrays: Arrays, settings: Settings, platform: str) -> tuple[Array, ...]:
     """Check, choose, call. A compiled call is found by its platform too, for a backend may support one alone."""
     del platform

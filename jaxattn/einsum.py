@@ -23,6 +23,7 @@ from jaxattn.lowerings.pairs import by_pairs
 from jaxattn.lowerings.plain import PLAIN
 from jaxattn.lowerings.product import PRODUCT
 from jaxattn.lowerings.slices import SLICES
+from jaxattn.promotion import broadcasting
 
 # The first that matches is taken: what is special, and faster, stands before what is general.
 ONE_STEP = (PLAIN, PRODUCT, GROUPED, DEPTHWISE, CONVOLUTION, BANDS, SLICES, GATHER)
@@ -95,6 +96,7 @@ def _plan(equation, shapes, dtypes, dtype, padding, boundary, sizes, implementat
 
     # an eager call dispatches one program; in a program that is traced it stands as if there were no jit
     @functools.partial(jax.jit, static_argnums=1, inline=True)
+    @broadcasting
     def run(operands: list[jax.Array], precision: lax.PrecisionLike) -> jax.Array:
         return evaluate(lowering, resolved, match, operands, precision, dtype)
 

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 from contract import IMPLEMENTATIONS, SMALL, agree, bias, extra_tokens, problem, quicker, scalar
 
+from jaxattn.attention import attention
+from jaxattn.window import Window
+
 compiled = functools.partial(jax.jit, compiler_options=quicker)
 few = dict(heads=2, key_heads=1)
 # Each operand of the problem that has everything, and the options that are arrays.
@@ -159,3 +162,45 @@ def test_a_donated_query():
     output = jax.jit(run, donate_argnums=0, compiler_options=quicker)(query)
     assert query.is_deleted()
     agree(output, made.expected(made.cotangents())[0][0], "donated")
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_it_is_linear_in_its_values(implementation):
+    rng = np.random.default_rng(0)
+    q, k, v, y, extra = (jnp.asarray(rng.normal(size=(2, n, 2, 3))) for n in (7, 7, 7, 7, 2))
+
+    run = functools.partial(attention, window=Window(3), implementation=implementation, extra_key=extra)
+    one = lambda v, extra_value: run(q, k, v, extra_value=extra_value)
+    found = jax.linear_transpose(one, v, extra)(y)
+    np.testing.assert_allclose(sum(map(jnp.vdot, found, (v, extra))), jnp.vdot(y, one(v, extra)), rtol=1e-9)
+    mapped = jax.vmap(one, (0, None))
+    both = jax.linear_transpose(mapped, jnp.stack([v, v]), extra)(jnp.stack([y, 2 * y]))
+    np.testing.assert_allclose(both[0], jnp.stack([found[0], 2 * found[0]]), rtol=1e-9)
+    np.testing.assert_allclose(both[1], 3 * found[1], rtol=1e-9)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_the_derivative_of_dropout_is_no_second_use_of_its_key(implementation):
+    x = jnp.ones((1, 6, 2, 4))
+    run = lambda x, key: attention(
+        x, x, x, window=Window(3), dropout_rate=0.5, dropout_key=key, implementation=implementation
+    ).sum()
+    with jax.debug_key_reuse(True):
+        key = jax.random.key(1)
+        assert jnp.isfinite(jax.grad(run)(x, key)).all()
+        with pytest.raises(jax.errors.KeyReuseError):
+            run(x, key)
+    raw = jax.random.PRNGKey(1)
+    np.testing.assert_array_equal(run(x, raw), run(x, jax.random.key(1)))
+    rbg = jax.random.key(1, impl="rbg")
+    np.testing.assert_allclose(run(x, rbg), jax.jit(run)(x, rbg), rtol=1e-12)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_ranks_may_be_kept_apart_outside(implementation):
+    """The library broadcasts on purpose, also in what is traced later: derivatives, and what is lowered."""
+    made = problem("5 x 5, mask", "everything")
+    with jax.numpy_rank_promotion("raise"):
+        jax.jit(jax.value_and_grad(scalar(made, implementation))).lower(made.operands)
+        hessian = jax.jvp(jax.grad(scalar(made, implementation)), (made.operands,), (made.operands,))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(hessian))

@@ -10,6 +10,7 @@ FLOOR = {
     "boundary": 0,
     "machine": 0,
     "units": 0,
+    "promotion": 0,
     "errors": 0,
     "notation": 0,
     "sizes": 0,

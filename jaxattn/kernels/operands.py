@@ -1,7 +1,7 @@
 """What every kernel is given: operands in one canonical layout, and options. `attention` has checked all of it."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -33,7 +33,7 @@ class Operands(NamedTuple):
     key_segments: Array | None = None  # [*batch, *keys]
     extra_key: Array | None = None  # [*batch, extra, key_heads, head_dim]
     extra_value: Array | None = None  # [*batch, extra, key_heads, value_dim]
-    dropout_key: Array | None = None
+    dropout_key: Array | None = None  # its bits, of the kind `Options.key_impl`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Options:
     normalize: Normalizer = softmax
     score_mod: ScoreMod | None = None
     dropout_rate: float = 0.0
+    key_impl: Hashable | None = None
     precision: jax.lax.PrecisionLike = None
     residuals: bool = False  # whether lse is wanted
     tile: tuple[int, ...] | None = None  # queries per tile along each axis
@@ -148,6 +149,7 @@ def dropout_factors(
     """
     if operands.dropout_key is None:
         raise ValueError(f"attention: dropout_key (=None) must be a key, for dropout_rate is {options.dropout_rate}")
-    key = jax.random.fold_in(operands.dropout_key, query)
+    key = jax.random.wrap_key_data(operands.dropout_key, impl=options.key_impl)
+    key = jax.random.fold_in(key, query)
     keep = jax.random.bernoulli(key, jnp.float32(1 - options.dropout_rate), shape)
     return keep.astype(dtype) / (1 - options.dropout_rate)

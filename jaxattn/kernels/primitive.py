@@ -23,6 +23,7 @@ from jaxtyping import Array
 from jaxattn.kernels import differentiable
 from jaxattn.kernels.backend import Backend
 from jaxattn.kernels.operands import Operands, Options, statistics_dtype
+from jaxattn.promotion import broadcasting
 
 
 class Call(NamedTuple):
@@ -57,25 +58,30 @@ def attend(operands: Operands, options: Options, backend: Backend) -> tuple[Arra
     return tuple(attend_p.bind(*given.values(), call=Call(backend.forward, backend.backward, tuple(given), options)))
 
 
+@broadcasting
 def _attend(call: Call, *arrays: Any) -> tuple[Array, ...]:
     return call.forward(call.operands(arrays), call.options)
 
 
+@broadcasting
 def _plainly(call: Call, *arrays: Any) -> tuple[Array, ...]:
     return differentiable.attend(call.operands(arrays), call.options)
 
 
+@broadcasting
 def _tangent(call: Call, *arrays: Any) -> tuple[Array, ...]:
     operands, tangents = arrays[: len(call.names)], arrays[len(call.names) :]
     return jax.jvp(functools.partial(_with, call, operands), _mine(call, operands), tangents)[1]
 
 
+@broadcasting
 def _cotangent(call: Call, *arrays: Any) -> tuple[Array, ...]:
     operands, cotangents = arrays[: len(call.names)], arrays[len(call.names) :]
     found = call.backward(call.operands(operands), tuple(cotangents), call.options, call.wanted)
     return tuple(found[name] for name in call.wanted)
 
 
+@broadcasting
 def _cotangent_plainly(call: Call, *arrays: Any) -> tuple[Array, ...]:
     operands, cotangents = arrays[: len(call.names)], arrays[len(call.names) :]
     return jax.vjp(functools.partial(_with, call, operands), *_mine(call, operands))[1](tuple(cotangents))
@@ -219,8 +225,24 @@ def _transpose(other: Primitive, cotangents: Sequence[Any], *arrays: Any, call: 
     return [None] * n + summed
 
 
+def _attend_transpose(cotangents: Sequence[Any], *arrays: Any, call: Call) -> list:
+    """Attention is linear in its values: there it is its own tangent."""
+    there = [k for k, x in enumerate(arrays) if ad.is_undefined_primal(x)]
+    names = tuple(call.names[k] for k in there)
+    if call.options.residuals or not set(names) <= {"value", "extra_value"}:
+        raise ValueError(
+            f"attention: what is transposed must be value or extra_value, in which it is linear; not {names}"
+        )
+    call = call._replace(wanted=names, vmaps=tuple((*axes, *(axes[k] for k in there)) for axes in call.vmaps))
+    filled = [jnp.zeros(x.aval.shape, x.aval.dtype) if ad.is_undefined_primal(x) else x for x in arrays]
+    linear = [arrays[k] for k in there]
+    found = iter(_transpose(cotangent_p, cotangents, *filled, *linear, call=call)[len(arrays) :])
+    return [next(found) if k in there else None for k in range(len(arrays))]
+
+
 ad.primitive_jvps[attend_p] = _attend_jvp
 ad.primitive_jvps[tangent_p] = functools.partial(_linear_jvp, tangent_p, _tangent)
 ad.primitive_jvps[cotangent_p] = functools.partial(_linear_jvp, cotangent_p, _cotangent_plainly)
+ad.primitive_transposes[attend_p] = _attend_transpose
 ad.primitive_transposes[tangent_p] = functools.partial(_transpose, cotangent_p)
 ad.primitive_transposes[cotangent_p] = functools.partial(_transpose, tangent_p)

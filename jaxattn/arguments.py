@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped
 
+from jaxattn.functions import Known, known
 from jaxattn.kernels.operands import Operands, Options, ScoreMod, hiding_score, statistics_dtype
 from jaxattn.normalize import NORMALIZERS, Normalizer
 from jaxattn.sizes import is_int
@@ -56,8 +57,9 @@ class Settings(NamedTuple):
 
     @property
     def has_functions(self) -> bool:
-        """Whether a function of the caller's takes part."""
-        return self.score_mod is not None or self.normalize not in NORMALIZERS.values()
+        """Whether a function of the caller's takes part that may hold what changes."""
+        ours = (None, *NORMALIZERS.values())
+        return any(not isinstance(f, Known) and f not in ours for f in (self.score_mod, self.normalize))
 
 
 def read(
@@ -445,7 +447,7 @@ def _normalizer(normalize: Any, return_residuals: Any) -> Any:
         raise ValueError(
             f"attention: normalize (={normalize!r}) must be one of {', '.join(map(repr, NORMALIZERS))} or a function"
         )
-    return normalize
+    return normalize if normalize in NORMALIZERS.values() else known(normalize) or normalize
 
 
 def _integers(tile: Any) -> int | tuple[int, ...] | None:
@@ -462,4 +464,4 @@ def _integers(tile: Any) -> int | tuple[int, ...] | None:
 def _function(name: str, value: Any) -> Any:
     if value is not None and not callable(value):
         raise ValueError(f"attention: {name} (={value!r}) must be None or a function")
-    return value
+    return value if value is None else known(value) or value

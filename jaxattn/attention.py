@@ -146,7 +146,7 @@ def attention(
         implementation=implementation,
         return_residuals=return_residuals,
     )
-    # a function of the caller's may hold state that a cache would freeze
+    # a function of the caller's may hold what changes, which a cache would freeze
     attend = _attend if settings.has_functions else _attend_compiled
     found = attend(arrays, settings, machine.backend())
     return found if return_residuals else found[0]

@@ -11,6 +11,7 @@ FLOOR = {
     "machine": 0,
     "units": 0,
     "promotion": 0,
+    "functions": 0,
     "errors": 0,
     "notation": 0,
     "sizes": 0,

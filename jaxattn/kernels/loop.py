@@ -107,8 +107,11 @@ def chunked(x: Array, operands: Operands, loop: Loop) -> Array:
 
 
 def arrange_queries(x: Array, operands: Operands, loop: Loop) -> Array:
-    """[*batch, *queries, ...] in the order of the tiles; zeros where a tile has no query."""
-    return _at_places(chunked(x, operands, loop), [axis.queries for axis in loop.axes], loop)
+    """[*batch, *queries|1, ...] in the order of the tiles; zeros where a tile has no query. An axis of length one, along
+    which there are more queries, stays one."""
+    x = chunked(x, operands, loop)
+    same = [x.shape[a] < len(axis.axis.start) for a, axis in enumerate(loop.axes, loop.lead)]
+    return _at_places(x, [None if one else axis.queries for one, axis in zip(same, loop.axes, strict=True)], loop)
 
 
 def arrange_keys(x: Array, operands: Operands, loop: Loop) -> Array:
@@ -189,24 +192,30 @@ def take_chunk(x: Array, loop: Loop, step: Step) -> Array:
 
 
 def take_queries(x: Array, loop: Loop, step: Step) -> Array:
-    """[entries, chunks, *places, ...] as [tiles, entries, *queries, ...]."""
+    """[entries, chunks, *places|1, ...] as [tiles, entries, *queries|1, ...]."""
     x, rank = take_chunk(x, loop, step), len(loop.axes)
     corner, sizes = _corner(loop, step)
+    pairs = []
     for axis, (begin, run, t) in enumerate(zip(corner, loop.runs, sizes, strict=True), 1):
         if run * t < x.shape[axis]:
             x = lax.dynamic_slice_in_dim(x, begin, run * t, axis)
-    pairs = (n for pair in zip(loop.runs, sizes, strict=True) for n in pair)
+        pairs += [run, t] if run * t == x.shape[axis] else [1, 1]
     x = jnp.moveaxis(x.reshape(x.shape[0], *pairs, *x.shape[1 + rank :]), range(1, 1 + 2 * rank, 2), range(rank))
+    x = jnp.broadcast_to(x, (*loop.runs, *x.shape[rank:]))
     return x.reshape(-1, *x.shape[rank:])
 
 
 def put_queries(x: Array, tile: Array, loop: Loop, step: Step, add: bool = False) -> Array:
     """`take_queries`, undone: write, or add, in place."""
     rank = len(loop.axes)
-    corner, sizes = _corner(loop, step)
-    tile = jnp.moveaxis(tile.reshape(*loop.runs, *tile.shape[1:]), range(rank), range(1, 1 + 2 * rank, 2))
-    places = [run * t for run, t in zip(loop.runs, sizes, strict=True)]
-    return put(x, tile.reshape(tile.shape[0], *places, *tile.shape[1 + 2 * rank :]), corner, loop, step, add)
+    corner, _ = _corner(loop, step)
+    tile = tile.reshape(*loop.runs, *tile.shape[1:])
+    one = [x.shape[a] == 1 for a in range(loop.lead, loop.lead + rank)]
+    tile = tile.sum(tuple(a for a in range(rank) if one[a]), keepdims=True)
+    tile = jnp.moveaxis(tile, range(rank), range(1, 1 + 2 * rank, 2))
+    places = [tile.shape[a] * tile.shape[a + 1] for a in range(1, 1 + 2 * rank, 2)]
+    tile = tile.reshape(tile.shape[0], *places, *tile.shape[1 + 2 * rank :])
+    return put(x, tile, tuple(0 if o else c for o, c in zip(one, corner, strict=True)), loop, step, add)
 
 
 def take_columns(x: Array, loop: Loop, step: Step) -> Array:

@@ -390,22 +390,15 @@ def _over_tiles(function: Callable, arrays: Arrays, tile: _Tile) -> Any:
 # What a step takes, and what becomes of its results
 
 
-def _arrange_queries(x: Array, operands: Operands, options: Options, loop: Loop) -> Array:
-    rank = len(loop.axes)
-    batch = operands.query.ndim - rank - 2
-    x = jnp.broadcast_to(x, (*x.shape[:batch], *options.queries, *x.shape[batch + rank :]))
-    return loops.arrange_queries(x, operands, loop)
+def _shared(x: Array, loop: Loop) -> bool:
+    """Whether several steps take the same of an array arranged by query: one for all chunks, or along an axis."""
+    return 1 in x.shape[1 : loop.lead + len(loop.axes)] and math.prod(loop.steps) > 1
 
 
-def _same_in_chunks(x: Array, loop: Loop) -> bool:
-    """Whether the chunks of the batch share an arranged array."""
-    return loop.chunks > 1 and x.shape[1] == 1
-
-
-QUERIES = Role(  # differs from query to query
-    arrange=_arrange_queries,
+QUERIES = Role(  # differs from query to query, along some axes at least
+    arrange=lambda x, operands, options, loop: loops.arrange_queries(x, operands, loop),
     take=loops.take_queries,
-    add=lambda x, found, loop, step: loops.put_queries(x, found, loop, step, add=_same_in_chunks(x, loop)),
+    add=lambda x, found, loop, step: loops.put_queries(x, found, loop, step, add=_shared(x, loop)),
     tiled=True,
 )
 KEYS = Role(  # differs from key to key
@@ -470,7 +463,7 @@ def _sources(name: str) -> set[str]:
 
 def _sum_dtype(x: Array, role: Role, loop: Loop) -> Any:
     """What several steps add to is held in float32 at least."""
-    once = role is QUERIES and not _same_in_chunks(x, loop)
+    once = role is QUERIES and not _shared(x, loop)
     return x.dtype if once else statistics_dtype(x.dtype)
 
 

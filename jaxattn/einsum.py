@@ -20,13 +20,14 @@ from jaxattn.lowerings.grouped import GROUPED
 from jaxattn.lowerings.local import BANDS
 from jaxattn.lowerings.lowering import Lowering, Problem, evaluate, first_match
 from jaxattn.lowerings.pairs import by_pairs
+from jaxattn.lowerings.phases import PHASES
 from jaxattn.lowerings.plain import PLAIN
 from jaxattn.lowerings.product import PRODUCT
 from jaxattn.lowerings.slices import SLICES
 from jaxattn.promotion import broadcasting
 
 # The first that matches is taken: what is special, and faster, stands before what is general.
-ONE_STEP = (PLAIN, PRODUCT, GROUPED, DEPTHWISE, CONVOLUTION, BANDS, SLICES, GATHER)
+ONE_STEP = (PLAIN, PRODUCT, GROUPED, DEPTHWISE, PHASES, CONVOLUTION, BANDS, SLICES, GATHER)
 LOWERINGS = (PLAIN, by_pairs(ONE_STEP), *ONE_STEP[1:])
 IMPLEMENTATIONS: dict[str | None, tuple[Lowering, ...]] = {None: LOWERINGS, "reference": (GATHER,), "xla": LOWERINGS}
 
@@ -201,8 +202,8 @@ def einsum(
 
     Returns:
       The result in the operands' promoted dtype, or in `preferred_element_type`. float16 and bfloat16 accumulate in
-      float32. Where weights multiply the keys of a window, an infinity or NaN may also reach, as NaN, positions near
-      it whose window does not hold it: on the CPU, windows are dense products with zeros beside them.
+      float32. Where weights multiply the keys of a window, or a convolution is transposed, an infinity or NaN may also
+      reach, as NaN, positions near it that it is not summed into: on the CPU, zeros are multiplied there.
 
     Raises:
       ValueError: the equation is malformed or doesn't fit the operands; the message shows where.

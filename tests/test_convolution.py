@@ -173,6 +173,27 @@ def test_transposed_is_lax_conv_transpose(drawn):
     np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
 
 
+def test_phases_of_strides():
+    """With taps that the strides divide and do not, cropped, and where one dimension has no stride."""
+    cases = [
+        ("n i c, r c o -> n 3*i+r o", [(2, 5, 3), (7, 3, 4)], {}),
+        ("n i c, r c o -> n 4*i+r o", [(2, 5, 3), (2, 3, 4)], {"padding": (3, -2)}),
+        ("n i j c, r s c o -> n 2*i+r j+2*s o", [(2, 4, 3, 3), (3, 2, 3, 4)], {"padding": "SAME"}),
+        ("n i j k c, r s t c o -> n o 2*i+r 3*j+s-1 k+t", [(1, 3, 2, 4, 2), (2, 5, 1, 2, 3)], {"boundary": "wrap"}),
+        ("n i c, r c o -> n 3*i-r o", [(2, 5, 3), (4, 3, 4)], {"padding": (2, 2)}),
+    ]
+    for equation, shapes, options in cases:
+        assert jaxattn.plan(equation, *shapes, **options).lowering == "phases"
+        operands = arrays(*shapes)
+        run = lambda how, e=equation, o=options: functools.partial(jaxattn.einsum, e, implementation=how, **o)
+        (y, back), (want, want_back) = (jax.vjp(run(how), *operands) for how in (None, "reference"))
+        dy = arrays(y.shape, seed=5)[0]
+        for mine, theirs in zip((y, *back(dy)), (want, *want_back(dy)), strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=1e-10, atol=1e-11)
+    dilated = jaxattn.plan("n i c, r c o -> n 2*i+3*r o", (2, 5, 3), (2, 3, 4))
+    assert dilated.lowering == "convolution"
+
+
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize("boundary", ["edge", "reflect", "wrap"])
 def test_filled_boundaries_are_numpy_pad(rank, boundary):

@@ -74,7 +74,7 @@ def test_table_of_the_notation(name, implementation):
 
 LOWERED = {
     "conv": "convolution", "strided": "convolution", "dilated": "convolution", "depthwise": "depthwise",
-    "multiplier": "depthwise", "grouped": "depthwise", "causal": "convolution", "transposed": "convolution",
+    "multiplier": "depthwise", "grouped": "depthwise", "causal": "convolution", "transposed": "phases",
     "local scores": "slices", "local mix": "slices", "involution": "slices",
     "Swin bias": "gather", "halo blocks": "gather", "unfold": "gather",
     "relative q·r": "plain", "patchify": "plain", "plain": "plain",
@@ -85,7 +85,7 @@ LOWERED = {
 def test_lowering_of_the_notation(name):
     equation, shapes, options = TABLE[name]
     want = LOWERED[name]
-    if want == "depthwise" and jax.default_backend() != "cpu":
+    if want in ("depthwise", "phases") and jax.default_backend() != "cpu":
         want = "convolution"
     assert jaxattn.plan(equation, *shapes, **options).lowering == want
 

@@ -29,6 +29,8 @@ CASES = {
     ),
     "transposed": ("n i j c, r s c o -> n 2*i+r 2*j+s o", [(2, 3, 4, 3), (3, 2, 3, 4)], {"boundary": "wrap"}),
     "slices": ("b i u, b i+u d -> b i d", [(2, 5, 3), (2, 5, 4)], {"padding": "SAME", "boundary": "edge"}),
+    "transposed, dilated": ("n i c, r c o -> n 2*i+3*r o", [(2, 4, 3), (3, 3, 4)], {"boundary": "wrap"}),
+    "pairs": ("n i+r j+s c, r f, s f, c f -> n i j f", [(2, 4, 3, 3), (3, 2), (2, 2), (3, 2)], {"padding": "SAME"}),
     "gather": ("b 4*i+t-1 c -> b i t c", [(2, 8, 3)], {"i": 2, "t": 6, "boundary": "reflect"}),
 }
 TOLERANCE = {"float64": 1e-12, "float32": 2e-6, "float16": 2e-3, "bfloat16": 1e-2}  # a few units in the last place
@@ -48,8 +50,8 @@ def case(request):
 
 def test_the_cases_are_one_for_each_lowering():
     lowerings = [jaxattn.plan(equation, *shapes, **options).lowering for equation, shapes, options in CASES.values()]
-    depthwise = "depthwise" if jax.default_backend() == "cpu" else "convolution"
-    assert lowerings == ["plain", "convolution", *[depthwise] * 3, "convolution", "slices", "gather"]
+    of_a_cpu = ["depthwise"] * 3 + ["phases"] if jax.default_backend() == "cpu" else ["convolution"] * 4
+    assert lowerings == ["plain", "convolution", *of_a_cpu, "slices", "convolution", "pairs", "gather"]
 
 
 @pytest.mark.core(16)

@@ -107,8 +107,8 @@ def chunked(x: Array, operands: Operands, loop: Loop) -> Array:
 
 
 def arrange_queries(x: Array, operands: Operands, loop: Loop) -> Array:
-    """[*batch, *queries|1, ...] in the order of the tiles; zeros where a tile has no query. An axis of length one, along
-    which there are more queries, stays one."""
+    """[*batch, *queries|1, ...] in the order of the tiles; zeros where a tile has no query. An axis of length one stays
+    one where there are more queries along it."""
     x = chunked(x, operands, loop)
     same = [x.shape[a] < len(axis.axis.start) for a, axis in enumerate(loop.axes, loop.lead)]
     return _at_places(x, [None if one else axis.queries for one, axis in zip(same, loop.axes, strict=True)], loop)

@@ -214,15 +214,7 @@ def convolve(
     y_order = _arrange(y_names, y_groups)
     y_at = [y_order.index(g) for g in range(len(y_order))]
 
-    for s, along, tap in zip(conv.spatial, x_at[1:-1], w_at[:-2], strict=True):
-        x = _part(x, along, s.trim.positions if s.scattered else s.trim.tokens)
-        w = _part(w, tap, s.trim.taps)
-    run = run or functools.partial(by_lax, precision=precision)
-    y = run(conv, resolved, (x, x_at), (w, w_at), y_at)
-    for s, along in zip(conv.spatial, y_at[1:-1], strict=True):
-        y = _within(
-            y, along, *((s.trim.tokens, s.axis.length) if s.scattered else (s.trim.positions, s.axis.positions))
-        )
+    y = trimmed(run or functools.partial(by_lax, precision=precision), conv, resolved, (x, x_at), (w, w_at), y_at)
     spread = {s.p: y.shape[at] for s, at in zip(conv.spatial, y_at[1:-1], strict=True)}
     flat = [a for g in y_order for a in y_groups[g]]
     y = y.reshape([spread.get(a, resolved.sizes[a]) for a in flat]).transpose([flat.index(a) for a in y_names])
@@ -233,14 +225,29 @@ def convolve(
     return merge(y, resolved)
 
 
-def by_lax(conv: Convolution, resolved: Resolved, x, w, y_at: list[int], precision) -> jax.Array:
+def trimmed(run: Callable, conv: Convolution, resolved: Resolved, x, w, y_at: list[int]) -> jax.Array:
+    """`run` on what takes part, with zeros around it."""
+    (x, x_at), (w, w_at) = x, w
+    for s, along, tap in zip(conv.spatial, x_at[1:-1], w_at[:-2], strict=True):
+        x = _part(x, along, s.trim.positions if s.scattered else s.trim.tokens)
+        w = _part(w, tap, s.trim.taps)
+    y = run(conv, resolved, (x, x_at), (w, w_at), y_at)
+    for s, along in zip(conv.spatial, y_at[1:-1], strict=True):
+        part, length = (s.trim.tokens, s.axis.length) if s.scattered else (s.trim.positions, s.axis.positions)
+        y = _within(y, along, part, length)
+    return y
+
+
+def by_lax(
+    conv: Convolution, resolved: Resolved, x, w, y_at: list[int], precision, padding: list | None = None
+) -> jax.Array:
     """`lax.conv_general_dilated` of (array, where its groups of axes stand) twice, into groups of axes at `y_at`."""
     (x, x_at), (w, w_at) = x, w
     return lax.conv_general_dilated(
         x,
         _flip(w, [tap for s, tap in zip(conv.spatial, w_at, strict=False) if s.scattered]),
         window_strides=[1 if s.scattered else s.trim.axis.stride for s in conv.spatial],
-        padding=[s.padding for s in conv.spatial],
+        padding=[s.padding for s in conv.spatial] if padding is None else padding,
         lhs_dilation=[s.trim.axis.stride if s.scattered else 1 for s in conv.spatial],
         rhs_dilation=[s.trim.axis.dilation for s in conv.spatial],
         dimension_numbers=lax.ConvDimensionNumbers(

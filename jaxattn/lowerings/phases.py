@@ -1,0 +1,93 @@
+"""A transposed convolution on a CPU as a dense one that makes all phases of its strides (Shi et al. 2016, 1609.05158).
+
+Position p of x and tap q meet the token `a·p + q - low`. With `q = a·j + f` that is `a·(p + j) + f - low`: tap j of
+phase f, one of a, in a convolution whose stride is one. So the phases are features that it makes, and are put side by
+side at the end. XLA:CPU is slow where there are zeros between inputs, in the kernel's gradient by two orders of
+magnitude.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxattn.extents import Resolved
+from jaxattn.lowerings.convolution import Convolution, Sizes, by_lax, convolve, described, match, trimmed
+from jaxattn.lowerings.lowering import Lowering, Problem
+from jaxattn.lowerings.taps import TapAxis, trim
+
+
+def _match(problem: Problem) -> Convolution | None:
+    """A transposed convolution of one group, with a stride, and without dilation where it has one."""
+    conv = match(problem.resolved)
+    sizes = None if conv is None else Sizes.of(problem, conv)
+    if conv is None or sizes is None or sizes.groups > 1 or not all(s.scattered for s in conv.spatial):
+        return None
+    axes = [s.trim.axis for s in conv.spatial]
+    dense = all(1 in (axis.stride, axis.dilation) for axis in axes)
+    return conv if dense and any(axis.stride > 1 for axis in axes) else None
+
+
+def _phase_axis(axis: TapAxis) -> TapAxis:
+    """The axis of the phases: token t holds a·t to a·t + a-1, from the one that holds the first."""
+    first = axis.low // axis.stride
+    count = (axis.low + axis.length - 1) // axis.stride - first + 1
+    return TapAxis(1, axis.dilation, first, count, axis.positions, -(-axis.taps // axis.stride))
+
+
+def _by_phase(conv: Convolution, resolved: Resolved, x, w, y_at: list[int], precision) -> jax.Array:
+    """What `by_lax` does, all phases at once."""
+    (x, x_at), (w, w_at) = x, w
+    x, w = x.transpose(x_at), w.transpose(w_at)  # [n, *positions, c], [*taps, c, o]
+    axes = [s.trim.axis for s in conv.spatial]
+    strides, rank = [axis.stride for axis in axes], len(axes)
+    spatial = []
+    for s, axis in zip(conv.spatial, map(_phase_axis, axes), strict=True):
+        part = trim(axis)
+        if part is None:
+            raise AssertionError("an axis that has been trimmed takes part in its phases")
+        spatial.append(dataclasses.replace(s, axis=axis, trim=part))
+    w = jnp.pad(w, [*((0, -axis.taps % axis.stride) for axis in axes), (0, 0), (0, 0)])
+    w = w.reshape(*itertools.chain(*((s.axis.taps, a) for s, a in zip(spatial, strides, strict=True))), *w.shape[-2:])
+    w = w.transpose(*range(0, 2 * rank, 2), 2 * rank, *range(1, 2 * rank, 2), 2 * rank + 1)
+    features = w.shape[-1]
+    w = w.reshape(*w.shape[: rank + 1], -1)  # [*taps, c, (*phases o)]
+    one, straight = dataclasses.replace(conv, spatial=tuple(spatial)), list(range(rank + 2))
+    run = functools.partial(_padded, precision=precision)
+    y = trimmed(run, one, resolved, (x, straight), (w, straight), straight)
+    y = y.reshape(*y.shape[:-1], *strides, features)
+    y = y.transpose(0, *itertools.chain(*((1 + a, 1 + rank + a) for a in range(rank))), 1 + 2 * rank)
+    y = y.reshape(len(y), *(s.axis.length * a for s, a in zip(spatial, strides, strict=True)), features)
+    starts = [axis.low % axis.stride for axis in axes]
+    stops = [start + axis.length for start, axis in zip(starts, axes, strict=True)]
+    y = lax.slice(y, [0, *starts, 0], [len(y), *stops, features])
+    return y.transpose(sorted(range(y.ndim), key=lambda g: y_at[g]))
+
+
+def _padded(conv: Convolution, resolved: Resolved, x, w, y_at: list[int], precision) -> jax.Array:
+    """`by_lax`, of an input with its zeros around it. Where lax pads, and the result is longer than the input, XLA:CPU
+    takes twenty times as long for the gradient of the kernel."""
+    (x, x_at), pads = x, [(0, 0, 0)] * x[0].ndim
+    for s, dim in zip(conv.spatial, x_at[1:-1], strict=True):
+        pads[dim] = (*s.padding, 0)
+    x = lax.pad(x, jnp.zeros((), x.dtype), pads)
+    return by_lax(conv, resolved, (x, x_at), w, y_at, precision, padding=[(0, 0)] * len(conv.spatial))
+
+
+def phases(resolved: Resolved, conv: Convolution, operands, precision, accumulate) -> jax.Array:
+    """`convolve` by a dense convolution that makes all phases."""
+    return convolve(resolved, conv, operands, precision, accumulate, functools.partial(_by_phase, precision=precision))
+
+
+PHASES = Lowering(
+    name="phases",
+    match=_match,
+    describe=described("one lax.conv_general_dilated that makes all phases of the strides"),
+    temporaries=lambda resolved, conv, width: math.prod(resolved.output_shape) * width,
+    run=phases,
+    widens=True,
+)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 from jaxtyping import Array
 
 from jaxattn.extents import Affine, Resolved
@@ -141,10 +142,11 @@ def _resolved(terms: list[Term], sizes: Mapping[str, int]) -> Resolved:
 
 def _run(resolved: Resolved, steps: list[Step], operands, precision, accumulate) -> Array:
     left = list(operands)
-    for pair, lowering, match in steps:
-        mine = [left[k] for k in pair.places]
-        left = [x for k, x in enumerate(left) if k not in pair.places]
-        left.append(evaluate(lowering, pair.resolved, match, mine, precision, accumulate))
+    with jax.numpy_dtype_promotion("standard"):  # what a pair makes is wider than the operands
+        for pair, lowering, match in steps:
+            mine = [left[k] for k in pair.places]
+            left = [x for k, x in enumerate(left) if k not in pair.places]
+            left.append(evaluate(lowering, pair.resolved, match, mine, precision, accumulate))
     return left[0]
 
 

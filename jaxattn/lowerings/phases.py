@@ -48,8 +48,7 @@ def _by_phase(conv: Convolution, resolved: Resolved, x, w, y_at: list[int], prec
     spatial = []
     for s, axis in zip(conv.spatial, map(_phase_axis, axes), strict=True):
         part = trim(axis)
-        if part is None:
-            raise AssertionError("an axis that has been trimmed takes part in its phases")
+        assert part is not None, "an axis that has been trimmed takes part in its phases"
         spatial.append(dataclasses.replace(s, axis=axis, trim=part))
     w = jnp.pad(w, [*((0, -axis.taps % axis.stride) for axis in axes), (0, 0), (0, 0)])
     w = w.reshape(*itertools.chain(*((s.axis.taps, a) for s, a in zip(spatial, strides, strict=True))), *w.shape[-2:])
@@ -61,7 +60,8 @@ def _by_phase(conv: Convolution, resolved: Resolved, x, w, y_at: list[int], prec
     y = trimmed(run, one, resolved, (x, straight), (w, straight), straight)
     y = y.reshape(*y.shape[:-1], *strides, features)
     y = y.transpose(0, *itertools.chain(*((1 + a, 1 + rank + a) for a in range(rank))), 1 + 2 * rank)
-    y = y.reshape(len(y), *(s.axis.length * a for s, a in zip(spatial, strides, strict=True)), features)
+    for dim in range(1, 1 + rank):
+        y = lax.collapse(y, dim, dim + 2)
     starts = [axis.low % axis.stride for axis in axes]
     stops = [start + axis.length for start, axis in zip(starts, axes, strict=True)]
     y = lax.slice(y, [0, *starts, 0], [len(y), *stops, features])

@@ -92,8 +92,14 @@ def test_every_way_of_attention_is_attention(name, described, able):
 
 def conv_loops(x, kernel, of):
     """y[n, i, o] = Σ x[n, stride·i + r - low, g·c + c'] · kernel[r, c', g·o + o'], place by place."""
-    x = np.pad(x, [(0, 0), *of.pads, (0, 0)])
     y = np.zeros(of.output)
+    if of.transposed:  # y[n, stride·i + r, o] += x[n, i, c] · kernel[r, c, o]
+        for place in itertools.product(*map(range, x.shape[1:-1])):
+            for taps in itertools.product(*map(range, kernel.shape[: of.rank])):
+                at = tuple(of.stride * i + r for i, r in zip(place, taps, strict=True))
+                y[(slice(None), *at)] += x[(slice(None), *place)] @ kernel[taps]
+        return y
+    x = np.pad(x, [(0, 0), *of.pads, (0, 0)])
     per, out = kernel.shape[-2], kernel.shape[-1] // of.groups
     for place in itertools.product(*map(range, of.output[1:-1])):
         for taps in itertools.product(*map(range, kernel.shape[: of.rank])):
@@ -110,6 +116,10 @@ def conv_loops(x, kernel, of):
 def test_every_way_of_convolution_is_convolution(name, of):
     small = {"shape": (2, *(min(n, 6) for n in of.shape[1:-1]), of.shape[-1])}
     of = dataclasses.replace(of, **small)
+    if of.transposed and name == "nnx.Conv":
+        with pytest.raises(CannotError):
+            CONV[name].make(of)
+        return
     (output,), inputs, _ = run_once(CONV[name], of)
     expected = conv_loops(*(np.asarray(x, np.float64) for x in inputs), of)
     np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-4)
@@ -141,6 +151,9 @@ def test_work_is_counted_by_pair():
     conv = ConvCase("c", "n i+r c, r c o -> n i o", (2, 10, 3), (3, 3, 5), ((1, 0),), stride=2)
     assert conv.output == (2, 5, 5)
     assert conv.flops("forward") == 2 * (2 * 5 * 5) * (3 * 3)
+    spread = ConvCase("t", "n i c, r c o -> n 2*i+r o", (2, 5, 3), (3, 3, 4), ((0, 0),), stride=2, transposed=True)
+    assert spread.output == (2, 11, 4)
+    assert spread.flops("forward") == 2 * (2 * 5) * (3 * 3 * 4)
     assert conv.bytes("both") == 2 * 4 * (2 * 10 * 3 + 3 * 3 * 5 + 2 * 5 * 5)
 
 

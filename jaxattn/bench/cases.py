@@ -89,7 +89,7 @@ class AttentionCase:
 @dataclasses.dataclass(frozen=True)
 class ConvCase:
     """One convolution, in `einsum`'s notation and as `lax` describes it: x [batch, *grid, features], kernel
-    [*size, features / groups, out]."""
+    [*size, features / groups, out]. One that is `transposed` writes tap q of position p to stride·p + q."""
 
     name: str
     equation: str
@@ -99,6 +99,7 @@ class ConvCase:
     stride: int = 1
     groups: int = 1
     dtype: str = "float32"
+    transposed: bool = False
 
     kind, series, place = "conv", "", 0
 
@@ -108,6 +109,9 @@ class ConvCase:
 
     @property
     def output(self) -> tuple[int, ...]:
+        if self.transposed:
+            lengths = [(n - 1) * self.stride + k for n, k in zip(self.shape[1:-1], self.kernel, strict=False)]
+            return (self.shape[0], *lengths, self.kernel[-1])
         lengths = [
             (n + low + high - k) // self.stride + 1
             for n, k, (low, high) in zip(self.shape[1:-1], self.kernel, self.pads, strict=False)
@@ -122,7 +126,8 @@ class ConvCase:
     def flops(self, mode: str) -> int:
         """A product for every tap of every output; backward one for each of the two derivatives."""
         products = {"forward": 1, "both": 3}[mode]
-        return products * 2 * math.prod(self.output) * math.prod(self.kernel[:-1])
+        positions = self.shape[:-1] if self.transposed else self.output[:-1]
+        return products * 2 * math.prod(positions) * math.prod(self.kernel)
 
     def bytes(self, mode: str) -> int:
         """Every input read and every output written, once."""
@@ -170,6 +175,7 @@ def attention_cases(quick: bool) -> list[AttentionCase]:
             AttentionCase("2d-bias", grid, three, bias=True),
             AttentionCase("3d-mask", (1, 4, 6, 6, 2, 8), Window((1, 3, 3), boundary="mask")),
             AttentionCase("1d-causal", (1, 128, 2, 8), Window(15, causal=True, boundary="mask")),
+            AttentionCase("1d-causal-whole", (1, 64, 2, 8), Window(64, causal=True)),
             AttentionCase("swin", (1, 16, 16, 2, 8), Window((8, 8), block=8)),
             AttentionCase("global", (1, 128, 2, 8), None),
         ]
@@ -181,6 +187,7 @@ def attention_cases(quick: bool) -> list[AttentionCase]:
         *both_boundaries("3d", (1, 16, 28, 28, 4, 32), (3, 7, 7)),
         *both_boundaries("1d", (1, 4096, 8, 64), 255),
         AttentionCase("1d-causal", (1, 4096, 8, 64), Window(255, causal=True, boundary="mask")),
+        AttentionCase("1d-causal-whole", (1, 4096, 4, 64), Window(4096, causal=True)),
         AttentionCase("2d-head128", (2, 32, 32, 4, 128), seven),
         AttentionCase("2d-dilated", grid, dataclasses.replace(seven, dilation=2)),
         AttentionCase("2d-bias", grid, seven, bias=True),
@@ -201,6 +208,15 @@ def series_cases(quick: bool) -> list[AttentionCase]:
     return [*(point("tokens", n, n, at) for n in sides), *(point("volume", k, grid, k) for k in sizes)]
 
 
+def transposed(name: str, shape: tuple[int, ...], k: int, features: int, stride: int) -> ConvCase:
+    rank = len(shape) - 2
+    grid, taps = "ijk"[:rank], "rst"[:rank]
+    written = " ".join(f"{stride}*{i}+{r}" for i, r in zip(grid, taps, strict=True))
+    equation = f"n {' '.join(grid)} c, {' '.join(taps)} c o -> n {written} o"
+    kernel = (*(k,) * rank, shape[-1], features)
+    return ConvCase(name, equation, shape, kernel, ((0, 0),) * rank, stride=stride, transposed=True)
+
+
 def conv_cases(quick: bool) -> list[ConvCase]:
     """The list; with `quick`, the same kinds in small."""
     pick: Callable[[Any, Any], Any] = lambda full, small: small if quick else full
@@ -217,6 +233,9 @@ def conv_cases(quick: bool) -> list[ConvCase]:
         depthwise("depthwise-7x7", pick((8, 56, 56, 96), (1, 12, 12, 16)), 7),
         depthwise("depthwise-3x3", pick((8, 112, 112, 32), (1, 12, 12, 16)), 3),
         ConvCase("depthwise-1d-causal", "n i+r c, r c -> n i c", line, (4, 1, line[-1]), ((3, 0),), groups=line[-1]),
+        transposed("transposed-4x4-stride2", pick((4, 32, 32, 64), (1, 6, 6, 8)), 4, pick(64, 8), 2),
+        transposed("transposed-3x3-stride2", pick((4, 16, 16, 128), (1, 6, 6, 8)), 3, pick(128, 8), 2),
+        transposed("transposed-3d-stride2", pick((1, 16, 16, 16, 32), (1, 3, 4, 3, 4)), 2, 1, 2),
     ]
 
 

@@ -8,15 +8,15 @@ from flax import nnx
 from jax import lax
 
 from jaxattn.bench.cases import ConvCase
-from jaxattn.bench.ways import Function, Way
+from jaxattn.bench.ways import Function, Way, cannot_unless
 from jaxattn.einsum import einsum
-from jaxattn.zoo import conv
+from jaxattn.zoo import conv, conv_transpose
 
 
 def ours(case: ConvCase) -> Function:
     """`einsum`, with the case's equation; axes of size one, which the equation leaves out, are taken off the kernel."""
     sizes: dict[str, Any] = {"g": case.groups} if "(g c)" in case.equation else {}
-    padding = case.pads if "+" in case.equation else None
+    padding = case.pads if "+" in case.equation and not case.transposed else None
 
     def convolve(x, kernel):
         return einsum(case.equation, x, kernel.squeeze(), padding=padding, **sizes)
@@ -26,11 +26,19 @@ def ours(case: ConvCase) -> Function:
 
 def zoo(case: ConvCase) -> Function:
     padding: Any = case.pads
+    if case.transposed:  # which, as lax and flax do, takes the kernel flipped
+        flip = lambda kernel: jnp.flip(kernel, range(case.rank))
+        return Function(lambda x, kernel: conv_transpose(x, flip(kernel), strides=case.stride, padding="VALID"))
     return Function(lambda x, kernel: conv(x, kernel, strides=case.stride, padding=padding, groups=case.groups))
 
 
 def general(case: ConvCase) -> Function:
     letters = "xyz"[: case.rank]
+    numbers = (f"N{letters}C", f"{letters}IO", f"N{letters}C")
+    if case.transposed:
+        strides = (case.stride,) * case.rank
+        flip = lambda kernel: jnp.flip(kernel, range(case.rank))
+        return Function(lambda x, w: lax.conv_transpose(x, flip(w), strides, "VALID", dimension_numbers=numbers))
 
     def convolve(x, kernel):
         return lax.conv_general_dilated(
@@ -38,7 +46,7 @@ def general(case: ConvCase) -> Function:
             kernel,
             window_strides=(case.stride,) * case.rank,
             padding=case.pads,
-            dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
+            dimension_numbers=numbers,
             feature_group_count=case.groups,
         )
 
@@ -46,6 +54,8 @@ def general(case: ConvCase) -> Function:
 
 
 def flax(case: ConvCase) -> Function:
+    cannot_unless(not case.transposed, "nnx.ConvTranspose is lax.conv_transpose, which is measured")
+
     def layer() -> nnx.Conv:
         return nnx.Conv(
             case.shape[-1],

@@ -118,7 +118,7 @@ def natten(case: AttentionCase) -> Function:
 
 
 def conv(case: ConvCase, channels_last: bool) -> Function:
-    """`torch.nn.functional.conv*d`, with memory in its own order or in the case's."""
+    """`torch.nn.functional.conv*d`, or `conv_transpose*d`, with memory in its own order or in the case's."""
     torch = optional("torch")
     functional, rank = torch.nn.functional, case.rank
     grid = range(1, rank + 1)
@@ -127,6 +127,12 @@ def conv(case: ConvCase, channels_last: bool) -> Function:
     kernels = Layout(
         lambda w: own(w.permute(rank + 1, rank, *range(rank))), lambda w: w.permute(*range(2, rank + 2), 1, 0)
     )
+    if case.transposed:
+        kernels = Layout(
+            lambda w: own(w.permute(rank, rank + 1, *range(rank))), lambda w: w.permute(*range(2, rank + 2), 0, 1)
+        )
+        spread = (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)[rank - 1]
+        return Function(lambda x, w: spread(x, w, stride=case.stride), [features, kernels, features])
     even = all(low == high for low, high in case.pads)
     pads = [pad for low_high in reversed(case.pads) for pad in low_high]
     options = dict(stride=case.stride, groups=case.groups, padding=[low for low, _ in case.pads] if even else 0)

@@ -19,7 +19,8 @@ def ours(case: ConvCase) -> Function:
     padding = case.pads if "+" in case.equation and not case.transposed else None
 
     def convolve(x, kernel):
-        return einsum(case.equation, x, kernel.squeeze(), padding=padding, **sizes)
+        named = kernel if case.transposed else kernel.squeeze()
+        return einsum(case.equation, x, named, padding=padding, **sizes)
 
     return Function(convolve)
 

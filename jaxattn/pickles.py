@@ -10,7 +10,7 @@ import io
 import pickle
 import pickletools
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from jaxattn.files import shown
@@ -75,8 +75,13 @@ def with_words(act: Callable[[], Any]) -> Any:
         raise ValueError(f"damaged: {type(error).__name__}: {str(error)[:200]}") from error
 
 
-def walk(stream: IO[bytes], admit: Callable[[str, str], Any]) -> int:
-    """Reads one pickle's instructions, and returns how many there are. The stream stands behind them then.
+def _instructions(stream: IO[bytes]) -> Iterator[tuple[str, Any]]:
+    for opcode, argument, _ in pickletools.genops(stream):
+        yield opcode.name, argument
+
+
+def walk(stream: IO[bytes], admit: Callable[[str, str], Any]):
+    """Reads one pickle's instructions, after which the stream stands behind them.
 
     Raises:
       pickle.UnpicklingError: an instruction, or what it would make, is not let through; in words.
@@ -85,8 +90,7 @@ def walk(stream: IO[bytes], admit: Callable[[str, str], Any]) -> int:
     below: list[list[_Thing]] = []  # the stacks under each mark
     memo: dict[int, _Thing] = {}
     work = 0  # what a call copies of its arguments counts too: one list may be given to a call again and again
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
-        name = opcode.name
+    for name, argument in _instructions(stream):
         work += 1
         if name in TEXT:
             stack.append(_Thing(True, argument if len(argument) < 200 else None))
@@ -167,7 +171,6 @@ def walk(stream: IO[bytes], admit: Callable[[str, str], Any]) -> int:
             raise pickle.UnpicklingError(f"more than {INSTRUCTIONS:,} instructions")
     if len(stack) != 1 or below:
         raise pickle.UnpicklingError("damaged: it ends with other than one thing on its stack")
-    return count + 1
 
 
 def _check_keys(parts: list[_Thing]):

@@ -256,7 +256,7 @@ def test_the_bits_of_negation_and_conjugation_are_honoured(tmp_path, form):
     ):
         np.testing.assert_array_equal(metadata_of(form, tmp_path, metadata), np.array(expected, np.complex64))
     for metadata in ({"quantized": True}, [1], {"neg": 1}):
-        with pytest.raises(ValueError, match="a tensor with the metadata .*; allowed: the bits neg and conj"):
+        with pytest.raises(ValueError, match=r"a tensor with the metadata .*; allowed: the bits neg and conj"):
             metadata_of(form, tmp_path, metadata)
 
 
@@ -330,7 +330,7 @@ def test_what_is_no_such_file_is_told_what_it_is(tmp_path, content, message):
 
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "weights.pth")
-    with pytest.raises(OSError, match="weights.pth is a pipe"):
+    with pytest.raises(OSError, match=r"weights\.pth is a pipe"):
         read_torch(tmp_path / "weights.pth")
 
 

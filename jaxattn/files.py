@@ -15,7 +15,7 @@ import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any
 
 from jaxattn.errors import InputError
 
@@ -42,7 +42,7 @@ OTHERS = {
 }
 
 
-def open_file(path: str | os.PathLike[str]) -> BinaryIO:
+def open_file(path: str | os.PathLike[str]) -> io.BufferedReader:
     """The file, open for reading, if it is a regular one.
 
     Raises:

@@ -21,8 +21,12 @@ from jaxattn.torch_file import read_torch
 
 # how PyTorch calls what a layer of Flax has
 LEAVES = {
-    **{"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"},
-    **{"mean": "running_mean", "var": "running_var"},
+    "kernel": "weight",
+    "scale": "weight",
+    "embedding": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
 }
 COUNTER = "num_batches_tracked"  # of BatchNorm, which with a fixed momentum does not use it
 EFFICIENTNET = {

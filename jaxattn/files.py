@@ -93,7 +93,7 @@ def reading(path: object, what: str = "{}: cannot be read: ", form: tuple[bytes,
 def reason(error: BaseException) -> str:
     """What an exception says, on one short line; its type where it says nothing."""
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+        return f"{error.strerror}{f': {cut(str(error.filename))}' if error.filename else ''}"
     return cut(" ".join(str(error).split()), 300) or type(error).__name__
 
 

@@ -15,7 +15,7 @@ from study_fakes import CALLS
 
 from jaxattn import cli, models
 from jaxattn.errors import InputError
-from jaxattn.study import animation, kept, mixers, run, worker
+from jaxattn.study import animation, mixers, run, worker
 from jaxattn.study.animation import moving_centers
 from jaxattn.study.answer import ANSWER, SHORT, answer
 from jaxattn.study.claim import FAILED, Measurement, Setting
@@ -171,7 +171,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
 
 
 def test_the_fingerprint_sees_other_images():
-    assert kept.fingerprint(load("digits", 0)) != kept.fingerprint(load("digits", 1))
+    assert worker.fingerprint(load("digits", 0)) != worker.fingerprint(load("digits", 1))
 
 
 def test_claims_that_share_an_experiment_share_its_runs(here, monkeypatch, tmp_path):

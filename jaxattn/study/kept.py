@@ -6,11 +6,9 @@ import time
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from jaxattn.plots import inline_svg
 from jaxattn.study.claim import Claim, Measurement, Setting
-from jaxattn.train.data import Dataset
 from jaxattn.train.run import digest, write_json
 
 PACKAGE = Path(__file__).parent.parent
@@ -50,9 +48,3 @@ def drawing(made: Measurement, claim: Claim) -> str:
 def code_version() -> str:
     """A digest of the library's sources: a result of other code is not taken from the cache."""
     return digest(*(path.read_bytes() for path in sorted(PACKAGE.rglob("*.py"))))
-
-
-def fingerprint(data: Dataset) -> str:
-    """A digest of some of the images, so that a data set that changed under its name is run anew."""
-    images, labels = data.train.fetch(np.arange(min(64, len(data.train))))
-    return digest(images.tobytes(), labels.tobytes(), len(data.train), len(data.test))

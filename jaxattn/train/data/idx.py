@@ -1,9 +1,10 @@
 """The idx files of MNIST and Fashion-MNIST."""
 
+import contextlib
 import gzip
 import math
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -35,11 +36,10 @@ def read_idx(path: Path, ndim: int, limit: int | None = None) -> UInt8[np.ndarra
       ValueError: a file that is missing, truncated, or not what its header says.
     """
     with reading(path, form=(b"\x1f\x8b",) if path.suffix == ".gz" else ()), open_file(path) as file:
-        stream: IO[bytes] = file
         room = Room(path, size_of(file), limit)
-        if path.suffix == ".gz":
-            stream = gzip.GzipFile(fileobj=file)
-        return _array(path, Unfolded(stream, room, "its content"), ndim, room)
+        unpack: Any = gzip.open if path.suffix == ".gz" else contextlib.nullcontext
+        with unpack(file) as stream:
+            return _array(path, Unfolded(stream, room, "its content"), ndim, room)
 
 
 def _array(path: Path, stream: Unfolded, ndim: int, room: Room) -> np.ndarray:

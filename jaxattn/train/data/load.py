@@ -81,3 +81,16 @@ def split_path(text: str) -> tuple[str, str]:
         return text, ""
     path, _, options = text.rpartition("?")
     return path, options
+
+
+def absolute(name: str) -> str:
+    """The name of the same data from any folder.
+
+    >>> absolute("digits"), absolute("folder:/data/images?size=64")
+    ('digits', 'folder:/data/images?size=64')
+    """
+    kind, _, rest = name.partition(":")
+    if kind not in READERS:
+        return name
+    path, options = split_path(rest)
+    return f"{kind}:{path_of(path).resolve()}{f'?{options}' if options else ''}"

@@ -3,9 +3,9 @@
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from jaxattn import plots
-from jaxattn.files import path_of
+from jaxattn.files import path_of, reason
 from jaxattn.measure import attention_maps, mean_by_offset
 from jaxattn.models.resnet import GridMixer
 from jaxattn.models.vit import ViT
@@ -57,6 +57,7 @@ MEASURED = (
     "train_images_per_second",
     "seconds",
 )  # of a network
+MOST_CLASSES = 12  # that a figure shows, one a column
 SIGNALLED = 128  # and a signal's number: the exit status of what that signal ended
 
 # ======================================================================================================================
@@ -110,7 +111,7 @@ def train_here(config: Config, options: Options):
             write_source(source, out)
         for image in data.skipped:
             say(f"left out: {image}", file=sys.stderr)
-        models = {}
+        models, done = {}, is_whole(out) and (out / "figures").is_dir()
         for one, folder in networks(config, out):
             if is_main() and folder != out:
                 stack.enter_context(locked(folder))
@@ -121,11 +122,11 @@ def train_here(config: Config, options: Options):
 
         # The figures, and the report of a comparison
         if config.mix == "both":
-            if is_main():
+            if is_main() and not done:
                 report(config, data, out, models)
             say(f"report: {out / 'report.html'}")
         else:
-            if is_main():
+            if is_main() and not done:
                 draw(config, data, out, models[config.mix])
             say(f"run: {out}")
 
@@ -176,9 +177,22 @@ def measure(trained: loop.Trained, data: Dataset) -> dict[str, Any]:
 
 def draw(config: Config, data: Dataset, folder: Path, model: nnx.Module) -> dict[str, Any]:
     """The figures of a run: how it learned, and what its first mixer looks like. They are saved in its folder too."""
-    figures = look_inside(model, data)
-    save_figures(folder, figures | {"learning_curves": plots.learning_curves({config.mix: read_epochs(folder)})})
+    figures = {}
+    with at_no_cost(folder):
+        save_figures(folder, {"learning_curves": plots.learning_curves({config.mix: read_epochs(folder)})})
+    with at_no_cost(folder):
+        figures = look_inside(model, data)
+        save_figures(folder, figures)
     return figures
+
+
+@contextlib.contextmanager
+def at_no_cost(folder: Path) -> Iterator[None]:
+    """Figures are drawn when all else is written: one that fails costs nothing but itself."""
+    try:
+        yield
+    except Exception as error:
+        say(f"jaxattn: {folder}: a figure could not be drawn: {reason(error)}", file=sys.stderr)
 
 
 def look_inside(model: nnx.Module, data: Dataset) -> dict[str, Any]:
@@ -198,9 +212,9 @@ def look_inside(model: nnx.Module, data: Dataset) -> dict[str, Any]:
 
 def look_from(model: nnx.Module, path: tuple, window: Window, data: Dataset) -> dict[str, Any]:
     """Figures of where the heads of the attention at `path` look: from a pixel of some images, and in the mean."""
-    # one test image of each class, and others for the mean
+    # one test image of each class, as many as there is room for, and others for the mean
     images, labels = data.test.fetch(np.arange(min(len(data.test), 2000)))
-    first = np.unique(labels, return_index=True)[1]
+    first = np.unique(labels, return_index=True)[1][:MOST_CLASSES]
     images = np.asarray(normalize(np.concatenate([images[first], images[:200]]), data.mean, data.std))
     weights = evaluate.attention_weights(model, images, path)  # [images, *grid, heads, slots]
     grid = weights.shape[1:3]
@@ -210,6 +224,9 @@ def look_from(model: nnx.Module, path: tuple, window: Window, data: Dataset) -> 
     queries = np.array(brightest) * grid // pictures.shape[1:]
     maps = [attention_maps(weights[n], indices, grid)[tuple(query)] for n, query in enumerate(queries)]
     names = [data.class_names[label] for label in labels[first]]
+    names = [
+        name if plots.can_be_drawn(name) else f"class {label}" for name, label in zip(names, labels[first], strict=True)
+    ]
     return {
         "attention_maps": plots.attention_maps(pictures, queries, np.stack(maps), names),
         "mean_attention": plots.mean_attention(*mean_by_offset(weights[len(first) :], indices)),
@@ -217,17 +234,24 @@ def look_from(model: nnx.Module, path: tuple, window: Window, data: Dataset) -> 
 
 
 def report(config: Config, data: Dataset, folder: Path, models: Mapping[str, nnx.Module]):
-    """Writes the report of two runs, one by convolution and one by local attention."""
+    """Writes the results and the report of two runs, one by convolution and one by local attention."""
     runs = {one.mix: run for one, run in networks(config, folder)}
-    curves = {COMPARED[mix]: read_epochs(run) for mix, run in runs.items()}
-    figures = {"learning_curves": plots.learning_curves(curves)}
+    results = {mix: read_results(run, *MEASURED) for mix, run in runs.items()}
+    end_run(folder, results)
+    figures: dict[str, Any] = {}
+    pictures: dict[str, str] = {}
+    with at_no_cost(folder):
+        figures["learning_curves"] = plots.learning_curves(
+            {COMPARED[mix]: read_epochs(run) for mix, run in runs.items()}
+        )
     for mix, run in runs.items():
         figures |= draw(dataclasses.replace(config, mix=mix), data, run, models[mix])
-    save_figures(folder, figures)
-    pictures = {name: plots.inline_svg(figure, name) for name, figure in figures.items()}
-    results = {mix: read_results(run, *MEASURED) for mix, run in runs.items()}
+    for name, figure in figures.items():
+        with at_no_cost(folder):
+            pictures[name] = plots.inline_svg(figure, name)
     write_report(folder / "report.html", config, data, results, pictures)
-    end_run(folder, results)
+    with at_no_cost(folder):
+        save_figures(folder, figures)
 
 
 def save_figures(folder: Path, figures: Mapping[str, Any]):
@@ -274,7 +298,7 @@ def accuracy_line(mix: str, correct: int, total: int) -> str:
 # Several processes
 
 
-def say(text: str, file: TextIO | None = None):
+def say(text: str, file: Any = None):
     """Prints, if this is the first process."""
     if is_main():
         print(text, file=file, flush=True)

@@ -144,8 +144,11 @@ class Room:
         self.taken += count
 
 
+PIECE = 1 << 20  # bytes that are asked for at once: a stream makes room for all of them before it knows what it has
+
+
 class Unfolded(io.RawIOBase):
-    """A decompressed stream that takes all it gives from a `Room`."""
+    """A stream, decompressed or not, that takes all it gives from a `Room`."""
 
     def __init__(self, stream: IO[bytes], room: Room, what: str):
         self.stream, self.room, self.what = stream, room, what
@@ -157,9 +160,23 @@ class Unfolded(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         """As of any stream, but never much more than there is room for."""
         most = self.room.left + 1
-        content = self.stream.read(most if size is None or size < 0 else min(size, most))
-        self.room.take(len(content), self.what)
-        return content
+        wanted, pieces, length = most if size is None or size < 0 else min(size, most), [], 0
+        while length < wanted and (piece := self.stream.read(min(wanted - length, PIECE))):
+            pieces.append(piece)
+            length += len(piece)
+        self.room.take(length, self.what)
+        return b"".join(pieces)
+
+
+class Clipped:
+    """What an unpickler takes of a file: it asks for as many bytes as the file says, and here gets what there is."""
+
+    def __init__(self, file: IO[bytes]):
+        self.file, self.readline, self.tell = file, file.readline, file.tell
+
+    def read(self, size: int) -> bytes:
+        """As of the file."""
+        return self.file.read(min(size, size_of(self.file) - self.tell()))
 
 
 def size_of(file: IO[bytes]) -> int:

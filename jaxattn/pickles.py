@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
-from jaxattn.files import shown
+from jaxattn.files import Clipped, shown
 
 INSTRUCTIONS = 1_000_000  # a large network's pickle has a tenth of that; each makes some hundred bytes at most
 DEPTH = 64  # of things in things
@@ -75,12 +75,12 @@ def with_words(act: Callable[[], Any]) -> Any:
         raise ValueError(f"damaged: {type(error).__name__}: {str(error)[:200]}") from error
 
 
-def _instructions(stream: IO[bytes]) -> Iterator[tuple[str, Any]]:
+def _instructions(stream: Any) -> Iterator[tuple[str, Any]]:
     for opcode, argument, _ in pickletools.genops(stream):
         yield opcode.name, argument
 
 
-def walk(stream: IO[bytes], admit: Callable[[str, str], Any]):
+def walk(stream: IO[bytes] | Clipped, admit: Callable[[str, str], Any]):
     """Reads one pickle's instructions, after which the stream stands behind them.
 
     Raises:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattn.errors import InputError
-from jaxattn.files import Room, open_file, reading, shown, size_of
+from jaxattn.files import Clipped, Room, open_file, reading, shown, size_of
 from jaxattn.pickles import Ordered, load, walk, with_words
 
 STORAGES = {
@@ -226,7 +226,7 @@ def _read_legacy(file: BinaryIO, room: Room, key: str | None) -> tuple[dict[str,
     def part() -> Any:
         """The next pickle."""
         start = file.tell()
-        with_words(lambda: walk(file, _admit))
+        with_words(lambda: walk(Clipped(file), _admit))
         length = file.tell() - start
         file.seek(start)
         return _load(file.read(length))

@@ -4,6 +4,7 @@ and files in it that nobody wrote."""
 import dataclasses
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -157,6 +158,11 @@ def test_a_run_finds_its_data_from_any_folder(small, monkeypatch, capsys):
     )
 
     again = ["train", "--out", "work/run", "--resume", "--epochs", "3"]
+    kept = Path("work/run/data.json").read_bytes()
+    Path("work/run/data.json").unlink()  # as in runs of before: then nothing says that these are the same
+    refused("did not keep what its data were", "eval", "work/run", "--data", "numpy:moved.npz")
+    refused("data is 'numpy:../x.npz', not 'numpy:moved.npz'", *again, "--data", "numpy:moved.npz")
+    Path("work/run/data.json").write_bytes(kept)
     refused("must be what the run in work/run is trained on", *again, "--data", "numpy:other.npz")
     cli.main([*again, "--data", "numpy:moved.npz"])
     cli.main(["eval", "work/run"])  # and from then on it is there
@@ -355,6 +361,36 @@ def test_a_folder_that_is_removed_while_training(small, monkeypatch):
     monkeypatch.setattr(Checkpoints, "save", removed)
     refused("run/checkpoints was removed", "train", "--data", "numpy:../x.npz", *SETTINGS, "--out", "run")
     assert not Path("run").exists()
+
+
+def test_few_open_files_are_told_before_anything_is_made(small, monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (12, 12))
+    refused("the limit of open files (ulimit -n, =12) must be at least 64", "train", "--out", "run")
+    assert not list(Path().iterdir())
+
+
+def test_bare_compile_is_of_something_that_compiles(monkeypatch):
+    """All but the topology, whose compiler need not be here, is the command's own."""
+    seen = []
+    monkeypatch.setattr(cli, "plan_step", lambda *given: seen.append(given))
+    monkeypatch.setattr(cli, "describe", str)
+    cli.main(["compile"])
+    ((config, topology, mesh, image_shape, classes),) = seen
+    config.check()
+    assert (config.model, config.mix) == ("resnet18", "conv")
+    assert config.batch_size % 16 == 0  # the chips of the topology
+    assert (topology, mesh, image_shape, classes) == ("v5e:4x4", "", (224, 224, 3), 1000)
+
+
+def test_what_is_not_installed_is_one_line(small, monkeypatch):
+    monkeypatch.setitem(sys.modules, "grain", None)
+    refused(
+        "grain is not installed, and this needs it: pip install 'jaxattn[train]'",
+        "train",
+        "--data",
+        "numpy:../x.npz",
+        *SETTINGS,
+    )
 
 
 def test_the_version(capsys):

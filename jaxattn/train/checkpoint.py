@@ -16,6 +16,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import tempfile
 import warnings
 import zlib
@@ -32,6 +33,7 @@ from jax.experimental import multihost_utils
 from jaxattn.errors import InputError, needs_extra
 from jaxattn.files import open_file, read_small, reason
 
+HANDLES = 64  # open files
 FOLDER, ARRAYS, MANIFEST = "checkpoints", "arrays", "manifest.json"
 
 
@@ -74,6 +76,7 @@ class Checkpoints:
         self._keep_last, self._keep_best, self._identity = keep_last, keep_best, identity
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[Path, Future] | None = None
+        check_handles()
         if jax.process_index() == 0:
             _probe(self.folder)
             for abandoned in self.folder.glob("*.partial"):
@@ -386,6 +389,17 @@ def _agreed(*numbers: int) -> list[int]:
     if jax.process_count() == 1:
         return list(numbers)
     return [int(number) for number in multihost_utils.broadcast_one_to_all(np.array(numbers, np.int32))]
+
+
+def check_handles():
+    """Raises an error if this process may not open the files that a save opens side by side (`ulimit -n`)."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= allowed < HANDLES:
+        raise InputError(f"the limit of open files (ulimit -n, ={allowed}) must be at least {HANDLES} for checkpoints")
 
 
 def _probe(folder: Path):

@@ -63,7 +63,8 @@ def check_out(out: Path, config: Config, *, resume: bool = False, overwrite: boo
     if resume:
         old, new = dataclasses.asdict(read_config(out)), dataclasses.asdict(config)
         longer = is_whole(out) and new["epochs"] > old["epochs"]
-        kept = [name for name in old if name != "data" and not (name == "epochs" and longer)]
+        free = [*(["data"] if read_source(out) else []), *(["epochs"] if longer else [])]  # see `check_same`
+        kept = [name for name in old if name not in free]
         different = [f"{name} is {old[name]!r}, not {new[name]!r}" for name in kept if old[name] != new[name]]
         if different:
             raise InputError(f"resume: the run in {out} has other settings: {'; '.join(different)}")

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from jaxattn import plots
+from jaxattn.errors import InputError
 from jaxattn.files import path_of, reason
 from jaxattn.measure import attention_maps, mean_by_offset
 from jaxattn.models.resnet import GridMixer
@@ -23,7 +24,7 @@ from jaxattn.nn.quadratic import QuadraticAttention
 from jaxattn.train import evaluate, loop
 from jaxattn.train.augment import normalize
 from jaxattn.train.build import build
-from jaxattn.train.checkpoint import load_weights
+from jaxattn.train.checkpoint import check_handles, load_weights
 from jaxattn.train.config import Config, Options
 from jaxattn.train.data import Dataset, absolute, fingerprint, load
 from jaxattn.train.distributed import is_main, joined
@@ -88,6 +89,7 @@ def train_here(config: Config, options: Options):
     out, resume = path_of(options.out or default_folder(config)), options.resume
 
     # What can be wrong is said before anything is written
+    check_handles()
     mesh = make_mesh(options.mesh or "") if options.mesh is not None or jax.process_count() > 1 else None
     if is_main():
         check_out(out, config, resume=resume, overwrite=options.overwrite)
@@ -273,6 +275,8 @@ def evaluate_run(run: Path, name: str | None = None):
       name: of its data, where they were moved; by default what the run was started with, from whatever folder.
     """
     config, source = read_config(run), read_source(run)
+    if name and source is None:
+        raise InputError(f"data (={name!r}) must not be given: the run in {run} did not keep what its data were")
     name = name or (source.absolute if source else config.data)
     data = load(name, config.seed, config.skip_bad)
     check_same(run, name, fingerprint(data))

@@ -556,5 +556,5 @@ def test_idx_of_nothing_and_of_everything(tmp_path, shape, packed):
     content = bytes([0, 0, 8, 3]) + struct.pack(">3I", *shape)
     path = tmp_path / f"train-images-idx3-ubyte{'.gz' if packed else ''}"
     path.write_bytes(gzip.compress(content) if packed else content)
-    with pytest.raises(InputError, match=rf"{path.name}: .*header"):
+    with pytest.raises(InputError, match=rf"{path.name}: .*in its header"):
         load(f"mnist:{tmp_path}")

@@ -54,7 +54,9 @@ def _array(path: Path, stream: Unfolded, ndim: int, room: Room) -> np.ndarray:
     if 0 in shape:
         raise InputError(f"{path}: the shape {shape} in its header is of nothing")
     size = math.prod(shape)
-    content = stream.read(min(size, room.left) + 1)  # one more, if it is there
+    if size > room.left:
+        room.take(size, f"the shape {shape} in its header")
+    content = stream.read(size + 1)  # one more, if it is there
     if len(content) != size:
         more = " and more" if len(content) > size else ""
         raise InputError(

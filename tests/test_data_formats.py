@@ -109,7 +109,7 @@ def test_damaged_gzip(tmp_path, damage):
     write_fashion(tmp_path, compress=True)
     path = tmp_path / f"{IMAGES}.gz"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match=f"{IMAGES}.gz: cannot be read"):
+    with pytest.raises(ValueError, match=rf"{IMAGES}\.gz: (cannot be read|the shape .* would unfold)"):
         load(f"fashion-mnist:{tmp_path}")
 
 

@@ -1,31 +1,44 @@
 """Convolution, attention, and everything between: train a network, evaluate a run, study, measure the speed."""
 
 import argparse
+import dataclasses
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 from jaxattn.bench.run import run as run_benchmark
-from jaxattn.errors import InputError, needs_extra
+from jaxattn.errors import InputError, MissingExtra, needs_extra
+from jaxattn.files import path_of, reason
 from jaxattn.study.run import study as run_study
 from jaxattn.study.run import summary
 from jaxattn.train import session
 from jaxattn.train.compile import describe, plan_step, write_report
 from jaxattn.train.config import Config, Options
 from jaxattn.train.recipes import recipe
-from jaxattn.train.run import read_config
+from jaxattn.train.run import read_config, read_source
 
 with needs_extra("train"):
     import tyro
     from tyro.conf import OmitArgPrefixes, Positional
 
+INTERRUPTED = 130  # 128 and SIGINT
+
 
 def main(arguments: Sequence[str] | None = None):
-    """Runs the command that `arguments` give, by default the process's own."""
+    """Runs the command that `arguments` give, by default the process's own.
+
+    Raises:
+      SystemExit: with 1 for what cannot be done, which one line says; 2 for arguments that cannot be understood; 130
+        and 143 where Ctrl-C or SIGTERM ended it.
+    """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax shows the traceback of what is reported below
+    if arguments == ["--version"]:
+        print(f"jaxattn {version('jaxattn')}")
+        return
     try:
         commands = {
             "train": train_command(arguments),
@@ -35,10 +48,13 @@ def main(arguments: Sequence[str] | None = None):
             "compile": compile_command(arguments),
         }
         tyro.extras.subcommand_cli_from_dict(commands, prog="jaxattn", description=__doc__, args=arguments)
-    except InputError as error:
+    except (InputError, MissingExtra) as error:
         sys.exit(f"jaxattn: {error}")
+    except OSError as error:  # a disk that is full, a folder that was removed, too many open files
+        sys.exit(f"jaxattn: {reason(error)}")
     except KeyboardInterrupt:
-        sys.exit("jaxattn: interrupted")
+        print("jaxattn: interrupted; what `train` and `study` have kept goes on: train with --resume", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 def train_command(arguments: Sequence[str]) -> Callable:
@@ -48,8 +64,11 @@ def train_command(arguments: Sequence[str]) -> Callable:
         peek.add_argument(f"--{name}")
     peek.add_argument("--resume", action="store_true")
     given, _ = peek.parse_known_args(arguments)
-    goes_on = given.resume and given.out and (Path(given.out) / "config.json").is_file()
-    default = read_config(Path(given.out)) if goes_on else recipe(given.recipe, given.data)
+    out = path_of(given.out) if given.out else None
+    if given.resume and out and (out / "config.json").exists():
+        default = at_home(read_config(out), out)
+    else:
+        default = recipe(given.recipe, given.data)
 
     def train(config: OmitArgPrefixes[Config] = default, options: OmitArgPrefixes[Options] = Options()):  # noqa: B008
         """Train a network; with no arguments, a small one twice, by convolution and by attention, with a report."""
@@ -58,11 +77,18 @@ def train_command(arguments: Sequence[str]) -> Callable:
     return train
 
 
+def at_home(config: Config, run: Path) -> Config:
+    """The settings of a run, its data named so that any folder finds them."""
+    source = read_source(run)
+    return config if source is None else dataclasses.replace(config, data=source.absolute)
+
+
 def compile_command(arguments: Sequence[str]) -> Callable:
     """`compile`, whose settings default to the recipe that the arguments name."""
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--recipe")
-    default = recipe(peek.parse_known_args(arguments)[0].recipe, None)
+    # not the recipe of `train`, which is of two networks and of a batch for one device
+    default = recipe(peek.parse_known_args(arguments)[0].recipe or "resnet", None)
 
     def compile(
         config: OmitArgPrefixes[Config] = default,
@@ -73,6 +99,8 @@ def compile_command(arguments: Sequence[str]) -> Callable:
         json: Path | None = None,
     ):
         """Compile a training step for a machine that need not be there: its memory, operations and collectives.
+
+        With no arguments, ResNet-18 on sixteen chips of TPU v5e.
 
         Args:
           config: what would be trained; the data need not be there either.
@@ -85,18 +113,19 @@ def compile_command(arguments: Sequence[str]) -> Callable:
         report = plan_step(config, topology, mesh, image_shape, classes)
         print(describe(report))
         if json is not None:
-            write_report(report, json)
+            write_report(report, path_of(json))
 
     return compile
 
 
-def eval_run(run: Positional[Path]):
+def eval_run(run: Positional[Path], data: str | None = None):
     """Evaluate a run on its test images: the accuracy that its training printed.
 
     Args:
       run: a folder that `jaxattn train` wrote.
+      data: where its data are now, as in `train`, if they were moved; other data are refused.
     """
-    session.evaluate_run(run)
+    session.evaluate_run(path_of(run), data)
 
 
 def bench(
@@ -117,7 +146,7 @@ def bench(
       json: a file for everything that was measured; it grows with every case.
       out: a folder for the figures, which replace those of an earlier run.
     """
-    run_benchmark(what, quick, cases, out, json)
+    run_benchmark(what, quick, cases, path_of(out), path_of(json) if json else None)
 
 
 def study(
@@ -140,5 +169,6 @@ def study(
       out: a folder for report.html, report.json and verdicts.md.
       jobs: how many processes; by default as many as there are cores, and one on an accelerator.
     """
+    out = path_of(out)
     print(summary(run_study(claims, profile, seeds, data, out, jobs)))
     print(f"report: {out / 'report.html'}")

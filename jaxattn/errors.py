@@ -11,6 +11,10 @@ import contextlib
 from collections.abc import Iterator
 
 
+class MissingExtra(ImportError):
+    """An optional package is not installed; the message names the install that brings it."""
+
+
 class InputError(ValueError):
     """What the user gave cannot be used. The command line prints the message alone, without a traceback."""
 
@@ -21,6 +25,6 @@ def needs_extra(name: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise ImportError(
+        raise MissingExtra(
             f"{error.name or error} is not installed, and this needs it: pip install 'jaxattn[{name}]'"
         ) from error

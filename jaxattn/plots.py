@@ -1,6 +1,7 @@
 """Figures: functions from arrays to a matplotlib `Figure`. No pyplot, so no global state and no display."""
 
 import contextlib
+import functools
 import html
 import io
 import math
@@ -15,6 +16,7 @@ from jaxattn.errors import needs_extra
 
 with needs_extra("train"):
     import matplotlib
+    from matplotlib import font_manager
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -30,6 +32,12 @@ INK = "#555a63"  # text and axes
 QUERY = "#ff3b30"  # the mark of a query
 SHARES = (0.5, 0.9)  # of a Gaussian's weight, inside a head's ellipses
 SEQUENTIAL, DIVERGING = "viridis", "RdBu_r"
+# Fonts that have what matplotlib's own lacks, where they are installed.
+MORE_FONTS = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "Noto Sans SC", "WenQuanYi Zen Hei",
+    "WenQuanYi Micro Hei", "Droid Sans Fallback", "PingFang SC", "Hiragino Sans GB", "Hiragino Sans",
+    "Apple SD Gothic Neo", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "Arial Unicode MS",
+)  # fmt: skip
 STYLE: "dict[RcKeyType, Any]" = {
     "axes.titlesize": 10,
     "axes.labelsize": 10,
@@ -55,8 +63,39 @@ def styled(size: int = 10) -> Iterator[None]:
 
     It leaves matplotlib's own style as it was.
     """
-    with matplotlib.rc_context({**STYLE, "font.size": size}):
+    with matplotlib.rc_context({**STYLE, "font.size": size, "font.family": _fonts()}):
         yield
+
+
+def _fonts() -> list[str]:
+    """The fonts that letters are looked for in, one after the other."""
+    return [*matplotlib.rcParams["font.family"], *_more_fonts()]
+
+
+@functools.cache
+def _more_fonts() -> tuple[str, ...]:
+    return tuple(name for name in MORE_FONTS if name in font_manager.get_font_names())
+
+
+def can_be_drawn(text: str) -> bool:
+    """Whether some installed font has each letter.
+
+    >>> can_be_drawn("café $5"), can_be_drawn("\\U0010ffff")
+    (True, False)
+    """
+    fonts = [
+        font_manager.get_font(font_manager.findfont(font_manager.FontProperties(family=[name]))) for name in _fonts()
+    ]
+    return all(any(font.get_char_index(ord(letter)) for font in fonts) for letter in text)
+
+
+def plain(text: str, most: int = 24) -> str:
+    """A text from outside as matplotlib draws it: no part of it is a formula, and it is not too long.
+
+    >>> plain("$100 bill$")
+    '\\\\$100 bill\\\\$'
+    """
+    return (text if len(text) <= most else f"{text[: most - 1]}…").replace("$", r"\$")
 
 
 @styled()
@@ -77,9 +116,9 @@ def learning_curves(runs: Mapping[str, Sequence[Mapping[str, int | float]]]) -> 
         x = [line["epoch"] for line in epochs]
         curve = {key: [line[key] for line in epochs] for key in epochs[0]}
         mark = {"color": color, "marker": "o" if len(x) == 1 else ""}  # a single epoch is a point, not a line
-        loss.plot(x, curve["train_loss"], label=name, **mark)
-        accuracy.plot(x, curve["validation_accuracy"], label=f"{name}, validation", **mark)
-        accuracy.plot(x, curve["train_accuracy"], label=f"{name}, training", linestyle=":", **mark)
+        loss.plot(x, curve["train_loss"], label=plain(name), **mark)
+        accuracy.plot(x, curve["validation_accuracy"], label=plain(f"{name}, validation", 40), **mark)
+        accuracy.plot(x, curve["train_accuracy"], label=plain(f"{name}, training", 40), linestyle=":", **mark)
     loss.set(xlabel="epoch", ylabel="training loss", yscale="log")
     loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     loss.yaxis.set_major_formatter("{x:g}")
@@ -125,7 +164,7 @@ def attention_maps(
         # images and maps share their extent, so that a query marks the same place in both
         box = (-0.5, width - 0.5, height - 0.5, -0.5)
         grid[0, column].imshow(image, cmap="gray", extent=box)
-        grid[0, column].set_title(titles[column] if titles else "")
+        grid[0, column].set_title(plain(titles[column]) if titles else "")
         for head in range(heads):
             grid[head + 1, column].imshow(maps[column, head], cmap=SEQUENTIAL, vmin=0, extent=box)
         for axes in grid[:, column]:
@@ -328,8 +367,8 @@ def receptive_fields(fields: Float[np.ndarray, "fields height width"], titles: S
     for index, (axes, field, title) in enumerate(zip(pictures, fields, titles, strict=True)):
         color, by_column = COLORS[index % len(COLORS)], field.sum(0)
         axes.imshow(field, cmap=SEQUENTIAL, vmin=0)
-        axes.set_title(title, color=color)
-        profile.plot(by_column / (by_column.sum() or 1.0), color=color, label=title)
+        axes.set_title(plain(title), color=color)
+        profile.plot(by_column / (by_column.sum() or 1.0), color=color, label=plain(title))
     profile.set(xlabel="column", ylabel="share", ylim=(0, None))
     profile.xaxis.set_major_locator(MaxNLocator(integer=True))
     _bare(grid[:, :-1])

@@ -4,7 +4,7 @@ import importlib.util
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,10 +15,19 @@ from jaxtyping import Array, ArrayLike, Float
 
 from jaxattn.models.digits import DigitNet
 from jaxattn.models.efficientnet import EfficientNet
+from jaxattn.nn.depthwise import DepthwiseConv, LightConv
+from jaxattn.nn.transposed import ConvTranspose
 from jaxattn.torch_file import read_torch
 
 # how PyTorch calls what a layer of Flax has
-LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "embedding": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
 COUNTER = "num_batches_tracked"  # of BatchNorm, which with a fixed momentum does not use it
 EFFICIENTNET = {
     "stem": "_conv_stem",
@@ -47,8 +56,10 @@ def fill(model: nnx.Module, arrays: Mapping[str, np.ndarray], names: Mapping[str
     """Set every parameter and statistic of a model, in place, from arrays under PyTorch's names.
 
     A parameter's name is its path in the model, each part by `names` or else as it is, joined by dots; the last part is
-    PyTorch's (a kernel is a weight). A kernel `[*window, in, out]` is PyTorch's `[out, in, *window]`, or a linear
-    layer's `[out, in · window]` over what was flattened.
+    PyTorch's (a kernel or an embedding is a weight), and a part whose name is "" is left out, as the layers of a
+    `Sequential` are. A kernel `[*window, in, out]` is PyTorch's `[out, in, *window]`, or a linear layer's
+    `[out, in · window]` over what was flattened. A depthwise one `[*window, features]` is `[features, 1, *window]`. A
+    transposed convolution's is `[in, out, *window]`, and flipped along the window where `transpose_kernel` is False.
 
     Args:
       model: an nnx module.
@@ -69,8 +80,10 @@ def fill(model: nnx.Module, arrays: Mapping[str, np.ndarray], names: Mapping[str
     ValueError: fill: the arrays lack bias (2,); the model has no gain; weight has (3, 2), allowed is (2, 3)
     """
     state = dict(nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))))
+    layers = dict(nnx.iter_modules(model))
     paths = {_torch_name(path, names): path for path in state}
-    shapes = {name: _torch_shapes(path[-1], state[path].shape) for name, path in paths.items()}
+    forms = {name: _forms(layers.get(path[:-1]), path[-1], state[path].shape) for name, path in paths.items()}
+    shapes = {name: [shape for shape, _ in allowed] for name, allowed in forms.items()}
     given = {name: array for name, array in arrays.items() if name.split(".")[-1] != COUNTER}
     if len(paths) < len(state):
         raise ValueError(
@@ -79,23 +92,42 @@ def fill(model: nnx.Module, arrays: Mapping[str, np.ndarray], names: Mapping[str
         )
     _check_fit(shapes, given)
     for name, path in paths.items():
-        array = np.reshape(given[name], shapes[name][0])
-        array = np.moveaxis(array, (1, 0), (-2, -1)) if path[-1] == "kernel" else array
+        array = next(turn(np.asarray(given[name])) for shape, turn in forms[name] if shape == given[name].shape)
         state[path] = state[path].replace(jnp.asarray(array, state[path].dtype))
     nnx.update(model, nnx.from_flat_state(state))
 
 
 def _torch_name(path: tuple[Any, ...], names: Mapping[str, str]) -> str:
     *parts, leaf = map(str, path)
-    return ".".join([*(names.get(part, part) for part in parts), LEAVES.get(leaf, leaf)])
+    return ".".join([*filter(None, (names.get(part, part) for part in parts)), LEAVES.get(leaf, leaf)])
 
 
-def _torch_shapes(leaf: Any, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """The shapes that PyTorch may give a parameter, its own first."""
-    if leaf != "kernel":
-        return [shape]
-    *window, features, out = shape
-    return [(out, features, *window)] + ([(out, features * math.prod(window))] if window else [])
+Form = tuple[tuple[int, ...], Callable[[np.ndarray], np.ndarray]]
+
+
+def _forms(layer: Any, leaf: Any, shape: tuple[int, ...]) -> list[Form]:
+    """The shapes that PyTorch may give a layer's parameter, its own first, and how each becomes ours."""
+    if leaf != "kernel" or len(shape) < 2:
+        return [(shape, lambda array: array)]
+    if isinstance(layer, DepthwiseConv | LightConv):
+        *taps, features = shape
+        return [((features, 1, *taps), lambda array: np.moveaxis(array[:, 0], 0, -1))]
+    if isinstance(layer, nnx.ConvTranspose | ConvTranspose):
+        if layer.transpose_kernel:
+            *taps, out, features = shape
+            return [((features, out, *taps), lambda array: np.moveaxis(array, (1, 0), (-2, -1)))]
+        *taps, features, out = shape
+        return [
+            (
+                (features, out, *taps),
+                lambda array: np.flip(np.moveaxis(array, (0, 1), (-2, -1)), tuple(range(len(taps)))),
+            )
+        ]
+    *taps, features, out = shape
+    turn = lambda array: np.moveaxis(array, (1, 0), (-2, -1))
+    convolution = (out, features, *taps)
+    flat = ((out, features * math.prod(taps)), lambda array: turn(array.reshape(convolution)))
+    return [(convolution, turn), *([flat] if taps else [])]
 
 
 def _check_fit(shapes: Mapping[str, list[tuple[int, ...]]], given: Mapping[str, np.ndarray]) -> None:

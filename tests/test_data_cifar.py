@@ -108,7 +108,7 @@ IMAGES, LABELS = np.zeros((2, 3072), np.uint8), [0, 1]
         ("binary", "data_batch_2.bin", b"", "data_batch_2.bin: 0 bytes, expected a multiple of 3073"),
         ("binary", "data_batch_2.bin", b"\x0a" * 3073, "data_batch_2.bin: image 0: a label is 10, expected 0 to 9"),
         ("python", "data_batch_3", None, "lacks data_batch_3; it has batches.meta, "),
-        ("python", "data_batch_3", b"", "data_batch_3: damaged: EOFError"),
+        ("python", "data_batch_3", b"", "data_batch_3: damaged: ValueError: pickle exhausted"),
         ("python", "data_batch_3", b"junk", "data_batch_3: "),
         ("python", "data_batch_3", as_python_2([1]), "data_batch_3: holds a list; allowed: a dictionary"),
         ("python", "data_batch_3", as_python_2({"labels": LABELS}), r"data is NoneType, expected an array"),

@@ -73,8 +73,8 @@ TEN = np.arange(240) % 10
         (IMAGES, b"\0\0\x0d\x03" + GOOD[4:], "starts with 00 00 0d 03, expected 00 00 08 03"),
         (IMAGES, GOOD[:10], "10 bytes, too short for a header of 16"),
         (IMAGES, GOOD[:-1], r"7215 bytes, expected 7216 for the shape \(240, 6, 5\)"),
-        (IMAGES, GOOD + b"\0", r"7217 bytes, expected 7216 for the shape \(240, 6, 5\)"),
-        (IMAGES, b"\0\0\x08\x03" + b"\xff" * 12 + b"\0" * 99, "115 bytes, expected "),
+        (IMAGES, GOOD + b"\0", r"7217 bytes and more, expected 7216 for the shape \(240, 6, 5\)"),
+        (IMAGES, b"\0\0\x08\x03" + b"\xff" * 12 + b"\0" * 99, "would unfold a file of"),
         (LABELS, GOOD, "starts with 00 00 08 03, expected 00 00 08 01"),
         (LABELS, idx(np.zeros(239)), "239 labels for 240 images"),
         (LABELS, idx(np.where(np.arange(240) == 7, 10, TEN)), "image 7: a label is 10, expected 0 to 9"),
@@ -109,7 +109,7 @@ def test_damaged_gzip(tmp_path, damage):
     write_fashion(tmp_path, compress=True)
     path = tmp_path / f"{IMAGES}.gz"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match=f"{IMAGES}.gz: cannot be read"):
+    with pytest.raises(ValueError, match=rf"{IMAGES}\.gz: (cannot be read|the shape .* would unfold)"):
         load(f"fashion-mnist:{tmp_path}")
 
 

@@ -118,9 +118,9 @@ def test_size_makes_all_of_one_size_from_their_middle(tmp_path):
 
 
 BAD = {
-    "text": (b"hello", "no JPEG or PNG image"),
-    "empty": (b"", "no JPEG or PNG image"),
-    "a gif": (encoded(pictures(1)[0], "GIF"), "no JPEG or PNG image"),
+    "text": (b"hello", "no image of JPEG, PNG, WEBP, TIFF or BMP"),
+    "empty": (b"", "no image of JPEG, PNG, WEBP, TIFF or BMP"),
+    "a gif": (encoded(pictures(1)[0], "GIF"), "no image of JPEG, PNG, WEBP, TIFF or BMP"),
     "truncated png": (encoded(pictures(1, (50, 40, 3))[0])[:-600], "cannot be decoded: .*truncated"),
     "truncated jpeg": (encoded(pictures(1, (50, 40, 3))[0], "JPEG")[:-300], "cannot be decoded: .*truncated"),
     "damaged": (encoded(pictures(1, (50, 40, 3))[0]).replace(b"IDAT", b"IDAT\xff\xff"), "cannot be decoded: "),
@@ -152,7 +152,7 @@ def test_a_home_folder(folder, monkeypatch):
 
 def test_a_folder_among_the_images(folder):
     (folder / "train" / "dog" / "inner").mkdir()
-    with pytest.raises(ValueError, match=r"dog/inner: cannot be decoded: .*Is a directory"):
+    with pytest.raises(ValueError, match=r"dog/inner: is a folder among the images of a class, expected image files$"):
         load(f"folder:{folder}")
 
 
@@ -161,7 +161,7 @@ def test_an_empty_class(folder):
     with pytest.raises(ValueError, match=r"train: class 'emu' has no training image"):
         load(f"folder:{folder}")
     data = load(f"folder:{folder}", skip_bad=True)
-    assert data.class_names == ("cat", "dog", "emu")
+    assert data.class_names == ("cat", "dog")  # an output that was never trained would be a guess
     assert data.skipped == (f"{folder / 'train'}: class 'emu' has no training image",)
 
 
@@ -257,13 +257,13 @@ def test_parquet_columns_that_are_asked_for(tmp_path):
 @pytest.mark.parametrize(
     ("image", "label", "message"),
     [
-        (b"hello", 0, "row 5: no JPEG or PNG image"),
+        (b"hello", 0, "row 5: no image of JPEG, PNG, WEBP, TIFF or BMP"),
         (None, 0, "row 5: cannot be decoded: the row holds no bytes"),
         (encoded(pictures(1)[0])[:-40], 0, "row 5: cannot be decoded: "),
         (encoded(pictures(1, (4, 4, 3))[0]), 0, "row 5: is 4×4"),
         (encoded(pictures(1)[0]), 2, "row 5: a label is 2, expected 0 to 1"),
         (encoded(pictures(1)[0]), -1, "row 5: a label is -1, expected 0 to 1"),
-        (encoded(pictures(1)[0]), None, "row 5: a label is -1, expected 0 to 1"),
+        (encoded(pictures(1)[0]), None, "row 5: its label is missing"),
     ],
 )
 def test_a_bad_row_is_named_or_left_out(parquet, image, label, message):

@@ -223,3 +223,15 @@ def test_matplotlibs_own_state_is_left_alone():
 def test_pyplot_is_never_imported():
     code = "import sys, jaxattn.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_what_comes_from_outside_is_no_formula():
+    """`$%$` and `\\frac` are names, and so is a long one, or one of letters that only some fonts have."""
+    names = ["$%$", r"\frac", "$100 bill$", "a" * 500, "<b>&", "_"]
+    figure = plots.attention_maps(np.zeros((6, 4, 4)), np.zeros((6, 2), int), np.ones((6, 1, 4, 4)), names)
+    svg = plots.inline_svg(figure, "names")
+    for shown in ("$%$", r"\frac", "$100 bill$", "a" * 23 + "…", "&lt;b&gt;&amp;"):
+        assert f">{shown}</text>" in svg
+    ET.fromstring(svg)
+    plots.inline_svg(plots.receptive_fields(np.ones((1, 9, 9)), ["$x$"]), "field")
+    plots.inline_svg(plots.learning_curves({"$%$": epochs(2)}), "curves")

@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 from jax import lax
 
+from jaxattn import nn as jaxattn_nn
 from jaxattn import pretrained
 from jaxattn.equivalence import convert
 from jaxattn.models import DigitNet, EfficientNet
@@ -306,3 +307,49 @@ def test_the_digit_net_reads_as_well_with_attention():
     np.testing.assert_array_equal(np.argmax(soft, -1), read[0][:500])
     logits = runner(model)(images[0])
     assert 1e-6 < np.abs(soft - logits).max() / np.abs(logits).max() < 1e-2
+
+
+# What PyTorch's other layers have, by loops over their definitions
+
+
+def transposed_by_loops(x, weight, bias, stride):
+    """`ConvTranspose2d` of `[height, width, in]`: y[s·i + r, o] += x[i, c] w[c, o, r]."""
+    (height, width, _), (_, out, *taps) = x.shape, weight.shape
+    y = np.zeros((stride * (height - 1) + taps[0], stride * (width - 1) + taps[1], out)) + bias
+    for i, j, r, s in np.ndindex(height, width, *taps):
+        y[stride * i + r, stride * j + s] += x[i, j] @ weight[:, :, r, s]
+    return y
+
+
+@pytest.mark.parametrize("transpose_kernel", [False, True])
+@pytest.mark.parametrize("make", [nnx.ConvTranspose, jaxattn_nn.ConvTranspose])
+def test_a_transposed_convolution(make, transpose_kernel):
+    rng = np.random.default_rng(0)
+    for features, out in ((3, 3), (2, 5)):  # where both are equal, no shape gives a mistake away
+        weight, bias = rng.normal(size=(features, out, 3, 2)), rng.normal(size=out)
+        options = {"strides": (2, 2), "padding": "VALID", "transpose_kernel": transpose_kernel}
+        layer = make(features, out, (3, 2), **options, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+        pretrained.fill(layer, {"weight": weight, "bias": bias}, {})
+        x = rng.normal(size=(4, 5, features))
+        np.testing.assert_allclose(layer(x[None])[0], transposed_by_loops(x, weight, bias, 2), rtol=0, atol=1e-12)
+
+
+def test_depthwise_kernels_embeddings_and_sequences():
+    rng = np.random.default_rng(0)
+    weight, x = rng.normal(size=(3, 1, 3, 3)), rng.normal(size=(5, 5, 3))
+    expected = np.zeros((3, 3, 3))
+    for i, j, r, s in np.ndindex(3, 3, 3, 3):
+        expected[i, j] += x[i + r, j + s] * weight[:, 0, r, s]
+    kwargs = {"padding": "VALID", "use_bias": False, "param_dtype": jnp.float64, "rngs": nnx.Rngs(0)}
+    ours = jaxattn_nn.DepthwiseConv(3, (3, 3), **kwargs)
+    theirs = nnx.Conv(3, 3, (3, 3), feature_group_count=3, **kwargs)
+    for layer in (ours, theirs):
+        pretrained.fill(layer, {"weight": weight}, {})
+        np.testing.assert_allclose(layer(x[None])[0], expected, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match=r"weight has \(3, 3, 3\), allowed is \(3, 1, 3, 3\)"):
+        pretrained.fill(ours, {"weight": weight[:, 0]}, {})
+
+    table, matrix = rng.normal(size=(7, 4)), rng.normal(size=(2, 4))
+    model = nnx.Sequential(nnx.Embed(7, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 2, use_bias=False, rngs=nnx.Rngs(0)))
+    pretrained.fill(model, {"0.weight": table, "1.weight": matrix}, {"layers": ""})
+    np.testing.assert_allclose(model(jnp.array([6, 0])), table[[6, 0]] @ matrix.T, rtol=1e-5)

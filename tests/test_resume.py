@@ -154,13 +154,15 @@ def test_ten_kills_at_random_moments_leave_no_trace(uninterrupted, environment, 
     assert_same_end(out, uninterrupted)
 
 
-def test_sigterm_saves_and_exits_with_0(uninterrupted, copy, environment):
+@pytest.mark.core(1)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_is_told_by_the_exit_status(uninterrupted, copy, environment, number, code):
     before = newest(copy)
     command = Command(copy, environment, "--resume")
     command.until(lambda: newest(copy) > before)
-    command.process.terminate()
+    command.process.send_signal(number)
     status, said = command.end()
-    assert status == 0, said
+    assert status == code, said
     step = newest(copy)
     assert f"stopped at step {step} of {STEPS}" in said
     assert "--resume" in said

@@ -15,7 +15,7 @@ from study_fakes import CALLS
 
 from jaxattn import cli, models
 from jaxattn.errors import InputError
-from jaxattn.study import animation, kept, mixers, run, worker
+from jaxattn.study import animation, mixers, run, worker
 from jaxattn.study.animation import moving_centers
 from jaxattn.study.answer import ANSWER, SHORT, answer
 from jaxattn.study.claim import FAILED, Measurement, Setting
@@ -171,7 +171,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
 
 
 def test_the_fingerprint_sees_other_images():
-    assert kept.fingerprint(load("digits", 0)) != kept.fingerprint(load("digits", 1))
+    assert worker.fingerprint(load("digits", 0)) != worker.fingerprint(load("digits", 1))
 
 
 def test_claims_that_share_an_experiment_share_its_runs(here, monkeypatch, tmp_path):
@@ -303,3 +303,31 @@ def test_an_accuracy_is_found_by_other_experiments(tmp_path, monkeypatch):
     assert len(trained) == 1 + len(others)
     assert len(list(tmp_path.iterdir())) == len(trained)  # and nothing half-written
     assert mixers.accuracy("relu", Setting("quick", 0, setting.data), setting.data) == 0.9  # no folder, so trained anew
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: "[3]",
+        lambda text: text.replace('"verdict"', '"outcome"'),
+        lambda text: text.replace("<svg", "<script>alert(1)</script><svg"),
+        lambda text: text.replace("<svg", "<!--><script>alert(1)</script>--><svg onload='f()'"),
+    ],
+)
+def test_what_is_damaged_of_the_kept_is_run_anew(tmp_path, damage):
+    """The file is named by a warning, and nothing of it comes into the page."""
+    from jaxattn.study.kept import kept
+
+    claim = next(claim for claim in CLAIMS if claim.number == 1)
+    claim = dataclasses.replace(
+        claim, experiment=lambda setting: Measurement({"x": 1.0}, "holds", figures=["<svg><g/></svg>"])
+    )
+    path = tmp_path / "x.json"
+    first = kept(claim, path, None)
+    assert kept(claim, path, None) == dataclasses.replace(first, svg="<svg><g /></svg>")
+    path.write_text(damage(path.read_text()))
+    with pytest.warns(UserWarning, match=rf"{path}: .*; it is run anew"):
+        again = kept(claim, path, None)
+    assert again.svg == "<svg><g/></svg>"
+    assert kept(claim, path, None).numbers == {"x": 1.0}

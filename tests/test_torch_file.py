@@ -74,7 +74,7 @@ def write(path, content, form, big=False):
             archive.writestr("weights/data.pkl", stream.getvalue())
             archive.writestr("weights/byteorder", "big" if big else "little")
             for n, storage in enumerate(storages):
-                words = storage.view(f"u{storage.itemsize}")
+                words = storage.view(f"u{storage.itemsize // (2 if storage.dtype.kind == 'c' else 1)}")
                 archive.writestr(f"weights/data/{n}", (words.byteswap() if big else words).tobytes())
     return path
 
@@ -95,19 +95,22 @@ def test_every_dtype(tmp_path, form, dtype):
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_views(tmp_path, form):
-    """Transposed, strided and shifted views of one storage; a copy of each comes back."""
+    """Transposed, strided, shifted and repeated views of one storage, which all of them share."""
     numbers = np.arange(24, dtype=np.float32)
     content = {
         "transposed": Tensor(numbers, 0, (4, 6), (1, 4)),
         "every_other": Tensor(numbers, 1, (3,), (2,)),
         "kernel": Tensor(numbers, 4, (2, 1, 3), (10, 7, 2)),
+        "repeated": Tensor(numbers, 20, (5, 40, 4), (0, 0, 1)),  # what `expand` makes
     }
     arrays = read_torch(write(tmp_path / "weights.pth", content, form))
     np.testing.assert_array_equal(arrays["transposed"], numbers.reshape(6, 4).T)
     np.testing.assert_array_equal(arrays["every_other"], [1, 3, 5])
     np.testing.assert_array_equal(arrays["kernel"], [[[4, 6, 8]], [[14, 16, 18]]])
-    arrays["transposed"][:] = 0
-    assert arrays["every_other"][0] == 1
+    np.testing.assert_array_equal(arrays["repeated"], np.broadcast_to([20, 21, 22, 23], (5, 40, 4)))
+    assert np.shares_memory(arrays["transposed"], arrays["kernel"])
+    with pytest.raises(ValueError, match="read-only"):
+        arrays["transposed"][:] = 0
 
 
 def test_parameters_and_metadata(tmp_path, torch):
@@ -166,22 +169,23 @@ def test_a_pickle_that_sets_attributes_is_refused(tmp_path, name):
     path = tmp_path / "weights.pth"
     for state in ("N(S'__defaults__'\n(I1\ntd\x86", "(S'__name__'\nS'x'\nd"):
         path.write_bytes(f"c{name.replace(' ', chr(10))}\n{state}b.".encode("latin1"))
-        refused(path, "damaged, or not PyTorch's: AttributeError")
+        refused(path, "weights.pth: damaged: AttributeError")
     written = write(path, {"a": Tensor(np.ones(2, np.float32))}, "legacy")
     np.testing.assert_array_equal(read_torch(written)["a"], [1, 1])
 
 
 ONE = np.ones(4, np.float32)
 REFUSED = [
-    ({"epoch": 3, "weight": Tensor(ONE)}, r"holds what is no tensor: 'epoch' \(int\); allowed"),
-    ({"model": {"weight": Tensor(ONE)}}, r"holds what is no tensor: 'model' \(dict\); allowed"),
+    ({"epoch": 3, "rate": 0.1}, r"holds what is no tensor: 'epoch' \(int\), 'rate' \(float\); allowed"),
+    ({"weight": Tensor(ONE), "model": {"weight": Tensor(ONE)}}, r"holds what is no tensor: 'model' \(dict\); allowed"),
+    ({"model": {"a": Tensor(ONE)}, "ema": {"a": Tensor(ONE)}}, "several .*: key must be one of 'model', 'ema'"),
     ({3: Tensor(ONE)}, "the name 3; allowed"),
     ([Tensor(ONE)], "holds a list; allowed: a dictionary of tensors"),
     ({"weight": Tensor(ONE, 1, (2, 2))}, r"of shape \(2, 2\) reads number 4 of a storage of 4"),
-    ({"weight": Tensor(ONE, 0, (9,), (0,))}, r"of shape \(9,\) reads number 0 of a storage of 4"),
-    ({"weight": Tensor(ONE, -1, (2,))}, r"with offset, shape and strides \[-1, 2, 1\]"),
-    ({"weight": Tensor(ONE, 0, (2,), (-1,))}, r"with offset, shape and strides \[0, 2, -1\]"),
-    ({"weight": Tensor(ONE, 0, (2,), (1, 1))}, "zip"),
+    ({"weight": Tensor(ONE, 0, (1 << 40, 4), (0, 1))}, r"repeats its numbers to more than 1,073,741,824 bytes"),
+    ({"weight": Tensor(ONE, -1, (2,))}, r"with offset -1, shape \(2,\) and strides \(1,\)"),
+    ({"weight": Tensor(ONE, 0, (2,), (-1,))}, r"with offset 0, shape \(2,\) and strides \(-1,\)"),
+    ({"weight": Tensor(ONE, 0, (2,), (1, 1))}, r"shape \(2,\) and strides \(1, 1\)"),
     ({"weight": Tensor("ones", 0, (2,), (1,))}, "a tensor of 'ones' with"),
 ]
 
@@ -218,3 +222,140 @@ def test_other_archives_are_refused(tmp_path):
     refused(path, r"holds what is no tensor: 'epoch' \(int\)")
     with pytest.raises(FileNotFoundError):
         read_torch(tmp_path / "none.pth")
+
+
+# What PyTorch itself writes
+
+
+def real(path, content):
+    """Saves with PyTorch, where it is installed."""
+    torch = pytest.importorskip("torch")
+    torch.save(content(torch), path)
+    return path
+
+
+def metadata_of(form, tmp_path, metadata):
+    """A tensor whose pickle says more of it, as PyTorch's do where a view is negated or conjugated by a bit."""
+
+    class Marked(Tensor):
+        def __reduce__(self):
+            function, arguments = super().__reduce__()
+            return function, (*arguments, metadata)
+
+    numbers = np.array([1 + 2j, 3 - 4j], np.complex64)
+    return read_torch(write(tmp_path / "weights.pth", {"z": Marked(numbers)}, form))["z"]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_bits_of_negation_and_conjugation_are_honoured(tmp_path, form):
+    for metadata, expected in (
+        ({}, [1 + 2j, 3 - 4j]),
+        ({"neg": True}, [-1 - 2j, -3 + 4j]),
+        ({"conj": True, "neg": False}, [1 - 2j, 3 + 4j]),
+        ({"conj": True, "neg": True}, [-1 + 2j, -3 - 4j]),
+    ):
+        np.testing.assert_array_equal(metadata_of(form, tmp_path, metadata), np.array(expected, np.complex64))
+    for metadata in ({"quantized": True}, [1], {"neg": 1}):
+        with pytest.raises(ValueError, match=r"a tensor with the metadata .*; allowed: the bits neg and conj"):
+            metadata_of(form, tmp_path, metadata)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_an_entry_is_found_by_itself_or_by_its_key(tmp_path, form):
+    one, two = Tensor(np.ones(2, np.float32)), Tensor(np.zeros(3, np.float32))
+    path = tmp_path / "weights.pth"
+    rest = {"epoch": 3, "name": "best", "optimizer": {"state": {0: {"step": 1}}, "param_groups": [{"lr": 0.1}]}}
+    for content, key, expected in (
+        ({"state_dict": {"a": one}, **rest}, None, [1, 1]),
+        ({"model": OrderedDict(a=one)}, None, [1, 1]),
+        ({"model": {"a": one}, "ema": {"a": two}}, "ema", [0, 0, 0]),
+        ({"a": one, "epoch": 3, "note": None}, None, [1, 1]),
+    ):
+        found = read_torch(write(path, content, form), key)
+        assert list(found) == ["a"]
+        np.testing.assert_array_equal(found["a"], expected)
+    with pytest.raises(ValueError, match=r"key \(='teacher'\) must be one of 'state_dict'"):
+        read_torch(write(path, {"state_dict": {"a": one}, **rest}, form), "teacher")
+
+
+def test_every_kind_of_tensor_as_pytorch_writes_it(tmp_path, monkeypatch):
+    monkeypatch.undo()  # the real modules
+    torch = pytest.importorskip("torch")
+    z = torch.complex(torch.arange(3.0), torch.tensor([1.0, -2.0, 5.0]))
+    half = torch.tensor([0.5, -2.0])
+    content = {
+        "imaginary": z.clone().conj().imag,
+        "conjugate": z.conj(),
+        "uint16": torch.arange(5).to(torch.uint16)[2:],
+        "uint32": torch.tensor([2**32 - 1]).to(torch.uint32),
+        "uint64": torch.tensor([7]).to(torch.uint64),
+        "float8": half.to(torch.float8_e5m2),
+        "double": z.to(torch.complex128),
+        "repeated": half.expand(3, 2),
+    }
+    for zipped in (True, False):
+        path = tmp_path / "weights.pth"
+        kept = content if zipped else {k: v for k, v in content.items() if k not in ("uint16", "uint32", "uint64")}
+        torch.save(kept, path, _use_new_zipfile_serialization=zipped)
+        found = read_torch(path)
+        assert list(found) == list(kept)
+        np.testing.assert_array_equal(found["imaginary"], [-1, 2, -5])
+        np.testing.assert_array_equal(found["conjugate"], np.array([0 - 1j, 1 + 2j, 2 - 5j], np.complex64))
+        np.testing.assert_array_equal(found["double"], np.array([0 + 1j, 1 - 2j, 2 + 5j]))
+        np.testing.assert_array_equal(found["repeated"], [[0.5, -2]] * 3)
+        np.testing.assert_array_equal(found["float8"].astype(np.float32), [0.5, -2])
+        for name, expected in {"uint16": [2, 3, 4], "uint32": [2**32 - 1], "uint64": [7]}.items():
+            if name in found:
+                assert found[name].dtype == name
+                np.testing.assert_array_equal(found[name], expected)
+
+
+# What a file may not do
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a Git LFS pointer in place of the file"),
+        (b"\n<!DOCTYPE html><html>not found</html>", "a web page in place of the file"),
+        (b"\x1f\x8b\x08" + bytes(20), "it is a gzip file"),
+        (b"", "it is empty"),
+    ],
+)
+def test_what_is_no_such_file_is_told_what_it_is(tmp_path, content, message):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(content)
+    refused(path, message)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "weights.pth")
+    with pytest.raises(OSError, match=r"weights\.pth is a pipe"):
+        read_torch(tmp_path / "weights.pth")
+
+
+def archive(path, pickled, storages, compress=zipfile.ZIP_DEFLATED):
+    with zipfile.ZipFile(path, "w", compress) as made:
+        made.writestr("w/data.pkl", pickled)
+        for name, content in storages.items():
+            made.writestr(f"w/{name}", content)
+    return path
+
+
+def test_views_of_a_storage_share_it_and_what_unfolds_too_far_is_refused(tmp_path):
+    numbers = np.zeros(1 << 20, np.float32)
+    content = {str(n): Tensor(numbers) for n in range(400)}
+    plain = write(tmp_path / "plain.pth", content, "zip")
+    with zipfile.ZipFile(plain) as made:
+        pickled = made.read("weights/data.pkl")
+    path = archive(tmp_path / "weights.pth", pickled, {"data/0": numbers.tobytes()})
+    arrays = read_torch(path)
+    assert len(arrays) == 400
+    assert all(np.shares_memory(arrays["0"], array) for array in arrays.values())
+    with pytest.raises(ValueError, match=r"storage '0' would unfold a file of .* to .* bytes; allowed: 1,000,000$"):
+        read_torch(path, limit=1_000_000)
+    path = archive(tmp_path / "weights.pth", pickled, {"data/0": bytes(8)})
+    refused(path, "storage '0' has 8 bytes; allowed: 1048576 numbers of float32")
+    path = archive(tmp_path / "weights.pth", pickled, {"byteorder": bytes(1 << 22), "data/0": numbers.tobytes()})
+    with pytest.raises(ValueError, match="byteorder would unfold"):
+        read_torch(path, limit=1 << 20)

@@ -80,7 +80,7 @@ def check_writable(out: Path, json_file: Path | None):
 def write_json(path: Path, values: dict):
     """All of it or nothing."""
     whole = path.with_name(f"{path.name}.part")
-    whole.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
+    whole.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     whole.replace(path)
 
 

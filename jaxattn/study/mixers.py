@@ -1,9 +1,9 @@
 """The networks of the study: one small ViT, of which only the layer that mixes tokens differs."""
 
 import functools
-import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,8 @@ from flax import nnx
 
 from jaxattn import nn
 from jaxattn.attention import attention
+from jaxattn.errors import InputError
+from jaxattn.files import read_json
 from jaxattn.models.vit import ViT
 from jaxattn.study.claim import Profile, Setting
 from jaxattn.study.fit import Trained, classifier, examples
@@ -164,11 +166,19 @@ def accuracy(mixer: str, setting: Setting, data: Dataset, *, count: int | None =
     wanted = sized(setting, data, **{name: value for name, value in how.items() if name != "shuffled"})
     name = digest(mixer, data.name, data is search(), count, how.get("shuffled", False), tuple(wanted), setting.seed)
     path = setting.kept / f"network-{name}.json"
-    if not path.is_file():
+    if not _is_kept(path):
         mine = path.with_suffix(f".{os.getpid()}.json")  # another process may be at it too, and finds the same
         write_json(mine, {"mixer": mixer, "accuracy": train(mixer, setting, data, count=count, **how).accuracy})
         os.replace(mine, path)
-    return json.loads(path.read_text())["accuracy"]
+    return float(read_json(path)["accuracy"])
+
+
+def _is_kept(path: Path) -> bool:
+    """Whether a file holds an accuracy; a damaged one is written anew."""
+    try:
+        return isinstance(read_json(path).get("accuracy"), float)
+    except InputError:
+        return False
 
 
 def everything(data: Dataset) -> int:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxattn.study.claim import Claim, Profile, Setting
-from jaxattn.study.kept import code_version, fingerprint, kept
+from jaxattn.study.kept import code_version, kept
 from jaxattn.train.data import load
+from jaxattn.train.data.fingerprint import fingerprint
 from jaxattn.train.report import environment
 from jaxattn.train.run import digest
 

@@ -14,7 +14,9 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
+import sys
 import tempfile
 import warnings
 import zlib
@@ -29,7 +31,9 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from jaxattn.errors import InputError, needs_extra
+from jaxattn.files import open_file, read_small, reason
 
+HANDLES = 64  # open files
 FOLDER, ARRAYS, MANIFEST = "checkpoints", "arrays", "manifest.json"
 
 
@@ -48,6 +52,8 @@ class Restored(NamedTuple):
 class Checkpoints:
     """The checkpoints of the folder `run`: the `keep_last` newest and the `keep_best` of the highest metric.
 
+    Each bears the `identity` that is given, and one of another is not restored.
+
     `save` returns as soon as the arrays are copied from the device, so they may be donated at once; a thread writes
     them. A process killed at any moment leaves the checkpoints that were whole before, and at most one `.partial`,
     which the next `Checkpoints` removes. All processes of a job call every method, on a file system that they share.
@@ -62,14 +68,15 @@ class Checkpoints:
     Restored(step=10, tree={'kernel': Array([1., 1., 1.], dtype=float32)}, position={'next image': 40})
     """
 
-    def __init__(self, run: Path, *, keep_last: int = 2, keep_best: int = 1):
+    def __init__(self, run: Path, *, keep_last: int = 2, keep_best: int = 1, identity: str = ""):
         for name, count, least in (("keep_last", keep_last, 1), ("keep_best", keep_best, 0)):
             if count < least:
                 raise InputError(f"{name} (={count}) must be at least {least}")
         self.folder = run.absolute() / FOLDER
-        self._keep_last, self._keep_best = keep_last, keep_best
+        self._keep_last, self._keep_best, self._identity = keep_last, keep_best, identity
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[Path, Future] | None = None
+        check_handles()
         if jax.process_index() == 0:
             _probe(self.folder)
             for abandoned in self.folder.glob("*.partial"):
@@ -104,8 +111,16 @@ class Checkpoints:
         with self._writing(path):
             if path.exists():
                 return
+            if not self.folder.is_dir():  # Orbax would make it anew, and nothing else of the run
+                raise OSError(f"the folder {self.folder} was removed")
         arrays = _by_name(tree)
-        manifest = {"step": step, "metric": metric, "position": position, "arrays": _describe(arrays)}
+        manifest = {
+            "step": step,
+            "metric": metric,
+            "position": position,
+            "run": self._identity,
+            "arrays": _describe(arrays),
+        }
         manifest = json.loads(json.dumps(manifest))  # a copy, as it will be read
         # where folders are made in the background, one that cannot be made has Orbax wait five minutes for it
         context = ocp.Context()
@@ -133,7 +148,8 @@ class Checkpoints:
             whatever the mesh was that saved it; without one, an array is put on the first device.
 
         Raises:
-          InputError: all of them are damaged; or the checkpoint holds other arrays than `like`, which it then names.
+          InputError: all of them are damaged; the checkpoint is of a run with another identity; or it holds other
+            arrays than `like`, which it then names.
         """
         self.wait()
         step, damaged = -1, {}
@@ -148,6 +164,12 @@ class Checkpoints:
             _set_aside(self.folder / str(name))
         path = self.folder / str(step)
         manifest = _read_manifest(path)
+        found = manifest.get("run", "")
+        if found and self._identity and found != self._identity:
+            raise InputError(
+                f"{path}: is a checkpoint of other settings or data (of {found}, and these are {self._identity}): "
+                "another process wrote it into this folder; replace the run with --overwrite"
+            )
         return Restored(step, _load(path, manifest["arrays"], like), manifest["position"])
 
     def close(self):
@@ -273,8 +295,8 @@ def _first_whole(folder: Path, steps: Iterable[int]) -> tuple[int, dict[int, str
         except Damaged as error:
             damaged[step] = str(error)
             continue
-        for reason in damaged.values():
-            warnings.warn(f"{reason}; using the checkpoint of step {step}", stacklevel=3)
+        for said in damaged.values():
+            warnings.warn(f"{said}; using the checkpoint of step {step}", stacklevel=3)
         return step, damaged
     return -1, damaged
 
@@ -293,13 +315,24 @@ def _check(path: Path):
 def _read_manifest(path: Path) -> dict:
     """The manifest of a checkpoint; raises `Damaged` unless it is as it was written."""
     try:
-        content, checksum = json.loads((path / MANIFEST).read_bytes())
+        content, checksum = json.loads(read_small(path / MANIFEST))
         whole = zlib.crc32(json.dumps(content).encode()) == checksum
-    except (OSError, ValueError, TypeError) as error:
-        raise Damaged(f"{path} is damaged: {MANIFEST}: {error}") from error
-    if not whole:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise Damaged(f"{path} is damaged: {MANIFEST}: {reason(error)}") from error
+    if not whole or not _is_manifest(content):
         raise Damaged(f"{path} is damaged: {MANIFEST} is not what was written")
     return content
+
+
+def _is_manifest(content: Any) -> bool:
+    """Whether it has all that is asked of it: a checksum can be right of anything."""
+    kinds = {"step": int, "metric": int | float | None, "position": dict, "arrays": dict, "files": dict}
+    return (
+        isinstance(content, dict)
+        and all(name in content and isinstance(content[name], kind) for name, kind in kinds.items())
+        and all(isinstance(said, str) for said in content["arrays"].values())
+        and all(isinstance(sums, list) and len(sums) == 2 for sums in content["files"].values())
+    )
 
 
 def _write_manifest(path: Path, manifest: dict):
@@ -307,7 +340,7 @@ def _write_manifest(path: Path, manifest: dict):
     files = sorted(file for file in path.rglob("*") if file.is_file())
     content = manifest | {"files": {file.relative_to(path).as_posix(): _checksum(file) for file in files}}
     sealed = [content, zlib.crc32(json.dumps(content).encode())]
-    with open(path / MANIFEST, "w") as file:
+    with open(path / MANIFEST, "w", encoding="utf-8") as file:
         json.dump(sealed, file)
         file.flush()
         os.fsync(file.fileno())
@@ -316,14 +349,14 @@ def _write_manifest(path: Path, manifest: dict):
 def _checksum(path: Path) -> list[int]:
     """Size in bytes and CRC-32 of a file."""
     crc = 0
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         while block := file.read(1 << 20):
             crc = zlib.crc32(block, crc)
         return [file.tell(), crc]
 
 
 def _steps(folder: Path) -> list[int]:
-    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
+    return sorted(int(path.name) for path in folder.glob("*") if re.fullmatch("0|[1-9][0-9]{0,17}", path.name))
 
 
 def _best_first(folder: Path) -> list[int]:
@@ -356,6 +389,17 @@ def _agreed(*numbers: int) -> list[int]:
     if jax.process_count() == 1:
         return list(numbers)
     return [int(number) for number in multihost_utils.broadcast_one_to_all(np.array(numbers, np.int32))]
+
+
+def check_handles():
+    """Raises an error if this process may not open the files that a save opens side by side (`ulimit -n`)."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= allowed < HANDLES:
+        raise InputError(f"the limit of open files (ulimit -n, ={allowed}) must be at least {HANDLES} for checkpoints")
 
 
 def _probe(folder: Path):

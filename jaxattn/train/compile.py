@@ -236,4 +236,4 @@ def write_report(report: Report, path: Path):
     """The report as JSON, with the names that it has here."""
     values = report._asdict() | {"text": report.text._asdict(), "fits": report.fits}
     values["text"]["collectives"] = [each._asdict() for each in report.text.collectives]
-    path.write_text(json.dumps(values, indent=2) + "\n")
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

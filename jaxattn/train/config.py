@@ -20,6 +20,7 @@ CHOICES = {"recipe": RecipeName, "model": ModelName, "mix": Mix, "optimizer": Op
 COUNTS = {"epochs": 1, "batch_size": 1, "accumulate": 1, "shift": 0, "cutout": 0, "seed": 0}  # ints, at least this
 AMOUNTS = ("learning_rate", "weight_decay", "clip", "mixup", "cutmix")  # numbers, not negative
 SHARES = ("warmup", "momentum", "label_smoothing", "ema", "drop_path", "erasing")  # numbers from 0 up to 1
+SEEDS = 2**32  # JAX draws from the lower 32 bits, so larger seeds would be others again
 SWITCHES = ("flip", "remat", "skip_bad")
 
 
@@ -35,8 +36,8 @@ class Config:
     """What mixes the pixels. Of a ResNet: convolution, local attention, or two runs, one with each. Of a ViT: global
     attention, local attention, quadratic heads, or gated positional ones (gpsa)."""
     data: str = "digits"
-    """Data set: `digits` (scikit-learn's), `fashion-mnist:PATH`, `cifar10:PATH`, `cifar100:PATH`, `folder:PATH`,
-    `parquet:PATH`, `numpy:PATH.npz`, or `relational` (made on the fly)."""
+    """Data set: `digits` (scikit-learn's), `fashion-mnist:PATH`, `mnist:PATH`, `cifar10:PATH`, `cifar100:PATH`,
+    `folder:PATH`, `parquet:PATH`, `numpy:PATH.npz`, or `relational` (made on the fly)."""
     epochs: int = 15
     """Passes over the training images."""
     batch_size: int = 50
@@ -98,6 +99,10 @@ class Config:
                 raise InputError(f"{name} (={value!r}) must be {'an int' if name in COUNTS else 'a number'}")
             if not low <= value < math.inf:
                 raise InputError(f"{name} (={value}) must be at least {low}{'' if name in COUNTS else ', and finite'}")
+            if name == "learning_rate" and value == 0:
+                raise InputError("learning_rate (=0) must be more than 0: nothing would be learned")
+            if name == "seed" and value >= SEEDS:
+                raise InputError(f"seed (={value}) must be less than {SEEDS}")
             if name in SHARES and (value > 1 or (value == 1 and name != "warmup")):
                 raise InputError(f"{name} (={value}) must be {'at most' if name == 'warmup' else 'less than'} 1")
         if self.model in RESNETS:
@@ -117,7 +122,8 @@ class Options:
     out: Path | None = None
     """Folder of the run; by default one under runs/, named after data, network, mix and seed."""
     resume: bool = False
-    """Go on with the run in that folder from its newest checkpoint, or start it where there is none."""
+    """Go on with the run in that folder from its newest checkpoint, or start it where there is none. One that is whole
+    goes on to more `epochs`; `data` may name a place to which the same images were moved."""
     overwrite: bool = False
     """Replace the run that the folder holds."""
     checkpoint_every: int = 0

@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jaxattn.errors import needs_extra
+from jaxattn.errors import InputError, needs_extra
+from jaxattn.files import read_small, reading, reason
 
 
 class Log:
@@ -19,7 +20,7 @@ class Log:
             from tensorboardX import SummaryWriter
         self.epochs = _keep(folder / "metrics.jsonl", step)
         _keep(folder / "steps.jsonl", step)
-        self.files = {name: open(folder / f"{name}.jsonl", "a") for name in ("steps", "metrics")}  # noqa: SIM115
+        self.files = {name: open(folder / f"{name}.jsonl", "a", encoding="utf-8") for name in ("steps", "metrics")}  # noqa: SIM115
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step or None, flush_secs=10)
 
     def steps(self, values: dict[str, Any]):
@@ -61,19 +62,24 @@ class Silent:
         """There is nothing to close."""
 
 
-def _keep(path: Path, step: int) -> list[dict]:
+def _keep(path: Path, step: int) -> list[dict[str, Any]]:
     """Leaves the lines up to `step` in the file, and returns them. What a killed process left half written goes."""
-    kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    if not path.exists():
+        return []
+    with reading(path):
+        lines = read_small(path).decode("utf-8", "replace").splitlines()
+    kept: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
         try:
             values = json.loads(line)
-        except ValueError:
-            break
-        if values["step"] > step:
-            break
+            if values["step"] > step:
+                break
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
+            if number == len(lines):  # half written
+                break
+            raise InputError(f"{path}: line {number} is no line of a run's log: {reason(error)}") from error
         kept.append(values)
-    if path.exists():
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(values) + "\n" for values in kept))
-        os.replace(partial, path)
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(values) + "\n" for values in kept), encoding="utf-8")
+    os.replace(partial, path)
     return kept

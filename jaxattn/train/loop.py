@@ -23,6 +23,7 @@ from jaxattn.train.config import Config
 from jaxattn.train.data import Dataset, batches
 from jaxattn.train.distributed import is_main
 from jaxattn.train.evaluate import count_correct
+from jaxattn.train.fits import check_fits
 from jaxattn.train.log import Log, Silent
 from jaxattn.train.meter import AHEAD, Diverged, Meter
 from jaxattn.train.optimizer import schedule
@@ -46,7 +47,21 @@ class Trained(NamedTuple):
 
 
 class Stopped(Exception):
-    """The system asked the process to end (SIGTERM), and all is saved."""
+    """The process was asked to end by a signal, SIGTERM or SIGINT, and all is saved."""
+
+    def __init__(self, said: str, signal: int):
+        super().__init__(said)
+        self.signal = signal
+
+
+class Asked:
+    """The signal that asked this process to end, if one did; false before."""
+
+    def __init__(self):
+        self.signal = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.signal)
 
 
 def train(
@@ -57,6 +72,7 @@ def train(
     resume: bool = False,
     checkpoint_every: int = 0,
     mesh: Mesh | None = None,
+    identity: str = "",
 ) -> Trained:
     """Trains one network, with its log and its checkpoints in `folder`.
 
@@ -69,12 +85,14 @@ def train(
       checkpoint_every: save after so many steps, beside the end of every epoch; 0 for the epochs alone.
       mesh: of `make_mesh`, over which batch, weights and grid are split; None for one device. A run may go on with
         another mesh than it began with.
+      identity: a digest of settings and data, kept in every checkpoint; a run does not go on from one of another.
 
     Raises:
       ValueError: a setting that does not fit the data, or a checkpoint that does not fit the settings.
       Diverged: the loss became NaN or senseless; it names the step, its images and the last good checkpoint.
-      Stopped: the process got SIGTERM; the state is saved.
+      Stopped: the process got SIGTERM or SIGINT (Ctrl-C); the state is saved. A second one ends it at once.
     """
+    check_fits(config, data)
     process = jax.process_index(), jax.process_count()
     stream = batches(data.train, config.batch_size, seed=config.seed, process=process)
     steps = len(data.train) // config.batch_size  # in an epoch
@@ -84,7 +102,7 @@ def train(
     state = program.init()
 
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(Checkpoints(folder))
+        checkpoints = stack.enter_context(Checkpoints(folder, identity=identity))
         restored = checkpoints.restore(state) if resume else None
         position = {"seconds": 0.0, "meter": {}}
         if restored:
@@ -95,7 +113,7 @@ def train(
         meter = Meter(100 * math.log(len(data.class_names) + 1), **position["meter"], ahead=ahead)
         done, before = int(state.step), position["seconds"]
         log = stack.enter_context(contextlib.closing(Log(folder, done) if is_main() else Silent()))
-        stopping = stack.enter_context(stop_signal())
+        stopping = stack.enter_context(stop_signals())
         bar = tqdm(total=total, initial=done, desc=f"{config.mix}, compiling", unit="step", disable=not is_main())
         stack.enter_context(bar)
 
@@ -114,7 +132,7 @@ def train(
             try:
                 meter.add(step, batch["index"], metrics)
                 line_ends, epoch_ends = step % LINE == 0 or step == total, step % steps == 0
-                stops = agreed(stopping.is_set(), step)
+                stops = agreed(bool(stopping), step)
                 saves = epoch_ends or stops or (checkpoint_every and step % checkpoint_every == 0)
                 if line_ends or saves:
                     meter.settle()
@@ -156,7 +174,8 @@ def train(
                 checkpoints.save(step, state, position, validation)
                 if stops and step < total:
                     checkpoints.wait()
-                    raise Stopped(f"stopped at step {step} of {total}, and saved: go on with --resume")
+                    said = f"stopped at step {step} of {total}, and saved: go on with --resume"
+                    raise Stopped(said, stopping.signal or signal.SIGTERM)  # another process was told, and so are all
 
         model = build(config, data.image_shape, len(data.class_names))
         nnx.update(model, *program.gather((state.weights if state.average is None else state.average, state.rest)))
@@ -177,14 +196,25 @@ def agreed(stops: bool, step: int) -> bool:
 
 
 @contextlib.contextmanager
-def stop_signal() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, where this thread can be told of signals."""
-    event = threading.Event()
+def stop_signals() -> Iterator[Asked]:
+    """What SIGTERM and SIGINT set, where this thread can be told of signals. A second signal acts as it did before."""
+    asked = Asked()
     if threading.current_thread() is not threading.main_thread():
-        yield event
+        yield asked
         return
-    previous = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def stop(number: int, _):
+        asked.signal = number
+        restore()
+
+    def restore():
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    for number in previous:
+        signal.signal(number, stop)
     try:
-        yield event
+        yield asked
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        restore()

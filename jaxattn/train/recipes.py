@@ -131,7 +131,7 @@ RECIPES: dict[str, Config] = {
 def recipe(name: str | None, data: str | None) -> Config:
     """The recipe of that name, or without one the recipe that suits the data; with that data in it."""
     kind = (data or "digits").partition(":")[0]
-    name = name or {"digits": "digits", "fashion-mnist": "fashion"}.get(kind, "resnet")
+    name = name or {"digits": "digits", "mnist": "digits", "fashion-mnist": "fashion"}.get(kind, "resnet")
     if name not in RECIPES:
         raise InputError(f"recipe (={name!r}) must be one of {', '.join(RECIPES)}")
     return dataclasses.replace(RECIPES[name], **({} if data is None else {"data": data}))

@@ -19,6 +19,8 @@ from jaxattn.train.recipes import changed, recipe
 
 TEMPLATE = Path(__file__).with_name("report.html")
 COMPARED = {"conv": "convolution", "attention": "local attention"}
+FIGURES = ("learning_curves", "attention_maps", "kernels", "mean_attention")
+NO_FIGURE = "<p>This figure could not be drawn.</p>"
 HEADER = ("", "test accuracy", "test errors", "parameters", "MFLOPs per image", "training images/s", "training time")
 
 
@@ -32,9 +34,11 @@ def write_report(
       config: of both runs.
       data: what they were trained on.
       results: of each run, as its results.json holds them, under "conv" and "attention".
-      figures: as HTML: learning_curves, attention_maps, kernels, mean_attention.
+      figures: as HTML, those of `FIGURES` that could be drawn.
     """
-    path.write_text(Template(TEMPLATE.read_text()).substitute(texts(config, data, results) | dict(figures)))
+    shown = dict.fromkeys(FIGURES, NO_FIGURE) | dict(figures)
+    page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(texts(config, data, results) | shown)
+    path.write_text(page, encoding="utf-8")
 
 
 def texts(config: Config, data: Dataset, results: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -54,7 +58,8 @@ def texts(config: Config, data: Dataset, results: Mapping[str, Mapping[str, Any]
         "results_note": f"The {test:,} test images were looked at once, after the last epoch; nothing was chosen by "
         "them. FLOPs are XLA's count for one image through the compiled forward pass. Images per second is the median "
         "over the epochs, without compilation and evaluation; the time is all of the training, with both.",
-        "attention_caption": "One test image of each class. The red square is the query, the image's brightest pixel. "
+        "attention_caption": "One test image of each class, of the first twelve. The red square is the query, the "
+        "image's brightest pixel. "
         "Below, where each head of the first attention layer looks from there: every map has its own scale, from zero "
         "(dark, as is all outside the window) to its largest weight (yellow).",
         "kernels_caption": "<b>Convolution.</b> The first block's first layer: for each output channel, of its kernels "

@@ -10,10 +10,22 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from jaxattn.errors import InputError
+from jaxattn.files import cut, read_json, read_small, reading, shown
 from jaxattn.train.config import Config
 from jaxattn.train.recipes import changed, recipe
+
+ADDRESSES = ("gs:", "s3:", "hdfs:", "http:", "https:", "file:")  # not folders, though they could be made as such
+FREE = ("data", "epochs")  # what a run that goes on may have otherwise: see `check_out` and `check_same`
+
+
+class Source(NamedTuple):
+    """What a run is trained on: `absolute`, the name of its data from any folder, and the digest of what they were."""
+
+    absolute: str
+    fingerprint: str
 
 
 def default_folder(config: Config) -> Path:
@@ -36,15 +48,24 @@ def check_out(out: Path, config: Config, *, resume: bool = False, overwrite: boo
 
     Raises:
       ValueError: `out` holds a run and neither `resume` nor `overwrite` is asked for; it holds the run of another
-        configuration that cannot be resumed with this one, or something that is not a run.
+        configuration that cannot be resumed with this one, or something that is not a run. A run that is whole may go
+        on to more epochs.
     """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
+    if out.parts[:1] and out.parts[0] in ADDRESSES:
+        raise InputError(f"out (={cut(str(out))}) must be a folder of this machine, not an address")
+    try:
+        if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+            return
+    except (OSError, ValueError) as error:
+        raise InputError(f"out (={cut(str(out))}) cannot be a folder: {error}") from error
     if not (out / "config.json").is_file():
         raise InputError(f"out (={out}) must be new, empty or a run; choose another --out")
     if resume:
         old, new = dataclasses.asdict(read_config(out)), dataclasses.asdict(config)
-        different = [f"{name} is {old[name]!r}, not {new[name]!r}" for name in old if old[name] != new[name]]
+        longer = is_whole(out) and new["epochs"] > old["epochs"]
+        free = [*(["data"] if read_source(out) else []), *(["epochs"] if longer else [])]  # see `check_same`
+        kept = [name for name in old if name not in free]
+        different = [f"{name} is {old[name]!r}, not {new[name]!r}" for name in kept if old[name] != new[name]]
         if different:
             raise InputError(f"resume: the run in {out} has other settings: {'; '.join(different)}")
     elif not overwrite:
@@ -64,6 +85,8 @@ def start_run(out: Path, config: Config, *, resume: bool = False, overwrite: boo
     try:
         if overwrite and (out / "config.json").is_file():
             _put_aside(out)
+        elif is_whole(out) and read_config(out).epochs < config.epochs:  # no longer: it goes on
+            (out / "results.json").unlink()
         out.mkdir(parents=True, exist_ok=True)
         write_config(config, out)
     except OSError as error:
@@ -83,22 +106,71 @@ def read_config(run: Path) -> Config:
     path = run / "config.json"
     if not path.is_file():
         raise InputError(f"run (={run}) must be a folder that `jaxattn train` wrote: config.json is missing")
+    fields = read_json(path)
     try:
-        config = Config(**json.loads(path.read_text()))
+        config = Config(**fields)
         config.check()
     except (TypeError, ValueError) as error:
         raise InputError(f"{path}: {error}") from error
     return config
 
 
-def read_results(run: Path) -> dict:
-    """What `end_run` wrote."""
-    return json.loads((run / "results.json").read_text())
+def read_results(run: Path, *numbers: str) -> dict[str, Any]:
+    """What `end_run` wrote; these of it must be numbers."""
+    path = run / "results.json"
+    results = read_json(path)
+    for name in numbers:
+        if not isinstance(results.get(name), int | float):
+            raise InputError(f"{path}: {name} is {shown(results.get(name))}, expected a number")
+    return results
 
 
-def read_epochs(run: Path) -> list[dict]:
+def read_epochs(run: Path) -> list[dict[str, Any]]:
     """What every epoch measured."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    path = run / "metrics.jsonl"
+    with reading(path):
+        epochs = [json.loads(line) for line in read_small(path).decode("utf-8").splitlines()]
+    for number, epoch in enumerate(epochs, start=1):
+        needed = ("epoch", "train_loss", "train_accuracy", "validation_accuracy")
+        if not isinstance(epoch, dict) or not all(isinstance(epoch.get(name), int | float) for name in needed):
+            raise InputError(f"{path}: line {number} is {shown(epoch)}, expected the numbers {', '.join(needed)}")
+    return epochs
+
+
+def write_source(source: Source, folder: Path):
+    """Writes what `read_source` reads."""
+    write_json(folder / "data.json", source._asdict())
+
+
+def read_source(run: Path) -> Source | None:
+    """What a run is trained on; None of a run of before this was kept."""
+    path = run / "data.json"
+    if not path.exists():
+        return None
+    found = read_json(path)
+    if found.keys() != set(Source._fields) or not all(isinstance(value, str) for value in found.values()):
+        raise InputError(f"{path}: has {', '.join(map(shown, found))}, expected {' and '.join(Source._fields)}")
+    return Source(**found)
+
+
+def check_same(run: Path, name: str, fingerprint: str):
+    """Raises if these are not the data that a run is trained on, wherever they lie now.
+
+    Raises:
+      ValueError: an image, a label or a class is another, or there are more or fewer.
+    """
+    source = read_source(run)
+    if source is not None and source.fingerprint != fingerprint:
+        raise InputError(
+            f"data (={name!r}) must be what the run in {run} is trained on: its images, labels or classes are others "
+            f"(they are {fingerprint}, and were {source.fingerprint})"
+        )
+
+
+def identity(config: Config, fingerprint: str) -> str:
+    """A digest of what a checkpoint is of: all settings but how long it trains and where its data lie, and the data."""
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
+    return digest(sorted(settings.items()), fingerprint)
 
 
 def write_config(config: Config, folder: Path):
@@ -109,7 +181,7 @@ def write_config(config: Config, folder: Path):
 def write_json(path: Path, values: dict):
     """One readable file, which is there whole or not at all."""
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n")
+    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 

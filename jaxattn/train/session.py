@@ -1,10 +1,11 @@
 """A training session, from its settings to the figures and the report: what `jaxattn train` and `jaxattn eval` do."""
 
+import contextlib
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,6 +13,8 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from jaxattn import plots
+from jaxattn.errors import InputError
+from jaxattn.files import path_of, reason
 from jaxattn.measure import attention_maps, mean_by_offset
 from jaxattn.models.resnet import GridMixer
 from jaxattn.models.vit import ViT
@@ -21,73 +24,113 @@ from jaxattn.nn.quadratic import QuadraticAttention
 from jaxattn.train import evaluate, loop
 from jaxattn.train.augment import normalize
 from jaxattn.train.build import build
-from jaxattn.train.checkpoint import load_weights
+from jaxattn.train.checkpoint import check_handles, load_weights
 from jaxattn.train.config import Config, Options
-from jaxattn.train.data import Dataset, load
+from jaxattn.train.data import Dataset, absolute, fingerprint, load
 from jaxattn.train.distributed import is_main, joined
+from jaxattn.train.fits import check_fits
+from jaxattn.train.lock import locked
 from jaxattn.train.report import COMPARED, write_report
 from jaxattn.train.run import (
+    Source,
     check_out,
+    check_same,
     default_folder,
     end_run,
+    identity,
     is_whole,
     read_config,
     read_epochs,
     read_results,
+    read_source,
     start_run,
+    write_source,
 )
 from jaxattn.train.sharding import check_batch, make_mesh
 from jaxattn.window import Window
+
+MEASURED = (
+    "test_accuracy",
+    "test_correct",
+    "test_images",
+    "parameters",
+    "flops_per_image",
+    "train_images_per_second",
+    "seconds",
+)  # of a network
+MOST_CLASSES = 12  # that a figure shows, one a column
+SIGNALLED = 128  # and a signal's number: the exit status of what that signal ended
 
 # ======================================================================================================================
 # Training
 
 
 def train(config: Config, options: Options):
-    """Trains what `config` says, as `options` say, alone or as one of several processes."""
+    """Trains what `config` says, as `options` say, alone or as one of several processes.
+
+    Raises:
+      SystemExit: SIGTERM or SIGINT stopped it, and all is saved; with 143 or 130, as a process that a signal ended.
+    """
     config.check()
     options.check()
+    code = 0
     with joined(options.coordinator, options.processes, options.process):
         try:
             train_here(config, options)
         except loop.Stopped as stopped:
-            say(f"jaxattn: {stopped}")
+            say(f"jaxattn: {stopped}", file=sys.stderr)
+            code = SIGNALLED + stopped.signal
+    if code:
+        sys.exit(code)
 
 
 def train_here(config: Config, options: Options):
     """Trains in this process. The first of several writes the files and talks; the others compute."""
-    out, resume = options.out or default_folder(config), options.resume
+    out, resume = path_of(options.out or default_folder(config)), options.resume
 
     # What can be wrong is said before anything is written
+    check_handles()
     mesh = make_mesh(options.mesh or "") if options.mesh is not None or jax.process_count() > 1 else None
     if is_main():
         check_out(out, config, resume=resume, overwrite=options.overwrite)
-    data = load(config.data, config.seed, config.skip_bad)
-    if mesh is not None:
-        check_batch(mesh, config.batch_size, data.image_shape)
-    if is_main():
-        start_run(out, config, resume=resume, overwrite=options.overwrite)
-    for image in data.skipped:
-        say(f"left out: {image}", file=sys.stderr)
-
-    # The networks: one, or two that are compared, each in a folder of its own
-    models = {}
-    for one, folder in networks(config, out):
-        if is_main() and folder != out:
-            start_run(folder, one, resume=resume)
-        models[one.mix] = train_one(
-            one, data, folder, resume=resume, checkpoint_every=options.checkpoint_every, mesh=mesh
-        )
-
-    # The figures, and the report of a comparison
-    if config.mix == "both":
+    with contextlib.ExitStack() as stack:
         if is_main():
-            report(config, data, out, models)
-        say(f"report: {out / 'report.html'}")
-    else:
+            stack.enter_context(locked(out))
+            check_out(out, config, resume=resume, overwrite=options.overwrite)  # now that nobody else changes it
+        data = load(config.data, config.seed, config.skip_bad)
+        digest = fingerprint(data)
+        if is_main() and resume and (out / "config.json").is_file():
+            check_same(out, config.data, digest)
+        for one, _ in networks(config, out):
+            check_fits(one, data)
+        if mesh is not None:
+            check_batch(mesh, config.batch_size, data.image_shape)
+
+        # The networks: one, or two that are compared, each in a folder of its own
+        source = Source(absolute(config.data), digest)
         if is_main():
-            draw(config, data, out, models[config.mix])
-        say(f"run: {out}")
+            start_run(out, config, resume=resume, overwrite=options.overwrite)
+            write_source(source, out)
+        for image in data.skipped:
+            say(f"left out: {image}", file=sys.stderr)
+        models, done = {}, is_whole(out) and (out / "figures").is_dir()
+        for one, folder in networks(config, out):
+            if is_main() and folder != out:
+                stack.enter_context(locked(folder))
+                start_run(folder, one, resume=resume)
+                write_source(source, folder)
+            how = {"resume": resume, "checkpoint_every": options.checkpoint_every, "mesh": mesh}
+            models[one.mix] = train_one(one, data, folder, identity=identity(one, digest), **how)
+
+        # The figures, and the report of a comparison
+        if config.mix == "both":
+            if is_main() and not done:
+                report(config, data, out, models)
+            say(f"report: {out / 'report.html'}")
+        else:
+            if is_main() and not done:
+                draw(config, data, out, models[config.mix])
+            say(f"run: {out}")
 
 
 def networks(config: Config, out: Path) -> list[tuple[Config, Path]]:
@@ -110,7 +153,7 @@ def train_one(config: Config, data: Dataset, folder: Path, **how: Any) -> nnx.Mo
         if is_main():
             end_run(folder, measure(trained, data))
     if is_main():
-        results = read_results(folder)
+        results = read_results(folder, *MEASURED)
         say(accuracy_line(config.mix, results["test_correct"], results["test_images"]))
     return model
 
@@ -136,9 +179,22 @@ def measure(trained: loop.Trained, data: Dataset) -> dict[str, Any]:
 
 def draw(config: Config, data: Dataset, folder: Path, model: nnx.Module) -> dict[str, Any]:
     """The figures of a run: how it learned, and what its first mixer looks like. They are saved in its folder too."""
-    figures = look_inside(model, data)
-    save_figures(folder, figures | {"learning_curves": plots.learning_curves({config.mix: read_epochs(folder)})})
+    figures = {}
+    with at_no_cost(folder):
+        save_figures(folder, {"learning_curves": plots.learning_curves({config.mix: read_epochs(folder)})})
+    with at_no_cost(folder):
+        figures = look_inside(model, data)
+        save_figures(folder, figures)
     return figures
+
+
+@contextlib.contextmanager
+def at_no_cost(folder: Path) -> Iterator[None]:
+    """Figures are drawn when all else is written: one that fails costs nothing but itself."""
+    try:
+        yield
+    except Exception as error:
+        say(f"jaxattn: {folder}: a figure could not be drawn: {reason(error)}", file=sys.stderr)
 
 
 def look_inside(model: nnx.Module, data: Dataset) -> dict[str, Any]:
@@ -158,9 +214,9 @@ def look_inside(model: nnx.Module, data: Dataset) -> dict[str, Any]:
 
 def look_from(model: nnx.Module, path: tuple, window: Window, data: Dataset) -> dict[str, Any]:
     """Figures of where the heads of the attention at `path` look: from a pixel of some images, and in the mean."""
-    # one test image of each class, and others for the mean
+    # one test image of each class, as many as there is room for, and others for the mean
     images, labels = data.test.fetch(np.arange(min(len(data.test), 2000)))
-    first = np.unique(labels, return_index=True)[1]
+    first = np.unique(labels, return_index=True)[1][:MOST_CLASSES]
     images = np.asarray(normalize(np.concatenate([images[first], images[:200]]), data.mean, data.std))
     weights = evaluate.attention_weights(model, images, path)  # [images, *grid, heads, slots]
     grid = weights.shape[1:3]
@@ -170,6 +226,9 @@ def look_from(model: nnx.Module, path: tuple, window: Window, data: Dataset) -> 
     queries = np.array(brightest) * grid // pictures.shape[1:]
     maps = [attention_maps(weights[n], indices, grid)[tuple(query)] for n, query in enumerate(queries)]
     names = [data.class_names[label] for label in labels[first]]
+    names = [
+        name if plots.can_be_drawn(name) else f"class {label}" for name, label in zip(names, labels[first], strict=True)
+    ]
     return {
         "attention_maps": plots.attention_maps(pictures, queries, np.stack(maps), names),
         "mean_attention": plots.mean_attention(*mean_by_offset(weights[len(first) :], indices)),
@@ -177,17 +236,24 @@ def look_from(model: nnx.Module, path: tuple, window: Window, data: Dataset) -> 
 
 
 def report(config: Config, data: Dataset, folder: Path, models: Mapping[str, nnx.Module]):
-    """Writes the report of two runs, one by convolution and one by local attention."""
+    """Writes the results and the report of two runs, one by convolution and one by local attention."""
     runs = {one.mix: run for one, run in networks(config, folder)}
-    curves = {COMPARED[mix]: read_epochs(run) for mix, run in runs.items()}
-    figures = {"learning_curves": plots.learning_curves(curves)}
+    results = {mix: read_results(run, *MEASURED) for mix, run in runs.items()}
+    end_run(folder, results)
+    figures: dict[str, Any] = {}
+    pictures: dict[str, str] = {}
+    with at_no_cost(folder):
+        figures["learning_curves"] = plots.learning_curves(
+            {COMPARED[mix]: read_epochs(run) for mix, run in runs.items()}
+        )
     for mix, run in runs.items():
         figures |= draw(dataclasses.replace(config, mix=mix), data, run, models[mix])
-    save_figures(folder, figures)
-    pictures = {name: plots.inline_svg(figure, name) for name, figure in figures.items()}
-    results = {mix: read_results(run) for mix, run in runs.items()}
+    for name, figure in figures.items():
+        with at_no_cost(folder):
+            pictures[name] = plots.inline_svg(figure, name)
     write_report(folder / "report.html", config, data, results, pictures)
-    end_run(folder, results)
+    with at_no_cost(folder):
+        save_figures(folder, figures)
 
 
 def save_figures(folder: Path, figures: Mapping[str, Any]):
@@ -201,13 +267,23 @@ def save_figures(folder: Path, figures: Mapping[str, Any]):
 # Evaluation
 
 
-def evaluate_run(run: Path):
-    """Prints the accuracy of each network of a run on the test images, as its training did."""
-    for _, folder in networks(read_config(run), run):
-        config = read_config(folder)
-        data = load(config.data, config.seed, config.skip_bad)
-        correct = evaluate.evaluate(load_model(config, data, folder), data, data.test)
-        print(accuracy_line(config.mix, correct, len(data.test)))
+def evaluate_run(run: Path, name: str | None = None):
+    """Prints the accuracy of each network of a run on the test images, as its training did.
+
+    Args:
+      run: its folder.
+      name: of its data, where they were moved; by default what the run was started with, from whatever folder.
+    """
+    config, source = read_config(run), read_source(run)
+    if name and source is None:
+        raise InputError(f"data (={name!r}) must not be given: the run in {run} did not keep what its data were")
+    name = name or (source.absolute if source else config.data)
+    data = load(name, config.seed, config.skip_bad)
+    check_same(run, name, fingerprint(data))
+    for _, folder in networks(config, run):
+        one = read_config(folder)
+        correct = evaluate.evaluate(load_model(one, data, folder), data, data.test)
+        print(accuracy_line(one.mix, correct, len(data.test)))
 
 
 def load_model(config: Config, data: Dataset, folder: Path) -> nnx.Module:
@@ -226,7 +302,7 @@ def accuracy_line(mix: str, correct: int, total: int) -> str:
 # Several processes
 
 
-def say(text: str, file: TextIO | None = None):
+def say(text: str, file: Any = None):
     """Prints, if this is the first process."""
     if is_main():
         print(text, file=file, flush=True)

@@ -1,14 +1,17 @@
 """CIFAR-10 and CIFAR-100 in their two published forms: pickles, read without running what is in them, and records."""
 
+import bz2
+import gzip
+import lzma
 import tarfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from jaxattn.errors import InputError
+from jaxattn.files import Room, Unfolded, open_file, reading, size_of
 from jaxattn.train.data.safe_pickle import read_pickle
 from jaxattn.train.data.split import Examples, Found
 
@@ -32,22 +35,23 @@ TEN = _Layout(
     "labels",
     1,
 )
+PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}  # by how the file begins
 HUNDRED = _Layout(("train",), "test", ("meta", "fine_label_names"), "fine_label_names.txt", "fine_labels", 2)
 
 
-def read_cifar10(path: Path) -> Found:
+def read_cifar10(path: Path, limit: int | None = None) -> Found:
     """60,000 images of 32×32 pixels in 10 classes (Krizhevsky 2009), from the archive or the folder in it."""
-    return _read(path, TEN)
+    return _read(path, TEN, limit)
 
 
-def read_cifar100(path: Path) -> Found:
+def read_cifar100(path: Path, limit: int | None = None) -> Found:
     """60,000 images of 32×32 pixels in 100 classes (Krizhevsky 2009), from the archive or the folder in it."""
-    return _read(path, HUNDRED)
+    return _read(path, HUNDRED, limit)
 
 
-def _read(path: Path, layout: _Layout) -> Found:
+def _read(path: Path, layout: _Layout, limit: int | None) -> Found:
     train, test = layout.train, layout.test
-    files = _contents(path, {*train, test, layout.pickled_names[0], layout.binary_names})
+    files = _contents(path, {*train, test, layout.pickled_names[0], layout.binary_names}, limit)
     if layout.test in files:
         read = lambda name: _pickled(f"{path}: {name}", _content(path, files, name), layout)
         where, key = layout.pickled_names
@@ -68,23 +72,45 @@ def _read(path: Path, layout: _Layout) -> Found:
     return Found(str(path), names, Examples(images, labels, origin), test=tested)
 
 
-def _contents(path: Path, names: set[str]) -> dict[str, bytes]:
+def _contents(path: Path, names: set[str], limit: int | None) -> dict[str, bytes]:
     """The files of these names, with `.bin` or without, in a tar archive or in a folder or the one folder in that."""
     wanted = names | {f"{name}.bin" for name in names}
-    try:
-        if path.is_dir():
-            found = [file for pattern in ("*", "*/*") for file in sorted(path.glob(pattern)) if file.name in wanted]
-            folders = {file.parent for file in found}
-            if len(folders) > 1:
-                raise InputError(f"{path}: more than one data set: name one of {', '.join(map(str, sorted(folders)))}")
-            return {file.name: file.read_bytes() for file in found if file.is_file()}
-        with tarfile.open(path) as archive:
-            members = [(PurePosixPath(member.name).name, archive.extractfile(member)) for member in archive]
-            return {name: file.read() for name, file in members if file and name in wanted}
-    except InputError:
-        raise
-    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
+    with reading(path, form=tuple(PACKED)):
+        if not path.is_dir():
+            return _unpacked(path, wanted, limit)
+        found = [file for pattern in ("*", "*/*") for file in sorted(path.glob(pattern)) if file.name in wanted]
+        folders = {file.parent for file in found}
+        if len(folders) > 1:
+            raise InputError(f"{path}: more than one data set: name one of {', '.join(map(str, sorted(folders)))}")
+        return {file.name: _whole(file, limit) for file in found if not file.is_dir()}
+
+
+def _whole(path: Path, limit: int | None) -> bytes:
+    with reading(path), open_file(path) as file:
+        Room(path, size_of(file), limit).take(size_of(file), "it")
+        return file.read()
+
+
+def _unpacked(path: Path, wanted: set[str], limit: int | None) -> dict[str, bytes]:
+    """The wanted files of an archive, read from its start to its end: no other is opened, and no link is followed."""
+    contents: dict[str, bytes] = {}
+    with open_file(path) as file:
+        room, start = Room(path, size_of(file), limit), file.read(6)
+        file.seek(0)
+        unpack = next((unpack for magic, unpack in PACKED.items() if start.startswith(magic)), None)
+        stream: IO[bytes] = unpack(file) if unpack else file
+        with tarfile.open(fileobj=Unfolded(stream, room, "its content"), mode="r|") as archive:
+            for member in archive:
+                name = PurePosixPath(member.name).name
+                if name not in wanted or not member.isreg():
+                    continue
+                if member.issparse():
+                    raise InputError(f"{path}: {name} is a file with holes; expected a plain one")
+                if member.size > room.left:
+                    room.take(member.size, name)
+                content = archive.extractfile(member)
+                contents[name] = content.read() if content else b""
+    return contents
 
 
 def _content(path: Path, files: Mapping[str, bytes], name: str) -> bytes:

@@ -1,57 +1,84 @@
 """A folder of images, one folder a class."""
 
+import functools
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from jaxattn.errors import InputError
-from jaxattn.train.data.images import Encoded, decode_all
+from jaxattn.files import open_file, reading
+from jaxattn.train.data.images import Encoded, decode_parts
 from jaxattn.train.data.options import whole_number
-from jaxattn.train.data.split import Examples, Found
+from jaxattn.train.data.split import PARTS, Found
 
-VALIDATION = ("val", "valid", "validation")
+JUNK = ("thumbs.db", "desktop.ini", "__macosx", "icon\r")  # what Windows and macOS leave among the files
 
 
 def read_folder(path: Path, options: Mapping[str, str], skip_bad: bool) -> Found:
     """PATH/train/CLASS/*.png and PATH/test/CLASS/*.png, or PATH/CLASS/*.png, of which the test part is then drawn.
 
-    PATH/val is the validation part if there is a test part as well, and the test part if there is none. The classes
-    are the folders of the training part in alphabetical order. Every file in them, but those whose name begins with a
-    dot, must be a JPEG or PNG image.
+    PATH/val (or valid, validation, dev, eval) is the validation part if there is a test part as well, and the test part
+    if there is none; upper and lower case are the same. The classes are the folders of the training part in
+    alphabetical order. Every file in them must be an image in the JPEG, PNG, WebP, TIFF or BMP format, but those whose
+    name begins with a dot, and Thumbs.db, desktop.ini and __MACOSX.
     """
     size = whole_number(options, "size", None, least=1)
-    folders = {folder.name: folder for folder in _inner(path)}
-    if "train" not in folders:
-        folders = {"train": path}
-    class_names = tuple(folder.name for folder in _inner(folders["train"]))
-    if not class_names:
+    folders = _parts(path)
+    class_folders = _inner(folders["train"])
+    if not class_folders:
         raise InputError(f"{folders['train']}: has no folders: expected one for each class")
+    numbers = {folder.name: number for number, folder in enumerate(class_folders)}
+    files = {part: _files(folder, numbers, path) for part, folder in folders.items()}
     skipped: list[str] = []
-    read = lambda folder: _read_part(folder, class_names, size, skip_bad, skipped)
-    train = read(folders["train"])
-    validation = next((read(folders[name]) for name in VALIDATION if name in folders), None)
-    test = read(folders["test"]) if "test" in folders else None
+    parts = decode_parts(files, size, skip_bad, skipped)
+    validation, test = parts.get("validation"), parts.get("test")
     if test is None:
         validation, test = None, validation
-    return Found(str(folders["train"]), class_names, train, validation, test, tuple(skipped))
+    class_names = tuple(map(_legible, numbers))
+    return Found(str(folders["train"]), class_names, parts["train"], validation, test, tuple(skipped))
 
 
-def _read_part(
-    folder: Path, class_names: tuple[str, ...], size: int | None, skip_bad: bool, skipped: list[str]
-) -> Examples:
+def _parts(path: Path) -> dict[str, Path]:
+    """The folder of each part; where none is of the training part, the whole folder is."""
+    found: dict[str, Path] = {}
+    for folder in _inner(path):
+        part = PARTS.get(folder.name.lower())
+        if part in found:
+            raise InputError(f"{folder}: and {found[part].name} are both of the {part} part: expected one")
+        if part:
+            found[part] = folder
+    return found if "train" in found else {"train": path}
+
+
+def _files(folder: Path, numbers: Mapping[str, int], top: Path) -> list[Encoded]:
     files = []
     for inner in _inner(folder):
-        if inner.name not in class_names:
-            raise InputError(f"{inner}: no class of the training images: {', '.join(class_names)}")
-        for path in sorted(inner.iterdir()):
-            if not path.name.startswith("."):
-                files.append(Encoded(path.read_bytes, class_names.index(inner.name), str(path)))
+        if inner.name not in numbers:
+            raise InputError(f"{inner}: no class of the training images: {', '.join(map(_legible, numbers))}")
+        for path in _listed(inner):
+            if path.is_dir():
+                hint = f"; where the classes are in {inner}, that is the data: folder:{inner}" if folder == top else ""
+                raise InputError(f"{path}: is a folder among the images of a class, expected image files{hint}")
+            files.append(Encoded(functools.partial(open_file, path), numbers[inner.name], str(path)))
     if not files:
         raise InputError(f"{folder}: has no images")
-    return decode_all(files, size, skip_bad, skipped)
+    return files
 
 
 def _inner(folder: Path) -> list[Path]:
-    try:
-        return sorted(inner for inner in folder.iterdir() if inner.is_dir() and not inner.name.startswith("."))
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be read: {error}") from error
+    return [path for path in _listed(folder) if path.is_dir()]
+
+
+def _listed(folder: Path) -> list[Path]:
+    """What is in a folder, but for what no user put there."""
+    with reading(folder):
+        return sorted(path for path in folder.iterdir() if path.name[0] != "." and path.name.lower() not in JUNK)
+
+
+def _legible(name: str) -> str:
+    """A folder's name, whose bytes need not be UTF-8, as text that can be written and drawn.
+
+    >>> _legible("café"), _legible("caf\\udce9")
+    ('café', 'caf\\\\xe9')
+    """
+    return os.fsencode(name).decode("utf-8", "backslashreplace")

@@ -1,24 +1,33 @@
 """The idx files of MNIST and Fashion-MNIST."""
 
+import contextlib
 import gzip
-import zlib
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
 from jaxattn.errors import InputError
+from jaxattn.files import Room, Unfolded, open_file, reading, size_of
 from jaxattn.train.data.split import Examples, Found
 
 FASHION_CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+DIGITS = tuple("0123456789")
 
 
-def read_fashion(folder: Path) -> Found:
+def read_fashion(folder: Path, limit: int | None = None) -> Found:
     """The four files of Xiao et al. 2017 (arXiv 1708.07747) in a folder, gzipped or not."""
-    return Found(str(folder), FASHION_CLASSES, _read_pair(folder, "train"), test=_read_pair(folder, "t10k"))
+    return _read(folder, FASHION_CLASSES, limit)
 
 
-def read_idx(path: Path, ndim: int) -> UInt8[np.ndarray, "..."]:
+def read_mnist(folder: Path, limit: int | None = None) -> Found:
+    """The four files of LeCun et al. 1998 in a folder, gzipped or not."""
+    return _read(folder, DIGITS, limit)
+
+
+def read_idx(path: Path, ndim: int, limit: int | None = None) -> UInt8[np.ndarray, "..."]:
     """Reads an idx file of bytes with `ndim` axes, gzipped if its name ends in `.gz`.
 
     The header is the bytes 0, 0, 8 (unsigned byte), ndim, then each size as a big-endian 32-bit integer.
@@ -26,35 +35,54 @@ def read_idx(path: Path, ndim: int) -> UInt8[np.ndarray, "..."]:
     Raises:
       ValueError: a file that is missing, truncated, or not what its header says.
     """
-    try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
-    if content[:4] != bytes([0, 0, 8, ndim]):
+    with reading(path, form=(b"\x1f\x8b",) if path.suffix == ".gz" else ()), open_file(path) as file:
+        room = Room(path, size_of(file), limit)
+        unpack: Any = gzip.open if path.suffix == ".gz" else contextlib.nullcontext
+        with unpack(file) as stream:
+            return _array(path, Unfolded(stream, room, "its content"), ndim, room)
+
+
+def _array(path: Path, stream: Unfolded, ndim: int, room: Room) -> np.ndarray:
+    length = 4 + 4 * ndim
+    header = stream.read(length)
+    if header[:4] != bytes([0, 0, 8, ndim]):
+        said = header[:4].hex(" ") or "nothing"
+        raise InputError(f"{path}: starts with {said}, expected 00 00 08 {ndim:02x} (idx, {ndim} axes)")
+    if len(header) < length:
+        raise InputError(f"{path}: {len(header)} bytes, too short for a header of {length}")
+    shape = tuple(int(size) for size in np.frombuffer(header, ">u4", ndim, 4))
+    if 0 in shape:
+        raise InputError(f"{path}: the shape {shape} in its header is of nothing")
+    size = math.prod(shape)
+    if size > room.left:
+        room.take(size, f"the shape {shape} in its header")
+    content = stream.read(size + 1)  # one more, if it is there
+    if len(content) != size:
+        more = " and more" if len(content) > size else ""
         raise InputError(
-            f"{path}: starts with {content[:4].hex(' ') or 'nothing'}, expected 00 00 08 {ndim:02x} (idx, {ndim} axes)"
+            f"{path}: {length + len(content)} bytes{more}, expected {length + size} for the shape {shape} in its header"
         )
-    header = 4 + 4 * ndim
-    if len(content) < header:
-        raise InputError(f"{path}: {len(content)} bytes, too short for a header of {header}")
-    shape = tuple(int(size) for size in np.frombuffer(content, ">u4", ndim, 4))
-    expected = header + int(np.prod(shape, dtype=object))
-    if len(content) != expected:
-        raise InputError(f"{path}: {len(content)} bytes, expected {expected} for the shape {shape} in its header")
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+    return np.frombuffer(content, np.uint8).reshape(shape)
 
 
-def _read_pair(folder: Path, part: str) -> Examples:
-    images = read_idx(_find(folder, f"{part}-images-idx3-ubyte"), 3)
+def _read(folder: Path, class_names: tuple[str, ...], limit: int | None) -> Found:
+    train, test = (_read_pair(folder, part, limit) for part in ("train", "t10k"))
+    return Found(str(folder), class_names, train, test=test)
+
+
+def _read_pair(folder: Path, part: str, limit: int | None) -> Examples:
+    images = read_idx(_find(folder, f"{part}-images-idx3-ubyte"), 3, limit)
     path = _find(folder, f"{part}-labels-idx1-ubyte")
-    labels = read_idx(path, 1)
+    labels = read_idx(path, 1, limit)
     if len(images) != len(labels):
         raise InputError(f"{path}: {len(labels)} labels for {len(images)} images")
     return Examples(images[..., None], labels.astype(np.int32), f"{path}: image {{}}".format)
 
 
 def _find(folder: Path, name: str) -> Path:
-    for path in (folder / name, folder / f"{name}.gz"):
-        if path.is_file():
-            return path
+    dotted = name.replace("-idx", ".idx")  # as Kaggle has them, some in a folder of the same name
+    for inner in (name, dotted):
+        for path in (folder / inner, folder / f"{inner}.gz", folder / inner / inner):
+            if path.exists() and not path.is_dir():
+                return path
     raise InputError(f"{folder}: has neither {name} nor {name}.gz")

@@ -1,86 +1,135 @@
 """Image files, decoded once into one array."""
 
 import collections
-import io
-import os
-import sys
-from collections.abc import Callable, Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
 
 from jaxattn.errors import InputError, needs_extra
+from jaxattn.files import memory, reason
 from jaxattn.train.data.split import Examples
 
 with needs_extra("train"):
     from PIL import Image, ImageOps
 
-BROKEN = (OSError, EOFError, SyntaxError, ValueError, IndexError, Image.DecompressionBombError)  # says Pillow
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "YCbCr", "CMYK")  # 16 bits would be cut off at 255
+GREY = ("1", "L", "LA")
+ORIENTATION = 0x0112  # in EXIF: how the camera was held
+TURN = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+LARGE = 1 << 25  # pixels; of larger images one at a time is decoded
+ONE_LARGE = threading.Lock()
 
 
 class Encoded(NamedTuple):
-    """A file's bytes, read when they are asked for, its class, and where it lies."""
+    """A file, opened when it is asked for, its class, and where it lies; `fault` says what else is wrong with it."""
 
-    read: Callable[[], bytes]
+    open: Callable[[], Any]  # a binary stream
     label: int
     origin: str
+    fault: str | None = None
 
 
-def decode_all(files: Sequence[Encoded], size: int | None, skip_bad: bool, skipped: list[str]) -> Examples:
-    """Decodes JPEG and PNG files into one uint8 array in memory: grey if all of them are, else red, green and blue.
+class Header(NamedTuple):
+    """What an image says of itself."""
+
+    height: int
+    width: int
+    grey: bool
+
+
+def decode_parts(
+    parts: Mapping[str, Sequence[Encoded]], size: int | None, skip_bad: bool, skipped: list[str]
+) -> dict[str, Examples]:
+    """Decodes the image files of each part into one uint8 array in memory: grey if all of them are, else red, green and
+    blue. An image that its camera marked as turned (EXIF) is turned.
 
     Args:
-      files: what to decode.
+      parts: what to decode.
       size: makes every image size×size, its middle cut out if it is not square. Without it, all must be of one size.
       skip_bad: leaves out what is no such image, is truncated, or has another size than most; else that is refused.
       skipped: is told of those that are left out.
     """
+    files = [file for part in parts.values() for file in part]
     with ThreadPoolExecutor() as threads:  # Pillow decodes outside the lock
         headers = list(threads.map(_header, files))
-        found = [header for header in headers if not isinstance(header, str)]
-        grey = all(is_grey for _, is_grey in found)
-        common = collections.Counter(shape for shape, _ in found).most_common(1)
+        found = [header for header in headers if isinstance(header, Header)]
+        grey = all(header.grey for header in found)
+        common = collections.Counter((header.height, header.width) for header in found).most_common(1)
         shape = (size, size) if size else common[0][0] if common else (0, 0)
         wrong = [_wrong(header, None if size else shape) for header in headers]
         images = np.empty(_fits(len(files), *shape, 1 if grey else 3), np.uint8)
         decode = lambda i: wrong[i] or _decode_into(images[i], files[i], size)
         messages = list(threads.map(decode, range(len(files))))
-    good = np.array([message is None for message in messages], bool)
+    decoded, start = {}, 0
+    for part, inner in parts.items():
+        stop = start + len(inner)
+        decoded[part] = _good(images[start:stop], inner, messages[start:stop], skip_bad, skipped)
+        start = stop
+    return decoded
+
+
+def _good(
+    images: np.ndarray, files: Sequence[Encoded], messages: Sequence[str | None], skip_bad: bool, skipped: list[str]
+) -> Examples:
+    """The examples in which nothing is wrong."""
     for file, message in zip(files, messages, strict=True):
         if message is not None:
             if not skip_bad:
                 raise InputError(f"{file.origin}: {message}")
             skipped.append(f"{file.origin}: {message}")
+    good = np.array([message is None for message in messages], bool)
     kept = [file for file, is_good in zip(files, good, strict=True) if is_good]
     labels = np.array([file.label for file in kept], np.int64)
     return Examples(images if good.all() else images[good], labels, lambda i: kept[i].origin)
 
 
-def _open(file: Encoded) -> Image.Image:
-    return Image.open(io.BytesIO(file.read()), formats=("JPEG", "PNG"))
-
-
-def _header(file: Encoded) -> tuple[tuple[int, int], bool] | str:
-    """((height, width), is it grey?) without decoding, or what is wrong."""
+def _header(file: Encoded) -> Header | str:
+    """What the image says of itself, without decoding it, or what is wrong."""
+    if file.fault is not None:
+        return file.fault
     try:
-        with _open(file) as image:
+        with file.open() as stream, Image.open(stream, formats=FORMATS) as image:
             if image.mode not in MODES:
                 return f"has pixels of mode {image.mode}, expected 8 bits a channel"
-            return (image.height, image.width), image.mode in ("1", "L", "LA")
-    except BROKEN as error:
+            if image.format in ("TIFF", "WEBP") and getattr(image, "n_frames", 1) > 1:
+                return f"has {getattr(image, 'n_frames', 1)} pages or frames, expected one"
+            height, width = (image.height, image.width) if _orientation(image) < 5 else (image.width, image.height)
+            return Header(height, width, image.mode in GREY)
+    except Exception as error:  # of Pillow's decoders, which meet whatever bytes there are
         return _message(error)
 
 
-def _wrong(header: tuple[tuple[int, int], bool] | str, expected: tuple[int, int] | None) -> str | None:
+def _orientation(image: Image.Image) -> int:
+    """From 1, upright, to 8. EXIF that cannot be read says nothing."""
+    # a TIFF file is turned by Pillow itself; a PNG file would have to be decoded to look behind its pixels
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+        return 1
+    with contextlib.suppress(Exception):
+        found = image.getexif().get(ORIENTATION, 1)
+        return found if found in TURN else 1
+    return 1
+
+
+def _wrong(header: Header | str, expected: tuple[int, int] | None) -> str | None:
     if isinstance(header, str):
         return header
-    (height, width), _ = header
-    if expected and (height, width) != expected:
+    if expected and (header.height, header.width) != expected:
         return (
-            f"is {height}×{width} (height×width), where most are {expected[0]}×{expected[1]}; "
+            f"is {header.height}×{header.width} (height×width), where most are {expected[0]}×{expected[1]}; "
             "append ?size=N to the data's name to make all N×N"
         )
     return None
@@ -89,29 +138,32 @@ def _wrong(header: tuple[tuple[int, int], bool] | str, expected: tuple[int, int]
 def _decode_into(out: UInt8[np.ndarray, "height width channels"], file: Encoded, size: int | None) -> str | None:
     """Decodes one image, or returns what is wrong."""
     try:
-        with _open(file) as image:
-            converted = image.convert("L" if out.shape[-1] == 1 else "RGB")  # decodes all of it
-            fitted = ImageOps.fit(converted, (size, size), Image.Resampling.BICUBIC) if size else converted
-            out[...] = np.asarray(fitted).reshape(out.shape)
-    except BROKEN as error:
+        with file.open() as stream, Image.open(stream, formats=FORMATS) as image:
+            turned = TURN.get(_orientation(image))
+            if size:  # a JPEG file may be decoded at half, a quarter or an eighth, in as much less time
+                image.draft(None, (2 * size, 2 * size))
+            with ONE_LARGE if image.width * image.height > LARGE else contextlib.nullcontext():
+                converted = image.convert("L" if out.shape[-1] == 1 else "RGB")  # decodes all of it
+                upright = converted if turned is None else converted.transpose(turned)
+                fitted = ImageOps.fit(upright, (size, size), Image.Resampling.BICUBIC) if size else upright
+                out[...] = np.asarray(fitted).reshape(out.shape)
+    except Exception as error:  # as above
         return _message(error)
     return None
 
 
-def _message(error: BaseException) -> str:
+def _message(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
-        return "no JPEG or PNG image"
-    return f"cannot be decoded: {error}"
+        return f"no image of {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+    return f"cannot be decoded: {reason(error)}"
 
 
 def _fits(*shape: int) -> tuple[int, ...]:
     """The shape, if an array of so many bytes fits into this machine's memory."""
-    if sys.platform == "win32":  # which has no sysconf
-        return shape
-    needed, memory = int(np.prod(shape, dtype=object)), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > 0.8 * memory:
+    needed, there = int(np.prod(shape, dtype=object)), memory()
+    if needed > 0.8 * there:
         raise InputError(
-            f"the images decoded are {needed / 2**30:.1f} GiB, and this machine has {memory / 2**30:.1f}: "
+            f"the images decoded are {needed / 2**30:.1f} GiB, and this machine has {there / 2**30:.1f}: "
             "append ?size=N to the data's name to make all N×N"
         )
     return shape

@@ -5,11 +5,13 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array
+from jax import lax
+from jax.typing import DTypeLike
 
 from jaxattn import zoo
-from jaxattn.nn.layer import Layer, default_bias_init, default_kernel_init, frozen, head_sizes
-from jaxattn.sizes import Size, ints
+from jaxattn.checked import checked
+from jaxattn.nn.layer import Layer, Normalize, default_bias_init, default_kernel_init, head_sizes
+from jaxattn.sizes import Size
 
 unit_init = nnx.initializers.normal(1.0)
 short_init = nnx.initializers.variance_scaling(1.0, "fan_out", "normal")  # of length one: head_dim ** -0.5
@@ -45,8 +47,8 @@ class QnA(Layer):
     """
 
     function = staticmethod(zoo.qna)
-    axis_name: str | None = None
 
+    @checked
     def __init__(
         self,
         num_heads: int,
@@ -55,21 +57,24 @@ class QnA(Layer):
         qkv_features: int | None = None,
         out_features: int | None = None,
         *,
+        rank: int | None = None,
         strides: Size = 1,
         scale: float | None = None,
         use_bias: bool = True,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        precision: Any = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: lax.PrecisionLike = None,
         kernel_init: Callable[..., Any] = default_kernel_init,
         query_init: Callable[..., Any] = short_init,
         bias_init: Callable[..., Any] = default_bias_init,
         rngs: nnx.Rngs,
     ):
-        self.strides, self.scale, self.dtype, self.precision = frozen(strides), scale, dtype, precision
+        window = self.sized("kernel_size", kernel_size, rank)
+        self.strides, self.scale = self.each("strides", strides), scale
+        self.dtype, self.precision = dtype, precision
         sizes = head_sizes(self, num_heads, in_features, qkv_features, out_features)
         self.draw(
-            sizes | {"window": ints("QnA", "kernel_size", kernel_size)}, kernel_init=kernel_init, use_bias=use_bias,
+            sizes | {"window": window}, kernel_init=kernel_init, use_bias=use_bias,
             query=query_init, bias=bias_init, rngs=rngs, dtype=param_dtype,
         )  # fmt: skip
 
@@ -104,8 +109,9 @@ class ParameterKeyAttention(Layer):
     """
 
     function = staticmethod(zoo.parameter_key_attention)
-    axis_name: str | None = None
+    rank = 0  # each token by itself
 
+    @checked
     def __init__(
         self,
         num_heads: int,
@@ -114,12 +120,12 @@ class ParameterKeyAttention(Layer):
         qkv_features: int | None = None,
         out_features: int | None = None,
         *,
-        normalize: str | Callable[..., Array] = "softmax",
+        normalize: Normalize = "softmax",
         scale: float | None = None,
         use_bias: bool = False,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        precision: Any = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: lax.PrecisionLike = None,
         kernel_init: Callable[..., Any] = default_kernel_init,
         key_init: Callable[..., Any] = unit_init,
         value_init: Callable[..., Any] = unit_init,

@@ -5,10 +5,13 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
 
 from jaxattn import zoo
-from jaxattn.nn.layer import Layer, frozen, head_sizes, small_init
-from jaxattn.sizes import Size, ints
+from jaxattn.checked import checked
+from jaxattn.nn.layer import Layer, head_sizes, small_init
+from jaxattn.sizes import Size
 from jaxattn.zoo.equations import divided
 
 
@@ -41,6 +44,7 @@ class OutlookAttention(Layer):
     function = staticmethod(zoo.outlook_attention)
     needs_whole_grid = "a window adds to its neighbours' outputs, also across the border of a shard"
 
+    @checked
     def __init__(
         self,
         num_heads: int,
@@ -48,19 +52,22 @@ class OutlookAttention(Layer):
         kernel_size: Size,
         out_features: int | None = None,
         *,
+        rank: int | None = None,
         strides: Size = 1,
         scale: float | None = None,
         use_bias: bool = False,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        precision: Any = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: lax.PrecisionLike = None,
         kernel_init: Callable[..., Any] = small_init,
         rngs: nnx.Rngs,
     ):
-        self.strides, self.scale, self.dtype, self.precision = frozen(strides), scale, dtype, precision
+        window = self.sized("kernel_size", kernel_size, rank)
+        self.strides, self.scale = self.each("strides", strides), scale
+        self.dtype, self.precision = dtype, precision
         divided("OutlookAttention", "num_heads", num_heads, in_features, "in_features")
         sizes = head_sizes(self, num_heads, in_features, None, out_features)
         self.draw(
-            sizes | {"window": ints("OutlookAttention", "kernel_size", kernel_size)}, kernel_init=kernel_init,
+            sizes | {"window": window}, kernel_init=kernel_init,
             use_bias=use_bias, biased=("attention", "out"), rngs=rngs, dtype=param_dtype,
         )  # fmt: skip

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import ArrayLike, Real
 
+from jaxattn.checked import AnyInt
 from jaxattn.einsum import einsum
 from jaxattn.kernels.operands import statistics_dtype
 from jaxattn.normalize import softmax
@@ -23,10 +25,10 @@ from jaxattn.zoo.registry import row
     "value_embedding": "heads|1 offsets value_dim"},
 )  # fmt: skip
 def axial_attention(
-    x,
+    x: Real[ArrayLike, "*batch_and_grid features"],
     params: Mapping[str, Any],
     *,
-    axis: int = -2,
+    axis: AnyInt = -2,
     window: int | None = None,
     precision: lax.PrecisionLike = None,
 ) -> jax.Array:

@@ -1,9 +1,13 @@
 """Depthwise convolution: learned weights by offset, each channel or head its own."""
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from jax import lax
+from jaxtyping import ArrayLike, Real
 
+from jaxattn.checked import MeshAxis
 from jaxattn.einsum import einsum
 from jaxattn.sizes import Size, per_axis
 from jaxattn.zoo.equations import Padding, divided, read_padding, same, sliding, with_neighbours
@@ -17,15 +21,15 @@ from jaxattn.zoo.softmax import softmax
     paper="Chollet 2017 (1610.02357); Liu et al. 2022 (2201.03545)", shapes={"kernel": "*window features·m"},
 )  # fmt: skip
 def depthwise_conv(
-    x,
-    kernel,
+    x: Real[ArrayLike, "*batch_and_grid features"],
+    kernel: Real[ArrayLike, "*window out_features"],
     *,
     strides: Size = 1,
     padding: Padding = "SAME",
     dilation: Size = 1,
-    boundary=None,
+    boundary: str | Sequence[str] | None = None,
     precision: lax.PrecisionLike = None,
-    axis_name: str | None = None,
+    axis_name: MeshAxis | None = None,
 ) -> jax.Array:
     """A convolution in which each channel sees itself alone,
 
@@ -60,8 +64,8 @@ def depthwise_conv(
     kernel, features = p["kernel"], x.shape[-1]
     if features == 0 or kernel.shape[-1] % features:
         raise ValueError(
-            f"depthwise_conv: kernel has shape {list(kernel.shape)}: its last axis must be a multiple of the features "
-            f"of x (={features})"
+            f"depthwise_conv: kernel (={list(kernel.shape)}) must be [*window, features · m] with x's features "
+            f"(={features})"
         )
     strides = per_axis("depthwise_conv", "strides", strides, rank)
     dilation = per_axis("depthwise_conv", "dilation", dilation, rank)
@@ -84,13 +88,13 @@ def depthwise_conv(
     paper="Wu et al. 2019 (1901.10430)", shapes={"kernel": "*window heads"},
 )  # fmt: skip
 def light_conv(
-    x,
-    kernel,
+    x: Real[ArrayLike, "*batch_and_grid features"],
+    kernel: Real[ArrayLike, "*window heads"],
     *,
     dilation: Size = 1,
     causal: bool = False,
     precision: lax.PrecisionLike = None,
-    axis_name: str | None = None,
+    axis_name: MeshAxis | None = None,
 ) -> jax.Array:
     """A depthwise convolution whose weights a softmax makes sum to one, shared by the channels of a head,
 

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import ArrayLike, Real
 
+from jaxattn.checked import MeshAxis
 from jaxattn.einsum import einsum
 from jaxattn.sizes import Size, per_axis
 from jaxattn.zoo.equations import divided, same, sliding, with_neighbours
@@ -22,13 +24,13 @@ from jaxattn.zoo.softmax import softmax
     paper="Wu et al. 2019 (1901.10430)", shapes={"kernel": "features -> *window heads"},
 )  # fmt: skip
 def dynamic_conv(
-    x,
-    kernel,
+    x: Real[ArrayLike, "*batch_and_grid features"],
+    kernel: Real[ArrayLike, "features *window heads"],
     *,
     dilation: Size = 1,
     causal: bool = False,
     precision: lax.PrecisionLike = None,
-    axis_name: str | None = None,
+    axis_name: MeshAxis | None = None,
 ) -> jax.Array:
     """`light_conv` whose kernel each position makes of its own features,
 
@@ -82,14 +84,14 @@ def dynamic_conv(
     shapes={"reduce": "features -> reduced", "span": "reduced -> *window groups"},
 )  # fmt: skip
 def involution(
-    x,
+    x: Real[ArrayLike, "*batch_and_grid features"],
     params: Mapping[str, Any],
     *,
     strides: Size = 1,
     dilation: Size = 1,
     activation: Callable[[jax.Array], jax.Array] = jax.nn.relu,
     precision: lax.PrecisionLike = None,
-    axis_name: str | None = None,
+    axis_name: MeshAxis | None = None,
 ) -> jax.Array:
     """Weights from the centre, through a bottleneck, shared by the channels of a group,
 
@@ -144,13 +146,13 @@ def involution(
     shapes={"reduce": "features -> reduced", "span": "reduced -> *window features"},
 )  # fmt: skip
 def dynamic_depthwise_conv(
-    x,
+    x: Real[ArrayLike, "*batch_and_grid features"],
     params: Mapping[str, Any],
     *,
     dilation: Size = 1,
     activation: Callable[[jax.Array], jax.Array] = jax.nn.relu,
     precision: lax.PrecisionLike = None,
-    axis_name: str | None = None,
+    axis_name: MeshAxis | None = None,
 ) -> jax.Array:
     """A depthwise convolution whose kernel is made of the mean over the image,
 

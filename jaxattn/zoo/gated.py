@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import ArrayLike, Real
 
+from jaxattn.checked import MeshAxis
 from jaxattn.einsum import einsum
 from jaxattn.halo import split_attention
 from jaxattn.kernels.operands import statistics_dtype
@@ -24,13 +26,13 @@ from jaxattn.zoo.whole_grid import whole_grid
     shapes=PROJECTIONS | {"position": "heads coordinates", "gate": "heads"},
 )  # fmt: skip
 def gpsa(
-    x,
+    x: Real[ArrayLike, "*batch_and_grid features"],
     params: Mapping[str, Any],
     *,
     scale: float | None = None,
     precision: lax.PrecisionLike = None,
     implementation: str | None = None,
-    axis_name: str | None = None,
+    axis_name: MeshAxis | None = None,
 ) -> jax.Array:
     """Gated positional self-attention over a grid: each head mixes what it sees by content and by position,
 
@@ -68,7 +70,7 @@ def gpsa(
     query, key, value = project(x, p, precision)
     exact = statistics_dtype(query.dtype)  # ‖δ‖² needs more than bfloat16's eight bits, also inside a product
     bias = einsum("h c, c ... -> h ...", p["position"].astype(exact), _r(window.sizes, exact), precision="highest")
-    gate = jax.nn.sigmoid(p["gate"])[:, None]
+    gate = jax.nn.sigmoid(p["gate"]).reshape((1,) * (query.ndim - 2) + (-1, 1))
     kwargs: dict[str, Any] = {
         "window": window, "precision": precision, "implementation": implementation, "axis_name": axis_name,
     }  # fmt: skip

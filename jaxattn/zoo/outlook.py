@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import lax
+from jaxtyping import ArrayLike, Real
 
 from jaxattn.einsum import einsum
 from jaxattn.sizes import Size, per_axis
@@ -23,7 +24,7 @@ from jaxattn.zoo.softmax import softmax
     "out": "heads head_dim -> out_features"},
 )  # fmt: skip
 def outlook_attention(
-    x,
+    x: Real[ArrayLike, "*batch_and_grid features"],
     params: Mapping[str, Any],
     *,
     strides: Size = 1,

@@ -2,6 +2,7 @@
 
 import inspect
 import pathlib
+import re
 import traceback
 from functools import partial
 
@@ -20,7 +21,9 @@ HERE = str(pathlib.Path(jaxattn.__file__).parent)
 named = lambda value: getattr(value, "__name__", None)
 # Einsums of which a lowering can't: without a batch, or without promoting ranks. To be emptied.
 EMPTY_EINSUM = {zoo.dynamic_depthwise_conv}
-PROMOTING_EINSUM = {nn.Conv, nn.DepthwiseConv, nn.LightConv, nn.AFTConv}
+PROMOTING_EINSUM = {
+    zoo.dynamic_depthwise_conv, nn.DynamicDepthwiseConv, nn.Conv, nn.DepthwiseConv, nn.LightConv, nn.AFTConv
+}  # fmt: skip
 SIZES = ("window", "block", "kernel_size", "grid")  # any of which says how many axes there are
 SIZED = [module for module in NN if set(SIZES) & set(inspect.signature(module.__init__).parameters)]
 SIZED = [module for module in SIZED if module not in (nn.AxialAttention, nn.QuadraticAttention)]  # one axis; rank=2
@@ -134,3 +137,26 @@ def test_ranks_are_not_promoted(function):
         call = lambda x: function(**NN[function], rngs=nnx.Rngs(0))(x)
     with jax.numpy_rank_promotion("raise"):
         jax.eval_shape(call, X)
+
+
+# What a registered shape calls an axis, and what docstrings call it.
+WRITTEN = {
+    "heads|1": "heads or 1", "*offsets": "*(2k-1)", "offsets": "2m-1", "offsets_{axis}": "2k-1", "coordinates": "rank + 1",
+    "axes": "rank", "features/groups": "features / groups", "groups·head_dim": "groups · head_dim",
+    "out_features/groups": "out_features / groups", "features·m": "features · m", "*grid": "*grid",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", zoo.ROWS)
+def test_a_docstring_states_the_registered_shapes(name):
+    """Each parameter by its name, and its shape in brackets."""
+    function = getattr(zoo, name)
+    text = " ".join((function.__doc__ or "").split()).replace("2n-1", "2k-1").replace("2n - 1", "2k-1")
+    text = text.replace("2m-1", "2k-1")
+    for parameter, axes in zoo.ROWS[name].shapes.items():
+        axes = [
+            WRITTEN.get(axis, axis).replace("2m-1", "2k-1") for axis in axes.lstrip("?").replace(" -> ", " ").split()
+        ]
+        said = f"[{', '.join(axes)}]"
+        assert re.search(rf"\b{parameter.partition('_{')[0]}", text), f"{parameter} is not there"
+        assert said.removesuffix(", width]") in text, said  # a width has more than one

@@ -26,10 +26,8 @@ class AFT(Layer):
       out_features: size of the output's last axis; None means `in_features`.
       grid: the tokens along each axis of the input.
       use_bias: whether the linear maps have biases.
-      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of the linear maps; the biases begin at zero.
       position_init: initialiser of `position`, `[*grid, *grid]`.
-      rngs: `nnx.Rngs`; `params` is used.
 
     Raises:
       ValueError: an argument out of its range, or an input whose shape does not fit, by name.
@@ -80,14 +78,12 @@ class AFTConv(Layer):
     Args:
       num_heads: heads, whose channels share their position weights; they divide `hidden_features`.
       in_features: size of the input's last axis.
-      kernel_size: an int for one dimension, else one int per axis of the grid.
+      kernel_size: an int, or one for each axis of the grid.
       hidden_features: of query, key and value; None means `in_features`.
       out_features: size of the output's last axis; None means `in_features`.
       use_bias: whether the linear maps have biases.
-      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of the linear maps; the biases begin at zero.
       position_init: initialiser of `position`, `[*kernel_size, num_heads]`.
-      rngs: `nnx.Rngs`; `params` is used.
 
     Raises:
       ValueError: an argument out of its range, or an input whose shape does not fit, by name.

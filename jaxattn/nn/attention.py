@@ -44,11 +44,12 @@ class Attention(GridModule):
         `qkv_features`.
       num_kv_heads: heads of key and value; they divide `num_heads` (grouped queries). None means `num_heads`.
       in_kv_features: size of the last axis of the inputs of key and value; None means `in_features`.
-      window: None for all tokens of a sequence, a `Window`, or its size: 7 is `Window(7)` (one dimension), (7, 7) is
-        `Window((7, 7))` (two), whose boundary is "shift".
+      window: None for all tokens, a `Window`, or its size: (7, 7) is `Window((7, 7))`, whose boundary is "shift".
       grid: the tokens along each axis of the input, all of which see each other: `Window(grid)`, on no other grid.
-      rank: without either, how many axes the grid has, all of whose tokens see each other. Masks, biases and segments
-        are then those of the sequence of its tokens, row-major.
+      rank: how many axes the grid has; an int for `window` or `grid` is then every axis's. None: as many as these have,
+        and one where they are ints or not given; the input is then `[tokens, in_features]` or `[batch, tokens,
+        in_features]`. Without a window or a grid, masks, biases and segments are those of the sequence of all tokens,
+        row-major.
       relative_bias: learns b, `[num_heads, *(2k-1)]`. Needs a window or a grid.
       key_embedding: learns r. True: a table per head, `[num_heads, *(2k-1), head_dim]`. "shared": one for all heads.
         "factorized": a table per head and axis, `[num_heads, 2k-1, head_dim / rank]`, an offset's embedding being its

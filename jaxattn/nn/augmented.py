@@ -25,15 +25,13 @@ class AugmentedConv(Layer):
       num_heads: heads; they divide `key_features` and `value_features`.
       in_features: size of the input's last axis.
       out_features: size of the output's last axis, of which the last `value_features` are the attention's.
-      kernel_size: of the convolution, an int for one dimension, else one int per axis of the grid.
+      kernel_size: of the convolution, an int, or one for each axis of the grid.
       grid: the tokens along each axis of the input.
       key_features: of queries and keys, all heads together; None means twice `value_features`, as the paper has it.
       value_features: of values, all heads together, fewer than `out_features`.
       use_bias: whether the convolution and the projections have biases.
-      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of the convolution and the projections; the biases begin at zero, and the relative
         embeddings with the paper's deviation of head_dim ** -0.5.
-      rngs: `nnx.Rngs`; `params` is used.
 
     Raises:
       ValueError: an argument out of its range, or an input whose shape does not fit, by name.

@@ -26,10 +26,8 @@ class AxialAttention(Layer):
       window: how many tokens each one attends to; None means all.
       use_bias: whether the projections have biases.
       out_projection: whether there is an output projection.
-      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of the projections.
       embedding_init: initialiser of the embeddings; None is normal, of standard deviation head_dim ** -0.5.
-      rngs: `nnx.Rngs`; `params` is used.
 
     Raises:
       ValueError: an argument out of its range, or an input whose shape does not fit, by name.

@@ -105,7 +105,7 @@ class HaloAttention(Attention):
 
     Args:
       num_heads, in_features, qkv_features, out_features: as in `Attention`.
-      block: tokens along each side of a block: an int for one dimension, or one for each axis, whose number divides
+      block: tokens along each side of a block: an int, or one for each axis, whose number divides
         head_dim.
       halo: tokens on each side of it, an int, or one for each axis.
       boundary: what stands outside the grid, as in `zoo.halo_attention`.

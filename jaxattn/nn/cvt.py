@@ -22,17 +22,15 @@ class CvTAttention(Layer):
     Args:
       num_heads: heads; they divide `qkv_features`.
       in_features: size of the input's last axis.
-      kernel_size: of the convolutions, an int for one dimension, else one int per axis of the grid.
+      kernel_size: of the convolutions, an int, or one for each axis of the grid.
       qkv_features: of query, key and value, all heads together; None means `in_features`.
       out_features: size of the output's last axis; None means `in_features`.
       strides: of the queries' convolution, an int or one per axis.
       kv_strides: of the keys' and values'; the paper's is 2.
       scale: None means head_dim ** -0.5.
       use_bias: whether the projections have biases.
-      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of the projections; the biases begin at zero.
       conv_init: initialiser of the convolutions, `[*kernel_size, in_features]`.
-      rngs: `nnx.Rngs`; `params` is used.
 
     Raises:
       ValueError: an argument out of its range, or an input whose shape does not fit, by name.

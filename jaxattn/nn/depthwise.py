@@ -30,15 +30,13 @@ class DepthwiseConv(Layer):
 
     Args:
       in_features: size of the input's last axis.
-      kernel_size: an int for one dimension, else one int per axis of the grid.
+      kernel_size: an int, or one for each axis of the grid.
       multiplier: outputs of each feature.
       strides, dilation: ints, or one per axis.
       padding: "SAME", "VALID", an int, or an int or a (low, high) pair per axis.
       use_bias: whether a bias is added.
-      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of `kernel`, `[*kernel_size, in_features · multiplier]`.
       bias_init: initialiser of `bias`, `[in_features · multiplier]`.
-      rngs: `nnx.Rngs`; `params` is used.
 
     Raises:
       ValueError: an argument out of its range, or an input whose shape does not fit, by name.
@@ -91,12 +89,10 @@ class LightConv(Layer):
     Args:
       num_heads: heads, which share their weights; they divide `in_features`.
       in_features: size of the input's last axis.
-      kernel_size: an int for one dimension, else one int per axis of the grid.
+      kernel_size: an int, or one for each axis of the grid.
       dilation: an int, or one per axis.
       causal: a position sees what comes before it, and itself last.
-      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of `kernel`, `[*kernel_size, num_heads]`.
-      rngs: `nnx.Rngs`; `params` is used.
 
     Raises:
       ValueError: an argument out of its range, or an input whose shape does not fit, by name.

@@ -24,12 +24,10 @@ class DynamicConv(Layer):
     Args:
       num_heads: heads, which share their weights; they divide `in_features`.
       in_features: size of the input's last axis.
-      kernel_size: an int for one dimension, else one int per axis of the grid.
+      kernel_size: an int, or one for each axis of the grid.
       dilation: an int, or one per axis.
       causal: a position sees what comes before it, and itself last.
-      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of `kernel`, `[in_features, *kernel_size, num_heads]`.
-      rngs: `nnx.Rngs`; `params` is used.
 
     Raises:
       ValueError: an argument out of its range, or an input whose shape does not fit, by name.
@@ -73,14 +71,12 @@ class Involution(Layer):
 
     Args:
       in_features: size of the input's last axis.
-      kernel_size: an int for one dimension, else one int per axis of the grid.
+      kernel_size: an int, or one for each axis of the grid.
       groups: groups of channels; they divide `in_features`.
       reduction: `in_features` over the size of the bottleneck.
       strides, dilation: ints, or one per axis.
       activation: of the bottleneck; a module's parameters are learned too.
-      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of `reduce` and `span`; their biases begin at zero.
-      rngs: `nnx.Rngs`; `params` is used.
 
     Raises:
       ValueError: an argument out of its range, or an input whose shape does not fit, by name.
@@ -127,13 +123,11 @@ class DynamicDepthwiseConv(Layer):
 
     Args:
       in_features: size of the input's last axis.
-      kernel_size: an int for one dimension, else one int per axis of the grid.
+      kernel_size: an int, or one for each axis of the grid.
       reduction: `in_features` over the size of the bottleneck.
       dilation: an int, or one per axis.
       activation: of the bottleneck; a module's parameters are learned too.
-      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of `reduce` and `span`; their biases begin at zero.
-      rngs: `nnx.Rngs`; `params` is used.
 
     Raises:
       ValueError: an argument out of its range, or an input whose shape does not fit, by name.

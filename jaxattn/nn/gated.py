@@ -27,9 +27,7 @@ class GPSA(Layer):
       gate: where λ begins; at 1, 73 % of the weight is positional.
       identity_value: whether the value's kernel begins as the identity; then `qkv_features` must be `in_features`.
       use_bias: whether query, key and value have biases; the output projection has one.
-      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of the projections.
-      rngs: `nnx.Rngs`; `params` is used.
 
     Raises:
       ValueError: an argument out of its range, or an input whose shape does not fit, by name.

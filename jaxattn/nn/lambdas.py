@@ -24,16 +24,14 @@ class LambdaLayer(Layer):
     Args:
       num_heads: heads, of queries; they divide `out_features`.
       in_features: size of the input's last axis.
-      kernel_size: the window of the position lambdas, an int for one dimension, else one int per axis of the grid;
+      kernel_size: the window of the position lambdas, an int, or one for each axis of the grid;
         2n - 1 sees all of n tokens.
       out_features: size of the output's last axis, all heads together; None means `in_features`.
       key_dim: of each query and key.
       depth: keys and values that make each lambda, the paper's intra-depth.
       use_bias: whether the projections have biases.
-      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of the projections; the biases begin at zero.
       position_init: initialiser of `position`, `[*kernel_size, key_dim, depth]`.
-      rngs: `nnx.Rngs`; `params` is used.
 
     Raises:
       ValueError: an argument out of its range, or an input whose shape does not fit, by name.

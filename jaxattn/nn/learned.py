@@ -25,17 +25,15 @@ class QnA(Layer):
     Args:
       num_heads: heads; they divide `qkv_features`.
       in_features: size of the input's last axis.
-      kernel_size: the window, an int for one dimension, else one int per axis of the grid.
+      kernel_size: the window, an int, or one for each axis of the grid.
       qkv_features: of query, key and value, all heads together; None means `in_features`.
       out_features: size of the output's last axis; None means `in_features`.
       strides: an int or one per axis.
       scale: None means head_dim ** -0.5.
       use_bias: whether the projections have biases.
-      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of the projections; their biases begin at zero.
       query_init: initialiser of `query`, `[num_heads, head_dim]`, which begins near length one.
       bias_init: initialiser of `bias`, `[num_heads, *kernel_size]`.
-      rngs: `nnx.Rngs`; `params` is used.
 
     Raises:
       ValueError: an argument out of its range, or an input whose shape does not fit, by name.
@@ -93,11 +91,9 @@ class ParameterKeyAttention(Layer):
       normalize: as in `jaxattn.attention`: "softmax", "relu", "sigmoid", "sparsemax", "none", or a callable.
       scale: None means head_dim ** -0.5.
       use_bias: whether the projections of query and output have biases.
-      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of the projections; their biases begin at zero.
       key_init: initialiser of `key`, `[num_keys, num_heads, head_dim]`.
       value_init: initialiser of `value`, of the same shape.
-      rngs: `nnx.Rngs`; `params` is used.
 
     Raises:
       ValueError: an argument out of its range, or an input whose shape does not fit, by name.

@@ -23,14 +23,12 @@ class OutlookAttention(Layer):
     Args:
       num_heads: heads; they divide `in_features`.
       in_features: size of the input's last axis.
-      kernel_size: an int for one dimension, else one int per axis of the grid.
+      kernel_size: an int, or one for each axis of the grid.
       out_features: size of the output's last axis; None means `in_features`.
       strides: of the windows, an int or one per axis; the paper's is 2, and the output keeps the input's grid.
       scale: of the scores; None means head_dim ** -0.5.
       use_bias: whether the value has a bias; the weights and the output do.
-      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of `value`, `attention` and `out`; the biases begin at zero.
-      rngs: `nnx.Rngs`; `params` is used.
 
     Raises:
       ValueError: an argument out of its range, or an input whose shape does not fit, by name.

@@ -33,18 +33,16 @@ class QuadraticAttention(Layer):
       in_features: size of the input's last axis.
       out_features: size of the output's last axis; None means `in_features`.
       rank: axes of the grid.
-      window: the tokens that take part: None for all, a `zoo.Slide`, a `Window`, or its size.
+      window: the tokens that take part: None for all, a `zoo.Slide`, a `Window`, or its size, an int or one an axis.
       head_dim: values per head and group; None means a value matrix to `out_features` in each head, and no `out`.
       groups: features in and out are split among them.
       isotropic: a width for each head (`alpha`), or a matrix (`inverse_root`, the Σ^{-1/2} of the full form).
       use_bias: whether a bias is added.
-      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of `value` and `out`, as matrices from everything that is summed.
       bias_init: initialiser of `bias`, `[out_features]`.
       centre_init: initialiser of `centre`, `[num_heads, rank]`, in tokens.
       alpha_init: initialiser of `alpha`, `[num_heads]`. `inverse_root` starts as the identity, α = ½.
       implementation: as in `jaxattn.attention`.
-      rngs: `nnx.Rngs`; `params` is used.
 
     Raises:
       ValueError: an argument out of its range, or an input whose shape does not fit, by name.

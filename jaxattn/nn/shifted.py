@@ -23,15 +23,13 @@ class ShiftedWindowAttention(Layer):
 
     Args:
       num_heads, in_features, qkv_features, out_features: as in `Attention`.
-      window: tokens along each side of a window, an int for one dimension, or one for each axis.
+      window: tokens along each side of a window, an int, or one for each axis.
       shift: from 0 to window - 1, an int, or one for each axis; the paper's layers alternate between 0 and window // 2.
       shift_whole: whether to shift along an axis that one window covers too; the published networks do not.
       scale: None means head_dim ** -0.5.
       use_bias: whether the projections have biases.
-      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of the projections.
       relative_init: initialiser of the relative bias.
-      rngs: `nnx.Rngs`; `params` is used.
 
     Raises:
       ValueError: an argument out of its range, or an input whose shape does not fit, by name.

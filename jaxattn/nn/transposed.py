@@ -24,17 +24,15 @@ class ConvTranspose(Layer):
     Args:
       in_features: size of the input's last axis.
       out_features: size of the output's last axis.
-      kernel_size: an int for one dimension, else one int per axis of the grid.
+      kernel_size: an int, or one for each axis of the grid.
       strides: how far apart neighbours of the input are written, an int or one per axis; None means 1.
       padding: "SAME", "VALID", an int, or an int or a (low, high) pair per axis; see the function.
       kernel_dilation: the step between the taps, an int or one per axis; None means 1.
       use_bias: whether a bias is added.
-      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of `kernel`.
       bias_init: initialiser of `bias`, `[out_features]`.
       transpose_kernel: False: `kernel` is `[*kernel_size, in_features, out_features]`, and flipped where it is written.
         True: `[*kernel_size, out_features, in_features]`, that of the convolution whose adjoint this is.
-      rngs: `nnx.Rngs`; `params` is used.
 
     Raises:
       ValueError: an argument out of its range, or an input whose shape does not fit, by name.

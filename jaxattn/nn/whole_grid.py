@@ -26,10 +26,8 @@ class BoTNetAttention(Layer):
       grid: the tokens along each axis of the input.
       use_bias: whether the projections have biases.
       out_projection: whether there is an output projection.
-      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of the projections.
       embedding_init: initialiser of the embeddings; None is normal, of standard deviation head_dim ** -0.5.
-      rngs: `nnx.Rngs`; `params` is used.
 
     Raises:
       ValueError: an argument out of its range, or an input whose shape does not fit, by name.
@@ -81,10 +79,8 @@ class LearnedRelativeAttention(Layer):
       grid: the tokens along each axis of the input.
       content: whether the scores have q·k; without it there is no key.
       use_bias: whether query, key and value have biases; the output projection has one.
-      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of the projections.
       embedding_init: initialiser of the embeddings.
-      rngs: `nnx.Rngs`; `params` is used.
 
     Raises:
       ValueError: an argument out of its range, or an input whose shape does not fit, by name.

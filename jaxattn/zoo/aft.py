@@ -42,7 +42,6 @@ def aft(
       params: "query", "key", "value" `[features, hidden]`, "position" w `[*grid, *grid]` (query's place first), "out"
         `[hidden, out_features]`, and optionally "query_bias", "key_bias", "value_bias" `[hidden]` and "out_bias"
         `[out_features]`.
-      precision: as in `jax.lax.dot_general`.
 
     Returns:
       `[*batch, *grid, out_features]`, in the dtype of x and params. The sums are in float32 at least.
@@ -94,8 +93,6 @@ def aft_conv(
       params: "query", "key", "value" `[features, hidden]`, "position" w `[*window, heads]`, whose rank less one is the
         grid's, "out" `[hidden, out_features]`, and optionally "query_bias", "key_bias", "value_bias" `[hidden]` and
         "out_bias" `[out_features]`. Heads divide hidden.
-      precision: as in `jax.lax.dot_general`.
-      axis_name: the mesh axis, inside `jax.shard_map`, over which the grid's first axis is split.
 
     Returns:
       `[*batch, *grid, out_features]`, in the dtype of x and params. The sums are in float32 at least.

@@ -49,8 +49,6 @@ def augmented_conv(
         the axis has n tokens, of which entry n - 1 is offset zero; and optionally "kernel_bias" `[conv_features]`,
         "query_bias", "key_bias", "value_bias", "out_bias", of those shapes without what is summed.
       query_scale: of the query, so of both terms; None means head_dim ** -0.5.
-      precision: as in `jax.lax.dot_general`.
-      axis_name: the mesh axis, inside `jax.shard_map`, over which the grid's first axis is split.
 
     Returns:
       `[*batch, *grid, conv_features + attention_features]`, in the dtype of x and params, the convolution's first.

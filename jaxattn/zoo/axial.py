@@ -50,7 +50,6 @@ def axial_attention(
       axis: which axis of x; -2 is the grid's last.
       window: m: token i attends to i - m // 2, ..., i - m // 2 + m - 1, as far as they are in the grid (the paper's
         span); None means all tokens of the axis.
-      precision: as in `jax.lax.dot_general`.
 
     Returns:
       x's shape with out_features in place of features, in the dtype of x and params.

@@ -51,8 +51,6 @@ def cvt_attention(
       strides: of the queries' convolution, an int or one for each axis.
       kv_strides: of the keys' and values'.
       scale: None means head_dim ** -0.5.
-      precision: as in `jax.lax.dot_general`.
-      axis_name: the mesh axis, inside `jax.shard_map`, over which the grid's first axis is split.
 
     Returns:
       `[*batch, *positions, out_features]`, ceil(n / stride) positions to an axis of n, in the dtype of x and params.

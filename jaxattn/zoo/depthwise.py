@@ -46,8 +46,6 @@ def depthwise_conv(
       strides, dilation: ints, or one for each axis of the grid.
       padding: "SAME", "VALID", an int, or a sequence with an int or a pair `(low, high)` for each axis.
       boundary: what stands outside: "zero" (default), "edge", "reflect", "wrap"; one, or one for each axis.
-      precision: as in `jax.lax.dot_general`.
-      axis_name: the mesh axis, inside `jax.shard_map`, over which the grid's first axis is split.
 
     Returns:
       `[*batch, *positions, features · m]`, in the promoted dtype of x and kernel.
@@ -110,8 +108,6 @@ def light_conv(
       kernel: `[*window, heads]`; its rank less one is the grid's. Heads divide features.
       dilation: an int, or one for each axis of the grid.
       causal: position i sees what comes before it, and itself last, along every axis; otherwise it is in the middle.
-      precision: as in `jax.lax.dot_general`.
-      axis_name: the mesh axis, inside `jax.shard_map`, over which the grid's first axis is split.
 
     Returns:
       `[*batch, *grid, features]`, in the promoted dtype of x and kernel. The softmax is in float32 at least.

@@ -47,8 +47,6 @@ def dynamic_conv(
       kernel: `[features, *window, heads]`; its rank less two is the grid's. Heads divide features.
       dilation: an int, or one for each axis of the grid.
       causal: position i sees what comes before it, and itself last, along every axis; otherwise it is in the middle.
-      precision: as in `jax.lax.dot_general`.
-      axis_name: the mesh axis, inside `jax.shard_map`, over which the grid's first axis is split.
 
     Returns:
       `[*batch, *grid, features]`, in the promoted dtype of x and kernel. The softmax is in float32 at least.
@@ -108,8 +106,6 @@ def involution(
         `[reduced]` and "span_bias" `[*window, groups]`. The window's rank is the grid's; groups divide features.
       strides, dilation: ints, or one for each axis of the grid.
       activation: φ.
-      precision: as in `jax.lax.dot_general`.
-      axis_name: the mesh axis, inside `jax.shard_map`, over which the grid's first axis is split.
 
     Returns:
       `[*batch, *positions, features]`, ceil(n / stride) positions to an axis of n, in the dtype of x and params.
@@ -169,8 +165,6 @@ def dynamic_depthwise_conv(
         `[reduced]` and "span_bias" `[*window, features]`. The window's rank is the grid's.
       dilation: an int, or one for each axis of the grid.
       activation: φ.
-      precision: as in `jax.lax.dot_general`.
-      axis_name: the mesh axis, inside `jax.shard_map`, over which the grid's first axis is split.
 
     Returns:
       `[*batch, *grid, features]`, in the dtype of x and params.

@@ -49,9 +49,6 @@ def gpsa(
         "query_bias", "key_bias", "value_bias" (without features), "out" `[heads, value_dim, out_features]` and
         "out_bias" `[out_features]`. Without "out" the heads' outputs stand one after the other.
       scale: of the content; None means head_dim ** -0.5.
-      precision: of the projections and the attention, as in `jax.lax.dot_general`.
-      implementation: as in `attention`.
-      axis_name: the mesh axis over which the grid's first axis is split, as in `jaxattn.halo.split_attention`.
 
     Returns:
       `[*batch, *grid, out_features]`, in the dtype of x and params.

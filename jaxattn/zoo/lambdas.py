@@ -46,8 +46,6 @@ def lambda_layer(
       params: "query" `[features, heads, key_dim]`, "key" `[features, key_dim, depth]`, "value" `[features, value_dim,
         depth]`, "position" E `[*window, key_dim, depth]`, whose rank less two is the grid's; and optionally
         "query_bias", "key_bias", "value_bias", of those shapes without features.
-      precision: as in `jax.lax.dot_general`.
-      axis_name: the mesh axis, inside `jax.shard_map`, over which the grid's first axis is split.
 
     Returns:
       `[*batch, *grid, heads · value_dim]`, in the dtype of x and params. The softmax is in float32 at least.

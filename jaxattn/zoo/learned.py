@@ -50,8 +50,6 @@ def qna(
         k is the token at r - k//2.
       strides: an int, or one for each axis of the grid: with s, a window at every s-th token.
       scale: None means head_dim ** -0.5.
-      precision: as in `jax.lax.dot_general`.
-      axis_name: the mesh axis, inside `jax.shard_map`, over which the grid's first axis is split.
 
     Returns:
       `[*batch, *positions, out_features]`, ceil(n / stride) positions to an axis of n, in the dtype of x and params.
@@ -110,7 +108,6 @@ def parameter_key_attention(
         "out_bias" `[out_features]`.
       normalize: as in `attention`; note that there "relu" and "sigmoid" divide by the number of keys.
       scale: None means head_dim ** -0.5.
-      precision: as in `jax.lax.dot_general`.
 
     Returns:
       `[*batch, *grid, out_features]`, in the dtype of x and params.

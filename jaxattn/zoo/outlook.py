@@ -51,7 +51,6 @@ def outlook_attention(
       strides: of the windows, an int or one for each axis of the grid; the output has the input's grid all the same,
         with zeros before the output projection where no window reaches.
       scale: None means head_dim ** -0.5.
-      precision: as in `jax.lax.dot_general`.
 
     Returns:
       `[*batch, *grid, out_features]`, in the dtype of x and params. The softmax is in float32 at least.

@@ -56,8 +56,6 @@ def shifted_window_attention(
       shift: from 0 to k - 1; an int, or one for each axis. The paper's layers alternate between 0 and k // 2.
       shift_whole: whether to shift along an axis that one window covers too; the published networks do not.
       scale: None means head_dim ** -0.5.
-      precision: of the projections and the attention, as in `jax.lax.dot_general`.
-      implementation: as in `attention`.
       axis_name: the mesh axis, inside `jax.shard_map`, over which the grid's first axis is split; the window must
         divide a shard's tokens.
 

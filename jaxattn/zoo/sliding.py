@@ -47,8 +47,6 @@ def sasa(
       window: a `Window`, or its size, an int or one for each axis, which moves inward at the border. With boundary
         "zero" zero keys and values stand outside.
       scale: of q·k alone; None means head_dim ** -0.5.
-      precision: of the projections and the attention, as in `jax.lax.dot_general`.
-      implementation: as in `attention`.
 
     Returns:
       `[*batch, *query_grid, out_features]`, in the dtype of x and params; the grid itself, where the window
@@ -100,8 +98,6 @@ def halo_attention(
       boundary: what stands outside: "zero", zero keys and values that take part, or "mask", nothing; or another one of
         `Window`'s; one, or one for each axis.
       scale: of q·k alone; None means head_dim ** -0.5.
-      precision: of the projections and the attention, as in `jax.lax.dot_general`.
-      implementation: as in `attention`.
 
     Returns:
       `[*batch, *grid, out_features]`, in the dtype of x and params.
@@ -152,8 +148,6 @@ def neighborhood_attention(
         after the other.
       window: a `Window`, or its size, an int (where there is a bias, whose axes are counted) or one for each axis.
       scale: None means head_dim ** -0.5.
-      precision: of the projections and the attention, as in `jax.lax.dot_general`.
-      implementation: as in `attention`.
 
     Returns:
       `[*batch, *query_grid, out_features]`, in the dtype of x and params; the grid itself, where the window

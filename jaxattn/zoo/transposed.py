@@ -51,7 +51,6 @@ def conv_transpose(
         which dilation · (k - 1) on each side is all that is written, and less crops.
       dilation: the step between the taps, an int or one for each axis.
       transpose_kernel: which kernel is given.
-      precision: as in `jax.lax.dot_general`.
 
     Returns:
       `[*batch, *positions, out_features]`, in the promoted dtype of x and kernel.

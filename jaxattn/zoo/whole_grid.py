@@ -49,8 +49,6 @@ def global_attention(
         tokens, features]`, whose tokens have one axis.
       mask: bool, broadcasting against `[*batch, heads, tokens, tokens]` (a grid's tokens row-major); True attends.
       scale: None means head_dim ** -0.5.
-      precision: of the projections and the attention, as in `jax.lax.dot_general`.
-      implementation: as in `attention`.
 
     Returns:
       `[*batch, *grid, out_features]`, in the dtype of x and params.
@@ -102,8 +100,6 @@ def coatnet_attention(
         and optionally "query_bias", "key_bias", "value_bias" (without features), "out" `[heads, value_dim,
         out_features]` and "out_bias" `[out_features]`. Without "out" the heads' outputs stand one after the other.
       scale: None means head_dim ** -0.5.
-      precision: of the projections and the attention, as in `jax.lax.dot_general`.
-      implementation: as in `attention`.
 
     Returns:
       `[*batch, *grid, out_features]`, in the dtype of x and params.
@@ -161,9 +157,6 @@ def botnet_attention(
         "query_bias", "key_bias", "value_bias" (without features), "out" `[heads, value_dim, out_features]` and
         "out_bias" `[out_features]`. Without "out" the heads' outputs stand one after the other.
       query_scale: of the query, so of both terms; None means head_dim ** -0.5.
-      precision: of the projections and the attention, as in `jax.lax.dot_general`.
-      implementation: as in `attention`.
-      axis_name: the mesh axis over which the grid's first axis is split, as in `jaxattn.halo.split_attention`.
 
     Returns:
       `[*batch, *grid, out_features]`, in the dtype of x and params.
@@ -213,9 +206,6 @@ def learned_relative_attention(
         "query", for content, "query_bias", "key_bias", "value_bias" (without features), "out" `[heads, value_dim,
         out_features]` and "out_bias" `[out_features]`. Without "out" the heads' outputs stand one after the other.
       query_scale: of the query, so of both terms; None means head_dim ** -0.5.
-      precision: of the projections and the attention, as in `jax.lax.dot_general`.
-      implementation: as in `attention`.
-      axis_name: the mesh axis over which the grid's first axis is split, as in `jaxattn.halo.split_attention`.
 
     Returns:
       `[*batch, *grid, out_features]`, in the dtype of x and params.

@@ -190,7 +190,9 @@ def _real(limit: float | None = None) -> Kind:
             return REFUSED
         if isinstance(value, Tracer):
             return value
-        return float(value) if math.isfinite(value) or (limit and not math.isnan(value)) else REFUSED
+        if math.isnan(value) or (math.isinf(value) and not limit):
+            return REFUSED
+        return float(value) if array else value
 
     return Kind("one number, or inf" if limit else "one finite number", read)
 

@@ -142,7 +142,8 @@ def test_ranks_are_not_promoted(function):
 # What a registered shape calls an axis, and what docstrings call it.
 WRITTEN = {
     "heads|1": "heads or 1", "*offsets": "*(2k-1)", "offsets": "2m-1", "offsets_{axis}": "2k-1",
-    "coordinates": "rank + 1", "axes": "rank", "features/groups": "features / groups", "groups·head_dim": "groups · head_dim",
+    "coordinates": "rank + 1", "axes": "rank", "features/groups": "features / groups",
+    "groups·head_dim": "groups · head_dim",
     "out_features/groups": "out_features / groups", "features·m": "features · m", "*grid": "*grid",
 }  # fmt: skip
 

@@ -233,7 +233,7 @@ def test_a_slide_of_one_axis():
         ({"padding": 1.5}, r"Slide: padding \(=1.5\) must be"),
         (
             {"boundary": "shift"},
-            "Slide: boundary \(='shift'\) must be one of 'zero', 'edge', 'reflect', 'wrap', 'mask'",
+            r"Slide: boundary \(='shift'\) must be one of 'zero', 'edge', 'reflect', 'wrap', 'mask'",
         ),
         ({"strides": 0}, r"Slide: strides \(=0\) must be an int >= 1"),
     ],

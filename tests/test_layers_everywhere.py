@@ -16,6 +16,7 @@ from flax import nnx
 import jaxattn
 from jaxattn import nn, zoo
 from jaxattn.window import Window
+from jaxattn.zoo import shifted
 
 HERE = str(pathlib.Path(jaxattn.__file__).parent)
 named = lambda value: getattr(value, "__name__", None)
@@ -161,3 +162,15 @@ def test_a_docstring_states_the_registered_shapes(name):
         said = f"[{', '.join(axes)}]"
         assert re.search(rf"\b{parameter.partition('_{')[0]}", text), f"{parameter} is not there"
         assert said.removesuffix(", width]") in text, said  # a width has more than one
+
+
+@pytest.mark.parametrize(("shift", "grid", "segmented"), [(0, (4, 6), False), (1, (4, 6), True), (0, (4, 7), True)])
+def test_swin_pays_for_segments_where_it_has_some(monkeypatch, shift, grid, segmented):
+    """Neither shifted nor padded, all tokens are of one segment."""
+    seen = []
+    attend = shifted.attention
+    monkeypatch.setattr(shifted, "attention", lambda *args, **kw: seen.append(kw["segment_ids"]) or attend(*args, **kw))
+    params = ZOO[zoo.shifted_window_attention]["params"]
+    function = partial(zoo.shifted_window_attention, params=params, window=(2, 3), shift=shift)
+    jax.eval_shape(function, jnp.ones((2, *grid, 8)))
+    assert (seen[0] is not None) == segmented

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from jaxattn.checked import AnyInt, Natural, checked
 from jaxattn.errors import needs_extra
 
 with needs_extra("train"):
@@ -57,6 +58,7 @@ STYLE: "dict[RcKeyType, Any]" = {
 }
 
 
+@checked
 @contextlib.contextmanager
 def styled(size: int = 10) -> Iterator[None]:
     """A context, or a decorator, that draws in this module's style, in letters of `size` points.
@@ -98,6 +100,7 @@ def plain(text: str, most: int = 24) -> str:
     return (text if len(text) <= most else f"{text[: most - 1]}…").replace("$", r"\$")
 
 
+@checked
 @styled()
 def learning_curves(runs: Mapping[str, Sequence[Mapping[str, int | float]]]) -> Figure:
     """Loss and accuracy by epoch, one colour a run. The accuracy's axis begins at the lowest tenth of its values.
@@ -136,6 +139,7 @@ def learning_curves(runs: Mapping[str, Sequence[Mapping[str, int | float]]]) -> 
     return figure
 
 
+@checked
 @styled()
 def attention_maps(
     images: Float[np.ndarray, "images height width"],
@@ -183,6 +187,7 @@ def attention_maps(
     return figure
 
 
+@checked
 @styled()
 def kernels(kernel: Float[np.ndarray, "height width in_features features"], columns: int = 6) -> Figure:
     """Convolution kernels by offset, one per output feature: that of the input feature whose norm is largest.
@@ -210,8 +215,9 @@ def kernels(kernel: Float[np.ndarray, "height width in_features features"], colu
     return figure
 
 
+@checked
 @styled()
-def mean_attention(means: Float[np.ndarray, "heads height width"], low: Sequence[int], columns: int = 2) -> Figure:
+def mean_attention(means: Float[np.ndarray, "heads height width"], low: Sequence[AnyInt], columns: int = 2) -> Figure:
     """Each head's mean weight by offset, as `jaxattn.measure.mean_by_offset` returns it; a cross marks offset zero.
 
     Each head has its own colour scale, from zero to the largest mean, which stands above it.
@@ -238,10 +244,11 @@ def mean_attention(means: Float[np.ndarray, "heads height width"], low: Sequence
     return figure
 
 
+@checked
 @styled()
 def heads_by_layers(
     maps: Float[np.ndarray, "layers heads height width"],
-    query: Sequence[int] | Int[np.ndarray, "2"],
+    query: Sequence[Natural],
     image: Float[np.ndarray, "image_height image_width"] | None = None,
 ) -> Figure:
     """Where every head of every layer looks from one query: a row a layer, a column a head, the query's token outlined.
@@ -279,6 +286,7 @@ def heads_by_layers(
     return figure
 
 
+@checked
 @styled()
 def head_centers_on_grid(
     centers: Float[np.ndarray, "layers heads 2"],
@@ -345,6 +353,7 @@ def _draw_head(axes: Axes, head: int, center: np.ndarray, spread: np.ndarray):
     axes.annotate(str(head + 1), (center[1], center[0]), (3, 3), textcoords="offset points", color=color, fontsize=8)
 
 
+@checked
 @styled()
 def receptive_fields(fields: Float[np.ndarray, "fields height width"], titles: Sequence[str]) -> Figure:
     """Effective receptive fields side by side, and how far each reaches: its share by column, summed over the rows.
@@ -375,6 +384,7 @@ def receptive_fields(fields: Float[np.ndarray, "fields height width"], titles: S
     return figure
 
 
+@checked
 def inline_svg(figure: Figure, name: str) -> str:
     """The figure as SVG to stand in an HTML page: its font, its colour for ink, ids that begin with `name`.
 

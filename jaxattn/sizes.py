@@ -2,11 +2,12 @@
 
 import numbers
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
-Size = int | np.integer | np.ndarray | Sequence[int | np.integer]
+# >= 1, but where another annotation of it says from where on, Annotated[Size, 0]
+Size = Annotated[int | np.integer | np.ndarray | Sequence[int | np.integer], 1]
 
 
 def is_int(value: Any) -> bool:
@@ -37,6 +38,16 @@ def ints(where: str, name: str, value: Any, least: int = 1) -> tuple[int, ...]:
     if not values or not all(is_int(v) and v >= least for v in values):
         raise ValueError(f"{where}: {name} (={value!r}) must be an int >= {least}, or one for each axis")
     return tuple(map(int, values))
+
+
+def every_axis(where: str, name: str, value: Any, rank: int) -> tuple[int, ...]:
+    """A size of as many axes as it has entries; an int is that of `rank` axes.
+
+    >>> every_axis("layer", "window", 3, 2), every_axis("layer", "window", (3,), 2)
+    ((3, 3), (3,))
+    """
+    sizes = ints(where, name, value)
+    return sizes if is_sequence(value) else sizes * rank
 
 
 def per_axis(where: str, name: str, value: Any, rank: int, least: int = 1) -> tuple[int, ...]:

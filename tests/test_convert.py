@@ -276,7 +276,7 @@ class Scaled(nnx.Conv):
             {"to": "conv"},
             r"model \(=Conv\) must hold a layer to convert: nn.Q",
         ),
-        (lambda r: nnx.Conv(2, 2, 3, rngs=r), {"to": "dense"}, r"to \(='dense'\) must be 'attention' or 'conv'"),
+        (lambda r: nnx.Conv(2, 2, 3, rngs=r), {"to": "dense"}, r"to \(='dense'\) must be one of 'attention', 'conv'"),
         (lambda r: nnx.Conv(2, 2, 3, rngs=r), {"to": "conv", "alpha": 1.0}, r"alpha \(=1.0\) .* the way back is exact"),
         (
             lambda r: nn.QuadraticAttention(3, 2, rngs=r),

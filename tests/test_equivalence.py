@@ -379,7 +379,7 @@ def test_residual_of_the_border():
     ("kernel", "kwargs", "message"),
     [
         (np.ones((3, 2)), {}, r"kernel \(=float64\[3, 2\]\) must be floating point, \[\*window, features / groups"),
-        (np.ones((3, 2, 2), int), {}, r"kernel \(=int64\[3, 2, 2\]\) must be floating point"),
+        (np.ones((3, 2, 2), int), {}, r"kernel \(=int64\[3, 2, 2\]\) must be floating-point"),
         (np.ones((3, 2, 3)), {"groups": 2}, r"groups \(=2\) must be an int that divides out_features \(=3\)"),
         (np.ones((3, 2, 2)), {"alpha": 0}, r"alpha \(=0\) must be a number > 0, or inf"),
         (np.ones((3, 2, 2)), {"alpha": float("nan")}, r"alpha \(=nan\) must be"),
@@ -390,7 +390,7 @@ def test_residual_of_the_border():
             {"boundary": "mask"},
             r"boundary \(='mask'\) must be .* limit is the convolution with 'edge'",
         ),
-        (np.ones((3, 2, 2)), {"head_dim": 0}, r"head_dim \(=0\) must be None or an int >= 1"),
+        (np.ones((3, 2, 2)), {"head_dim": 0}, r"head_dim \(=0\) must be an int >= 1, or None"),
         (np.ones((3, 2, 2)), {"padding": "CIRCULAR"}, r"padding \(='CIRCULAR'. must be 'SAME', 'SAME_LOWER', 'VALID'"),
     ],
 )

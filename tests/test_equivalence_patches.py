@@ -165,7 +165,7 @@ def test_gradients_and_dtypes(dtype):
     [
         ((2, 2), 2, r"kernel \(=\[2, 2\]\) must be \[\*window, features, out_features\]"),
         ((3, 0, 2), 2, r"kernel \(=\[3, 0, 2\]\)"),
-        ((3, 3, 2, 2), 0, r"patch \(=0\) must be an int >= 1, or one for each of the 2"),
+        ((3, 3, 2, 2), 0, r"patch \(=0\) must be an int >= 1, or one for each"),
         ((3, 3, 2, 2), (2, 2, 2), r"patch \(=\(2, 2, 2\)\) must be"),
     ],
 )

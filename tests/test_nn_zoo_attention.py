@@ -167,11 +167,13 @@ def test_errors(make, message):
 def test_input_errors():
     layer = nn.CoAtNetAttention(2, 8, grid=(3, 4), rngs=nnx.Rngs(0))
     with pytest.raises(
-        ValueError, match=r"inputs_q must be \[\*batch, 2 grid axes.*, 8 features\], got shape \(3, 4, 5\)"
+        ValueError, match=r"inputs_q \(=\[3, 4, 5\]\) must be \[\*batch, 2 axes of a grid, 8 features\]"
     ):
         layer(jnp.ones((3, 4, 5)))
     for other in ((4, 4), (3, 3)):
-        with pytest.raises(ValueError, match=r"inputs_q must be \[\*batch, \*grid \(=\(3, 4\)\), 8 features\], got \("):
+        with pytest.raises(
+            ValueError, match=r"inputs_q .* must be \[\*batch, \*grid, 8 features\] with grid \(=\(3, 4\)\)"
+        ):
             layer(jnp.ones((*other, 8)))
 
 

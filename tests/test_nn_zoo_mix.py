@@ -198,7 +198,7 @@ def test_the_activation_may_be_a_module():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (partial(nn.DepthwiseConv, 8, 3, 0), r"in_features \(=8\) and multiplier \(=0\) must be positive"),
+        (partial(nn.DepthwiseConv, 8, 3, 0), r"multiplier \(=0\) must be an int >= 1"),
         (partial(nn.LightConv, 3, 8, 3), r"LightConv: num_heads \(=3\) must divide in_features \(=8\)"),
         (partial(nn.DynamicConv, 3, 8, 3), r"DynamicConv: num_heads \(=3\) must divide in_features \(=8\)"),
         (partial(nn.Involution, 8, 3, groups=3), r"Involution: groups \(=3\) must divide in_features \(=8\)"),
@@ -208,10 +208,13 @@ def test_the_activation_may_be_a_module():
             partial(nn.AugmentedConv, 2, 8, 16, (3, 3), grid=(5,), value_features=4),
             r"AugmentedConv: grid \(=\(5,\)\) must have an axis for each of kernel_size \(=\(3, 3\)\)",
         ),
-        (partial(nn.AugmentedConv, 2, 8, 4, 3, grid=(5,), value_features=4), r"value_features \(=4\) must be positive"),
+        (
+            partial(nn.AugmentedConv, 2, 8, 4, 3, grid=(5,), value_features=4),
+            r"value_features \(=4\) must be below out_features",
+        ),
         (partial(nn.CvTAttention, 3, 8, 3), r"CvTAttention: num_heads \(=3\) must divide qkv_features \(=8\)"),
         (partial(nn.LambdaLayer, 2, 8, 3, 7), r"LambdaLayer: num_heads \(=2\) must divide out_features \(=7\)"),
-        (partial(nn.LambdaLayer, 2, 8, 3, depth=0), r"key_dim \(=16\) and depth \(=0\) must be positive"),
+        (partial(nn.LambdaLayer, 2, 8, 3, depth=0), r"LambdaLayer: depth \(=0\) must be an int >= 1"),
         (partial(nn.AFTConv, 3, 8, 3), r"AFTConv: num_heads \(=3\) must divide hidden_features \(=8\)"),
         (partial(nn.QnA, 3, 8, 3), r"QnA: num_heads \(=3\) must divide qkv_features \(=8\)"),
         (partial(nn.ParameterKeyAttention, 3, 8, 5), r"num_heads \(=3\) must divide qkv_features \(=8\)"),

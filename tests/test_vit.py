@@ -494,8 +494,8 @@ def test_a_function_makes_the_mixing_layer():
     ("kwargs", "message"),
     [
         ({"patch_size": 3}, r"ViT: patch_size \(=\(3, 3\)\) must divide the image's size \(=\(8, 8\)\)"),
-        ({"depth": 0}, r"ViT: depth \(=0\) must be at least 1"),
-        ({"mlp_dim": 0}, r"ViT: mlp_dim \(=0\) must be at least 1"),
+        ({"depth": 0}, r"ViT: depth \(=0\) must be an int >= 1"),
+        ({"mlp_dim": 0}, r"ViT: mlp_dim \(=0\) must be an int >= 1"),
         ({"mix": "conv"}, r"ViT: mix \(='conv'\) must be one of 'global', 'local', 'quadratic', 'gpsa', or a function"),
         (
             {"mix": ("global",) * 3},

@@ -75,9 +75,9 @@ def test_a_step_moves_every_weight(dtype):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"patch_size": (2, 2)}, r"patch_size \(=\(2, 2\)\) must be three numbers"),
-        ({"window": (3, 3, 0)}, r"window \(=\(3, 3, 0\)\) must be three numbers of at least 1"),
-        ({"depth": 0}, r"depth \(=0\) must be at least 1"),
+        ({"patch_size": (2, 2)}, r"patch_size \(=\(2, 2\)\) must be an int >= 1, or one for each of the 3"),
+        ({"window": (3, 3, 0)}, r"window \(=\(3, 3, 0\)\) must be an int >= 1, or one for each"),
+        ({"depth": 0}, r"depth \(=0\) must be an int >= 1"),
         ({"drop_path": 1.5}, r"drop_path"),
     ],
 )

@@ -54,7 +54,7 @@ def masked(size, **kwargs):
 
 # name: the layer, its own parameters, its keywords and the oracle's, the grid
 CASES = {
-    "global": ("global_attention", projections(), {}, {}, (5,)),
+    "global": ("global_attention", projections(), {"rank": 1}, {}, (5,)),
     "global bare": ("global_attention", projections(*NO_OUT), {"scale": 0.3}, {"scale": 0.3}, (1,)),
     "global over a grid": ("global_attention", projections(), {"rank": 2}, {}, (3, 2)),
     "sasa 1d": ("sasa", projections() | tables((3,), DIM), masked((3,)), {"size": (3,)}, (5,)),
@@ -142,8 +142,15 @@ CASES = {
     "swin 2d": (
         "shifted_window_attention",
         projections() | biases((2, 4)),
-        {"window": (2, 4), "shift": (1, 2)},
+        {"window": (2, 4), "shift": (1, 2), "shift_whole": True},
         {"size": (2, 4), "shift": (1, 2)},
+        (4, 4),
+    ),
+    "swin, a window covers an axis": (
+        "shifted_window_attention",
+        projections() | biases((2, 4)),
+        {"window": (2, 4), "shift": (1, 2)},
+        {"size": (2, 4), "shift": (1, 0)},
         (4, 4),
     ),
     "swin 2d ragged": (
@@ -325,50 +332,55 @@ def test_gpsa_with_the_gate_shut_and_sharp_is_a_shift(offset):
 @pytest.mark.parametrize(
     ("layer", "kwargs", "change", "message"),
     [
-        ("gpsa", {}, {"gate": None}, "gpsa: params lack 'gate'; needed are query, key, value, position, gate"),
-        ("gpsa", {}, {"gait": np.ones(2)}, "gpsa: params have 'gait'; allowed are query, "),
-        ("gpsa", {}, {"out": None}, "gpsa: params have 'out_bias' and lack 'out'"),
-        ("learned_relative_attention", {}, tables((4, 5), 6) | {"key": None}, "params have 'key_bias' and lack 'key'"),
+        ("gpsa", {}, {"gate": None}, "gpsa: params .* must have 'gate'; needed are query, key, value, position, gate"),
+        ("gpsa", {}, {"gait": np.ones(2)}, "gpsa: params .* must not have 'gait'; allowed are query, "),
+        ("gpsa", {}, {"out": None}, "gpsa: params .* must have 'out', to which 'out_bias' belongs"),
+        (
+            "learned_relative_attention",
+            {},
+            tables((4, 5), 6) | {"key": None},
+            "params .* must have 'key', to which 'key_bias' belongs",
+        ),
         (
             "gpsa",
             {},
             {"key": np.ones((4, 3, 6))},
-            r"gpsa: params\['key'\] has shape \[4, 3, 6\]; expected \[features, heads, head_dim\] = \[4, 2, 6\]",
+            r"gpsa: params\['key'\] \(=\[4, 3, 6\]\) must be \[features, heads, head_dim\] = \[4, 2, 6\]",
         ),
         (
             "gpsa",
             {},
             {"position": np.ones((3, 3))},
-            r"gpsa: params\['position'\] .* expected \[heads, coordinates\] = \[2, 3\]",
+            r"gpsa: params\['position'\] .* must be \[heads, coordinates\] = \[2, 3\]",
         ),
-        ("gpsa", {}, {"position": np.ones((2, 6))}, r"gpsa: x has shape \[4, 5, 4\]; expected .* with 5 grid axes"),
+        ("gpsa", {}, {"position": np.ones((2, 6))}, r"gpsa: x \(=\[4, 5, 4\]\) must be .* with 5 axes of a grid"),
         (
             "global_attention",
             {},
             {"query": np.ones(4)},
-            r"\['query'\] has shape \[4\]; expected \[features, he",
+            r"\['query'\] \(=\[4\]\) must be \[features, he",
         ),
-        ("global_attention", {}, {"out": np.ones((2, 6, 5))}, r"expected .* = \[2, 3, out_features\]"),
+        ("global_attention", {}, {"out": np.ones((2, 6, 5))}, r"must be .* = \[2, 3, out_features\]"),
         (
             "coatnet_attention",
             {},
             biases((4, 4)),
-            r"params\['relative_bias'\] .* expected \[heads, \*offsets\] = \[2, 7, 9\]",
+            r"params\['relative_bias'\] .* must be \[heads, \*offsets\] = \[2, 7, 9\]",
         ),
-        ("botnet_attention", {}, {}, "botnet_attention: params lack 'embedding_0'"),
+        ("botnet_attention", {}, {}, "botnet_attention: params .* must have 'embedding_0'"),
         (
             "botnet_attention",
             {},
             tables((4, 5), 2),
-            r"\['embedding_0'\] has width 2; expected head_dim \(=6\), or head_dim / 2",
+            r"\['embedding_0'\] \(of width 2\) must be of width head_dim \(=6\), or head_dim / 2",
         ),
         (
             "learned_relative_attention",
             {},
             tables((4, 4), 6),
-            r"\['embedding_1'\] .* expected \[heads, offsets_1, width\] = \[2, 9, 6\]",
+            r"\['embedding_1'\] .* must be \[heads, offsets_1, width\] = \[2, 9, 6\]",
         ),
-        ("sasa", {"window": (3, 3)}, tables((3,), 6), "sasa: params lack 'embedding_1'"),
+        ("sasa", {"window": (3, 3)}, tables((3,), 6), "sasa: params .* must have 'embedding_1'"),
         ("sasa", {"window": (3, 9)}, tables((3, 9), 6), r"Window: the grid \(=5 along axis 1\)"),
         (
             "halo_attention",
@@ -377,14 +389,14 @@ def test_gpsa_with_the_gate_shut_and_sharp_is_a_shift(offset):
             r"halo \(=\(1, 1, 1\)\) must be an int >= 0, or one",
         ),
         ("halo_attention", {"block": 2, "halo": -1}, {}, r"halo_attention: halo \(=-1\) must be an int >= 0, or one"),
-        ("neighborhood_attention", {"window": (3, 3)}, biases((3, 5)), r"expected \[heads, \*offsets\] = \[2, 5, 5\]"),
+        ("neighborhood_attention", {"window": (3, 3)}, biases((3, 5)), r"must be \[heads, \*offsets\] = \[2, 5, 5\]"),
         (
             "shifted_window_attention",
             {"window": (3, 3), "shift": 3},
             biases((3, 3)),
-            r"shift \(=3\) must be below the window \(3, 3\)",
+            r"shift \(=3\) must be below window \(=\(3, 3\)\)",
         ),
-        ("shifted_window_attention", {"window": (3, 3)}, {}, "params lack 'relative_bias'"),
+        ("shifted_window_attention", {"window": (3, 3)}, {}, "params .* must have 'relative_bias'"),
         (
             "axial_attention",
             {"axis": -1},
@@ -395,9 +407,9 @@ def test_gpsa_with_the_gate_shut_and_sharp_is_a_shift(offset):
             "axial_attention",
             {},
             axial(4),
-            r"\['query_embedding'\] .* expected \[heads, offsets, head_dim\] = \[2, 9, 6\]",
+            r"\['query_embedding'\] .* must be \[heads, offsets, head_dim\] = \[2, 9, 6\]",
         ),
-        ("axial_attention", {"window": 0}, axial(4), r"window \(=0\) must be None or an int >= 1"),
+        ("axial_attention", {"window": 0}, axial(4), r"window \(=0\) must be an int >= 1, or None"),
     ],
 )
 def test_errors(layer, kwargs, change, message):

@@ -74,9 +74,9 @@ def test_vit():
     assert_same(lambda x: zoo.global_attention(x, params), theirs, 7)
 
 
-@pytest.mark.parametrize(("window", "shift"), [((4, 2), (0, 0)), ((4, 4), (2, 1))])
+@pytest.mark.parametrize(("window", "shift"), [((4, 2), (0, 0)), ((4, 4), (2, 1)), ((8, 4), (3, 1))])
 def test_swin(window, shift):
-    """timm's table is indexed by query less key, ours by key less query."""
+    """timm's table is indexed by query less key, ours by key less query. Neither shifts along an axis of one window."""
     block = swin_transformer.SwinTransformerBlock(
         FEATURES, (8, 8), num_heads=HEADS, window_size=window, shift_size=shift
     )

@@ -1,11 +1,12 @@
 """A network's convolutions as attention, and back."""
 
-from typing import Any
+from typing import Any, Literal
 
 from flax import nnx
 from flax.nnx.nn import dtypes
 from jax import lax
 
+from jaxattn.checked import Extended, checked
 from jaxattn.equivalence.theorem import attention_to_conv, conv_to_attention
 from jaxattn.nn.conv import Conv
 from jaxattn.nn.depthwise import DepthwiseConv
@@ -19,7 +20,14 @@ TRANSPOSED = (ConvTranspose, nnx.ConvTranspose)
 WRAPPED = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
 
 
-def convert(model: Any, to: str = "attention", *, alpha: float | None = None, rtol: float | None = None) -> Any:
+@checked
+def convert(
+    model: nnx.Module,
+    to: Literal["attention", "conv"] = "attention",
+    *,
+    alpha: Extended | None = None,
+    rtol: float | None = None,
+) -> Any:
     """A copy of a model whose convolutions are quadratic attention, or whose quadratic attentions are convolutions.
 
     Every `nn.Conv`, `nnx.Conv` and `nn.DepthwiseConv`, wherever it is in the model, becomes an `nn.QuadraticAttention`
@@ -49,8 +57,6 @@ def convert(model: Any, to: str = "attention", *, alpha: float | None = None, rt
     >>> type(convert(attends, to="conv").layers[0]).__name__
     'Conv'
     """
-    if to not in ("attention", "conv"):
-        raise ValueError(f"convert: to (={to!r}) must be 'attention' or 'conv'")
     if to == "conv" and (alpha is not None or rtol is not None):
         raise ValueError(
             f"convert: alpha (={alpha}) and rtol (={rtol}) must be None with to='conv': the way back is exact"

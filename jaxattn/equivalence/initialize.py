@@ -1,24 +1,26 @@
 """Attention that starts as a convolution, or with a convolution's habits, and is free to leave them."""
 
-import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Real
 
+from jaxattn.checked import checked
 from jaxattn.zoo.quadratic import quadratic_scores
 
 
+@checked
 def init_as_cnn(
-    attention: Any,
-    how: str,
+    attention: nnx.Module,
+    how: Literal["gpsa", "impulse", "mimetic"],
     *,
     alpha: float | None = None,
     gate: float = 1.0,
     size: int = 3,
-    positions: Any = None,
+    positions: Real[Array | np.ndarray, "*grid in_features"] | None = None,
     rngs: nnx.Rngs | None = None,
 ) -> None:
     """Set an attention layer's parameters, in place, so that it starts as a CNN does. Three ways:
@@ -61,21 +63,19 @@ def init_as_cnn(
     >>> layer.weights(jnp.ones((5, 5, 18)))[2, 2].argmax(-1)  # of the token in the middle: a slot to a head
     Array([0, 1, 2, 3, 4, 5, 6, 7, 8], dtype=int32)
     """
-    if alpha is not None and not 0 < alpha < math.inf:
+    if alpha is not None and alpha <= 0:
         raise ValueError(f"init_as_cnn: alpha (={alpha}) must be None or a finite number > 0")
     match how:
         case "gpsa":
             _gpsa(attention, 1.0 if alpha is None else alpha, gate)
         case "impulse":
             _impulse(attention, 8.0 if alpha is None else alpha, size, positions)
-        case "mimetic":
+        case _:
             if rngs is None or alpha is not None:
                 raise ValueError(
                     f"init_as_cnn: rngs (={rngs}) must be given and alpha (={alpha}) must be None with how='mimetic'"
                 )
             _mimetic(attention, rngs)
-        case _:
-            raise ValueError(f"init_as_cnn: how (={how!r}) must be one of 'gpsa', 'impulse', 'mimetic'")
 
 
 def _gpsa(attention: Any, alpha: float, gate: float) -> None:
@@ -187,8 +187,6 @@ def _split(matrix: np.ndarray, columns: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _offsets(side: int, rank: int) -> np.ndarray:
     """The offsets of a kernel's taps, `[side**rank, rank]`."""
-    if side < 1:
-        raise ValueError(f"init_as_cnn: size (={side}) must be an int >= 1")
     axes = [np.arange(side) - (side - 1) // 2] * rank
     return np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, rank)
 

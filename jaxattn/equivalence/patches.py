@@ -1,17 +1,21 @@
 """Convolution among patches: a convolution of pixels is one of patches of pixels too, and so is attention of them."""
 
-from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Num
 
+from jaxattn.checked import checked
 from jaxattn.einsum import einsum
-from jaxattn.sizes import per_axis
+from jaxattn.sizes import Size, per_axis
 from jaxattn.zoo.equations import axes
 
 
-def patch_kernel(kernel, patch: int | Sequence[int]) -> jax.Array:
+@checked
+def patch_kernel(
+    kernel: Num[Array | np.ndarray, "*window features out_features"], patch: Size
+) -> Num[Array, "*patches patch_features patch_out_features"]:
     """The kernel that convolves patches of side P as `kernel` convolves their pixels,
 
         M_Δ[(a, c), (b, o)] = W_{PΔ + a - b}[c, o]

@@ -8,17 +8,21 @@ kernel's matrix at that tap. At a finite α it also sees some of the other taps'
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float
 
 from jaxattn.boundary import BOUNDARIES
+from jaxattn.checked import Extended, checked
 from jaxattn.einsum import einsum
 from jaxattn.kernels.operands import statistics_dtype
-from jaxattn.sizes import is_int
+from jaxattn.sizes import Size
+from jaxattn.zoo.equations import Padding
+from jaxattn.zoo.parameters import matched
 from jaxattn.zoo.quadratic import quadratic_scores
 from jaxattn.zoo.slide import Slide
 
@@ -26,7 +30,8 @@ from jaxattn.zoo.slide import Slide
 HARD = 1000.0
 
 
-def error_bound(alpha: float, ndim: int) -> float:
+@checked
+def error_bound(alpha: Extended, ndim: int) -> float:
     """The weight that a quadratic head puts off its own token, at most,
 
         1 - θ(α)^-n,        θ(α) = Σ_m exp(-α m²), over all integers m
@@ -41,20 +46,19 @@ def error_bound(alpha: float, ndim: int) -> float:
     """
     if not alpha > 0:
         raise ValueError(f"error_bound: alpha (={alpha}) must be a number > 0, or inf")
-    if not is_int(ndim) or ndim < 1:
-        raise ValueError(f"error_bound: ndim (={ndim!r}) must be an int >= 1")
     m = np.arange(1, 2 + math.ceil(math.sqrt(750 / min(alpha, 750))))  # beyond, the terms are zero
     return float(-np.expm1(-ndim * np.log1p(2 * np.exp(-alpha * m**2).sum())))
 
 
+@checked
 def conv_to_attention(
-    kernel,
+    kernel: Float[Array | np.ndarray, "*window part out_features"],
     *,
-    alpha: float | None = None,
+    alpha: Extended | None = None,
     rtol: float | None = None,
-    strides: int | Sequence[int] = 1,
-    padding: str | int | Sequence[int | Sequence[int]] = "SAME",
-    dilation: int | Sequence[int] = 1,
+    strides: Size = 1,
+    padding: Padding = "SAME",
+    dilation: Size = 1,
     groups: int = 1,
     boundary: str = "zero",
     head_dim: int | None = None,
@@ -116,6 +120,7 @@ def conv_to_attention(
     return params, _distance(kernel, float(sharpness))
 
 
+@checked
 def attention_to_conv(params: Mapping[str, Any], *, groups: int = 1) -> tuple[jax.Array, dict[str, Any]]:
     """The convolution that a sliding quadratic attention is: `kernel, options`, for `zoo.conv(x, kernel, **options)`.
 
@@ -149,6 +154,8 @@ def attention_to_conv(params: Mapping[str, Any], *, groups: int = 1) -> tuple[ja
             "'reflect' or 'wrap': a convolution slides, with something outside. For others, nearest_conv takes their "
             "weights"
         )
+    arrays = {name: array for name, array in params.items() if name != "window"}
+    params = matched("quadratic_attention", arrays, slide.rank, axes=slide.rank)
     if params["value"].shape[2] % groups:
         raise ValueError(
             f"attention_to_conv: groups (={groups}) must divide the last axis of params['value'] "
@@ -164,7 +171,12 @@ def attention_to_conv(params: Mapping[str, Any], *, groups: int = 1) -> tuple[ja
     return kernel, {**options, "groups": groups}
 
 
-def nearest_conv(weights, value, mask=None) -> tuple[jax.Array, jax.Array]:
+@checked
+def nearest_conv(
+    weights: Float[Array | np.ndarray, "*queries heads slots"],
+    value: Float[Array | np.ndarray, "value_heads in_features out_features"],
+    mask: Bool[Array | np.ndarray, "*queries_mask"] | None = None,
+) -> tuple[Float[Array, "slots in_features out_features"], Float[Array, ""]]:
     """The least-squares convolution to an attention whose weights differ from query to query, and what it leaves.
 
     An attention is the map x ↦ Σ_h Σ_u A_h(i, u) V_h x_u of the tokens in each query's window. The convolution that is
@@ -190,13 +202,17 @@ def nearest_conv(weights, value, mask=None) -> tuple[jax.Array, jax.Array]:
     (Array([0.5, 0.5], dtype=float32), '0.00', '0.71')
     """
     weights, value = jnp.asarray(weights), jnp.asarray(value)
-    if weights.ndim < 3 or value.ndim != 3 or weights.shape[-2] != value.shape[0]:
+    if weights.ndim < 3 or weights.shape[-2] != value.shape[0]:
         raise ValueError(
             f"nearest_conv: weights (={list(weights.shape)}) and value (={list(value.shape)}) must be "
             "[*queries, heads, slots] and [heads, in_features, out_features]"
         )
     heads, slots = weights.shape[-2:]
-    held = jnp.broadcast_to(True if mask is None else mask, (*weights.shape[:-2], slots)).reshape(-1, 1, slots)
+    full = (*weights.shape[:-2], slots)
+    mask = jnp.asarray(True if mask is None else mask)
+    if mask.ndim > len(full) or any(n not in (1, m) for n, m in zip(mask.shape[::-1], full[::-1], strict=False)):
+        raise ValueError(f"nearest_conv: mask (={list(mask.shape)}) must broadcast to {list(full)}")
+    held = jnp.broadcast_to(mask, full).reshape(-1, 1, slots)
     weights = jnp.where(held, weights.reshape(-1, heads, slots), 0)
     mean = weights.sum(0) / jnp.maximum(held.sum(0), 1).astype(weights.dtype)  # [heads, slots]
     gram = jnp.einsum("hco,kco->hk", value, value)
@@ -215,7 +231,7 @@ def _sharpness(alpha: float | None, rtol: float | None, ndim: int, dtype) -> np.
     if alpha is not None and rtol is not None:
         raise ValueError(f"conv_to_attention: alpha (={alpha}) and rtol (={rtol}) must not both be given")
     if rtol is not None:
-        if not rtol > 0:
+        if rtol <= 0:
             raise ValueError(f"conv_to_attention: rtol (={rtol}) must be a number > 0 (alpha=inf is exact)")
         alpha = _alpha_for(rtol, ndim)
     alpha = math.inf if alpha is None else alpha
@@ -273,12 +289,12 @@ def _factorized(value: jax.Array, groups: int, head_dim: int) -> tuple[jax.Array
 
 
 def _check_kernel(kernel: jax.Array, groups: int, boundary: str, head_dim: int | None) -> None:
-    if kernel.ndim < 3 or 0 in kernel.shape or not jnp.issubdtype(kernel.dtype, jnp.floating):
+    if kernel.ndim < 3 or 0 in kernel.shape:
         raise ValueError(
             f"conv_to_attention: kernel (={kernel.dtype}{list(kernel.shape)}) must be floating point, "
             "[*window, features / groups, out_features]"
         )
-    if not is_int(groups) or groups < 1 or kernel.shape[-1] % groups:
+    if kernel.shape[-1] % groups:
         raise ValueError(
             f"conv_to_attention: groups (={groups}) must be an int that divides out_features (={kernel.shape[-1]})"
         )
@@ -288,5 +304,3 @@ def _check_kernel(kernel: jax.Array, groups: int, boundary: str, head_dim: int |
             "'mask' the weights are normalised over the tokens inside, which is no convolution with zeros outside; its "
             "hard limit is the convolution with 'edge'"
         )
-    if head_dim is not None and head_dim < 1:
-        raise ValueError(f"conv_to_attention: head_dim (={head_dim}) must be None or an int >= 1")

@@ -12,21 +12,22 @@ counts as the key that it holds. Sums are in float64, whatever the dtype of the 
 """
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
-from jaxattn.sizes import per_axis
+from jaxattn.checked import checked
+from jaxattn.sizes import Size, per_axis
 
-Weights = Float[Array | np.ndarray, "..."]  # loose on purpose, as are the indices: a wrong shape is a ValueError
-Indices = Int[np.ndarray, "..."]
+Weights = Float[Array | np.ndarray, "*batch_and_query_grid heads slots"]
+Indices = Int[np.ndarray, "*query_grid_and_window rank"]
 PerHead = Float[np.ndarray, "..."]
 
 
-def attention_distance(weights: Weights, indices: Indices, stride: int | Sequence[int] = 1) -> PerHead:
+@checked
+def attention_distance(weights: Weights, indices: Indices, stride: Size = 1) -> PerHead:
     """The mean distance between a query and what it attends to, mean_i Σ_u p_h(u|i) ‖δ_iu‖, `[*batch, heads]`.
 
     In tokens; times the side of a patch, it is in pixels (Dosovitskiy et al. 2021, arXiv 2010.11929, figure 7;
@@ -49,7 +50,8 @@ def attention_distance(weights: Weights, indices: Indices, stride: int | Sequenc
     return _expected(look, np.linalg.norm(look.offsets, axis=-1))
 
 
-def locality(weights: Weights, indices: Indices, size: int | Sequence[int], stride: int | Sequence[int] = 1) -> PerHead:
+@checked
+def locality(weights: Weights, indices: Indices, size: Size, stride: Size = 1) -> PerHead:
     """The share of weight in a window of k = `size` tokens about the query, `[*batch, heads]`, from 0 to 1.
 
     mean_i Σ_u p_h(u|i) [-(k//2) <= δ_iu <= (k-1)//2 along every axis]: 1 where a k × k convolution reaches as far.
@@ -72,7 +74,8 @@ def locality(weights: Weights, indices: Indices, size: int | Sequence[int], stri
     return _expected(look, near.astype(float))
 
 
-def head_centers(weights: Weights, indices: Indices, stride: int | Sequence[int] = 1) -> PerHead:
+@checked
+def head_centers(weights: Weights, indices: Indices, stride: Size = 1) -> PerHead:
     """The mean offset of each head, c_h = mean_i Σ_u p_h(u|i) δ_iu, `[*batch, heads, rank]`.
 
     For quadratic attention, far from the border, it is the centre Δ_h where that is whole (Cordonnier, Loukas & Jaggi
@@ -93,7 +96,8 @@ def head_centers(weights: Weights, indices: Indices, stride: int | Sequence[int]
     return _expected(look, look.offsets)
 
 
-def head_spreads(weights: Weights, indices: Indices, stride: int | Sequence[int] = 1) -> PerHead:
+@checked
+def head_spreads(weights: Weights, indices: Indices, stride: Size = 1) -> PerHead:
     """The covariance of each head's offsets about its centre, `[*batch, heads, rank, rank]`.
 
     mean_i Σ_u p_h(u|i) δ_iu δ_iuᵀ - c_h c_hᵀ: zero for a head that always looks at one offset, as a convolution's do.
@@ -117,6 +121,7 @@ def head_spreads(weights: Weights, indices: Indices, stride: int | Sequence[int]
     return squares - center[..., :, None] * center[..., None, :]
 
 
+@checked
 def entropy(weights: Weights, indices: Indices) -> PerHead:
     """The mean entropy of a query's weights in nats, -mean_i Σ_u p_h(u|i) log p_h(u|i), `[*batch, heads]`.
 
@@ -147,7 +152,7 @@ class _Look(NamedTuple):
 
 def _look(name: str, weights, indices, stride) -> _Look:
     weights, indices = np.asarray(weights), np.asarray(indices)
-    rank = _rank(name, weights, indices)
+    rank = rank_of(name, weights, indices)
     grid, (heads, slots) = indices.shape[:rank], weights.shape[-2:]
     stride = np.asarray(per_axis(name, "stride", stride, rank))
     weights = weights.reshape(*weights.shape[: -2 - rank], -1, heads, slots).astype(np.float64)
@@ -170,7 +175,7 @@ def _expected(look: _Look, values: np.ndarray) -> np.ndarray:
     return (pairs @ flat / look.queries[..., None]).reshape(*look.queries.shape, *values.shape[2:])
 
 
-def _rank(name: str, weights: np.ndarray, indices: np.ndarray) -> int:
+def rank_of(name: str, weights: np.ndarray, indices: np.ndarray) -> int:
     """The rank of the grid, where weights and indices are of one window."""
     rank = indices.shape[-1] if indices.ndim else 0
     if rank < 1 or indices.ndim != 2 * rank + 1:

@@ -6,7 +6,10 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-Kernel = Float[Array | np.ndarray, "..."]  # loose on purpose: a wrong shape is a ValueError
+from jaxattn.checked import checked
+
+Kernel = Float[Array | np.ndarray, "features heads head_dim"]
+KeyKernel = Float[Array | np.ndarray, "key_features key_heads key_head_dim"]  # a wrong size is a ValueError
 
 
 class QueryKeyMetric(NamedTuple):
@@ -18,7 +21,8 @@ class QueryKeyMetric(NamedTuple):
     definiteness: Float[np.ndarray, " heads"]
 
 
-def query_key_metric(query_kernel: Kernel, key_kernel: Kernel) -> QueryKeyMetric:
+@checked
+def query_key_metric(query_kernel: Kernel, key_kernel: KeyKernel) -> QueryKeyMetric:
     """M_h = W_Q W_Kᵀ: before the scale and without biases, token i scores token j by x_iᵀ M_h x_j.
 
     Its symmetric part S = (M + Mᵀ) / 2 alone decides a token's score for itself, x_iᵀ S x_i; the antisymmetric rest is
@@ -47,10 +51,8 @@ def query_key_metric(query_kernel: Kernel, key_kernel: Kernel) -> QueryKeyMetric
             [-2., -4.]]]), spectrum=array([[-5.,  0.]]), symmetry=array([1.]), definiteness=array([-1.]))
     """
     query, key = (np.asarray(kernel, np.float64) for kernel in (query_kernel, key_kernel))
-    if query.ndim != 3:
-        raise ValueError(f"query_key_metric: query_kernel (={list(query.shape)}) must be [features, heads, head_dim]")
     features, heads, head_dim = query.shape
-    fits = key.ndim == 3 and (key.shape[0], key.shape[2]) == (features, head_dim)
+    fits = (key.shape[0], key.shape[2]) == (features, head_dim)
     if not fits or key.shape[1] < 1 or heads % key.shape[1]:
         raise ValueError(
             f"query_key_metric: key_kernel (={list(key.shape)}) must be [{features}, key_heads, {head_dim}], where "

@@ -1,17 +1,23 @@
 """How far one output sees: the gradient of a network's output at one place with respect to its input."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxattn.checked import checked
+from jaxattn.sizes import Size, ints
 
+
+@checked
 def effective_receptive_field(
-    function: Callable[[Any], Any], x: Float[Array | np.ndarray, "..."], position: Sequence[int] | None = None
-) -> Float[np.ndarray, "..."]:
+    function: Callable[[Any], Any],
+    x: Float[Array | np.ndarray, "batch *grid features"],
+    position: Annotated[Size, 0] | None = None,
+) -> Float[np.ndarray, "*grid"]:
     """How much one place of the output depends on each place of the input, `[*grid]`:
 
         R(j) = mean_n Σ_c |∂ (Σ_o y_{n,i,o}) / ∂ x_{n,j,c}|        where y = function(x)
@@ -37,9 +43,9 @@ def effective_receptive_field(
     array([0., 1., 2., 3., 2., 1., 0.])
     """
     x = jnp.asarray(x)
-    if x.ndim < 3 or not jnp.issubdtype(x.dtype, jnp.floating):
+    if x.ndim < 3:
         raise ValueError(
-            f"effective_receptive_field: x (={x.dtype}{list(x.shape)}) must be floating point, [batch, *grid, features]"
+            f"effective_receptive_field: x (={list(x.shape)}) must be [batch, *grid, features] with a grid"
         )
     shape = jnp.shape(jax.eval_shape(function, x))
     if len(shape) != x.ndim or shape[0] != x.shape[0]:
@@ -48,7 +54,7 @@ def effective_receptive_field(
             f"[{x.shape[0]}, {x.ndim - 2} axes of a grid, out_features]"
         )
     grid = shape[1:-1]
-    at = tuple(n // 2 for n in grid) if position is None else tuple(int(p) for p in position)
+    at = tuple(n // 2 for n in grid) if position is None else ints("effective_receptive_field", "position", position, 0)
     if len(at) != len(grid) or not all(0 <= p < n for p, n in zip(at, grid, strict=True)):
         raise ValueError(
             f"effective_receptive_field: position (={position}) must be an index of the output grid {list(grid)}"

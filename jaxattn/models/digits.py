@@ -5,8 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float, Num
 
+from jaxattn.checked import checked
 from jaxattn.nn.conv import Conv
 
 
@@ -28,7 +30,8 @@ class DigitNet(nnx.Module):
     (2, 10)
     """
 
-    def __init__(self, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+    @checked
+    def __init__(self, *, dtype: DTypeLike | None = None, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.conv1 = Conv(1, 32, (3, 3), **kwargs)
         self.conv2 = Conv(32, 64, (3, 3), **kwargs)

@@ -6,9 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float, Num
 
+from jaxattn.checked import checked
 from jaxattn.nn.conv import Conv
+from jaxattn.sizes import ints, is_sequence
 
 # blocks, side of the depthwise kernel, stride of the first block, expansion, features
 LITE0 = (
@@ -86,20 +89,24 @@ class EfficientNet(nnx.Module):
     (2, 1000)
     """
 
+    @checked
     def __init__(
         self,
-        stages: Sequence[tuple[int, int, int, int, int]] = LITE0,
+        stages: Sequence[Sequence[int]] = LITE0,
         *,
         num_classes: int = 1000,
         in_features: int = 3,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.in_features = in_features
         kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.stem, self.stem_norm = _conv(in_features, STEM, 3, 2, **kwargs), _batch_norm(STEM, **kwargs)
         blocks, width = [], STEM
+        stages = [ints("EfficientNet", "stages", stage) for stage in stages] if is_sequence(stages) else ()
+        if not stages or any(len(stage) != 5 for stage in stages):
+            raise ValueError("EfficientNet: stages must be some tuples of five ints >= 1, one for each stage")
         for count, size, stride, expansion, features in stages:
             for n in range(count):
                 blocks.append(InvertedResidual(width, features, size, stride if n == 0 else 1, expansion, **kwargs))

@@ -7,14 +7,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
+from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float, Num
 
 from jaxattn.attention import merge_attentions
+from jaxattn.checked import checked
 from jaxattn.einsum import einsum
 from jaxattn.halo import shard_count, split_attention, split_pad
 from jaxattn.models.residual import check_rates, check_rngs, depth_rates, drop_path, run_block
 from jaxattn.nn.attention import Attention
 from jaxattn.nn.conv import Conv
+from jaxattn.nn.grid import Splittable
+from jaxattn.sizes import Size, ints
 from jaxattn.window import Window
 
 MIXES = ("conv", "attention")
@@ -53,7 +57,7 @@ def max_pool(
     return nnx.max_pool(x, size, strides, pads)
 
 
-class AttentionStem(nnx.Module):
+class AttentionStem(Splittable):
     """SASA's stem: attention in 4 × 4 windows, whose values know where in the window they stand,
 
         y_i = Σ_{j in N(i)} softmax_j(q_i · k_j) Σ_m p_m[j-i] W_V,m x_j,   p_m[δ] = softmax_m((row[δ₁] + col[δ₂]) · ν_m)
@@ -65,7 +69,6 @@ class AttentionStem(nnx.Module):
     """
 
     size = (4, 4)
-    axis_name: str | None = None
 
     def __init__(
         self,
@@ -125,15 +128,13 @@ class AttentionStem(nnx.Module):
         return y.reshape(*x.shape[:-1], -1)
 
 
-class GridMixer(nnx.Module):
+class GridMixer(Splittable):
     """A block's spatial mixing: a 3 × 3 convolution, or local attention as in SASA; either with a stride.
 
     The attention is Ramachandran et al.'s: relative embeddings factorised into row and column, no bias, no output
     projection, tokens beyond the border left out, and a 2 × 2 average pool where the convolution would have a stride.
     Their q·k has no 1/√head_dim; here it has, which is the same layer with W_K scaled, and starts with small scores.
     """
-
-    axis_name: str | None = None
 
     def __init__(
         self, in_features: int, features: int, stride: int, mix: str, *, window: int, num_heads: int, **kwargs: Any
@@ -160,15 +161,13 @@ class GridMixer(nnx.Module):
         return average_pool(y, self.axis_name) if self.pool else y
 
 
-class Block(nnx.Module):
+class Block(Splittable):
     """A residual block: relu(shortcut(x) + branch(x)), each convolution or attention followed by BatchNorm. In training
     the branch is left out at random (stochastic depth).
 
     "basic": two mixers. "bottleneck": 1 × 1, mixer, 1 × 1 to four times the features. The stride is the (first)
     mixer's (v1.5, as torchvision), and the shortcut is a 1 × 1 projection where the shape changes.
     """
-
-    axis_name: str | None = None
 
     def __init__(
         self,
@@ -235,7 +234,7 @@ def batch_norm(features: int, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs, *
     )
 
 
-class ResNet(nnx.Module):
+class ResNet(Splittable):
     """A residual network (He et al. 2015, arXiv 1512.03385) of convolutions, local attention (SASA, Ramachandran et
     al. 2019, arXiv 1906.05909), or both, a stage at a time.
 
@@ -273,11 +272,10 @@ class ResNet(nnx.Module):
     (2, 10)
     """
 
-    axis_name: str | None = None
-
+    @checked
     def __init__(
         self,
-        stage_sizes: Sequence[int],
+        stage_sizes: Size,
         *,
         block: str = "bottleneck",
         num_classes: int = 10,
@@ -291,11 +289,12 @@ class ResNet(nnx.Module):
         zero_init_residual: bool = True,
         drop_path: float = 0.0,
         remat: bool = False,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        mixes = (mix,) * len(stage_sizes) if isinstance(mix, str) else tuple(mix)
+        stage_sizes = ints("ResNet", "stage_sizes", stage_sizes)
+        mixes = (mix,) * len(stage_sizes) if isinstance(mix, str) else mix
         _one_of("block", block, tuple(EXPANSION))
         _one_of("stem", stem, STEMS)
         _one_of("stem_mix", stem_mix, MIXES)

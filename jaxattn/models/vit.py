@@ -8,16 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float, Num
 
+from jaxattn.checked import checked
 from jaxattn.halo import shard_count
 from jaxattn.models.gelu import gelu
 from jaxattn.models.residual import check_rates, check_rngs, depth_rates, drop_path, run_block
 from jaxattn.nn.attention import Attention
 from jaxattn.nn.conv import Conv
 from jaxattn.nn.gated import GPSA
+from jaxattn.nn.grid import Splittable
 from jaxattn.nn.quadratic import QuadraticAttention
-from jaxattn.sizes import per_axis
+from jaxattn.sizes import Size, per_axis
 
 MIXES = ("global", "local", "quadratic", "gpsa")
 POOLS = ("token", "mean")
@@ -45,7 +48,7 @@ def sincos_2d(height: int, width: int, features: int) -> np.ndarray:
     return np.concatenate([np.sin(column), np.cos(column), np.sin(row), np.cos(row)], axis=-1)
 
 
-class TokenMixer(nnx.Module):
+class TokenMixer(Splittable):
     """A block's mixing of tokens, `[*batch, *tokens, width]` to the same; "global" takes a grid or a sequence of them.
 
     "global": `nn.Attention` of all tokens. "local": the same in a window, with a relative bias (NAT, Hassani et al.
@@ -53,8 +56,6 @@ class TokenMixer(nnx.Module):
     matrix, and a linear map after it (Cordonnier, Loukas & Jaggi 2020, arXiv 1911.03584, as in their code). A function
     makes its own: `mix(width, dtype=..., param_dtype=..., rngs=...)` gives a module that keeps a grid's shape.
     """
-
-    axis_name: str | None = None
 
     def __init__(
         self,
@@ -76,7 +77,7 @@ class TokenMixer(nnx.Module):
         elif mix == "gpsa":
             self.layer = GPSA(num_heads, width, use_bias=qkv_bias, kernel_init=kernel_init, **kwargs)
         else:
-            place: dict[str, Any] = {"window": window, "relative_bias": True} if mix == "local" else {}
+            place: dict[str, Any] = {"window": window, "relative_bias": True} if mix == "local" else {"rank": 1}
             self.layer = Attention(
                 num_heads, width, use_bias=qkv_bias, kernel_init=kernel_init, keep_rngs=False, **place, **kwargs
             )
@@ -94,10 +95,8 @@ class TokenMixer(nnx.Module):
         return y if self.out is None else self.out(y)
 
 
-class MLP(nnx.Module):
+class MLP(Splittable):
     """W₂ gelu(W₁ x + b₁) + b₂, with gelu by erf, and dropout after each linear map."""
-
-    axis_name: str | None = None
 
     def __init__(self, width: int, hidden: int, *, dropout: float, **kwargs: Any):
         self.first, self.second = nnx.Linear(width, hidden, **kwargs), nnx.Linear(hidden, width, **kwargs)
@@ -108,13 +107,11 @@ class MLP(nnx.Module):
         return self.dropout(self.second(hidden), rngs=rngs)
 
 
-class Block(nnx.Module):
+class Block(Splittable):
     """A transformer's block: x + mix(norm(x)), and then x + MLP(norm(x)); or with the norm after the sum, "post".
 
     `axes` of tokens come in: 3 for a volume, 2 for a grid, 1 for a sequence.
     """
-
-    axis_name: str | None = None
 
     def __init__(
         self,
@@ -156,7 +153,7 @@ def layer_norm(width: int, **kwargs: Any) -> nnx.LayerNorm:
     return nnx.LayerNorm(width, epsilon=1e-6, **kwargs)
 
 
-class ViT(nnx.Module):
+class ViT(Splittable):
     """A Vision Transformer (Dosovitskiy et al. 2021, arXiv 2010.11929), whose blocks mix tokens as `mix` says,
 
         x = patches W + b + position,   x ← x + mix(norm(x)),   x ← x + MLP(norm(x))   in each block,
@@ -206,13 +203,12 @@ class ViT(nnx.Module):
     (2, 10)
     """
 
-    axis_name: str | None = None
-
+    @checked
     def __init__(
         self,
         *,
-        image_size: int | tuple[int, int],
-        patch_size: int | tuple[int, int],
+        image_size: Size,
+        patch_size: Size,
         in_features: int,
         num_classes: int,
         width: int,
@@ -220,7 +216,7 @@ class ViT(nnx.Module):
         num_heads: int,
         mlp_dim: int,
         mix: Mix | Sequence[Mix] = "global",
-        window: int | tuple[int, int] = 7,
+        window: Size = 7,
         class_token: bool = True,
         pool: str | None = None,
         position: str = "learned",
@@ -230,8 +226,8 @@ class ViT(nnx.Module):
         dropout: float = 0.0,
         remat: bool = False,
         kernel_init: Callable[..., Any] = xavier_init,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.image_size, self.patch_size = _pair("image_size", image_size), _pair("patch_size", patch_size)
@@ -240,7 +236,6 @@ class ViT(nnx.Module):
         self.pool = ("token" if class_token else "mean") if pool is None else pool
         self.remat = remat
         mixes = (mix,) * depth if isinstance(mix, str) or callable(mix) else tuple(mix)
-        _check_sizes(width=width, depth=depth, num_heads=num_heads, mlp_dim=mlp_dim, num_classes=num_classes)
         check_rates("ViT", drop_path=drop_path, dropout=dropout)
         _check_names(self.pool, position, norm, class_token, width)
         _check_mixes(mixes, depth, class_token, window, self._grid(self.image_size))
@@ -367,7 +362,7 @@ class ViT(nnx.Module):
         self._grid(whole)
 
 
-def _pair(name: str, size: int | tuple[int, int]) -> tuple[int, int]:
+def _pair(name: str, size: Size) -> tuple[int, int]:
     height, width = per_axis("ViT", name, size, 2)
     return height, width
 
@@ -375,12 +370,6 @@ def _pair(name: str, size: int | tuple[int, int]) -> tuple[int, int]:
 def _joins(mixes: Sequence[Mix]) -> int:
     """The first of the blocks that end the network in "global": from there on, no layer needs a grid."""
     return max((n + 1 for n, mix in enumerate(mixes) if mix != "global"), default=0)
-
-
-def _check_sizes(**sizes: int):
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"ViT: {name} (={size}) must be at least 1")
 
 
 def _check_names(pool: str, position: str, norm: str, class_token: bool, width: int):
@@ -397,7 +386,7 @@ def _check_mixes(mixes: Sequence[Mix], depth: int, class_token: bool, window: tu
     if len(mixes) != depth:
         raise ValueError(f"ViT: mix (={mixes!r}) must be a string, a function, or one per block ({depth})")
     for mix in mixes:
-        if mix not in MIXES and not callable(mix):
+        if not callable(mix) and not (isinstance(mix, str) and mix in MIXES):
             raise ValueError(f"ViT: mix (={mix!r}) must be one of {', '.join(map(repr, MIXES))}, or a function")
     if class_token and mixes[-1] != "global":
         raise ValueError(

@@ -1,19 +1,22 @@
 """A network for volumes: local attention in three dimensions."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float, Num
 
+from jaxattn.checked import checked
 from jaxattn.models.residual import check_rates, check_rngs, depth_rates, run_block
 from jaxattn.models.vit import Block, layer_norm, small_init, xavier_init
 from jaxattn.nn.conv import Conv
+from jaxattn.nn.grid import Splittable
+from jaxattn.sizes import Size, per_axis
 
 
-class VolumeNet(nnx.Module):
+class VolumeNet(Splittable):
     """Patches of a volume, mixed by attention in windows of three dimensions, with a relative bias,
 
         x = patches W + b,   x ← x + attention(norm(x)),   x ← x + MLP(norm(x))   in each block,
@@ -25,12 +28,12 @@ class VolumeNet(nnx.Module):
     Args:
       in_features: channels of the volume.
       num_classes: size of the output.
-      patch_size: sides of a patch, which divide the volume's.
+      patch_size: the side of a patch, or one for each axis; it divides the volume's.
       width: features of a token.
       depth: blocks.
       num_heads: of each attention; it divides `width`.
       mlp_dim: features within each MLP.
-      window: sides of the window, in patches; at most the grid's.
+      window: the side of the window, in patches, or one for each axis; at most the grid's.
       drop_path: rate of stochastic depth in the last block; it rises linearly with depth.
       remat: blocks are computed anew in the backward pass, which then keeps a block's input in place of all within.
       dtype: of the computation; the logits have the promoted dtype of `dtype` and `param_dtype`.
@@ -46,31 +49,26 @@ class VolumeNet(nnx.Module):
     (3, 2)
     """
 
-    axis_name: str | None = None
-
+    @checked
     def __init__(
         self,
         *,
         in_features: int,
         num_classes: int,
-        patch_size: Sequence[int] = (4, 4, 4),
+        patch_size: Size = 4,
         width: int = 96,
         depth: int = 4,
         num_heads: int = 4,
         mlp_dim: int = 192,
-        window: Sequence[int] = (3, 3, 3),
+        window: Size = 3,
         drop_path: float = 0.0,
         remat: bool = False,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.in_features, self.patch_size, window = in_features, tuple(patch_size), tuple(window)
-        for name, sides in (("patch_size", self.patch_size), ("window", window)):
-            if len(sides) != 3 or min(sides) < 1:
-                raise ValueError(f"VolumeNet: {name} (={sides}) must be three numbers of at least 1")
-        if depth < 1:
-            raise ValueError(f"VolumeNet: depth (={depth}) must be at least 1")
+        self.in_features, self.patch_size = in_features, per_axis("VolumeNet", "patch_size", patch_size, 3)
+        window = per_axis("VolumeNet", "window", window, 3)
         check_rates("VolumeNet", drop_path=drop_path)
         self.remat = remat
         kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}

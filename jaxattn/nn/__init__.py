@@ -1,4 +1,18 @@
-"""Layers as Flax nnx modules."""
+"""Layers as Flax nnx modules.
+
+What they take alike:
+
+    rank         how many axes the grid has
+    dtype        of the computation; None promotes the inputs' and the parameters' dtypes
+    param_dtype  of the parameters
+    precision    of every product, as in `jax.lax.dot_general`
+    rngs         `nnx.Rngs`; `params` is used
+
+A size (window, block, kernel_size or grid) has an int for each axis of the grid; with `rank`, one int is every axis's:
+`NeighborhoodAttention(4, 32, window=7, rank=2)` looks at 7 × 7 tokens. An int without a rank is of one axis, and so is
+attention without a window. Then an input has at most one batch axis, `[batch, tokens, features]`, and one that could be
+a batch of grids is refused. Strides, dilations, shifts and halos are each an int, or one for each axis.
+"""
 
 from .aft import AFT as AFT
 from .aft import AFTConv as AFTConv

@@ -5,10 +5,13 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
 
 from jaxattn import zoo
+from jaxattn.checked import checked
 from jaxattn.nn.layer import Layer, default_kernel_init, small_init
-from jaxattn.sizes import Size, ints
+from jaxattn.sizes import Size
 from jaxattn.zoo.equations import divided
 
 
@@ -23,10 +26,8 @@ class AFT(Layer):
       out_features: size of the output's last axis; None means `in_features`.
       grid: the tokens along each axis of the input.
       use_bias: whether the linear maps have biases.
-      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of the linear maps; the biases begin at zero.
       position_init: initialiser of `position`, `[*grid, *grid]`.
-      rngs: `nnx.Rngs`; `params` is used.
 
     Raises:
       ValueError: an argument out of its range, or an input whose shape does not fit, by name.
@@ -40,25 +41,32 @@ class AFT(Layer):
     function = staticmethod(zoo.aft)
     needs_whole_grid = "each token has its own weight for each token of the whole grid"
 
+    @checked
     def __init__(
         self,
         in_features: int,
         hidden_features: int | None = None,
         out_features: int | None = None,
         *,
+        rank: int | None = None,
         grid: Size,
         use_bias: bool = True,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        precision: Any = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: lax.PrecisionLike = None,
         kernel_init: Callable[..., Any] = default_kernel_init,
         position_init: Callable[..., Any] = small_init,
         rngs: nnx.Rngs,
     ):
         self.dtype, self.precision = dtype, precision
-        sizes = _sizes(in_features, hidden_features, out_features) | {"grid": ints("AFT", "grid", grid)}
+        sizes = _sizes(in_features, hidden_features, out_features)
         self.draw(
-            sizes, kernel_init=kernel_init, use_bias=use_bias, position=position_init, rngs=rngs, dtype=param_dtype
+            sizes | {"grid": self.sized("grid", grid, rank)},
+            kernel_init=kernel_init,
+            use_bias=use_bias,
+            position=position_init,
+            rngs=rngs,
+            dtype=param_dtype,
         )
 
 
@@ -70,14 +78,12 @@ class AFTConv(Layer):
     Args:
       num_heads: heads, whose channels share their position weights; they divide `hidden_features`.
       in_features: size of the input's last axis.
-      kernel_size: an int for one dimension, else one int per axis of the grid.
+      kernel_size: an int, or one for each axis of the grid.
       hidden_features: of query, key and value; None means `in_features`.
       out_features: size of the output's last axis; None means `in_features`.
       use_bias: whether the linear maps have biases.
-      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of the linear maps; the biases begin at zero.
       position_init: initialiser of `position`, `[*kernel_size, num_heads]`.
-      rngs: `nnx.Rngs`; `params` is used.
 
     Raises:
       ValueError: an argument out of its range, or an input whose shape does not fit, by name.
@@ -89,8 +95,8 @@ class AFTConv(Layer):
     """
 
     function = staticmethod(zoo.aft_conv)
-    axis_name: str | None = None
 
+    @checked
     def __init__(
         self,
         num_heads: int,
@@ -99,10 +105,11 @@ class AFTConv(Layer):
         hidden_features: int | None = None,
         out_features: int | None = None,
         *,
+        rank: int | None = None,
         use_bias: bool = True,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        precision: Any = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: lax.PrecisionLike = None,
         kernel_init: Callable[..., Any] = default_kernel_init,
         position_init: Callable[..., Any] = small_init,
         rngs: nnx.Rngs,
@@ -110,7 +117,7 @@ class AFTConv(Layer):
         self.dtype, self.precision = dtype, precision
         sizes = _sizes(in_features, hidden_features, out_features)
         divided("AFTConv", "num_heads", num_heads, sizes["hidden"], "hidden_features")
-        sizes |= {"window": ints("AFTConv", "kernel_size", kernel_size), "heads": num_heads}
+        sizes |= {"window": self.sized("kernel_size", kernel_size, rank), "heads": num_heads}
         self.draw(
             sizes, kernel_init=kernel_init, use_bias=use_bias, position=position_init, rngs=rngs, dtype=param_dtype
         )

@@ -8,19 +8,23 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
-from jaxtyping import Array, ArrayLike, Float, Num, Shaped
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, ArrayLike, Float, Real, Shaped
 
 from jaxattn.attention import attention
+from jaxattn.checked import checked
 from jaxattn.halo import shard_count, split_attention
-from jaxattn.nn.layer import default_bias_init, default_kernel_init, small_init
+from jaxattn.nn.grid import GridModule
+from jaxattn.nn.layer import Normalize, default_bias_init, default_kernel_init, small_init
 from jaxattn.normalize import NORMALIZERS
-from jaxattn.sizes import Size, ints
+from jaxattn.sizes import Size
 from jaxattn.window import Window
 
 KEY_EMBEDDINGS = (False, True, "shared", "factorized", "decomposed")
 
 
-class Attention(nnx.Module):
+class Attention(GridModule):
     """Multi-head attention, local (in a window, on a grid of any rank) or global,
 
         y_i = b_O + Σ_h W_O,h Σ_{j in N(i)} A_h(i, j) (W_V,h x_j),
@@ -40,11 +44,12 @@ class Attention(nnx.Module):
         `qkv_features`.
       num_kv_heads: heads of key and value; they divide `num_heads` (grouped queries). None means `num_heads`.
       in_kv_features: size of the last axis of the inputs of key and value; None means `in_features`.
-      window: None for all tokens of a sequence, a `Window`, or its size: 7 is `Window(7)` (one dimension), (7, 7) is
-        `Window((7, 7))` (two), whose boundary is "shift".
+      window: None for all tokens, a `Window`, or its size: (7, 7) is `Window((7, 7))`, whose boundary is "shift".
       grid: the tokens along each axis of the input, all of which see each other: `Window(grid)`, on no other grid.
-      rank: without either, how many axes the grid has, all of whose tokens see each other. Masks, biases and segments
-        are then those of the sequence of its tokens, row-major.
+      rank: how many axes the grid has; an int for `window` or `grid` is then every axis's. None: as many as these have,
+        and one where they are ints or not given; the input is then `[tokens, in_features]` or `[batch, tokens,
+        in_features]`. Without a window or a grid, masks, biases and segments are those of the sequence of all tokens,
+        row-major.
       relative_bias: learns b, `[num_heads, *(2k-1)]`. Needs a window or a grid.
       key_embedding: learns r. True: a table per head, `[num_heads, *(2k-1), head_dim]`. "shared": one for all heads.
         "factorized": a table per head and axis, `[num_heads, 2k-1, head_dim / rank]`, an offset's embedding being its
@@ -84,8 +89,7 @@ class Attention(nnx.Module):
     (2, 14, 14, 4, 49)
     """
 
-    axis_name: str | None = None
-
+    @checked
     def __init__(
         self,
         num_heads: int,
@@ -97,18 +101,18 @@ class Attention(nnx.Module):
         *,
         window: Window | Size | None = None,
         grid: Size | None = None,
-        rank: int = 1,
+        rank: int | None = None,
         relative_bias: bool = False,
         key_embedding: bool | str = False,
-        normalize: str | Callable[..., Array] = "softmax",
+        normalize: Normalize = "softmax",
         logits_soft_cap: float | None = None,
         scale: float | None = None,
         normalize_qk: bool = False,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         dropout_rate: float = 0.0,
         deterministic: bool | None = None,
-        precision: Any = None,
+        precision: lax.PrecisionLike = None,
         kernel_init: Callable[..., Any] = default_kernel_init,
         out_kernel_init: Callable[..., Any] | None = None,
         bias_init: Callable[..., Any] = default_bias_init,
@@ -122,6 +126,7 @@ class Attention(nnx.Module):
         axis_name: str | None = None,
     ):
         self.axis_name = axis_name
+        where = type(self).__name__
         self.num_heads = num_heads
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.in_features = in_features
@@ -130,13 +135,18 @@ class Attention(nnx.Module):
         default = in_features if out_projection else self.qkv_features
         self.out_features = default if out_features is None else out_features
         if window is not None and grid is not None:
-            raise ValueError(
-                f"{type(self).__name__}: window (={window}) must be None where grid (={grid}) is given, a window itself"
-            )
-        self.grid = None if grid is None else ints(type(self).__name__, "grid", grid)
-        window = self.grid if window is None else window
-        self.window = window if window is None or isinstance(window, Window) else Window(window)
-        self.rank = rank if self.window is None else self.window.rank
+            raise ValueError(f"{where}: window (={window}) must be None where grid (={grid}) is given, a window itself")
+        self.grid = None if grid is None else self.sized("grid", grid, rank)
+        if isinstance(window, Window):
+            self.window, self.rank = window, window.rank
+            if rank not in (None, window.rank):
+                raise ValueError(f"{where}: rank (={rank}) must be None, or that of window (={window})")
+        elif window is not None:
+            self.window = Window(self.sized("window", window, rank))
+        elif self.grid is not None:
+            self.window = Window(self.grid)
+        else:
+            self.window, self.rank, self.rank_is_said = None, rank or 1, rank is not None
         self.normalize, self.logits_soft_cap, self.scale = normalize, logits_soft_cap, scale
         _check(self, relative_bias, key_embedding, dropout_rate, out_projection)
         self.head_dim = self.qkv_features // num_heads
@@ -156,12 +166,12 @@ class Attention(nnx.Module):
             inits = {"kernel_init": out_kernel_init or kernel_init, "bias_init": out_bias_init or bias_init}
             self.out = linear((num_heads, self.head_dim), self.out_features, axis=(-2, -1), **inits)
         relative_init = nnx.initializers.normal(self.head_dim**-0.5) if relative_init is None else relative_init
-        self._make_tables(relative_bias, key_embedding, partial(relative_init, dtype=param_dtype), rngs)
+        self._make_tables(relative_bias, key_embedding, relative_init, param_dtype, rngs)
         self.rngs = rngs.dropout.fork() if keep_rngs and dropout_rate > 0 else None
 
-    def _make_tables(self, relative_bias: bool, key_embedding: bool | str, init: Callable[..., Any], rngs: nnx.Rngs):
+    def _make_tables(self, relative_bias: bool, key_embedding: bool | str, init: Callable[..., Any], dtype, rngs):
         def table(*shape):
-            return nnx.Param(init(rngs.params(), shape))
+            return nnx.Param(init(rngs.params(), shape, dtype))
 
         offsets = () if self.window is None else tuple(2 * k - 1 for k in self.window.sizes)
         self.relative_bias = table(self.num_heads, *offsets) if relative_bias else nnx.data(None)
@@ -174,14 +184,15 @@ class Attention(nnx.Module):
         else:
             self.key_embedding = nnx.data(None)
 
+    @checked
     def __call__(
         self,
-        inputs_q: Num[ArrayLike, "*batch_and_grid in_features"],
-        inputs_k: Num[ArrayLike, "*batch_and_key_grid in_kv_features"] | None = None,
-        inputs_v: Num[ArrayLike, "*batch_and_value_grid in_value_features"] | None = None,
+        inputs_q: Real[ArrayLike, "*batch_and_grid in_features"],
+        inputs_k: Real[ArrayLike, "*batch_and_key_grid in_kv_features"] | None = None,
+        inputs_v: Real[ArrayLike, "*batch_and_value_grid in_value_features"] | None = None,
         *,
-        mask: Shaped[ArrayLike, "*mask"] | tuple[ArrayLike | None, ArrayLike | None] | None = None,
-        bias: Num[ArrayLike, "*bias"] | None = None,
+        mask: Any = None,  # checked by `attention`, which takes a pair as well
+        bias: Real[ArrayLike, "*bias"] | None = None,
         segment_ids: Any = None,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | nnx.RngStream | None = None,
@@ -224,13 +235,14 @@ class Attention(nnx.Module):
         y = y.reshape(*y.shape[:-2], self.qkv_features) if self.out is None else self.out(y)
         return y if self.window is not None else y.reshape(*jnp.shape(inputs_q)[:-1], self.out_features)
 
+    @checked
     def weights(
         self,
-        inputs_q: Num[ArrayLike, "*batch_and_grid in_features"],
-        inputs_k: Num[ArrayLike, "*batch_and_key_grid in_kv_features"] | None = None,
+        inputs_q: Real[ArrayLike, "*batch_and_grid in_features"],
+        inputs_k: Real[ArrayLike, "*batch_and_key_grid in_kv_features"] | None = None,
         *,
-        mask: Shaped[ArrayLike, "*mask"] | tuple[ArrayLike | None, ArrayLike | None] | None = None,
-        bias: Num[ArrayLike, "*bias"] | None = None,
+        mask: Any = None,  # checked by `attention`, which takes a pair as well
+        bias: Real[ArrayLike, "*bias"] | None = None,
         segment_ids: Any = None,
     ) -> Float[Array, "*batch_and_query_grid num_heads slots"]:
         """The weights A, for figures: `[*batch, *query_grid, num_heads, slots]`, without dropout.
@@ -294,13 +306,12 @@ class Attention(nnx.Module):
         return x[(..., *steps, slice(None))]
 
     def _check_input(self, name: str, x, features: int):
-        shape, grid, layer = jnp.shape(x), self.grid, type(self).__name__
-        if len(shape) < self.rank + 1 or shape[-1] != features:
-            axes = f"{self.rank} grid axes" + ("" if self.window is None else f", for {self.window}")
-            raise ValueError(f"{layer}: {name} must be [*batch, {axes}, {features} features], got shape {shape}")
-        first, *others = shape[-1 - self.rank : -1]
-        if grid is not None and (first * shard_count(self.axis_name), *others) != grid:
-            raise ValueError(f"{layer}: {name} must be [*batch, *grid (={grid}), {features} features], got {shape}")
+        first, *others = self.check_input(name, x, features)
+        if self.grid is not None and (first * shard_count(self.axis_name), *others) != self.grid:
+            raise ValueError(
+                f"{type(self).__name__}: {name} (={list(jnp.shape(x))}) must be [*batch, *grid, {features} features] "
+                f"with grid (={self.grid})"
+            )
 
     def _terms(self, dtype, mask, bias, segment_ids) -> dict[str, Any]:
         """What `attention` and its weights depend on besides query, key and value."""
@@ -366,12 +377,12 @@ def _bools(mask: Any) -> Any:
 def _check(layer: Attention, relative_bias, key_embedding, dropout_rate, out_projection):
     name = type(layer).__name__
     heads, kv_heads, features = layer.num_heads, layer.num_kv_heads, layer.qkv_features
-    if heads < 1 or features % heads:
+    if features % heads:
         raise ValueError(f"{name}: num_heads (={heads}) must divide qkv_features (={features})")
-    if kv_heads < 1 or heads % kv_heads:
+    if heads % kv_heads:
         raise ValueError(f"{name}: num_kv_heads (={kv_heads}) must divide num_heads (={heads})")
     if key_embedding not in KEY_EMBEDDINGS:
-        raise ValueError(f"{name}: key_embedding must be one of {KEY_EMBEDDINGS}, got {key_embedding!r}")
+        raise ValueError(f"{name}: key_embedding (={key_embedding!r}) must be one of {KEY_EMBEDDINGS}")
     if layer.window is None and (relative_bias or key_embedding):
         raise ValueError(
             f"{name}: relative_bias (={relative_bias}) and key_embedding (={key_embedding!r}) need a window; "
@@ -383,11 +394,11 @@ def _check(layer: Attention, relative_bias, key_embedding, dropout_rate, out_pro
             f"head_dim (={features // heads})"
         )
     if isinstance(layer.normalize, str) and layer.normalize not in NORMALIZERS:
-        raise ValueError(
-            f"{name}: normalize must be one of {tuple(NORMALIZERS)} or a callable, got {layer.normalize!r}"
-        )
+        raise ValueError(f"{name}: normalize (={layer.normalize!r}) must be one of {tuple(NORMALIZERS)}, or a function")
     if not 0 <= dropout_rate < 1:
-        raise ValueError(f"{name}: dropout_rate must be in [0, 1), got {dropout_rate}")
+        raise ValueError(f"{name}: dropout_rate (={dropout_rate}) must be in [0, 1)")
+    if layer.logits_soft_cap is not None and layer.logits_soft_cap <= 0:
+        raise ValueError(f"{name}: logits_soft_cap (={layer.logits_soft_cap}) must be None or a number > 0")
     if not out_projection and layer.out_features != features:
         raise ValueError(
             f"{name}: without an output projection, out_features (={layer.out_features}) "

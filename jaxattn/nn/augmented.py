@@ -5,10 +5,13 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
 
 from jaxattn import zoo
+from jaxattn.checked import checked
 from jaxattn.nn.layer import Layer, default_kernel_init
-from jaxattn.sizes import Size, ints
+from jaxattn.sizes import Size
 from jaxattn.zoo.equations import divided
 from jaxattn.zoo.heads import offsets
 
@@ -22,15 +25,13 @@ class AugmentedConv(Layer):
       num_heads: heads; they divide `key_features` and `value_features`.
       in_features: size of the input's last axis.
       out_features: size of the output's last axis, of which the last `value_features` are the attention's.
-      kernel_size: of the convolution, an int for one dimension, else one int per axis of the grid.
+      kernel_size: of the convolution, an int, or one for each axis of the grid.
       grid: the tokens along each axis of the input.
       key_features: of queries and keys, all heads together; None means twice `value_features`, as the paper has it.
       value_features: of values, all heads together, fewer than `out_features`.
       use_bias: whether the convolution and the projections have biases.
-      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of the convolution and the projections; the biases begin at zero, and the relative
         embeddings with the paper's deviation of head_dim ** -0.5.
-      rngs: `nnx.Rngs`; `params` is used.
 
     Raises:
       ValueError: an argument out of its range, or an input whose shape does not fit, by name.
@@ -43,8 +44,8 @@ class AugmentedConv(Layer):
     """
 
     function = staticmethod(zoo.augmented_conv)
-    axis_name: str | None = None
 
+    @checked
     def __init__(
         self,
         num_heads: int,
@@ -52,24 +53,24 @@ class AugmentedConv(Layer):
         out_features: int,
         kernel_size: Size,
         *,
+        rank: int | None = None,
         grid: Size,
         value_features: int,
         key_features: int | None = None,
         use_bias: bool = True,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        precision: Any = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: lax.PrecisionLike = None,
         kernel_init: Callable[..., Any] = default_kernel_init,
         rngs: nnx.Rngs,
     ):
-        grid, window = ints("AugmentedConv", "grid", grid), ints("AugmentedConv", "kernel_size", kernel_size)
+        grid, window = (self.sized(name, size, rank) for name, size in (("grid", grid), ("kernel_size", kernel_size)))
         key_features = 2 * value_features if key_features is None else key_features
         if len(grid) != len(window):
             raise ValueError(f"AugmentedConv: grid (={grid}) must have an axis for each of kernel_size (={window})")
-        if not 0 < value_features < out_features:
+        if value_features >= out_features:
             raise ValueError(
-                f"AugmentedConv: value_features (={value_features}) must be positive and below out_features "
-                f"(={out_features})"
+                f"AugmentedConv: value_features (={value_features}) must be below out_features (={out_features})"
             )
         self.dtype, self.precision = dtype, precision
         dim = divided("AugmentedConv", "num_heads", num_heads, key_features, "key_features")

@@ -5,8 +5,11 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
 
 from jaxattn import zoo
+from jaxattn.checked import AnyInt, checked
 from jaxattn.nn.layer import Layer, default_kernel_init, head_sizes
 
 
@@ -23,10 +26,8 @@ class AxialAttention(Layer):
       window: how many tokens each one attends to; None means all.
       use_bias: whether the projections have biases.
       out_projection: whether there is an output projection.
-      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of the projections.
       embedding_init: initialiser of the embeddings; None is normal, of standard deviation head_dim ** -0.5.
-      rngs: `nnx.Rngs`; `params` is used.
 
     Raises:
       ValueError: an argument out of its range, or an input whose shape does not fit, by name.
@@ -41,6 +42,7 @@ class AxialAttention(Layer):
     function = staticmethod(zoo.axial_attention)
     needs_whole_grid = "it does not know which axis of its input is split"
 
+    @checked
     def __init__(
         self,
         num_heads: int,
@@ -49,17 +51,19 @@ class AxialAttention(Layer):
         out_features: int | None = None,
         *,
         length: int | None = None,
-        axis: int = -2,
+        axis: AnyInt = -2,
         window: int | None = None,
         use_bias: bool = False,
         out_projection: bool = False,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        precision: Any = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: lax.PrecisionLike = None,
         kernel_init: Callable[..., Any] = default_kernel_init,
         embedding_init: Callable[..., Any] | None = None,
         rngs: nnx.Rngs,
     ):
+        if axis == -1:
+            raise ValueError("AxialAttention: axis (=-1) must be another than the last, the features")
         given = [n for n in (length, window) if n is not None]
         if len(given) != 1:
             raise ValueError(f"AxialAttention: give one of length (={length}) and window (={window})")

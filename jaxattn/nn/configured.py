@@ -1,10 +1,11 @@
 """Layers of the field that are `Attention` with settings."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from flax import nnx
 
+from jaxattn.checked import checked
 from jaxattn.nn.attention import Attention
 from jaxattn.nn.layer import glorot_init, small_init
 from jaxattn.sizes import Size
@@ -34,6 +35,7 @@ class GlobalAttention(Attention):
     (2, 7, 7, 32)
     """
 
+    @checked
     def __init__(
         self,
         num_heads: int,
@@ -73,6 +75,7 @@ class SASA(Attention):
     (2, 9, 9, 32)
     """
 
+    @checked
     def __init__(
         self,
         num_heads: int,
@@ -102,7 +105,7 @@ class HaloAttention(Attention):
 
     Args:
       num_heads, in_features, qkv_features, out_features: as in `Attention`.
-      block: tokens along each side of a block: an int for one dimension, or one for each axis, whose number divides
+      block: tokens along each side of a block: an int, or one for each axis, whose number divides
         head_dim.
       halo: tokens on each side of it, an int, or one for each axis.
       boundary: what stands outside the grid, as in `zoo.halo_attention`.
@@ -119,6 +122,7 @@ class HaloAttention(Attention):
     (2, 8, 8, 32)
     """
 
+    @checked
     def __init__(
         self,
         num_heads: int,
@@ -127,8 +131,9 @@ class HaloAttention(Attention):
         out_features: int | None = None,
         *,
         block: Size,
-        halo: Size,
+        halo: Annotated[Size, 0],
         boundary: str | Sequence[str] = "zero",
+        rank: int | None = None,
         scale: float | None = 1.0,
         use_bias: bool = False,
         out_projection: bool = False,
@@ -136,8 +141,9 @@ class HaloAttention(Attention):
         rngs: nnx.Rngs,
         **settings: Any,
     ):
+        window = halo_window("HaloAttention", self.sized("block", block, rank), halo, boundary)
         super().__init__(
-            num_heads, in_features, qkv_features, out_features, window=halo_window(block, halo, boundary),
+            num_heads, in_features, qkv_features, out_features, window=window,
             key_embedding="factorized", scale=scale, use_bias=use_bias, out_projection=out_projection,
             relative_init=relative_init, rngs=rngs, **settings,
         )  # fmt: skip
@@ -165,6 +171,7 @@ class NeighborhoodAttention(Attention):
     (2, 9, 9, 32)
     """
 
+    @checked
     def __init__(
         self,
         num_heads: int,
@@ -206,6 +213,7 @@ class CoAtNetAttention(Attention):
     (2, 7, 7, 32)
     """
 
+    @checked
     def __init__(
         self,
         num_heads: int,

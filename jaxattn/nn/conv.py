@@ -10,19 +10,23 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from jax import lax
 from jax.sharding import PartitionSpec, Sharding
-from jaxtyping import Array, ArrayLike, Float, Num
+from jax.typing import DTypeLike
+from jaxtyping import Array, ArrayLike, Float, Num, Real
 
 from jaxattn import zoo
+from jaxattn.checked import checked
 from jaxattn.einsum import einsum
 from jaxattn.halo import shard_count, split_pad
+from jaxattn.nn.grid import GridModule
 from jaxattn.nn.layer import default_bias_init, default_kernel_init
-from jaxattn.sizes import Size, ints, per_axis
+from jaxattn.sizes import Size
 from jaxattn.zoo.equations import Padding, pads, read_padding
+from jaxattn.zoo.parameters import biased
 
 PADDINGS = ("SAME", "SAME_LOWER", "VALID", "CAUSAL", "CIRCULAR", "REFLECT")
 
 
-class Conv(nnx.Module):
+class Conv(GridModule):
     """Convolution (cross-correlation) in any number of dimensions; in two,
 
         y[..., i, j, o] = bias[o] + Σ_{r,s,c} x[..., s₁·i + d₁·r - low₁, s₂·j + d₂·s - low₂, c] · kernel[r, s, c, o]
@@ -33,7 +37,7 @@ class Conv(nnx.Module):
     Args:
       in_features: size of the input's last axis.
       out_features: size of the output's last axis.
-      kernel_size: an int for a one-dimensional kernel, else one int per spatial axis.
+      kernel_size: an int for each spatial axis; an int is that of all `rank` axes.
       strides: an int, or one per spatial axis; None means 1.
       padding: "SAME", "SAME_LOWER", "VALID", "CAUSAL" (one dimension: nothing is seen before its time),
         "CIRCULAR" (the grid is a torus), "REFLECT" (mirrored, the edge not repeated), an int, or an int or a
@@ -58,6 +62,8 @@ class Conv(nnx.Module):
       implementation: `einsum`'s.
       axis_name: the mesh axis, inside `jax.shard_map`, over which the first spatial axis is split; None where it is
         whole. The result is a shard of what the whole input gives, exactly, its neighbours' tokens being exchanged.
+      rank: how many spatial axes there are; None: as many as `kernel_size` has, and one where it is an int. Then an
+        input with more than one batch axis is refused, which `nnx.Conv` would convolve along its rows.
 
     Raises:
       ValueError: an argument out of its range, or an input whose shape does not fit, by name.
@@ -77,8 +83,7 @@ class Conv(nnx.Module):
     (2, 32, 32, 8)
     """
 
-    axis_name: str | None = None
-
+    @checked
     def __init__(
         self,
         in_features: int,
@@ -91,32 +96,35 @@ class Conv(nnx.Module):
         kernel_dilation: Size | None = 1,
         feature_group_count: int = 1,
         use_bias: bool = True,
-        mask: ArrayLike | None = None,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        precision: Any = None,
+        mask: Real[ArrayLike, "*kernel_shape"] | None = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: lax.PrecisionLike = None,
         kernel_init: Callable[..., Any] = default_kernel_init,
         bias_init: Callable[..., Any] = default_bias_init,
         conv_general_dilated: Callable[..., Any] = lax.conv_general_dilated,
         promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
-        preferred_element_type: Any = None,
+        preferred_element_type: DTypeLike | None = None,
         rngs: nnx.Rngs,
         kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
         implementation: str | None = None,
         axis_name: str | None = None,
+        rank: int | None = None,
     ):
         self.axis_name = axis_name
-        self.kernel_size = ints("Conv", "kernel_size", kernel_size)
-        rank, groups = len(self.kernel_size), feature_group_count
+        self.kernel_size = self.sized("kernel_size", kernel_size, rank)
+        groups = feature_group_count
         self.in_features, self.out_features, self.feature_group_count = in_features, out_features, groups
         given = {"strides": strides, "input_dilation": input_dilation, "kernel_dilation": kernel_dilation}
         self.strides, self.input_dilation, self.kernel_dilation = (
-            per_axis("Conv", name, 1 if value is None else value, rank) for name, value in given.items()
+            self.each(name, 1 if value is None else value) for name, value in given.items()
         )
-        self.padding = read_padding("Conv", padding, rank, PADDINGS)
-        if self.padding == "CAUSAL" and rank != 1:
-            raise ValueError(f"Conv: padding (={padding!r}) must be another where kernel_size has {rank} axes, not 1")
+        self.padding = read_padding("Conv", padding, self.rank, PADDINGS)
+        if self.padding == "CAUSAL" and self.rank != 1:
+            raise ValueError(
+                f"Conv: padding (={padding!r}) must be another where kernel_size has {self.rank} axes, not 1"
+            )
         self.use_bias, self.mask, self.implementation = use_bias, mask, implementation
         self.dtype, self.param_dtype, self.promote_dtype = dtype, param_dtype, promote_dtype
         self.precision, self.preferred_element_type = precision, preferred_element_type
@@ -139,6 +147,7 @@ class Conv(nnx.Module):
         if use_bias:
             self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype), **bias_metadata)
 
+    @checked
     def __call__(
         self,
         inputs: Num[ArrayLike, "*batch_and_spatial in_features"],
@@ -153,11 +162,7 @@ class Conv(nnx.Module):
         Returns:
           `[*batch, *new_spatial, out_features]`.
         """
-        rank, shape = len(self.kernel_size), jnp.shape(inputs)
-        if len(shape) < rank + 1 or shape[-1] != self.in_features:
-            raise ValueError(
-                f"Conv: inputs must be [*batch, {rank} spatial axes, in_features (={self.in_features})], got {shape}"
-            )
+        rank, _ = self.rank, self.check_input("inputs", inputs, self.in_features)
         kernel = self.kernel[...] if self.mask is None else self.kernel[...] * self.mask
         bias = None if self.bias is None else self.bias[...]
         x, kernel, bias = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
@@ -180,7 +185,7 @@ class Conv(nnx.Module):
             boundary=boundary,
             implementation=self.implementation,
         )
-        y = y if bias is None else y + bias
+        y = y if bias is None else biased(y, {"bias": bias})
         return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
 
     def _with_neighbours(self, x: Array, axis_name: str) -> tuple[Array, Any]:
@@ -189,7 +194,7 @@ class Conv(nnx.Module):
             raise ValueError(
                 f"Conv: input_dilation (={self.input_dilation}) must be 1 where axis_name (={axis_name!r}) is given"
             )
-        axis = x.ndim - 1 - len(self.kernel_size)
+        axis = x.ndim - 1 - self.rank
         padding, boundary = self._pads((x.shape[axis] * shard_count(axis_name), *x.shape[axis + 1 : -1]))
         size, stride, dilation = self.kernel_size[0], self.strides[0], self.kernel_dilation[0]
         geometry = {"size": size, "stride": stride, "dilation": dilation}
@@ -209,5 +214,5 @@ class Conv(nnx.Module):
 
 def _check_groups(groups: int, **features: int):
     for name, size in features.items():
-        if groups < 1 or size % groups:
+        if size % groups:
             raise ValueError(f"Conv: feature_group_count (={groups}) must divide {name} (={size})")

@@ -5,10 +5,13 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
 
 from jaxattn import zoo
-from jaxattn.nn.layer import Layer, default_kernel_init, frozen, head_sizes, of_window, small_init
-from jaxattn.sizes import Size, ints
+from jaxattn.checked import checked
+from jaxattn.nn.layer import Layer, default_kernel_init, head_sizes, of_window, small_init
+from jaxattn.sizes import Size
 
 
 class CvTAttention(Layer):
@@ -19,17 +22,15 @@ class CvTAttention(Layer):
     Args:
       num_heads: heads; they divide `qkv_features`.
       in_features: size of the input's last axis.
-      kernel_size: of the convolutions, an int for one dimension, else one int per axis of the grid.
+      kernel_size: of the convolutions, an int, or one for each axis of the grid.
       qkv_features: of query, key and value, all heads together; None means `in_features`.
       out_features: size of the output's last axis; None means `in_features`.
       strides: of the queries' convolution, an int or one per axis.
       kv_strides: of the keys' and values'; the paper's is 2.
       scale: None means head_dim ** -0.5.
       use_bias: whether the projections have biases.
-      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of the projections; the biases begin at zero.
       conv_init: initialiser of the convolutions, `[*kernel_size, in_features]`.
-      rngs: `nnx.Rngs`; `params` is used.
 
     Raises:
       ValueError: an argument out of its range, or an input whose shape does not fit, by name.
@@ -41,8 +42,8 @@ class CvTAttention(Layer):
     """
 
     function = staticmethod(zoo.cvt_attention)
-    axis_name: str | None = None
 
+    @checked
     def __init__(
         self,
         num_heads: int,
@@ -51,22 +52,24 @@ class CvTAttention(Layer):
         qkv_features: int | None = None,
         out_features: int | None = None,
         *,
+        rank: int | None = None,
         strides: Size = 1,
         kv_strides: Size = 1,
         scale: float | None = None,
         use_bias: bool = True,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        precision: Any = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: lax.PrecisionLike = None,
         kernel_init: Callable[..., Any] = small_init,
         conv_init: Callable[..., Any] = default_kernel_init,
         rngs: nnx.Rngs,
     ):
-        self.strides, self.kv_strides, self.scale = frozen(strides), frozen(kv_strides), scale
-        self.dtype, self.precision = dtype, precision
+        window = self.sized("kernel_size", kernel_size, rank)
+        self.strides, self.kv_strides = self.each("strides", strides), self.each("kv_strides", kv_strides)
+        self.scale, self.dtype, self.precision = scale, dtype, precision
         sizes = head_sizes(self, num_heads, in_features, qkv_features, out_features)
         conv = of_window(conv_init)
         self.draw(
-            sizes | {"window": ints("CvTAttention", "kernel_size", kernel_size)}, kernel_init=kernel_init,
+            sizes | {"window": window}, kernel_init=kernel_init,
             use_bias=use_bias, query_kernel=conv, key_kernel=conv, value_kernel=conv, rngs=rngs, dtype=param_dtype,
         )  # fmt: skip

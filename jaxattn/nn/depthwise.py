@@ -5,19 +5,21 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
 
 from jaxattn import zoo
+from jaxattn.checked import checked
 from jaxattn.nn.layer import (
     Layer,
     default_bias_init,
     default_kernel_init,
-    frozen,
     glorot_init,
     of_kernel,
     of_window,
 )
-from jaxattn.sizes import Size, ints
-from jaxattn.zoo.equations import Padding, divided
+from jaxattn.sizes import Size
+from jaxattn.zoo.equations import Padding, divided, read_padding
 
 
 class DepthwiseConv(Layer):
@@ -28,15 +30,13 @@ class DepthwiseConv(Layer):
 
     Args:
       in_features: size of the input's last axis.
-      kernel_size: an int for one dimension, else one int per axis of the grid.
+      kernel_size: an int, or one for each axis of the grid.
       multiplier: outputs of each feature.
       strides, dilation: ints, or one per axis.
       padding: "SAME", "VALID", an int, or an int or a (low, high) pair per axis.
       use_bias: whether a bias is added.
-      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of `kernel`, `[*kernel_size, in_features · multiplier]`.
       bias_init: initialiser of `bias`, `[in_features · multiplier]`.
-      rngs: `nnx.Rngs`; `params` is used.
 
     Raises:
       ValueError: an argument out of its range, or an input whose shape does not fit, by name.
@@ -49,33 +49,33 @@ class DepthwiseConv(Layer):
 
     function = staticmethod(of_kernel(zoo.depthwise_conv))
     kernel: nnx.Param
-    axis_name: str | None = None
 
+    @checked
     def __init__(
         self,
         in_features: int,
         kernel_size: Size,
         multiplier: int = 1,
         *,
+        rank: int | None = None,
         strides: Size = 1,
         padding: Padding = "SAME",
         dilation: Size = 1,
         use_bias: bool = True,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        precision: Any = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: lax.PrecisionLike = None,
         kernel_init: Callable[..., Any] = default_kernel_init,
         bias_init: Callable[..., Any] = default_bias_init,
         rngs: nnx.Rngs,
     ):
-        if in_features < 1 or multiplier < 1:
-            raise ValueError(
-                f"DepthwiseConv: in_features (={in_features}) and multiplier (={multiplier}) must be positive"
-            )
-        self.strides, self.padding, self.dilation = frozen(strides), frozen(padding), frozen(dilation)
-        self.in_features, self.out_features = in_features, in_features * multiplier
+        window = self.sized("kernel_size", kernel_size, rank)
+        self.strides = self.each("strides", strides)
+        self.dilation = self.each("dilation", dilation)
+        self.padding = read_padding("DepthwiseConv", padding, self.rank)
+        self.out_features = in_features * multiplier
         self.dtype, self.precision = dtype, precision
-        sizes = {"window": ints("DepthwiseConv", "kernel_size", kernel_size), "features·m": self.out_features}
+        sizes = {"features": in_features, "window": window, "features·m": self.out_features}
         self.draw(sizes, kernel=of_window(kernel_init), rngs=rngs, dtype=param_dtype)
         bias = nnx.Param(bias_init(rngs.params(), (self.out_features,), param_dtype)) if use_bias else None
         self.bias = nnx.data(bias)
@@ -89,12 +89,10 @@ class LightConv(Layer):
     Args:
       num_heads: heads, which share their weights; they divide `in_features`.
       in_features: size of the input's last axis.
-      kernel_size: an int for one dimension, else one int per axis of the grid.
+      kernel_size: an int, or one for each axis of the grid.
       dilation: an int, or one per axis.
       causal: a position sees what comes before it, and itself last.
-      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of `kernel`, `[*kernel_size, num_heads]`.
-      rngs: `nnx.Rngs`; `params` is used.
 
     Raises:
       ValueError: an argument out of its range, or an input whose shape does not fit, by name.
@@ -106,23 +104,26 @@ class LightConv(Layer):
     """
 
     function = staticmethod(of_kernel(zoo.light_conv))
-    axis_name: str | None = None
 
+    @checked
     def __init__(
         self,
         num_heads: int,
         in_features: int,
         kernel_size: Size,
         *,
+        rank: int | None = None,
         dilation: Size = 1,
         causal: bool = False,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        precision: Any = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: lax.PrecisionLike = None,
         kernel_init: Callable[..., Any] = glorot_init,
         rngs: nnx.Rngs,
     ):
         divided("LightConv", "num_heads", num_heads, in_features, "in_features")
-        self.dilation, self.causal, self.dtype, self.precision = frozen(dilation), causal, dtype, precision
-        sizes = {"window": ints("LightConv", "kernel_size", kernel_size), "heads": num_heads}
+        self.causal, self.dtype, self.precision = causal, dtype, precision
+        window = self.sized("kernel_size", kernel_size, rank)
+        self.dilation = self.each("dilation", dilation)
+        sizes = {"features": in_features, "window": window, "heads": num_heads}
         self.draw(sizes, kernel=of_window(kernel_init), rngs=rngs, dtype=param_dtype)

@@ -6,10 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
 
 from jaxattn import zoo
-from jaxattn.nn.layer import Layer, default_kernel_init, frozen, glorot_init, of_kernel
-from jaxattn.sizes import Size, ints
+from jaxattn.checked import checked
+from jaxattn.nn.layer import Layer, default_kernel_init, glorot_init, of_kernel
+from jaxattn.sizes import Size
 from jaxattn.zoo.equations import divided
 
 
@@ -21,12 +24,10 @@ class DynamicConv(Layer):
     Args:
       num_heads: heads, which share their weights; they divide `in_features`.
       in_features: size of the input's last axis.
-      kernel_size: an int for one dimension, else one int per axis of the grid.
+      kernel_size: an int, or one for each axis of the grid.
       dilation: an int, or one per axis.
       causal: a position sees what comes before it, and itself last.
-      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of `kernel`, `[in_features, *kernel_size, num_heads]`.
-      rngs: `nnx.Rngs`; `params` is used.
 
     Raises:
       ValueError: an argument out of its range, or an input whose shape does not fit, by name.
@@ -38,25 +39,27 @@ class DynamicConv(Layer):
     """
 
     function = staticmethod(of_kernel(zoo.dynamic_conv))
-    axis_name: str | None = None
 
+    @checked
     def __init__(
         self,
         num_heads: int,
         in_features: int,
         kernel_size: Size,
         *,
+        rank: int | None = None,
         dilation: Size = 1,
         causal: bool = False,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        precision: Any = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: lax.PrecisionLike = None,
         kernel_init: Callable[..., Any] = glorot_init,
         rngs: nnx.Rngs,
     ):
         divided("DynamicConv", "num_heads", num_heads, in_features, "in_features")
-        self.dilation, self.causal, self.dtype, self.precision = frozen(dilation), causal, dtype, precision
-        window = ints("DynamicConv", "kernel_size", kernel_size)
+        self.causal, self.dtype, self.precision = causal, dtype, precision
+        window = self.sized("kernel_size", kernel_size, rank)
+        self.dilation = self.each("dilation", dilation)
         sizes = {"features": in_features, "window": window, "heads": num_heads}
         self.draw(sizes, kernel_init=kernel_init, rngs=rngs, dtype=param_dtype)
 
@@ -68,14 +71,12 @@ class Involution(Layer):
 
     Args:
       in_features: size of the input's last axis.
-      kernel_size: an int for one dimension, else one int per axis of the grid.
+      kernel_size: an int, or one for each axis of the grid.
       groups: groups of channels; they divide `in_features`.
       reduction: `in_features` over the size of the bottleneck.
       strides, dilation: ints, or one per axis.
       activation: of the bottleneck; a module's parameters are learned too.
-      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of `reduce` and `span`; their biases begin at zero.
-      rngs: `nnx.Rngs`; `params` is used.
 
     Raises:
       ValueError: an argument out of its range, or an input whose shape does not fit, by name.
@@ -87,29 +88,30 @@ class Involution(Layer):
     """
 
     function = staticmethod(zoo.involution)
-    axis_name: str | None = None
 
+    @checked
     def __init__(
         self,
         in_features: int,
         kernel_size: Size,
         *,
+        rank: int | None = None,
         groups: int = 1,
         reduction: int = 4,
         strides: Size = 1,
         dilation: Size = 1,
         activation: Callable[[jax.Array], jax.Array] = jax.nn.relu,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        precision: Any = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: lax.PrecisionLike = None,
         kernel_init: Callable[..., Any] = default_kernel_init,
         rngs: nnx.Rngs,
     ):
         divided("Involution", "groups", groups, in_features, "in_features")
-        self.strides, self.dilation, self.activation = frozen(strides), frozen(dilation), activation
-        self.dtype, self.precision = dtype, precision
+        self.activation, self.dtype, self.precision = activation, dtype, precision
         reduced = divided("Involution", "reduction", reduction, in_features, "in_features")
-        window = ints("Involution", "kernel_size", kernel_size)
+        window = self.sized("kernel_size", kernel_size, rank)
+        self.strides, self.dilation = self.each("strides", strides), self.each("dilation", dilation)
         sizes = {"features": in_features, "reduced": reduced, "window": window, "groups": groups}
         self.draw(sizes, kernel_init=kernel_init, use_bias=True, rngs=rngs, dtype=param_dtype)
 
@@ -121,13 +123,11 @@ class DynamicDepthwiseConv(Layer):
 
     Args:
       in_features: size of the input's last axis.
-      kernel_size: an int for one dimension, else one int per axis of the grid.
+      kernel_size: an int, or one for each axis of the grid.
       reduction: `in_features` over the size of the bottleneck.
       dilation: an int, or one per axis.
       activation: of the bottleneck; a module's parameters are learned too.
-      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of `reduce` and `span`; their biases begin at zero.
-      rngs: `nnx.Rngs`; `params` is used.
 
     Raises:
       ValueError: an argument out of its range, or an input whose shape does not fit, by name.
@@ -139,24 +139,26 @@ class DynamicDepthwiseConv(Layer):
     """
 
     function = staticmethod(zoo.dynamic_depthwise_conv)
-    axis_name: str | None = None
 
+    @checked
     def __init__(
         self,
         in_features: int,
         kernel_size: Size,
         *,
+        rank: int | None = None,
         reduction: int = 4,
         dilation: Size = 1,
         activation: Callable[[jax.Array], jax.Array] = jax.nn.relu,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        precision: Any = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: lax.PrecisionLike = None,
         kernel_init: Callable[..., Any] = default_kernel_init,
         rngs: nnx.Rngs,
     ):
-        self.dilation, self.activation, self.dtype, self.precision = frozen(dilation), activation, dtype, precision
+        self.activation, self.dtype, self.precision = activation, dtype, precision
         reduced = divided("DynamicDepthwiseConv", "reduction", reduction, in_features, "in_features")
-        window = ints("DynamicDepthwiseConv", "kernel_size", kernel_size)
+        window = self.sized("kernel_size", kernel_size, rank)
+        self.dilation = self.each("dilation", dilation)
         sizes = {"features": in_features, "reduced": reduced, "window": window}
         self.draw(sizes, kernel_init=kernel_init, use_bias=True, rngs=rngs, dtype=param_dtype)

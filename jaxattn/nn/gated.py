@@ -6,8 +6,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
 
 from jaxattn import zoo
+from jaxattn.checked import checked
 from jaxattn.nn.layer import Layer, head_sizes, small_init
 
 
@@ -24,9 +27,7 @@ class GPSA(Layer):
       gate: where λ begins; at 1, 73 % of the weight is positional.
       identity_value: whether the value's kernel begins as the identity; then `qkv_features` must be `in_features`.
       use_bias: whether query, key and value have biases; the output projection has one.
-      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of the projections.
-      rngs: `nnx.Rngs`; `params` is used.
 
     Raises:
       ValueError: an argument out of its range, or an input whose shape does not fit, by name.
@@ -41,8 +42,8 @@ class GPSA(Layer):
     """
 
     function = staticmethod(zoo.gpsa)
-    axis_name: str | None = None
 
+    @checked
     def __init__(
         self,
         num_heads: int,
@@ -55,9 +56,9 @@ class GPSA(Layer):
         gate: float = 1.0,
         identity_value: bool = True,
         use_bias: bool = False,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        precision: Any = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: lax.PrecisionLike = None,
         kernel_init: Callable[..., Any] = small_init,
         rngs: nnx.Rngs,
     ):
@@ -65,7 +66,7 @@ class GPSA(Layer):
             raise ValueError(
                 f"GPSA: with identity_value, qkv_features (={qkv_features}) must be in_features (={in_features})"
             )
-        self.dtype, self.precision = dtype, precision
+        self.rank, self.dtype, self.precision = rank, dtype, precision
         sizes = head_sizes(self, num_heads, in_features, qkv_features, out_features)
         position = -locality_strength * np.insert(-2 * head_centres(num_heads, rank), 0, 1, axis=1)
         self.draw(

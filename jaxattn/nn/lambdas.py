@@ -5,10 +5,13 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
 
 from jaxattn import zoo
+from jaxattn.checked import checked
 from jaxattn.nn.layer import Layer, default_kernel_init, small_init
-from jaxattn.sizes import Size, ints
+from jaxattn.sizes import Size
 from jaxattn.zoo.equations import divided
 
 
@@ -21,16 +24,14 @@ class LambdaLayer(Layer):
     Args:
       num_heads: heads, of queries; they divide `out_features`.
       in_features: size of the input's last axis.
-      kernel_size: the window of the position lambdas, an int for one dimension, else one int per axis of the grid;
+      kernel_size: the window of the position lambdas, an int, or one for each axis of the grid;
         2n - 1 sees all of n tokens.
       out_features: size of the output's last axis, all heads together; None means `in_features`.
       key_dim: of each query and key.
       depth: keys and values that make each lambda, the paper's intra-depth.
       use_bias: whether the projections have biases.
-      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of the projections; the biases begin at zero.
       position_init: initialiser of `position`, `[*kernel_size, key_dim, depth]`.
-      rngs: `nnx.Rngs`; `params` is used.
 
     Raises:
       ValueError: an argument out of its range, or an input whose shape does not fit, by name.
@@ -42,8 +43,8 @@ class LambdaLayer(Layer):
     """
 
     function = staticmethod(zoo.lambda_layer)
-    axis_name: str | None = None
 
+    @checked
     def __init__(
         self,
         num_heads: int,
@@ -51,23 +52,22 @@ class LambdaLayer(Layer):
         kernel_size: Size,
         out_features: int | None = None,
         *,
+        rank: int | None = None,
         key_dim: int = 16,
         depth: int = 1,
         use_bias: bool = False,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        precision: Any = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: lax.PrecisionLike = None,
         kernel_init: Callable[..., Any] = default_kernel_init,
         position_init: Callable[..., Any] = small_init,
         rngs: nnx.Rngs,
     ):
         out_features = in_features if out_features is None else out_features
         width = divided("LambdaLayer", "num_heads", num_heads, out_features, "out_features")
-        if key_dim < 1 or depth < 1:
-            raise ValueError(f"LambdaLayer: key_dim (={key_dim}) and depth (={depth}) must be positive")
         self.dtype, self.precision = dtype, precision
         sizes = {"features": in_features, "heads": num_heads, "key_dim": key_dim, "depth": depth, "value_dim": width}
         self.draw(
-            sizes | {"window": ints("LambdaLayer", "kernel_size", kernel_size)}, kernel_init=kernel_init,
+            sizes | {"window": self.sized("kernel_size", kernel_size, rank)}, kernel_init=kernel_init,
             use_bias=use_bias, position=position_init, rngs=rngs, dtype=param_dtype,
         )  # fmt: skip

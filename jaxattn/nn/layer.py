@@ -4,25 +4,27 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, Literal, final
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from flax.nnx.nn import dtypes
-from jaxtyping import Array, ArrayLike, Float, Num
+from jaxtyping import Array, ArrayLike, Float, Real
 
+from jaxattn.checked import checked
+from jaxattn.nn.grid import GridModule
 from jaxattn.zoo.equations import divided
-from jaxattn.zoo.parameters import before_and_after, spelled
+from jaxattn.zoo.parameters import before_and_after, biased, spelled
 from jaxattn.zoo.registry import ROWS
 
 default_kernel_init = nnx.initializers.lecun_normal()
 default_bias_init = nnx.initializers.zeros_init()
 glorot_init = nnx.initializers.xavier_uniform()
+Normalize = Literal["softmax", "relu", "sigmoid", "sparsemax", "none"] | Callable[..., Array]  # `attention`'s
 small_init = nnx.initializers.truncated_normal(0.02)
 
 
-class Layer(nnx.Module):
+class Layer(GridModule):
     """A function of the zoo with its parameters.
 
     A layer is a docstring, its `function` and a constructor. That keeps what the function takes by keyword under the
@@ -36,10 +38,12 @@ class Layer(nnx.Module):
     precision: Any
 
     @final
+    @checked
     def __call__(
-        self, inputs: Num[ArrayLike, "*batch_and_grid in_features"]
+        self, inputs: Real[ArrayLike, "*batch_and_grid in_features"]
     ) -> Float[Array, "*batch_and_positions out_features"]:
         """`[*batch, *positions, out_features]` of `[*batch, *grid, in_features]`, as the function's."""
+        self.check_input("inputs", inputs, self.in_features)
         own = {name: value[...] for name, value in vars(self).items() if isinstance(value, nnx.Param)}
         x, *arrays = dtypes.promote_dtype((inputs, *own.values()), dtype=self.dtype)
         keywords = {name: getattr(self, name, default) for name, default in _keywords(type(self).function).items()}
@@ -61,7 +65,7 @@ class Layer(nnx.Module):
         """Give the layer the function's parameters.
 
         Args:
-          sizes: of the axes in their shapes; a tuple is of all axes of a grid or a window.
+          sizes: of "features" and of the axes in their shapes; a tuple is of all axes of a grid or a window.
           rngs, dtype: of the parameters.
           kernel_init: of linear maps, each drawn as the matrix that it is, so that an initialiser sees its true fans.
           use_bias: whether they have biases, which begin at zero.
@@ -69,8 +73,8 @@ class Layer(nnx.Module):
           without: parameters that this layer does not have.
           **inits: of the others by name; "embedding" serves "embedding_0" and so on.
         """
-        rank = max([len(size) for size in sizes.values() if isinstance(size, tuple)], default=0)
-        shapes = spelled(ROWS[type(self).function.__name__].shapes, rank)
+        (self.in_features,) = _shape("features", sizes)
+        shapes = spelled(ROWS[type(self).function.__name__].shapes, self.rank)
         for name, axes in shapes.items():
             owner = name.removesuffix("_bias")
             owner = owner if owner in shapes else name
@@ -80,8 +84,8 @@ class Layer(nnx.Module):
             shape = _shape(before, sizes) + _shape(after, sizes)
             if arrow:
                 summed = math.prod(_shape(before, sizes))
-                matrix = kernel_init(rngs.params(), (summed, math.prod(shape) // summed), dtype)
-                setattr(self, name, nnx.Param(matrix.reshape(shape)))
+                init = drawn_as(kernel_init, lambda shape, summed=summed: (summed, math.prod(shape) // summed))
+                setattr(self, name, nnx.Param(init(rngs.params(), shape, dtype)))
             elif owner == name:
                 init = inits[name.rstrip("_0123456789")]
                 setattr(self, name, nnx.Param(init(rngs.params(), shape, dtype)))
@@ -111,15 +115,27 @@ def of_kernel(function: Callable[..., Array]) -> Callable[..., Array]:
 
     @functools.wraps(function)
     def of_parameters(x, params: Mapping[str, Array], **keywords: Any) -> Array:
-        y = function(x, params["kernel"], **keywords)
-        return y + params["bias"] if "bias" in params else y
+        return biased(function(x, params["kernel"], **keywords), params)
 
     return of_parameters
 
 
+def drawn_as(init: Callable[..., Any], shape_of: Callable[[tuple[int, ...]], tuple[int, ...]]) -> Callable[..., Any]:
+    """Draws a parameter in another shape, whose fans are its own; the names of its axes, if any, are of its own."""
+
+    def drawn(key: Array, shape: tuple[int, ...], dtype: Any) -> Any:
+        made = init(key, shape_of(shape), dtype)
+        if isinstance(made, nnx.VariableMetadata):  # an annotated initialiser's, as `nnx.with_partitioning` makes it
+            made.raw_value = jnp.reshape(made.raw_value, shape)
+            return made
+        return jnp.reshape(made, shape)
+
+    return drawn
+
+
 def of_window(init: Callable[..., Any]) -> Callable[..., Any]:
     """Draws `[*window, features]` as a convolution's kernel of one input, so that its fan is the window."""
-    return lambda key, shape, dtype: init(key, (*shape[:-1], 1, shape[-1]), dtype)[..., 0, :]
+    return drawn_as(init, lambda shape: (*shape[:-1], 1, shape[-1]))
 
 
 def head_sizes(
@@ -145,9 +161,3 @@ def head_sizes(
         "value_dim": head_dim,
         "out_features": in_features if out_features is None else out_features,
     }
-
-
-def frozen(value: Any) -> Any:
-    """Lists and arrays as tuples: what a module keeps beside its arrays is in its graph, which `jax.jit` hashes."""
-    value = value.tolist() if isinstance(value, np.ndarray) else value
-    return tuple(map(frozen, value)) if isinstance(value, list | tuple) else value

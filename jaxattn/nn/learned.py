@@ -5,11 +5,13 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array
+from jax import lax
+from jax.typing import DTypeLike
 
 from jaxattn import zoo
-from jaxattn.nn.layer import Layer, default_bias_init, default_kernel_init, frozen, head_sizes
-from jaxattn.sizes import Size, ints
+from jaxattn.checked import checked
+from jaxattn.nn.layer import Layer, Normalize, default_bias_init, default_kernel_init, head_sizes
+from jaxattn.sizes import Size
 
 unit_init = nnx.initializers.normal(1.0)
 short_init = nnx.initializers.variance_scaling(1.0, "fan_out", "normal")  # of length one: head_dim ** -0.5
@@ -23,17 +25,15 @@ class QnA(Layer):
     Args:
       num_heads: heads; they divide `qkv_features`.
       in_features: size of the input's last axis.
-      kernel_size: the window, an int for one dimension, else one int per axis of the grid.
+      kernel_size: the window, an int, or one for each axis of the grid.
       qkv_features: of query, key and value, all heads together; None means `in_features`.
       out_features: size of the output's last axis; None means `in_features`.
       strides: an int or one per axis.
       scale: None means head_dim ** -0.5.
       use_bias: whether the projections have biases.
-      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of the projections; their biases begin at zero.
       query_init: initialiser of `query`, `[num_heads, head_dim]`, which begins near length one.
       bias_init: initialiser of `bias`, `[num_heads, *kernel_size]`.
-      rngs: `nnx.Rngs`; `params` is used.
 
     Raises:
       ValueError: an argument out of its range, or an input whose shape does not fit, by name.
@@ -45,8 +45,8 @@ class QnA(Layer):
     """
 
     function = staticmethod(zoo.qna)
-    axis_name: str | None = None
 
+    @checked
     def __init__(
         self,
         num_heads: int,
@@ -55,21 +55,24 @@ class QnA(Layer):
         qkv_features: int | None = None,
         out_features: int | None = None,
         *,
+        rank: int | None = None,
         strides: Size = 1,
         scale: float | None = None,
         use_bias: bool = True,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        precision: Any = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: lax.PrecisionLike = None,
         kernel_init: Callable[..., Any] = default_kernel_init,
         query_init: Callable[..., Any] = short_init,
         bias_init: Callable[..., Any] = default_bias_init,
         rngs: nnx.Rngs,
     ):
-        self.strides, self.scale, self.dtype, self.precision = frozen(strides), scale, dtype, precision
+        window = self.sized("kernel_size", kernel_size, rank)
+        self.strides, self.scale = self.each("strides", strides), scale
+        self.dtype, self.precision = dtype, precision
         sizes = head_sizes(self, num_heads, in_features, qkv_features, out_features)
         self.draw(
-            sizes | {"window": ints("QnA", "kernel_size", kernel_size)}, kernel_init=kernel_init, use_bias=use_bias,
+            sizes | {"window": window}, kernel_init=kernel_init, use_bias=use_bias,
             query=query_init, bias=bias_init, rngs=rngs, dtype=param_dtype,
         )  # fmt: skip
 
@@ -88,11 +91,9 @@ class ParameterKeyAttention(Layer):
       normalize: as in `jaxattn.attention`: "softmax", "relu", "sigmoid", "sparsemax", "none", or a callable.
       scale: None means head_dim ** -0.5.
       use_bias: whether the projections of query and output have biases.
-      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of the projections; their biases begin at zero.
       key_init: initialiser of `key`, `[num_keys, num_heads, head_dim]`.
       value_init: initialiser of `value`, of the same shape.
-      rngs: `nnx.Rngs`; `params` is used.
 
     Raises:
       ValueError: an argument out of its range, or an input whose shape does not fit, by name.
@@ -104,8 +105,9 @@ class ParameterKeyAttention(Layer):
     """
 
     function = staticmethod(zoo.parameter_key_attention)
-    axis_name: str | None = None
+    rank = 0  # each token by itself
 
+    @checked
     def __init__(
         self,
         num_heads: int,
@@ -114,12 +116,12 @@ class ParameterKeyAttention(Layer):
         qkv_features: int | None = None,
         out_features: int | None = None,
         *,
-        normalize: str | Callable[..., Array] = "softmax",
+        normalize: Normalize = "softmax",
         scale: float | None = None,
         use_bias: bool = False,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        precision: Any = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: lax.PrecisionLike = None,
         kernel_init: Callable[..., Any] = default_kernel_init,
         key_init: Callable[..., Any] = unit_init,
         value_init: Callable[..., Any] = unit_init,

@@ -5,10 +5,13 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
 
 from jaxattn import zoo
-from jaxattn.nn.layer import Layer, frozen, head_sizes, small_init
-from jaxattn.sizes import Size, ints
+from jaxattn.checked import checked
+from jaxattn.nn.layer import Layer, head_sizes, small_init
+from jaxattn.sizes import Size
 from jaxattn.zoo.equations import divided
 
 
@@ -20,14 +23,12 @@ class OutlookAttention(Layer):
     Args:
       num_heads: heads; they divide `in_features`.
       in_features: size of the input's last axis.
-      kernel_size: an int for one dimension, else one int per axis of the grid.
+      kernel_size: an int, or one for each axis of the grid.
       out_features: size of the output's last axis; None means `in_features`.
       strides: of the windows, an int or one per axis; the paper's is 2, and the output keeps the input's grid.
       scale: of the scores; None means head_dim ** -0.5.
       use_bias: whether the value has a bias; the weights and the output do.
-      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of `value`, `attention` and `out`; the biases begin at zero.
-      rngs: `nnx.Rngs`; `params` is used.
 
     Raises:
       ValueError: an argument out of its range, or an input whose shape does not fit, by name.
@@ -41,6 +42,7 @@ class OutlookAttention(Layer):
     function = staticmethod(zoo.outlook_attention)
     needs_whole_grid = "a window adds to its neighbours' outputs, also across the border of a shard"
 
+    @checked
     def __init__(
         self,
         num_heads: int,
@@ -48,19 +50,22 @@ class OutlookAttention(Layer):
         kernel_size: Size,
         out_features: int | None = None,
         *,
+        rank: int | None = None,
         strides: Size = 1,
         scale: float | None = None,
         use_bias: bool = False,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        precision: Any = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: lax.PrecisionLike = None,
         kernel_init: Callable[..., Any] = small_init,
         rngs: nnx.Rngs,
     ):
-        self.strides, self.scale, self.dtype, self.precision = frozen(strides), scale, dtype, precision
+        window = self.sized("kernel_size", kernel_size, rank)
+        self.strides, self.scale = self.each("strides", strides), scale
+        self.dtype, self.precision = dtype, precision
         divided("OutlookAttention", "num_heads", num_heads, in_features, "in_features")
         sizes = head_sizes(self, num_heads, in_features, None, out_features)
         self.draw(
-            sizes | {"window": ints("OutlookAttention", "kernel_size", kernel_size)}, kernel_init=kernel_init,
+            sizes | {"window": window}, kernel_init=kernel_init,
             use_bias=use_bias, biased=("attention", "out"), rngs=rngs, dtype=param_dtype,
         )  # fmt: skip

@@ -6,10 +6,13 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
 
 from jaxattn import zoo
-from jaxattn.nn.layer import Layer, default_bias_init, default_kernel_init
-from jaxattn.sizes import Size, per_axis
+from jaxattn.checked import checked
+from jaxattn.nn.layer import Layer, default_bias_init, default_kernel_init, drawn_as
+from jaxattn.sizes import Size
 from jaxattn.window import Window
 from jaxattn.zoo.equations import divided
 
@@ -30,18 +33,16 @@ class QuadraticAttention(Layer):
       in_features: size of the input's last axis.
       out_features: size of the output's last axis; None means `in_features`.
       rank: axes of the grid.
-      window: the tokens that take part: None for all, a `zoo.Slide`, a `Window`, or its size.
+      window: the tokens that take part: None for all, a `zoo.Slide`, a `Window`, or its size, an int or one an axis.
       head_dim: values per head and group; None means a value matrix to `out_features` in each head, and no `out`.
       groups: features in and out are split among them.
       isotropic: a width for each head (`alpha`), or a matrix (`inverse_root`, the Σ^{-1/2} of the full form).
       use_bias: whether a bias is added.
-      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of `value` and `out`, as matrices from everything that is summed.
       bias_init: initialiser of `bias`, `[out_features]`.
       centre_init: initialiser of `centre`, `[num_heads, rank]`, in tokens.
       alpha_init: initialiser of `alpha`, `[num_heads]`. `inverse_root` starts as the identity, α = ½.
       implementation: as in `jaxattn.attention`.
-      rngs: `nnx.Rngs`; `params` is used.
 
     Raises:
       ValueError: an argument out of its range, or an input whose shape does not fit, by name.
@@ -58,6 +59,7 @@ class QuadraticAttention(Layer):
     alpha: nnx.Param
     needs_whole_grid = "its heads look anywhere on the grid"
 
+    @checked
     def __init__(
         self,
         num_heads: int,
@@ -70,9 +72,9 @@ class QuadraticAttention(Layer):
         groups: int = 1,
         isotropic: bool = True,
         use_bias: bool = True,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        precision: Any = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: lax.PrecisionLike = None,
         kernel_init: Callable[..., Any] = default_kernel_init,
         bias_init: Callable[..., Any] = default_bias_init,
         centre_init: Callable[..., Any] = default_centre_init,
@@ -81,10 +83,10 @@ class QuadraticAttention(Layer):
         rngs: nnx.Rngs,
     ):
         out_features = in_features if out_features is None else out_features
-        for name, size in (("num_heads", num_heads), ("rank", rank), ("groups", groups), ("head_dim", head_dim)):
-            per_axis("QuadraticAttention", name, 1 if size is None else size, 1)
-        self.num_heads, self.in_features, self.out_features = num_heads, in_features, out_features
-        self.rank, self.window, self.groups = rank, window, groups
+        self.num_heads, self.out_features, self.groups, self.rank = num_heads, out_features, groups, rank
+        self.window = self.each("window", window) if isinstance(window, int | tuple) else window
+        if isinstance(window, zoo.Slide | Window) and window.rank != rank:
+            raise ValueError(f"QuadraticAttention: window (={window}) must have {rank} axes, as rank says")
         self.dtype, self.precision, self.implementation = dtype, precision, implementation
         part = divided("QuadraticAttention", "groups", groups, in_features, "in_features")
         out_part = divided("QuadraticAttention", "groups", groups, out_features, "out_features")
@@ -92,8 +94,8 @@ class QuadraticAttention(Layer):
         without = ("inverse_root" if isotropic else "alpha", *(() if use_bias else ("bias",)))
         self.draw(
             {
-                "heads": num_heads, "axes": rank, "features/groups": part, "groups·head_dim": columns,
-                "out_features/groups": out_part, "out_features": out_features,
+                "features": in_features, "heads": num_heads, "axes": rank, "features/groups": part,
+                "groups·head_dim": columns, "out_features/groups": out_part, "out_features": out_features,
             },
             rngs=rngs, dtype=param_dtype, without=without if head_dim is not None else (*without, "out"),
             centre=centre_init, alpha=alpha_init, bias=bias_init,
@@ -105,4 +107,4 @@ class QuadraticAttention(Layer):
 
 def _matrix(init: Callable[..., Any], columns: int) -> Callable[..., Any]:
     """Draws a parameter as a matrix of so many columns, so that the fan in is all that is summed."""
-    return lambda key, shape, dtype: init(key, (math.prod(shape) // columns, columns), dtype).reshape(shape)
+    return drawn_as(init, lambda shape: (math.prod(shape) // columns, columns))

@@ -5,11 +5,14 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
 
 from jaxattn import zoo
-from jaxattn.nn.layer import Layer, default_bias_init, default_kernel_init, frozen, of_kernel
-from jaxattn.sizes import Size, ints
-from jaxattn.zoo.equations import Padding
+from jaxattn.checked import checked
+from jaxattn.nn.layer import Layer, default_bias_init, default_kernel_init, of_kernel
+from jaxattn.sizes import Size
+from jaxattn.zoo.equations import Padding, read_padding
 
 
 class ConvTranspose(Layer):
@@ -21,17 +24,15 @@ class ConvTranspose(Layer):
     Args:
       in_features: size of the input's last axis.
       out_features: size of the output's last axis.
-      kernel_size: an int for one dimension, else one int per axis of the grid.
+      kernel_size: an int, or one for each axis of the grid.
       strides: how far apart neighbours of the input are written, an int or one per axis; None means 1.
       padding: "SAME", "VALID", an int, or an int or a (low, high) pair per axis; see the function.
       kernel_dilation: the step between the taps, an int or one per axis; None means 1.
       use_bias: whether a bias is added.
-      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of `kernel`.
       bias_init: initialiser of `bias`, `[out_features]`.
       transpose_kernel: False: `kernel` is `[*kernel_size, in_features, out_features]`, and flipped where it is written.
         True: `[*kernel_size, out_features, in_features]`, that of the convolution whose adjoint this is.
-      rngs: `nnx.Rngs`; `params` is used.
 
     Raises:
       ValueError: an argument out of its range, or an input whose shape does not fit, by name.
@@ -45,6 +46,7 @@ class ConvTranspose(Layer):
     function = staticmethod(of_kernel(zoo.conv_transpose))
     needs_whole_grid = "it writes to its neighbours' outputs, also across the border of a shard"
 
+    @checked
     def __init__(
         self,
         in_features: int,
@@ -52,23 +54,25 @@ class ConvTranspose(Layer):
         kernel_size: Size,
         strides: Size | None = None,
         *,
+        rank: int | None = None,
         padding: Padding = "SAME",
         kernel_dilation: Size | None = None,
         use_bias: bool = True,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        precision: Any = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: lax.PrecisionLike = None,
         kernel_init: Callable[..., Any] = default_kernel_init,
         bias_init: Callable[..., Any] = default_bias_init,
         transpose_kernel: bool = False,
         rngs: nnx.Rngs,
     ):
-        self.strides = 1 if strides is None else frozen(strides)
-        self.dilation = 1 if kernel_dilation is None else frozen(kernel_dilation)
-        self.padding, self.transpose_kernel = frozen(padding), transpose_kernel
+        shape = self.sized("kernel_size", kernel_size, rank)
+        self.strides = self.each("strides", 1 if strides is None else strides)
+        self.dilation = self.each("kernel_dilation", 1 if kernel_dilation is None else kernel_dilation)
+        self.padding = read_padding("ConvTranspose", padding, self.rank)
+        self.in_features, self.transpose_kernel = in_features, transpose_kernel
         self.dtype, self.precision = dtype, precision
-        channels = (out_features, in_features) if transpose_kernel else (in_features, out_features)
-        shape = (*ints("ConvTranspose", "kernel_size", kernel_size), *channels)
+        shape += (out_features, in_features) if transpose_kernel else (in_features, out_features)
         self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
         bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype)) if use_bias else None
         self.bias = nnx.data(bias)

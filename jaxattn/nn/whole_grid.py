@@ -5,10 +5,13 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
 
 from jaxattn import zoo
+from jaxattn.checked import checked
 from jaxattn.nn.layer import Layer, default_kernel_init, head_sizes, small_init
-from jaxattn.sizes import Size, ints
+from jaxattn.sizes import Size
 from jaxattn.zoo.heads import offsets
 
 
@@ -23,10 +26,8 @@ class BoTNetAttention(Layer):
       grid: the tokens along each axis of the input.
       use_bias: whether the projections have biases.
       out_projection: whether there is an output projection.
-      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of the projections.
       embedding_init: initialiser of the embeddings; None is normal, of standard deviation head_dim ** -0.5.
-      rngs: `nnx.Rngs`; `params` is used.
 
     Raises:
       ValueError: an argument out of its range, or an input whose shape does not fit, by name.
@@ -38,8 +39,8 @@ class BoTNetAttention(Layer):
     """
 
     function = staticmethod(zoo.botnet_attention)
-    axis_name: str | None = None
 
+    @checked
     def __init__(
         self,
         num_heads: int,
@@ -47,12 +48,13 @@ class BoTNetAttention(Layer):
         qkv_features: int | None = None,
         out_features: int | None = None,
         *,
+        rank: int | None = None,
         grid: Size,
         use_bias: bool = False,
         out_projection: bool = False,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        precision: Any = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: lax.PrecisionLike = None,
         kernel_init: Callable[..., Any] = default_kernel_init,
         embedding_init: Callable[..., Any] | None = None,
         rngs: nnx.Rngs,
@@ -60,7 +62,7 @@ class BoTNetAttention(Layer):
         self.dtype, self.precision = dtype, precision
         sizes = head_sizes(self, num_heads, in_features, qkv_features, out_features, out_projection)
         init = nnx.initializers.normal(sizes["head_dim"] ** -0.5) if embedding_init is None else embedding_init
-        sizes |= {"heads|1": 1, "offsets": offsets(ints("BoTNetAttention", "grid", grid)), "width": sizes["head_dim"]}
+        sizes |= {"heads|1": 1, "offsets": offsets(self.sized("grid", grid, rank)), "width": sizes["head_dim"]}
         self.draw(
             sizes, kernel_init=kernel_init, use_bias=use_bias, without=() if out_projection else ("out",),
             embedding=init, rngs=rngs, dtype=param_dtype,
@@ -77,10 +79,8 @@ class LearnedRelativeAttention(Layer):
       grid: the tokens along each axis of the input.
       content: whether the scores have q·k; without it there is no key.
       use_bias: whether query, key and value have biases; the output projection has one.
-      dtype, param_dtype, precision: as in `Attention`.
       kernel_init: initialiser of the projections.
       embedding_init: initialiser of the embeddings.
-      rngs: `nnx.Rngs`; `params` is used.
 
     Raises:
       ValueError: an argument out of its range, or an input whose shape does not fit, by name.
@@ -92,8 +92,8 @@ class LearnedRelativeAttention(Layer):
     """
 
     function = staticmethod(zoo.learned_relative_attention)
-    axis_name: str | None = None
 
+    @checked
     def __init__(
         self,
         num_heads: int,
@@ -101,19 +101,20 @@ class LearnedRelativeAttention(Layer):
         qkv_features: int | None = None,
         out_features: int | None = None,
         *,
+        rank: int | None = None,
         grid: Size,
         content: bool = True,
         use_bias: bool = False,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        precision: Any = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: lax.PrecisionLike = None,
         kernel_init: Callable[..., Any] = default_kernel_init,
         embedding_init: Callable[..., Any] = small_init,
         rngs: nnx.Rngs,
     ):
         self.dtype, self.precision = dtype, precision
         sizes = head_sizes(self, num_heads, in_features, qkv_features, out_features)
-        along = offsets(ints("LearnedRelativeAttention", "grid", grid))
+        along = offsets(self.sized("grid", grid, rank))
         self.draw(
             sizes | {"heads|1": num_heads, "offsets": along, "width": sizes["head_dim"]}, kernel_init=kernel_init,
             use_bias=use_bias, biased=("out",), without=() if content else ("key",), embedding=embedding_init,

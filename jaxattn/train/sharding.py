@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from jaxattn.errors import InputError
+from jaxattn.nn.grid import Splittable
 
 AXES = ("data", "fsdp", "space")
 BATCH = ("data", "fsdp")
@@ -149,8 +150,7 @@ def on_mesh(model: nnx.Module, mesh: Mesh) -> None:
 def split_grid(model: nnx.Module, axis_name: str | None) -> None:
     """Tells every layer of a network that the grid's first axis is split over a mesh axis; None: that it is whole.
 
-    A layer or a network that looks beyond a token has `axis_name` as an attribute of its class, where it can be split,
-    and otherwise a reason as `needs_whole_grid`.
+    A layer or a network that looks beyond a token is a `Splittable`, which says whether it can be split.
 
     Raises:
       ValueError: a layer that can't be split, named by its path in the network, and why.
@@ -168,8 +168,8 @@ def split_grid(model: nnx.Module, axis_name: str | None) -> None:
                     f"{reason}"
                 )
     for _, module in modules:
-        if hasattr(type(module), "axis_name"):
-            module.axis_name = axis_name  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(module, Splittable):
+            module.axis_name = axis_name
 
 
 def _needs_whole_grid(module: nnx.Module) -> str | None:
@@ -178,10 +178,10 @@ def _needs_whole_grid(module: nnx.Module) -> str | None:
         # one draw for a whole example is every shard's
         alike = module.rate == 0 or len(module.broadcast_dims) > 0
         return None if alike else "its draw for each token would be repeated on each shard"
-    if type(module) in (*TOKENWISE, nnx.BatchNorm) or hasattr(type(module), "axis_name"):
+    if type(module) in (*TOKENWISE, nnx.BatchNorm):
         return None
-    unknown = "it has no axis_name, and is none of Flax's layers that treat every token alike"
-    return getattr(module, "needs_whole_grid", unknown)
+    unknown = "it is no jaxattn.nn.grid.Splittable, and none of Flax's layers that treat every token alike"
+    return module.needs_whole_grid if isinstance(module, Splittable) else unknown
 
 
 def sharded(loss_fn: Callable, mesh: Mesh, specs: PyTree) -> Callable:

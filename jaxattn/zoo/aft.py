@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import ArrayLike, Real
 
+from jaxattn.checked import MeshAxis
 from jaxattn.einsum import einsum
 from jaxattn.kernels.operands import statistics_dtype
 from jaxattn.zoo.equations import axes, divided, same, sliding, with_neighbours
@@ -22,7 +24,9 @@ LINEAR = dict.fromkeys(("query", "key", "value"), "features -> hidden") | {"out"
     "AFT", weights="exp(k_j + w_ij), gated by σ(q_i)", source="key + learned", shared="no / no", normalizer="sum",
     paper="Zhai et al. 2021 (2105.14103)", shapes=LINEAR | {"position": "*grid *grid"},
 )  # fmt: skip
-def aft(x, params: Mapping[str, Any], *, precision: lax.PrecisionLike = None) -> jax.Array:
+def aft(
+    x: Real[ArrayLike, "*batch_and_grid features"], params: Mapping[str, Any], *, precision: lax.PrecisionLike = None
+) -> jax.Array:
     """Each channel a head of its own, whose weights come from key and position,
 
         y_i = W_O (σ(q_i) ⊙ Σ_j exp(k_j + w_ij) ⊙ v_j / Σ_j exp(k_j + w_ij)),    q = W_Q x, k = W_K x, v = W_V x
@@ -38,7 +42,6 @@ def aft(x, params: Mapping[str, Any], *, precision: lax.PrecisionLike = None) ->
       params: "query", "key", "value" `[features, hidden]`, "position" w `[*grid, *grid]` (query's place first), "out"
         `[hidden, out_features]`, and optionally "query_bias", "key_bias", "value_bias" `[hidden]` and "out_bias"
         `[out_features]`.
-      precision: as in `jax.lax.dot_general`.
 
     Returns:
       `[*batch, *grid, out_features]`, in the dtype of x and params. The sums are in float32 at least.
@@ -66,7 +69,11 @@ def aft(x, params: Mapping[str, Any], *, precision: lax.PrecisionLike = None) ->
     shapes=LINEAR | {"position": "*window heads"},
 )  # fmt: skip
 def aft_conv(
-    x, params: Mapping[str, Any], *, precision: lax.PrecisionLike = None, axis_name: str | None = None
+    x: Real[ArrayLike, "*batch_and_grid features"],
+    params: Mapping[str, Any],
+    *,
+    precision: lax.PrecisionLike = None,
+    axis_name: MeshAxis | None = None,
 ) -> jax.Array:
     """`aft` whose w is the same wherever one stands, and zero outside a window: all tokens are seen, those near by
     differently,
@@ -86,8 +93,6 @@ def aft_conv(
       params: "query", "key", "value" `[features, hidden]`, "position" w `[*window, heads]`, whose rank less one is the
         grid's, "out" `[hidden, out_features]`, and optionally "query_bias", "key_bias", "value_bias" `[hidden]` and
         "out_bias" `[out_features]`. Heads divide hidden.
-      precision: as in `jax.lax.dot_general`.
-      axis_name: the mesh axis, inside `jax.shard_map`, over which the grid's first axis is split.
 
     Returns:
       `[*batch, *grid, out_features]`, in the dtype of x and params. The sums are in float32 at least.

@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import ArrayLike, Real
 
+from jaxattn.checked import MeshAxis
 from jaxattn.halo import split_attention
 from jaxattn.window import Window
 from jaxattn.zoo.dense import conv
 from jaxattn.zoo.equations import same, with_neighbours
 from jaxattn.zoo.heads import PROJECTIONS, offsets, project
-from jaxattn.zoo.parameters import affine, parameters
+from jaxattn.zoo.parameters import affine, biased, parameters
 from jaxattn.zoo.registry import row
 from jaxattn.zoo.whole_grid import whole_grid
 
@@ -25,12 +27,12 @@ from jaxattn.zoo.whole_grid import whole_grid
     | PROJECTIONS | {"out": "heads value_dim -> attention_features", "embedding_{axis}": "offsets_{axis} head_dim"},
 )  # fmt: skip
 def augmented_conv(
-    x,
+    x: Real[ArrayLike, "*batch_and_grid features"],
     params: Mapping[str, Any],
     *,
     query_scale: float | None = None,
     precision: lax.PrecisionLike = None,
-    axis_name: str | None = None,
+    axis_name: MeshAxis | None = None,
 ) -> jax.Array:
     """A convolution beside attention over the whole grid, whose queries also see how far a key is along each axis,
 
@@ -47,8 +49,6 @@ def augmented_conv(
         the axis has n tokens, of which entry n - 1 is offset zero; and optionally "kernel_bias" `[conv_features]`,
         "query_bias", "key_bias", "value_bias", "out_bias", of those shapes without what is summed.
       query_scale: of the query, so of both terms; None means head_dim ** -0.5.
-      precision: as in `jax.lax.dot_general`.
-      axis_name: the mesh axis, inside `jax.shard_map`, over which the grid's first axis is split.
 
     Returns:
       `[*batch, *grid, conv_features + attention_features]`, in the dtype of x and params, the convolution's first.
@@ -67,7 +67,7 @@ def augmented_conv(
     p, x, _ = parameters("augmented_conv", x, params, rank, offsets=offsets(grid))
     size, ones = p["kernel"].shape[:rank], (1,) * rank
     around, padding = with_neighbours(x, axis_name, same(size, ones), size, ones, ones)
-    convolved = conv(around, p["kernel"], padding=padding, precision=precision) + p.get("kernel_bias", 0)
+    convolved = biased(conv(around, p["kernel"], padding=padding, precision=precision), p, "kernel_bias")
     query, key, value = project(x, p, precision)
     y = split_attention(
         query * (query.shape[-1] ** -0.5 if query_scale is None else query_scale),

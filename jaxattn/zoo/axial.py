@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import ArrayLike, Real
 
+from jaxattn.checked import AnyInt
 from jaxattn.einsum import einsum
 from jaxattn.kernels.operands import statistics_dtype
 from jaxattn.normalize import softmax
@@ -23,10 +25,10 @@ from jaxattn.zoo.registry import row
     "value_embedding": "heads|1 offsets value_dim"},
 )  # fmt: skip
 def axial_attention(
-    x,
+    x: Real[ArrayLike, "*batch_and_grid features"],
     params: Mapping[str, Any],
     *,
-    axis: int = -2,
+    axis: AnyInt = -2,
     window: int | None = None,
     precision: lax.PrecisionLike = None,
 ) -> jax.Array:
@@ -48,7 +50,6 @@ def axial_attention(
       axis: which axis of x; -2 is the grid's last.
       window: m: token i attends to i - m // 2, ..., i - m // 2 + m - 1, as far as they are in the grid (the paper's
         span); None means all tokens of the axis.
-      precision: as in `jax.lax.dot_general`.
 
     Returns:
       x's shape with out_features in place of features, in the dtype of x and params.

@@ -7,7 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax import lax
+from jaxtyping import ArrayLike, Real
 
+from jaxattn.checked import MeshAxis
 from jaxattn.halo import split_attention
 from jaxattn.sizes import Size
 from jaxattn.zoo.depthwise import depthwise_conv
@@ -23,14 +25,14 @@ from jaxattn.zoo.registry import row
     "value_kernel"), "*window features") | PROJECTIONS | {"out": "heads value_dim -> out_features"},
 )  # fmt: skip
 def cvt_attention(
-    x,
+    x: Real[ArrayLike, "*batch_and_grid features"],
     params: Mapping[str, Any],
     *,
     strides: Size = 1,
     kv_strides: Size = 1,
     scale: float | None = None,
     precision: lax.PrecisionLike = None,
-    axis_name: str | None = None,
+    axis_name: MeshAxis | None = None,
 ) -> jax.Array:
     """Attention over the whole grid between tokens that a depthwise convolution has made,
 
@@ -49,8 +51,6 @@ def cvt_attention(
       strides: of the queries' convolution, an int or one for each axis.
       kv_strides: of the keys' and values'.
       scale: None means head_dim ** -0.5.
-      precision: as in `jax.lax.dot_general`.
-      axis_name: the mesh axis, inside `jax.shard_map`, over which the grid's first axis is split.
 
     Returns:
       `[*batch, *positions, out_features]`, ceil(n / stride) positions to an axis of n, in the dtype of x and params.

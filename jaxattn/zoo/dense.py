@@ -1,12 +1,16 @@
 """Dense convolution: weights that are fixed, one offset to a tap."""
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import ArrayLike, Num
 
 from jaxattn.einsum import einsum
 from jaxattn.sizes import Size, is_int, per_axis
-from jaxattn.zoo.equations import read_padding, sliding
+from jaxattn.zoo.equations import Padding, read_padding, sliding
 from jaxattn.zoo.registry import row
 
 
@@ -16,16 +20,16 @@ from jaxattn.zoo.registry import row
     shapes={"kernel": "*window features/groups out_features"},
 )  # fmt: skip
 def conv(
-    x,
-    kernel,
+    x: Num[ArrayLike, "*batch_and_grid features"],
+    kernel: Num[ArrayLike, "*window part out_features"],
     *,
     strides: Size = 1,
-    padding="SAME",
+    padding: Padding = "SAME",
     dilation: Size = 1,
     groups: int = 1,
-    boundary=None,
+    boundary: str | Sequence[str] | None = None,
     precision: lax.PrecisionLike = None,
-    preferred_element_type=None,
+    preferred_element_type: DTypeLike | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Convolution in any rank: one call of `einsum`.
@@ -59,19 +63,18 @@ def conv(
     """
     rank = np.ndim(kernel) - 2
     if rank < 1:
-        raise ValueError(f"conv: kernel has shape {list(np.shape(kernel))}: it must be [*window, features/groups, out]")
+        raise ValueError(f"conv: kernel (={list(np.shape(kernel))}) must be [*window, features / groups, out_features]")
     if np.ndim(x) < rank + 1:
         raise ValueError(
-            f"conv: x has shape {list(np.shape(x))}, but a kernel of {rank} spatial axes takes "
-            f"[*batch, *spatial, features], at least {rank + 1} dimensions"
+            f"conv: x (={list(np.shape(x))}) must be [*batch, *spatial, features] with the kernel's {rank} spatial axes"
         )
     for name, length in (("features of x", np.shape(x)[-1]), ("out_features of kernel", np.shape(kernel)[-1])):
         if not is_int(groups) or groups < 1 or length % groups:
             raise ValueError(f"conv: groups (={groups}) must be a positive int that divides the {name} (={length})")
     if np.shape(kernel)[-2] * groups != np.shape(x)[-1]:
         raise ValueError(
-            f"conv: kernel has shape {list(np.shape(kernel))}, but with groups (={groups}) the {np.shape(x)[-1]} "
-            f"features of x take [*window, {np.shape(x)[-1] // groups}, out_features]"
+            f"conv: kernel (={list(np.shape(kernel))}) must be [*window, {np.shape(x)[-1] // groups}, out_features] "
+            f"with x's features (={np.shape(x)[-1]}) and groups (={groups})"
         )
     strides, dilation = per_axis("conv", "strides", strides, rank), per_axis("conv", "dilation", dilation, rank)
     sums, window, position = sliding(strides, dilation)

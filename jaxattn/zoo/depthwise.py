@@ -1,9 +1,13 @@
 """Depthwise convolution: learned weights by offset, each channel or head its own."""
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from jax import lax
+from jaxtyping import ArrayLike, Real
 
+from jaxattn.checked import MeshAxis
 from jaxattn.einsum import einsum
 from jaxattn.sizes import Size, per_axis
 from jaxattn.zoo.equations import Padding, divided, read_padding, same, sliding, with_neighbours
@@ -17,15 +21,15 @@ from jaxattn.zoo.softmax import softmax
     paper="Chollet 2017 (1610.02357); Liu et al. 2022 (2201.03545)", shapes={"kernel": "*window features·m"},
 )  # fmt: skip
 def depthwise_conv(
-    x,
-    kernel,
+    x: Real[ArrayLike, "*batch_and_grid features"],
+    kernel: Real[ArrayLike, "*window out_features"],
     *,
     strides: Size = 1,
     padding: Padding = "SAME",
     dilation: Size = 1,
-    boundary=None,
+    boundary: str | Sequence[str] | None = None,
     precision: lax.PrecisionLike = None,
-    axis_name: str | None = None,
+    axis_name: MeshAxis | None = None,
 ) -> jax.Array:
     """A convolution in which each channel sees itself alone,
 
@@ -42,8 +46,6 @@ def depthwise_conv(
       strides, dilation: ints, or one for each axis of the grid.
       padding: "SAME", "VALID", an int, or a sequence with an int or a pair `(low, high)` for each axis.
       boundary: what stands outside: "zero" (default), "edge", "reflect", "wrap"; one, or one for each axis.
-      precision: as in `jax.lax.dot_general`.
-      axis_name: the mesh axis, inside `jax.shard_map`, over which the grid's first axis is split.
 
     Returns:
       `[*batch, *positions, features · m]`, in the promoted dtype of x and kernel.
@@ -60,8 +62,8 @@ def depthwise_conv(
     kernel, features = p["kernel"], x.shape[-1]
     if features == 0 or kernel.shape[-1] % features:
         raise ValueError(
-            f"depthwise_conv: kernel has shape {list(kernel.shape)}: its last axis must be a multiple of the features "
-            f"of x (={features})"
+            f"depthwise_conv: kernel (={list(kernel.shape)}) must be [*window, features · m] with x's features "
+            f"(={features})"
         )
     strides = per_axis("depthwise_conv", "strides", strides, rank)
     dilation = per_axis("depthwise_conv", "dilation", dilation, rank)
@@ -84,13 +86,13 @@ def depthwise_conv(
     paper="Wu et al. 2019 (1901.10430)", shapes={"kernel": "*window heads"},
 )  # fmt: skip
 def light_conv(
-    x,
-    kernel,
+    x: Real[ArrayLike, "*batch_and_grid features"],
+    kernel: Real[ArrayLike, "*window heads"],
     *,
     dilation: Size = 1,
     causal: bool = False,
     precision: lax.PrecisionLike = None,
-    axis_name: str | None = None,
+    axis_name: MeshAxis | None = None,
 ) -> jax.Array:
     """A depthwise convolution whose weights a softmax makes sum to one, shared by the channels of a head,
 
@@ -106,8 +108,6 @@ def light_conv(
       kernel: `[*window, heads]`; its rank less one is the grid's. Heads divide features.
       dilation: an int, or one for each axis of the grid.
       causal: position i sees what comes before it, and itself last, along every axis; otherwise it is in the middle.
-      precision: as in `jax.lax.dot_general`.
-      axis_name: the mesh axis, inside `jax.shard_map`, over which the grid's first axis is split.
 
     Returns:
       `[*batch, *grid, features]`, in the promoted dtype of x and kernel. The softmax is in float32 at least.

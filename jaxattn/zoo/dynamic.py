@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import ArrayLike, Real
 
+from jaxattn.checked import MeshAxis
 from jaxattn.einsum import einsum
 from jaxattn.sizes import Size, per_axis
 from jaxattn.zoo.equations import divided, same, sliding, with_neighbours
@@ -22,13 +24,13 @@ from jaxattn.zoo.softmax import softmax
     paper="Wu et al. 2019 (1901.10430)", shapes={"kernel": "features -> *window heads"},
 )  # fmt: skip
 def dynamic_conv(
-    x,
-    kernel,
+    x: Real[ArrayLike, "*batch_and_grid features"],
+    kernel: Real[ArrayLike, "features *window heads"],
     *,
     dilation: Size = 1,
     causal: bool = False,
     precision: lax.PrecisionLike = None,
-    axis_name: str | None = None,
+    axis_name: MeshAxis | None = None,
 ) -> jax.Array:
     """`light_conv` whose kernel each position makes of its own features,
 
@@ -45,8 +47,6 @@ def dynamic_conv(
       kernel: `[features, *window, heads]`; its rank less two is the grid's. Heads divide features.
       dilation: an int, or one for each axis of the grid.
       causal: position i sees what comes before it, and itself last, along every axis; otherwise it is in the middle.
-      precision: as in `jax.lax.dot_general`.
-      axis_name: the mesh axis, inside `jax.shard_map`, over which the grid's first axis is split.
 
     Returns:
       `[*batch, *grid, features]`, in the promoted dtype of x and kernel. The softmax is in float32 at least.
@@ -82,14 +82,14 @@ def dynamic_conv(
     shapes={"reduce": "features -> reduced", "span": "reduced -> *window groups"},
 )  # fmt: skip
 def involution(
-    x,
+    x: Real[ArrayLike, "*batch_and_grid features"],
     params: Mapping[str, Any],
     *,
     strides: Size = 1,
     dilation: Size = 1,
     activation: Callable[[jax.Array], jax.Array] = jax.nn.relu,
     precision: lax.PrecisionLike = None,
-    axis_name: str | None = None,
+    axis_name: MeshAxis | None = None,
 ) -> jax.Array:
     """Weights from the centre, through a bottleneck, shared by the channels of a group,
 
@@ -106,8 +106,6 @@ def involution(
         `[reduced]` and "span_bias" `[*window, groups]`. The window's rank is the grid's; groups divide features.
       strides, dilation: ints, or one for each axis of the grid.
       activation: φ.
-      precision: as in `jax.lax.dot_general`.
-      axis_name: the mesh axis, inside `jax.shard_map`, over which the grid's first axis is split.
 
     Returns:
       `[*batch, *positions, features]`, ceil(n / stride) positions to an axis of n, in the dtype of x and params.
@@ -144,13 +142,13 @@ def involution(
     shapes={"reduce": "features -> reduced", "span": "reduced -> *window features"},
 )  # fmt: skip
 def dynamic_depthwise_conv(
-    x,
+    x: Real[ArrayLike, "*batch_and_grid features"],
     params: Mapping[str, Any],
     *,
     dilation: Size = 1,
     activation: Callable[[jax.Array], jax.Array] = jax.nn.relu,
     precision: lax.PrecisionLike = None,
-    axis_name: str | None = None,
+    axis_name: MeshAxis | None = None,
 ) -> jax.Array:
     """A depthwise convolution whose kernel is made of the mean over the image,
 
@@ -167,8 +165,6 @@ def dynamic_depthwise_conv(
         `[reduced]` and "span_bias" `[*window, features]`. The window's rank is the grid's.
       dilation: an int, or one for each axis of the grid.
       activation: φ.
-      precision: as in `jax.lax.dot_general`.
-      axis_name: the mesh axis, inside `jax.shard_map`, over which the grid's first axis is split.
 
     Returns:
       `[*batch, *grid, features]`, in the dtype of x and params.

@@ -1,14 +1,14 @@
 """The text of an equation that slides, in any rank, and a convolution's arguments spelled out for it."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 
 from jaxattn.halo import shard_count, split_pad
 from jaxattn.sizes import Size, is_int, is_sequence
 
-Padding = str | Size | Sequence[Size]
+Padding = Annotated[str | Size | Sequence[Size], "read_padding"]
 
 
 def sliding(strides: Sequence[int], dilation: Sequence[int]) -> tuple[str, str, str]:

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import ArrayLike, Real
 
+from jaxattn.checked import MeshAxis
 from jaxattn.einsum import einsum
 from jaxattn.halo import split_attention
 from jaxattn.kernels.operands import statistics_dtype
@@ -24,13 +26,13 @@ from jaxattn.zoo.whole_grid import whole_grid
     shapes=PROJECTIONS | {"position": "heads coordinates", "gate": "heads"},
 )  # fmt: skip
 def gpsa(
-    x,
+    x: Real[ArrayLike, "*batch_and_grid features"],
     params: Mapping[str, Any],
     *,
     scale: float | None = None,
     precision: lax.PrecisionLike = None,
     implementation: str | None = None,
-    axis_name: str | None = None,
+    axis_name: MeshAxis | None = None,
 ) -> jax.Array:
     """Gated positional self-attention over a grid: each head mixes what it sees by content and by position,
 
@@ -47,9 +49,6 @@ def gpsa(
         "query_bias", "key_bias", "value_bias" (without features), "out" `[heads, value_dim, out_features]` and
         "out_bias" `[out_features]`. Without "out" the heads' outputs stand one after the other.
       scale: of the content; None means head_dim ** -0.5.
-      precision: of the projections and the attention, as in `jax.lax.dot_general`.
-      implementation: as in `attention`.
-      axis_name: the mesh axis over which the grid's first axis is split, as in `jaxattn.halo.split_attention`.
 
     Returns:
       `[*batch, *grid, out_features]`, in the dtype of x and params.
@@ -68,7 +67,7 @@ def gpsa(
     query, key, value = project(x, p, precision)
     exact = statistics_dtype(query.dtype)  # ‖δ‖² needs more than bfloat16's eight bits, also inside a product
     bias = einsum("h c, c ... -> h ...", p["position"].astype(exact), _r(window.sizes, exact), precision="highest")
-    gate = jax.nn.sigmoid(p["gate"])[:, None]
+    gate = jax.nn.sigmoid(p["gate"]).reshape((1,) * (query.ndim - 2) + (-1, 1))
     kwargs: dict[str, Any] = {
         "window": window, "precision": precision, "implementation": implementation, "axis_name": axis_name,
     }  # fmt: skip

@@ -1,9 +1,11 @@
 """What the attention layers share: queries, keys and values by heads, the way back, and the positions of these."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxattn.einsum import einsum
 from jaxattn.zoo.parameters import affine
@@ -22,6 +24,11 @@ def offsets(size: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(2 * k - 1 for k in size)
 
 
+def bias_rank(params: Mapping[str, Any]) -> int:
+    """As many axes as the relative bias [heads, *offsets] has, and at least one."""
+    return max(1, np.ndim(params.get("relative_bias", ())) - 1)
+
+
 def project(x: jax.Array, params: Mapping[str, jax.Array], precision) -> list[jax.Array]:
     """The query, key and value of every token of x `[*batch, *grid, features]`: `[*batch, *grid, heads, head_dim]`.
 
@@ -38,8 +45,8 @@ def embedding(layer: str, params: Mapping[str, jax.Array], rank: int) -> tuple[j
     head_dim, width = params["query"].shape[-1], params["embedding_0"].shape[-1]
     if width != head_dim and width * rank != head_dim:
         raise ValueError(
-            f"{layer}: params['embedding_0'] has width {width}; expected head_dim (={head_dim}), or head_dim / {rank} "
-            "where the axes' embeddings stand one after the other"
+            f"{layer}: params['embedding_0'] (of width {width}) must be of width head_dim (={head_dim}), or head_dim / "
+            f"{rank}, where the axes' embeddings stand one after the other"
         )
     return tuple(params[f"embedding_{axis}"] for axis in range(rank))
 

@@ -1,12 +1,15 @@
 """The lambda layer: what a query sees is a linear map, made of its surroundings before it is asked."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax import lax
+from jaxtyping import ArrayLike, Real
 
+from jaxattn.checked import MeshAxis
 from jaxattn.einsum import einsum
 from jaxattn.zoo.equations import axes, same, sliding, with_neighbours
 from jaxattn.zoo.parameters import affine, parameters
@@ -21,7 +24,11 @@ from jaxattn.zoo.softmax import everywhere, softmax
     "value": "features -> value_dim depth", "position": "*window key_dim depth"},
 )  # fmt: skip
 def lambda_layer(
-    x, params: Mapping[str, Any], *, precision: lax.PrecisionLike = None, axis_name: str | None = None
+    x: Real[ArrayLike, "*batch_and_grid features"],
+    params: Mapping[str, Any],
+    *,
+    precision: lax.PrecisionLike = None,
+    axis_name: MeshAxis | None = None,
 ) -> jax.Array:
     """A linear map from queries to values, λ_i, of what all tokens hold and of where those in the window are,
 
@@ -39,8 +46,6 @@ def lambda_layer(
       params: "query" `[features, heads, key_dim]`, "key" `[features, key_dim, depth]`, "value" `[features, value_dim,
         depth]`, "position" E `[*window, key_dim, depth]`, whose rank less two is the grid's; and optionally
         "query_bias", "key_bias", "value_bias", of those shapes without features.
-      precision: as in `jax.lax.dot_general`.
-      axis_name: the mesh axis, inside `jax.shard_map`, over which the grid's first axis is split.
 
     Returns:
       `[*batch, *grid, heads · value_dim]`, in the dtype of x and params. The softmax is in float32 at least.
@@ -61,7 +66,7 @@ def lambda_layer(
     content = everywhere(einsum(f"... {i} k u, ... {i} v u -> ... k v", key, value, precision=precision), axis_name)
     sums, window, _ = sliding(ones, ones)
     size = position.shape[:-2]
-    flat = value.reshape(*value.shape[:-2], -1)
+    flat = value.reshape(*value.shape[:-2], math.prod(value.shape[-2:]))
     around, padding = with_neighbours(flat, axis_name, same(size, ones), size, ones, ones)
     around = around.reshape(*around.shape[:-1], *value.shape[-2:])
     equation = f"... {sums} v u, {window} k u -> ... {i} k v"

@@ -1,5 +1,6 @@
 """Attention in which one side of the pair is learned: the queries, or the keys."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -7,11 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import ArrayLike, Real
 
 from jaxattn.attention import attention
+from jaxattn.checked import MeshAxis
 from jaxattn.halo import shard_count, split_attention
 from jaxattn.sizes import Size, per_axis
 from jaxattn.window import Window
+from jaxattn.zoo.heads import join
 from jaxattn.zoo.parameters import affine, parameters
 from jaxattn.zoo.registry import row
 
@@ -22,13 +26,13 @@ from jaxattn.zoo.registry import row
     "value": "features -> heads value_dim", "bias": "heads *window", "out": "heads value_dim -> out_features"},
 )  # fmt: skip
 def qna(
-    x,
+    x: Real[ArrayLike, "*batch_and_grid features"],
     params: Mapping[str, Any],
     *,
     strides: Size = 1,
     scale: float | None = None,
     precision: lax.PrecisionLike = None,
-    axis_name: str | None = None,
+    axis_name: MeshAxis | None = None,
 ) -> jax.Array:
     """Local attention whose queries are learned, the same at every position,
 
@@ -46,8 +50,6 @@ def qna(
         k is the token at r - k//2.
       strides: an int, or one for each axis of the grid: with s, a window at every s-th token.
       scale: None means head_dim ** -0.5.
-      precision: as in `jax.lax.dot_general`.
-      axis_name: the mesh axis, inside `jax.shard_map`, over which the grid's first axis is split.
 
     Returns:
       `[*batch, *positions, out_features]`, ceil(n / stride) positions to an axis of n, in the dtype of x and params.
@@ -82,7 +84,7 @@ def qna(
     "out": "?heads value_dim -> out_features"},
 )  # fmt: skip
 def parameter_key_attention(
-    x,
+    x: Real[ArrayLike, "*batch_and_grid features"],
     params: Mapping[str, Any],
     *,
     normalize: str | Callable[..., jax.Array] = "softmax",
@@ -106,7 +108,6 @@ def parameter_key_attention(
         "out_bias" `[out_features]`.
       normalize: as in `attention`; note that there "relu" and "sigmoid" divide by the number of keys.
       scale: None means head_dim ** -0.5.
-      precision: as in `jax.lax.dot_general`.
 
     Returns:
       `[*batch, *grid, out_features]`, in the dtype of x and params.
@@ -124,9 +125,7 @@ def parameter_key_attention(
     heads, width = params["key"].shape[-2:]
     query = jnp.broadcast_to(x[..., None, :], (*x.shape[:-1], heads, x.shape[-1]))
     query = affine("... c, c h d -> ... h d", x, params, "query", precision) if "query" in params else query
-    tokens = query.reshape(-1, heads, width)  # all in one sequence: they don't see each other
+    tokens = query.reshape(math.prod(x.shape[:-1]), heads, width)  # all in one sequence: they don't see each other
     how: dict[str, Any] = {"scale": scale, "normalize": normalize, "precision": precision}
-    y = attention(tokens, params["key"], params["value"], **how).reshape(*x.shape[:-1], heads, -1)
-    if "out" not in params:
-        return y.reshape(*x.shape[:-1], -1)
-    return affine("... h d, h d o -> ... o", y, params, "out", precision)
+    y = attention(tokens, params["key"], params["value"], **how)
+    return join(y.reshape(*x.shape[:-1], *y.shape[-2:]), params, precision)

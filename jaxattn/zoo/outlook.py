@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import lax
+from jaxtyping import ArrayLike, Real
 
 from jaxattn.einsum import einsum
 from jaxattn.sizes import Size, per_axis
@@ -23,7 +24,7 @@ from jaxattn.zoo.softmax import softmax
     "out": "heads head_dim -> out_features"},
 )  # fmt: skip
 def outlook_attention(
-    x,
+    x: Real[ArrayLike, "*batch_and_grid features"],
     params: Mapping[str, Any],
     *,
     strides: Size = 1,
@@ -50,7 +51,6 @@ def outlook_attention(
       strides: of the windows, an int or one for each axis of the grid; the output has the input's grid all the same,
         with zeros before the output projection where no window reaches.
       scale: None means head_dim ** -0.5.
-      precision: as in `jax.lax.dot_general`.
 
     Returns:
       `[*batch, *grid, out_features]`, in the dtype of x and params. The softmax is in float32 at least.

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxattn.checked import REAL, allowed
 from jaxattn.einsum import einsum
 from jaxattn.zoo.registry import ROWS
 
@@ -39,22 +40,36 @@ def parameters(
     >>> list(found), grid
     (['reduce', 'span'], (5,))
     """
-    if np.ndim(x) < rank + 1:
-        raise ValueError(
-            f"{layer}: x has shape {list(np.shape(x))}; expected [*batch, *grid, features] with {rank} grid axes"
-        )
+    check_grid(layer, x, rank)
+    found = matched(layer, params, rank, features=np.shape(x)[-1], **sizes)
+    return found, jnp.asarray(x), np.shape(x)[np.ndim(x) - 1 - rank : -1]
+
+
+def matched(layer: str, params: Mapping[str, Any], rank: int, **sizes: int | tuple[int, ...]) -> dict[str, jax.Array]:
+    """The parameters that a layer takes, as arrays, whose shapes fit each other and the sizes that are known."""
     axes = spelled(ROWS[layer].shapes, rank)
     _check_names(layer, params, axes)
-    known: dict[str, tuple[int, ...]] = {"features": np.shape(x)[-1:]}
+    known: dict[str, tuple[int, ...]] = {}
     for axis, size in sizes.items():
         many = isinstance(size, tuple)
         known |= {f"*{axis}": size} | {f"{axis}_{k}": (n,) for k, n in enumerate(size)} if many else {axis: (size,)}
+    found = {}
     for name in axes:
         if name in params:
             what = name if tuple(ROWS[layer].shapes) == ("kernel",) else f"params[{name!r}]"
-            _match(f"{layer}: {what}", np.shape(params[name]), before_and_after(axes[name]), known)
-    grid = np.shape(x)[np.ndim(x) - 1 - rank : -1]
-    return {name: jnp.asarray(p) for name, p in params.items()}, jnp.asarray(x), grid
+            found[name] = jnp.asarray(allowed(layer, what, params[name], REAL))
+            _match(f"{layer}: {what}", found[name].shape, before_and_after(axes[name]), known)
+    return {name: found[name] for name in params}
+
+
+def check_grid(layer: str, x: Any, rank: int) -> None:
+    """Raise where x has fewer axes than a grid of this rank and the features."""
+    if np.ndim(x) < rank + 1:
+        telling = [name for name, axes in ROWS[layer].shapes.items() if "*" in axes or "{axis}" in name]
+        said = f", as many as {' and '.join(telling)} say" if telling else ""
+        raise ValueError(
+            f"{layer}: x (={list(np.shape(x))}) must be [*batch, *grid, features] with {rank} axes of a grid{said}"
+        )
 
 
 def spelled(shapes: Shapes, rank: int) -> dict[str, str]:
@@ -81,13 +96,19 @@ def _check_names(layer: str, params: Mapping[str, Any], axes: Mapping[str, str])
     """Raise where a parameter is missing, unknown, or the bias of one that is missing."""
     required = [name for name in axes if not axes[name].startswith("?")]
     if missing := [name for name in required if name not in params]:
-        raise ValueError(f"{layer}: params lack {', '.join(map(repr, missing))}; needed are {', '.join(required)}")
+        raise ValueError(
+            f"{layer}: params (={list(params)}) must have {', '.join(map(repr, missing))}; needed are "
+            f"{', '.join(required)}"
+        )
     if unknown := [name for name in params if name not in axes]:
-        raise ValueError(f"{layer}: params have {', '.join(map(repr, unknown))}; allowed are {', '.join(axes)}")
+        raise ValueError(
+            f"{layer}: params (={list(params)}) must not have {', '.join(map(repr, unknown))}; allowed are "
+            f"{', '.join(axes)}"
+        )
     for name in params:
         owner = name.removesuffix("_bias")
         if owner in axes and owner not in params:
-            raise ValueError(f"{layer}: params have {name!r} and lack {owner!r}, which it belongs to")
+            raise ValueError(f"{layer}: params (={list(params)}) must have {owner!r}, to which {name!r} belongs")
 
 
 def _match(what: str, shape: tuple[int, ...], axes: list[str], known: dict[str, tuple[int, ...]]) -> None:
@@ -106,13 +127,17 @@ def _match(what: str, shape: tuple[int, ...], axes: list[str], known: dict[str, 
     repeated = [n for axis in axes for n in found[axis]] == list(shape)
     if not fits or not repeated or any(len(found[axis]) < 1 for axis in axes):
         sizes = [n for axis in axes for n in known.get(axis, (axis,))]
-        raise ValueError(
-            f"{what} has shape {list(shape)}; expected [{', '.join(axes)}] = [{', '.join(map(str, sizes))}]"
-        )
+        raise ValueError(f"{what} (={list(shape)}) must be [{', '.join(axes)}] = [{', '.join(map(str, sizes))}]")
     known |= {axis: size for axis, size in found.items() if axis != "1"}
 
 
 def affine(equation: str, x: jax.Array, params: Mapping[str, jax.Array], name: str, precision) -> jax.Array:
     """`einsum(equation, x, params[name])`, and its bias added if there is one."""
-    y = einsum(equation, x, params[name], precision=precision)
-    return y + params[f"{name}_bias"] if f"{name}_bias" in params else y
+    return biased(einsum(equation, x, params[name], precision=precision), params, f"{name}_bias")
+
+
+def biased(y: jax.Array, params: Mapping[str, jax.Array], name: str = "bias") -> jax.Array:
+    """y and the parameter of this name, if there is one, whose axes are the last of y's."""
+    if name not in params:
+        return y
+    return y + jnp.expand_dims(params[name], range(y.ndim - params[name].ndim))

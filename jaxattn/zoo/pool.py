@@ -30,4 +30,5 @@ def mean_pool(x, strides: Sequence[int]) -> jax.Array:
     sizes: dict[str, Any] = dict(zip(window.split(), strides, strict=True))
     total = einsum(f"... {sums} c -> ... {position} c", x, padding=padding, **sizes)
     counts = [np.minimum(s, n - s * np.arange(-(-n // s))) for n, s in zip(grid, strides, strict=True)]
-    return total / jnp.asarray(functools.reduce(np.multiply.outer, counts), x.dtype)[..., None]
+    over = jnp.asarray(functools.reduce(np.multiply.outer, counts), x.dtype)
+    return total / over.reshape((1,) * (x.ndim - 1 - rank) + over.shape + (1,))

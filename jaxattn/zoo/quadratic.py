@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import ArrayLike, Real
 
 from jaxattn.attention import attention
 from jaxattn.einsum import einsum
 from jaxattn.kernels.operands import statistics_dtype
 from jaxattn.sizes import Size
 from jaxattn.window import Window
-from jaxattn.zoo.parameters import parameters
+from jaxattn.zoo.parameters import biased, parameters
 from jaxattn.zoo.registry import row
 from jaxattn.zoo.slide import Slide
 
@@ -26,7 +27,7 @@ from jaxattn.zoo.slide import Slide
     "bias": "?out_features"},
 )  # fmt: skip
 def quadratic_attention(
-    x,
+    x: Real[ArrayLike, "*batch_and_grid features"],
     params: Mapping[str, Any],
     *,
     window: Slide | Window | Size | None = None,
@@ -90,8 +91,7 @@ def quadratic_attention(
             precision=precision,
             implementation=implementation,
         )
-    y = _project(mixed, arrays, groups, precision)
-    return y + arrays["bias"] if "bias" in arrays else y
+    return biased(_project(mixed, arrays, groups, precision), arrays)
 
 
 def quadratic_scores(params: Mapping[str, Any], offsets: Sequence[np.ndarray]) -> jax.Array:
@@ -106,7 +106,7 @@ def quadratic_scores(params: Mapping[str, Any], offsets: Sequence[np.ndarray]) -
     centre = params["centre"]
     spread = (slice(None), *(None,) * len(offsets))
     delta = jnp.asarray(np.stack(np.meshgrid(*offsets, indexing="ij"), axis=-1), centre.dtype)
-    away = delta - centre[spread]  # [heads, *offsets, rank]
+    away = delta[None] - centre[spread]  # [heads, *offsets, rank]
     if "alpha" in params:
         return -params["alpha"][spread] * jnp.square(away).sum(-1)
     return -jnp.square(jnp.einsum("hij,h...j->h...i", params["inverse_root"], away)).sum(-1) / 2
@@ -122,7 +122,7 @@ def _by_axis(x: jax.Array, centre: jax.Array, alpha: jax.Array, precision) -> ja
     names = "abcdefgijk"[: len(grid)]
     for axis, (name, n) in enumerate(zip(names, grid, strict=True)):
         delta = jnp.asarray(np.arange(n) - np.arange(n)[:, None], dtype)
-        away = delta - centre[:, axis, None, None].astype(dtype)  # [heads, query, key]
+        away = delta[None] - centre[:, axis, None, None].astype(dtype)  # [heads, query, key]
         weights = jax.nn.softmax(-alpha[:, None, None].astype(dtype) * jnp.square(away)).astype(x.dtype)
         equation = f"...{'h' if axis else ''}{names}z,hq{name}->...h{names.replace(name, 'q')}z"
         x = jnp.einsum(equation, x, weights, precision=precision, preferred_element_type=dtype).astype(x.dtype)
@@ -140,7 +140,7 @@ def _placed(x: jax.Array, rank: int, window) -> tuple[jax.Array, np.ndarray | No
         inside, origin = None, (0,) * over.rank
     if over.rank != rank:
         raise ValueError(
-            f"quadratic_attention: window has {over.rank} axes, and centre is [heads, {rank}]: give a window of {rank}"
+            f"quadratic_attention: window (={over.sizes}) must have as many axes as params['centre'] [heads, {rank}]"
         )
     return x, inside, over, origin
 
@@ -157,19 +157,18 @@ def _groups(p: Mapping[str, jax.Array], features: int) -> int:
     """How many groups the features are split into, once the sizes of the value and what follows from it fit."""
     if ("alpha" in p) == ("inverse_root" in p):
         raise ValueError(
-            f"quadratic_attention: params have {sorted(p)}; needed is one of 'alpha' and 'inverse_root', not both"
+            f"quadratic_attention: params (={sorted(p)}) must have one of 'alpha' and 'inverse_root', and not both"
         )
     part, _, columns = p["value"].shape
     groups = features // max(part, 1)
     if part < 1 or features % part or columns % groups:
         raise ValueError(
-            f"quadratic_attention: params['value'] has shape {list(p['value'].shape)}; expected [features / groups, "
-            f"heads, groups · head_dim], x having {features} features"
+            f"quadratic_attention: params['value'] (={list(p['value'].shape)}) must be [features / groups, heads, "
+            f"groups · head_dim] with x's features (={features})"
         )
     out_features = groups * p["out"].shape[2] if "out" in p else columns
     if "bias" in p and p["bias"].shape != (out_features,):
         raise ValueError(
-            f"quadratic_attention: params['bias'] has shape {list(p['bias'].shape)}; expected [out_features] = "
-            f"[{out_features}]"
+            f"quadratic_attention: params['bias'] (={list(p['bias'].shape)}) must be [out_features] = [{out_features}]"
         )
     return groups

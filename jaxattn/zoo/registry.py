@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
+from jaxattn.checked import checked
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -47,7 +49,7 @@ def row(
     paper: str,
     shapes: Mapping[str, str] = MappingProxyType({}),
 ) -> Callable[[Function], Function]:
-    """Give a function its line in the table.
+    """Give a function its line in the table, and check its arguments (`jaxattn.checked`).
 
     Args:
       layer: what the field calls it.
@@ -67,7 +69,7 @@ def row(
         if source not in SOURCES:
             raise ValueError(f"zoo: source (={source!r}) of {name} must be one of {SOURCES}")
         ROWS[name] = Row(layer, weights, source, channels, positions, normalizer, paper, name, shapes)
-        return function
+        return checked(function)
 
     return register
 

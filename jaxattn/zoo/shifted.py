@@ -1,18 +1,20 @@
 """Swin: windows that part the grid, moved by a cyclic shift in every other layer."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import ArrayLike, Real
 
 from jaxattn.attention import attention
+from jaxattn.checked import MeshAxis
 from jaxattn.halo import halo
-from jaxattn.sizes import Size, ints, per_axis
+from jaxattn.sizes import Size, every_axis, per_axis
 from jaxattn.window import Window
-from jaxattn.zoo.heads import PROJECTIONS, join, offsets, project
+from jaxattn.zoo.heads import PROJECTIONS, bias_rank, join, offsets, project
 from jaxattn.zoo.parameters import parameters
 from jaxattn.zoo.registry import row
 from jaxattn.zoo.whole_grid import whole_grid
@@ -24,15 +26,16 @@ from jaxattn.zoo.whole_grid import whole_grid
     shapes=PROJECTIONS | {"relative_bias": "heads *offsets"},
 )  # fmt: skip
 def shifted_window_attention(
-    x,
+    x: Real[ArrayLike, "*batch_and_grid features"],
     params: Mapping[str, Any],
     *,
     window: Size,
-    shift: Size = 0,
+    shift: Annotated[Size, 0] = 0,
+    shift_whole: bool = False,
     scale: float | None = None,
     precision: lax.PrecisionLike = None,
     implementation: str | None = None,
-    axis_name: str | None = None,
+    axis_name: MeshAxis | None = None,
 ) -> jax.Array:
     """The grid is parted into windows, and each token attends to its own window's,
 
@@ -49,11 +52,10 @@ def shifted_window_attention(
         head_dim]`, "value" `[features, heads, value_dim]`, and optionally "query_bias", "key_bias", "value_bias"
         (without features), "out" `[heads, value_dim, out_features]` and "out_bias" `[out_features]`. Without "out" the
         heads' outputs stand one after the other.
-      window: k, an int for one dimension, or one for each axis of the grid.
+      window: k, an int, or one for each axis of the grid.
       shift: from 0 to k - 1; an int, or one for each axis. The paper's layers alternate between 0 and k // 2.
+      shift_whole: whether to shift along an axis that one window covers too; the published networks do not.
       scale: None means head_dim ** -0.5.
-      precision: of the projections and the attention, as in `jax.lax.dot_general`.
-      implementation: as in `attention`.
       axis_name: the mesh axis, inside `jax.shard_map`, over which the grid's first axis is split; the window must
         divide a shard's tokens.
 
@@ -69,10 +71,12 @@ def shifted_window_attention(
     >>> shifted_window_attention(jnp.ones((1, 8, 8, 8)), params | bias, window=(4, 4), shift=2).shape
     (1, 8, 8, 8)
     """
-    sizes = ints("shifted_window_attention", "window", window)
-    parts, rank = Window(sizes, block=sizes), len(sizes)
-    shifts = _shifts(shift, sizes)
+    sizes = every_axis("shifted_window_attention", "window", window, bias_rank(params))
+    rank = len(sizes)
+    shifts = shifts_below("shifted_window_attention", shift, sizes)
     whole = whole_grid("shifted_window_attention", x, rank, axis_name)
+    if not shift_whole:
+        shifts = tuple(s if k < n else 0 for s, k, n in zip(shifts, sizes, whole, strict=True))
     p, x, grid = parameters("shifted_window_attention", x, params, rank, offsets=offsets(sizes))
     if axis_name is not None and grid[0] % sizes[0]:
         raise ValueError(
@@ -81,23 +85,31 @@ def shifted_window_attention(
         )
     pads = [(0, 0)] * (x.ndim - 1 - rank) + [(0, -n % k) for n, k in zip(grid, sizes, strict=True)] + [(0, 0)]
     rolled = _rolled(jnp.pad(x, pads), [-s for s in shifts], x.ndim - 1 - rank, axis_name)
-    regions = jnp.asarray(_regions(whole, sizes, shifts))
-    if axis_name is not None:
-        regions = lax.dynamic_slice_in_dim(regions, lax.axis_index(axis_name) * grid[0], grid[0])
     query, key, value = project(rolled, p, precision)
     y = attention(
         query,
         key,
         value,
-        window=parts,
+        window=Window(sizes, block=sizes),
         scale=scale,
         relative_bias=p["relative_bias"],
-        segment_ids=jnp.broadcast_to(regions, rolled.shape[:-1]),
+        segment_ids=_segments(rolled, _regions(whole, sizes, shifts), axis_name),
         precision=precision,
         implementation=implementation,
     )
     y = _rolled(y, shifts, x.ndim - 1 - rank, axis_name)
     return join(y[(..., *(slice(n) for n in grid), slice(None), slice(None))], p, precision)
+
+
+def _segments(rolled: jax.Array, regions: np.ndarray, axis_name: str | None) -> jax.Array | None:
+    """The region of each token of a shard, for every entry of the batch; None where all are of one."""
+    if not regions.any():
+        return None
+    grid = rolled.shape[-1 - regions.ndim : -1]
+    here = jnp.asarray(regions)
+    if axis_name is not None:
+        here = lax.dynamic_slice_in_dim(here, lax.axis_index(axis_name) * grid[0], grid[0])
+    return jnp.broadcast_to(here.reshape((1,) * (rolled.ndim - 1 - len(grid)) + grid), rolled.shape[:-1])
 
 
 def _rolled(x: jax.Array, shifts: Sequence[int], first: int, axis_name: str | None) -> jax.Array:
@@ -122,11 +134,13 @@ def _regions(grid: Sequence[int], window: Sequence[int], shifts: Sequence[int]) 
     return regions
 
 
-def _shifts(shift: Size, window: Sequence[int]) -> tuple[int, ...]:
-    shifts = per_axis("shifted_window_attention", "shift", shift, len(window), least=0)
+def shifts_below(where: str, shift: Size, window: Sequence[int]) -> tuple[int, ...]:
+    """How far each axis is shifted, which is less than a window.
+
+    >>> shifts_below("layer", 2, (4, 3))
+    (2, 2)
+    """
+    shifts = per_axis(where, "shift", shift, len(window), least=0)
     if not all(s < k for s, k in zip(shifts, window, strict=True)):
-        raise ValueError(
-            f"shifted_window_attention: shift (={shift!r}) must be below the window {tuple(window)}, an int or one for "
-            "each axis"
-        )
+        raise ValueError(f"{where}: shift (={shift!r}) must be below window (={tuple(window)}) along every axis")
     return shifts

@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from jaxattn.boundary import BOUNDARIES, fold
-from jaxattn.sizes import Size
+from jaxattn.sizes import Size, ints, per_axis
 from jaxattn.window import Window
 from jaxattn.zoo.equations import Padding, pads, read_padding
 
@@ -50,14 +50,18 @@ class Slide:
     boundary: str = "zero"
 
     def __post_init__(self) -> None:
-        window = Window(self.size, stride=self.strides, dilation=self.dilation, boundary="valid")
-        if self.boundary not in (*BOUNDARIES, "mask"):
-            raise ValueError(
-                f"Slide: boundary is {self.boundary!r}; allowed: 'mask', {', '.join(map(repr, BOUNDARIES))}"
-            )
-        for name, value in (("size", window.size), ("strides", window.stride), ("dilation", window.dilation)):
-            object.__setattr__(self, name, value)
-        object.__setattr__(self, "padding", read_padding("Slide", self.padding, window.rank, WORDS))
+        size = ints("Slide", "size", self.size)
+        if not isinstance(self.boundary, str) or self.boundary not in (*BOUNDARIES, "mask"):
+            allowed = ", ".join(map(repr, (*BOUNDARIES, "mask")))
+            raise ValueError(f"Slide: boundary (={self.boundary!r}) must be one of {allowed}")
+        for name in ("size", "strides", "dilation"):
+            object.__setattr__(self, name, per_axis("Slide", name, getattr(self, name), len(size)))
+        object.__setattr__(self, "padding", read_padding("Slide", self.padding, len(size), WORDS))
+
+    @property
+    def rank(self) -> int:
+        """The number of axes."""
+        return self.window.rank
 
     @property
     def window(self) -> Window:

@@ -1,16 +1,18 @@
 """Attention in windows that slide, token by token or block by block."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 from jax import lax
+from jaxtyping import ArrayLike, Real
 
 from jaxattn.attention import attention
+from jaxattn.checked import MeshAxis
 from jaxattn.halo import split_attention
-from jaxattn.sizes import Size, ints, per_axis
+from jaxattn.sizes import Size, every_axis, per_axis
 from jaxattn.window import Window
-from jaxattn.zoo.heads import EMBEDDINGS, PROJECTIONS, embedding, join, offsets, project
+from jaxattn.zoo.heads import EMBEDDINGS, PROJECTIONS, bias_rank, embedding, join, offsets, project
 from jaxattn.zoo.parameters import parameters
 from jaxattn.zoo.registry import row
 
@@ -20,7 +22,7 @@ from jaxattn.zoo.registry import row
     paper="Ramachandran et al. 2019 (1906.05909)", shapes=PROJECTIONS | EMBEDDINGS,
 )  # fmt: skip
 def sasa(
-    x,
+    x: Real[ArrayLike, "*batch_and_grid features"],
     params: Mapping[str, Any],
     *,
     window: Window | Size,
@@ -42,11 +44,9 @@ def sasa(
         "key" `[features, heads, head_dim]`, "value" `[features, heads, value_dim]`, and optionally "query_bias",
         "key_bias", "value_bias" (without features), "out" `[heads, value_dim, out_features]` and "out_bias"
         `[out_features]`. Without "out" the heads' outputs stand one after the other.
-      window: a `Window`, or its size: 7 is `Window(7)` (one dimension), (7, 7) `Window((7, 7))` (two), which moves
-        inward at the border. With boundary "zero" zero keys and values stand outside.
+      window: a `Window`, or its size, an int or one for each axis, which moves inward at the border. With boundary
+        "zero" zero keys and values stand outside.
       scale: of q·k alone; None means head_dim ** -0.5.
-      precision: of the projections and the attention, as in `jax.lax.dot_general`.
-      implementation: as in `attention`.
 
     Returns:
       `[*batch, *query_grid, out_features]`, in the dtype of x and params; the grid itself, where the window
@@ -61,7 +61,7 @@ def sasa(
     >>> sasa(jnp.ones((1, 6, 7, 8)), params | tables, window=(3, 3)).shape
     (1, 6, 7, 8)
     """
-    window = window if isinstance(window, Window) else Window(window)
+    window = as_window("sasa", window, count_embeddings(params))
     return embedded("sasa", x, params, window, scale=scale, precision=precision, implementation=implementation)
 
 
@@ -70,11 +70,11 @@ def sasa(
     paper="Vaswani et al. 2021 (2103.12731)", shapes=PROJECTIONS | EMBEDDINGS,
 )  # fmt: skip
 def halo_attention(
-    x,
+    x: Real[ArrayLike, "*batch_and_grid features"],
     params: Mapping[str, Any],
     *,
     block: Size,
-    halo: Size,
+    halo: Annotated[Size, 0],
     boundary: str | Sequence[str] = "zero",
     scale: float | None = 1.0,
     precision: lax.PrecisionLike = None,
@@ -93,13 +93,11 @@ def halo_attention(
         `[heads or 1, 2k-1, head_dim / rank or head_dim]`, indexed by k - 1 + j - i; "query", "key" `[features, heads,
         head_dim]`, "value" `[features, heads, value_dim]`; optionally "query_bias", "key_bias", "value_bias", "out"
         `[heads, value_dim, out_features]` and "out_bias".
-      block: b, an int for one dimension, or one for each axis of the grid.
+      block: b, an int, or one for each axis of the grid.
       halo: a, an int, or one for each axis.
       boundary: what stands outside: "zero", zero keys and values that take part, or "mask", nothing; or another one of
         `Window`'s; one, or one for each axis.
       scale: of q·k alone; None means head_dim ** -0.5.
-      precision: of the projections and the attention, as in `jax.lax.dot_general`.
-      implementation: as in `attention`.
 
     Returns:
       `[*batch, *grid, out_features]`, in the dtype of x and params.
@@ -113,7 +111,8 @@ def halo_attention(
     >>> halo_attention(jnp.ones((1, 8, 8, 8)), params | tables, block=(4, 4), halo=1).shape
     (1, 8, 8, 8)
     """
-    window = halo_window(block, halo, boundary)
+    blocks = every_axis("halo_attention", "block", block, count_embeddings(params))
+    window = halo_window("halo_attention", blocks, halo, boundary)
     return embedded(
         "halo_attention", x, params, window, scale=scale, precision=precision, implementation=implementation
     )
@@ -125,7 +124,7 @@ def halo_attention(
     shapes=PROJECTIONS | {"relative_bias": "?heads *offsets"},
 )  # fmt: skip
 def neighborhood_attention(
-    x,
+    x: Real[ArrayLike, "*batch_and_grid features"],
     params: Mapping[str, Any],
     *,
     window: Window | Size,
@@ -147,10 +146,8 @@ def neighborhood_attention(
         `[features, heads, value_dim]`, and optionally "query_bias", "key_bias", "value_bias" (without features), "out"
         `[heads, value_dim, out_features]` and "out_bias" `[out_features]`. Without "out" the heads' outputs stand one
         after the other.
-      window: a `Window`, or its size: 7 is `Window(7)` (one dimension), (7, 7) `Window((7, 7))` (two).
+      window: a `Window`, or its size, an int (where there is a bias, whose axes are counted) or one for each axis.
       scale: None means head_dim ** -0.5.
-      precision: of the projections and the attention, as in `jax.lax.dot_general`.
-      implementation: as in `attention`.
 
     Returns:
       `[*batch, *query_grid, out_features]`, in the dtype of x and params; the grid itself, where the window
@@ -165,7 +162,12 @@ def neighborhood_attention(
     >>> neighborhood_attention(jnp.ones((1, 6, 7, 8)), params | bias, window=(3, 3)).shape
     (1, 6, 7, 8)
     """
-    window = window if isinstance(window, Window) else Window(window)
+    if "relative_bias" not in params and isinstance(window, int):
+        raise ValueError(
+            f"neighborhood_attention: window (={window}) must be an int for each axis, or a Window, where params have "
+            "no relative_bias, which would say how many axes there are"
+        )
+    window = as_window("neighborhood_attention", window, bias_rank(params))
     p, x, _ = parameters("neighborhood_attention", x, params, window.rank, offsets=offsets(window.sizes))
     query, key, value = project(x, p, precision)
     y = attention(
@@ -181,10 +183,24 @@ def neighborhood_attention(
     return join(y, p, precision)
 
 
-def halo_window(block: Size, halo: Size, boundary: str | Sequence[str]) -> Window:
+def as_window(where: str, window: Window | Size, rank: int) -> Window:
+    """A window of this size; an int is that of every axis.
+
+    >>> as_window("layer", 3, 2).sizes
+    (3, 3)
+    """
+    return window if isinstance(window, Window) else Window(every_axis(where, "window", window, rank))
+
+
+def count_embeddings(params: Mapping[str, Any]) -> int:
+    """As many axes as there are embeddings, and at least one."""
+    return max(1, sum(name.startswith("embedding_") for name in params))
+
+
+def halo_window(where: str, blocks: Sequence[int], halo: Size, boundary: str | Sequence[str]) -> Window:
     """The window of a block and its halo.
 
-    >>> halo_window(2, 1, "mask").indices((6,))[..., 0]
+    >>> halo_window("layer", (2,), 1, "mask").indices((6,))[..., 0]
     array([[-1,  0,  1,  2],
            [-1,  0,  1,  2],
            [ 1,  2,  3,  4],
@@ -192,8 +208,7 @@ def halo_window(block: Size, halo: Size, boundary: str | Sequence[str]) -> Windo
            [ 3,  4,  5, -1],
            [ 3,  4,  5, -1]])
     """
-    blocks = ints("halo_attention", "block", block)
-    halos = per_axis("halo_attention", "halo", halo, len(blocks), least=0)
+    halos = per_axis(where, "halo", halo, len(blocks), least=0)
     return Window([b + 2 * a for b, a in zip(blocks, halos, strict=True)], block=blocks, boundary=boundary)
 
 
@@ -207,7 +222,7 @@ def embedded(
     query_scale: float | None = 1.0,
     precision: lax.PrecisionLike,
     implementation: str | None,
-    axis_name: str | None = None,
+    axis_name: MeshAxis | None = None,
 ) -> jax.Array:
     """Attention in a window with scores scale · q_i·k_j + q_i·r[j-i], the query multiplied by `query_scale` before."""
     p, x, _ = parameters(layer, x, params, window.rank, offsets=offsets(window.sizes))

@@ -21,7 +21,7 @@ def softmax(scores: jax.Array, over: tuple[int, ...], axis_name: str | None = No
 
 def below_largest(scores: jax.Array, over: tuple[int, ...], axis_name: str | None = None) -> jax.Array:
     """Scores less the largest of them over these axes, and over all shards: no exponential of them overflows."""
-    largest = lax.stop_gradient(jnp.max(scores, axis=over, keepdims=True))
+    largest = lax.stop_gradient(jnp.max(scores, axis=over, keepdims=True, initial=-jnp.inf))  # also of no token
     if axis_name is not None:  # pmax has no derivative, and none is asked for
         largest = jnp.max(lax.all_gather(largest, axis_name), axis=0)
     return scores - largest

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import ArrayLike, Num
 
 from jaxattn.einsum import einsum
 from jaxattn.sizes import Size, per_axis
@@ -18,8 +19,8 @@ from jaxattn.zoo.registry import row
     paper="Zeiler et al. 2010", shapes={"kernel": "*window features out_features"},
 )  # fmt: skip
 def conv_transpose(
-    x,
-    kernel,
+    x: Num[ArrayLike, "*batch_and_grid features"],
+    kernel: Num[ArrayLike, "*window channels_in channels_out"],
     *,
     strides: Size = 1,
     padding: Padding = "SAME",
@@ -50,7 +51,6 @@ def conv_transpose(
         which dilation · (k - 1) on each side is all that is written, and less crops.
       dilation: the step between the taps, an int or one for each axis.
       transpose_kernel: which kernel is given.
-      precision: as in `jax.lax.dot_general`.
 
     Returns:
       `[*batch, *positions, out_features]`, in the promoted dtype of x and kernel.
@@ -67,7 +67,7 @@ def conv_transpose(
     channels = np.shape(kernel)[-1 if transpose_kernel else -2] if rank > 0 else None
     if rank < 1 or np.ndim(x) < rank + 1 or np.shape(x)[-1] != channels:
         raise ValueError(
-            f"conv_transpose: kernel has shape {list(np.shape(kernel))} and x {list(np.shape(x))}: they must be "
+            f"conv_transpose: kernel (={list(np.shape(kernel))}) and x (={list(np.shape(x))}) must be "
             f"[*window, {names}] and [*batch, *grid, features], with a grid of the window's rank, at least 1"
         )
     strides = per_axis("conv_transpose", "strides", strides, rank)

@@ -7,14 +7,16 @@ from typing import Any
 import jax
 import numpy as np
 from jax import lax
+from jaxtyping import Array, ArrayLike, Bool, Real
 
 from jaxattn.attention import attention
+from jaxattn.checked import MeshAxis
 from jaxattn.halo import shard_count
 from jaxattn.window import Window
-from jaxattn.zoo.heads import EMBEDDINGS, PROJECTIONS, join, offsets, project
-from jaxattn.zoo.parameters import parameters
+from jaxattn.zoo.heads import EMBEDDINGS, PROJECTIONS, bias_rank, join, offsets, project
+from jaxattn.zoo.parameters import check_grid, parameters
 from jaxattn.zoo.registry import row
-from jaxattn.zoo.sliding import embedded
+from jaxattn.zoo.sliding import count_embeddings, embedded
 
 
 @row(
@@ -22,11 +24,11 @@ from jaxattn.zoo.sliding import embedded
     paper="Vaswani et al. 2017 (1706.03762); Dosovitskiy et al. 2021 (2010.11929)", shapes=PROJECTIONS,
 )  # fmt: skip
 def global_attention(
-    x,
+    x: Real[ArrayLike, "*batch_and_grid features"],
     params: Mapping[str, Any],
     *,
-    rank: int = 1,
-    mask=None,
+    rank: int | None = None,
+    mask: Bool[Array | np.ndarray, "*mask"] | None = None,
     scale: float | None = None,
     precision: lax.PrecisionLike = None,
     implementation: str | None = None,
@@ -43,11 +45,10 @@ def global_attention(
       params: "query", "key" `[features, heads, head_dim]`, "value" `[features, heads, value_dim]`, and optionally
         "query_bias", "key_bias", "value_bias" (those shapes without features), "out" `[heads, value_dim,
         out_features]` and "out_bias" `[out_features]`. Without "out" the heads' outputs stand one after the other.
-      rank: the number of grid axes, all of whose tokens see each other.
+      rank: the number of grid axes, all of whose tokens see each other; None for `[tokens, features]` or `[batch,
+        tokens, features]`, whose tokens have one axis.
       mask: bool, broadcasting against `[*batch, heads, tokens, tokens]` (a grid's tokens row-major); True attends.
       scale: None means head_dim ** -0.5.
-      precision: of the projections and the attention, as in `jax.lax.dot_general`.
-      implementation: as in `attention`.
 
     Returns:
       `[*batch, *grid, out_features]`, in the dtype of x and params.
@@ -60,11 +61,18 @@ def global_attention(
     >>> global_attention(jnp.ones((3, 5, 8)), params | {"out": jnp.ones((2, 4, 6))}).shape
     (3, 5, 6)
     """
+    if rank is None and np.ndim(x) > 3:
+        raise ValueError(
+            f"global_attention: x (={list(np.shape(x))}) must be [batch, tokens, features] where rank is None: give "
+            f"rank={np.ndim(x) - 2} for a grid whose tokens all see each other, or rank=1 to see along its last axis"
+        )
+    rank = 1 if rank is None else rank
     p, x, grid = parameters("global_attention", x, params, rank)
     batch = x.shape[: x.ndim - 1 - rank]
     query, key, value = project(x.reshape(*batch, math.prod(grid), x.shape[-1]), p, precision)
     y = attention(query, key, value, mask=mask, scale=scale, precision=precision, implementation=implementation)
-    return join(y, p, precision).reshape(*batch, *grid, -1)
+    y = join(y, p, precision)
+    return y.reshape(*batch, *grid, y.shape[-1])
 
 
 @row(
@@ -72,7 +80,7 @@ def global_attention(
     paper="Dai et al. 2021 (2106.04803)", shapes=PROJECTIONS | {"relative_bias": "heads *offsets"},
 )  # fmt: skip
 def coatnet_attention(
-    x,
+    x: Real[ArrayLike, "*batch_and_grid features"],
     params: Mapping[str, Any],
     *,
     scale: float | None = None,
@@ -92,8 +100,6 @@ def coatnet_attention(
         and optionally "query_bias", "key_bias", "value_bias" (without features), "out" `[heads, value_dim,
         out_features]` and "out_bias" `[out_features]`. Without "out" the heads' outputs stand one after the other.
       scale: None means head_dim ** -0.5.
-      precision: of the projections and the attention, as in `jax.lax.dot_general`.
-      implementation: as in `attention`.
 
     Returns:
       `[*batch, *grid, out_features]`, in the dtype of x and params.
@@ -106,7 +112,7 @@ def coatnet_attention(
     >>> coatnet_attention(jnp.ones((3, 4, 5, 8)), params | {"relative_bias": jnp.ones((2, 7, 9))}).shape
     (3, 4, 5, 8)
     """
-    rank = max(np.ndim(params.get("relative_bias", ())) - 1, 1)
+    rank = bias_rank(params)
     grid = whole_grid("coatnet_attention", x, rank)
     p, x, _ = parameters("coatnet_attention", x, params, rank, offsets=offsets(grid))
     query, key, value = project(x, p, precision)
@@ -128,13 +134,13 @@ def coatnet_attention(
     paper="Srinivas et al. 2021 (2101.11605)", shapes=PROJECTIONS | EMBEDDINGS,
 )  # fmt: skip
 def botnet_attention(
-    x,
+    x: Real[ArrayLike, "*batch_and_grid features"],
     params: Mapping[str, Any],
     *,
     query_scale: float | None = None,
     precision: lax.PrecisionLike = None,
     implementation: str | None = None,
-    axis_name: str | None = None,
+    axis_name: MeshAxis | None = None,
 ) -> jax.Array:
     """Attention over a grid with relative embeddings of rows and columns, added to the keys,
 
@@ -151,9 +157,6 @@ def botnet_attention(
         "query_bias", "key_bias", "value_bias" (without features), "out" `[heads, value_dim, out_features]` and
         "out_bias" `[out_features]`. Without "out" the heads' outputs stand one after the other.
       query_scale: of the query, so of both terms; None means head_dim ** -0.5.
-      precision: of the projections and the attention, as in `jax.lax.dot_general`.
-      implementation: as in `attention`.
-      axis_name: the mesh axis over which the grid's first axis is split, as in `jaxattn.halo.split_attention`.
 
     Returns:
       `[*batch, *grid, out_features]`, in the dtype of x and params.
@@ -167,7 +170,7 @@ def botnet_attention(
     >>> botnet_attention(jnp.ones((3, 4, 5, 8)), params | tables).shape
     (3, 4, 5, 8)
     """
-    grid = whole_grid("botnet_attention", x, _rank(params), axis_name)
+    grid = whole_grid("botnet_attention", x, count_embeddings(params), axis_name)
     return embedded(
         "botnet_attention", x, params, Window(grid), query_scale=query_scale, precision=precision,
         implementation=implementation, axis_name=axis_name,
@@ -180,13 +183,13 @@ def botnet_attention(
     shapes=PROJECTIONS | {"key": "?features -> heads head_dim"} | EMBEDDINGS,
 )  # fmt: skip
 def learned_relative_attention(
-    x,
+    x: Real[ArrayLike, "*batch_and_grid features"],
     params: Mapping[str, Any],
     *,
     query_scale: float | None = None,
     precision: lax.PrecisionLike = None,
     implementation: str | None = None,
-    axis_name: str | None = None,
+    axis_name: MeshAxis | None = None,
 ) -> jax.Array:
     """Attention over a grid whose scores may come from relative positions alone,
 
@@ -203,9 +206,6 @@ def learned_relative_attention(
         "query", for content, "query_bias", "key_bias", "value_bias" (without features), "out" `[heads, value_dim,
         out_features]` and "out_bias" `[out_features]`. Without "out" the heads' outputs stand one after the other.
       query_scale: of the query, so of both terms; None means head_dim ** -0.5.
-      precision: of the projections and the attention, as in `jax.lax.dot_general`.
-      implementation: as in `attention`.
-      axis_name: the mesh axis over which the grid's first axis is split, as in `jaxattn.halo.split_attention`.
 
     Returns:
       `[*batch, *grid, out_features]`, in the dtype of x and params.
@@ -219,7 +219,7 @@ def learned_relative_attention(
     >>> learned_relative_attention(jnp.ones((3, 4, 5, 8)), params | tables).shape
     (3, 4, 5, 8)
     """
-    grid = whole_grid("learned_relative_attention", x, _rank(params), axis_name)
+    grid = whole_grid("learned_relative_attention", x, count_embeddings(params), axis_name)
     return embedded(
         "learned_relative_attention", x, params, Window(grid), query_scale=query_scale, precision=precision,
         implementation=implementation, axis_name=axis_name,
@@ -228,14 +228,6 @@ def learned_relative_attention(
 
 def whole_grid(layer: str, x, rank: int, axis_name: str | None = None) -> tuple[int, ...]:
     """The last `rank` axes of x before its features, and of all shards where the first is split."""
-    if np.ndim(x) < rank + 1:
-        raise ValueError(
-            f"{layer}: x has shape {list(np.shape(x))}; expected [*batch, *grid, features] with {rank} grid axes"
-        )
+    check_grid(layer, x, rank)
     first, *others = np.shape(x)[np.ndim(x) - 1 - rank : -1]
     return (first * shard_count(axis_name), *others)
-
-
-def _rank(params: Mapping[str, Any]) -> int:
-    """As many axes as there are embeddings, and at least one."""
-    return max(1, sum(name.startswith("embedding_") for name in params))

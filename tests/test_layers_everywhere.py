@@ -23,7 +23,8 @@ named = lambda value: getattr(value, "__name__", None)
 # Einsums of which a lowering can't: without a batch, or without promoting ranks. To be emptied.
 EMPTY_EINSUM = {zoo.dynamic_depthwise_conv}
 PROMOTING_EINSUM = {
-    zoo.dynamic_depthwise_conv, nn.DynamicDepthwiseConv, nn.Conv, nn.DepthwiseConv, nn.LightConv, nn.AFTConv
+    zoo.conv, zoo.depthwise_conv, zoo.light_conv, zoo.aft_conv, zoo.cvt_attention, zoo.dynamic_depthwise_conv,
+    nn.Conv, nn.DepthwiseConv, nn.LightConv, nn.AFTConv, nn.CvTAttention, nn.DynamicDepthwiseConv,
 }  # fmt: skip
 SIZES = ("window", "block", "kernel_size", "grid")  # any of which says how many axes there are
 SIZED = [module for module in NN if set(SIZES) & set(inspect.signature(module.__init__).parameters)]

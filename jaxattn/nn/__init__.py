@@ -10,8 +10,9 @@ What they take alike:
 
 A size (window, block, kernel_size or grid) has an int for each axis of the grid; with `rank`, one int is every axis's:
 `NeighborhoodAttention(4, 32, window=7, rank=2)` looks at 7 × 7 tokens. An int without a rank is of one axis, and so is
-attention without a window. Then an input has at most one batch axis, `[batch, tokens, features]`, and one that could be
-a batch of grids is refused. Strides, dilations, shifts and halos are each an int, or one for each axis.
+`GlobalAttention`. Then an input has at most one batch axis, `[batch, tokens, features]`, and one that could be a batch
+of grids is refused, but for `Conv` and for `Attention` without a window, which do what flax's layers do. Strides,
+dilations, shifts and halos are each an int, or one for each axis.
 """
 
 from .aft import AFT as AFT

@@ -10,7 +10,7 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, ArrayLike, Float, Real, Shaped
+from jaxtyping import Array, ArrayLike, Float, Real
 
 from jaxattn.attention import attention
 from jaxattn.checked import checked
@@ -47,9 +47,9 @@ class Attention(GridModule):
       window: None for all tokens, a `Window`, or its size: (7, 7) is `Window((7, 7))`, whose boundary is "shift".
       grid: the tokens along each axis of the input, all of which see each other: `Window(grid)`, on no other grid.
       rank: how many axes the grid has; an int for `window` or `grid` is then every axis's. None: as many as these have,
-        and one where they are ints or not given; the input is then `[tokens, in_features]` or `[batch, tokens,
-        in_features]`. Without a window or a grid, masks, biases and segments are those of the sequence of all tokens,
-        row-major.
+        and one where they are ints; the input is then `[tokens, in_features]` or `[batch, tokens, in_features]`.
+        Without a window or a grid, None is `nnx.MultiHeadAttention`'s one axis of tokens after any batch axes; with a `rank`
+        all tokens of the grid see each other, and masks, biases and segments are those of their sequence, row-major.
       relative_bias: learns b, `[num_heads, *(2k-1)]`. Needs a window or a grid.
       key_embedding: learns r. True: a table per head, `[num_heads, *(2k-1), head_dim]`. "shared": one for all heads.
         "factorized": a table per head and axis, `[num_heads, 2k-1, head_dim / rank]`, an offset's embedding being its
@@ -146,7 +146,7 @@ class Attention(GridModule):
         elif self.grid is not None:
             self.window = Window(self.grid)
         else:
-            self.window, self.rank, self.rank_is_said = None, rank or 1, rank is not None
+            self.window, self.rank = None, rank or 1  # as nnx.MultiHeadAttention, with any batch axes
         self.normalize, self.logits_soft_cap, self.scale = normalize, logits_soft_cap, scale
         _check(self, relative_bias, key_embedding, dropout_rate, out_projection)
         self.head_dim = self.qkv_features // num_heads

@@ -50,6 +50,7 @@ class GlobalAttention(Attention):
         super().__init__(
             num_heads, in_features, qkv_features, out_features, kernel_init=kernel_init, rngs=rngs, **settings,
         )  # fmt: skip
+        self.rank_is_said = self.window is not None or settings.get("rank") is not None
 
 
 class SASA(Attention):

@@ -37,7 +37,7 @@ class Conv(GridModule):
     Args:
       in_features: size of the input's last axis.
       out_features: size of the output's last axis.
-      kernel_size: an int for each spatial axis; an int is that of all `rank` axes.
+      kernel_size: an int for each spatial axis; one int is of one axis, as in `nnx.Conv`, or of all `rank` axes.
       strides: an int, or one per spatial axis; None means 1.
       padding: "SAME", "SAME_LOWER", "VALID", "CAUSAL" (one dimension: nothing is seen before its time),
         "CIRCULAR" (the grid is a torus), "REFLECT" (mirrored, the edge not repeated), an int, or an int or a
@@ -62,8 +62,7 @@ class Conv(GridModule):
       implementation: `einsum`'s.
       axis_name: the mesh axis, inside `jax.shard_map`, over which the first spatial axis is split; None where it is
         whole. The result is a shard of what the whole input gives, exactly, its neighbours' tokens being exchanged.
-      rank: how many spatial axes there are; None: as many as `kernel_size` has, and one where it is an int. Then an
-        input with more than one batch axis is refused, which `nnx.Conv` would convolve along its rows.
+      rank: how many spatial axes there are; None: as many as `kernel_size` has, and one where it is an int.
 
     Raises:
       ValueError: an argument out of its range, or an input whose shape does not fit, by name.
@@ -114,6 +113,7 @@ class Conv(GridModule):
     ):
         self.axis_name = axis_name
         self.kernel_size = self.sized("kernel_size", kernel_size, rank)
+        self.rank_is_said = True  # an int is of one axis in nnx.Conv too, with any batch axes
         groups = feature_group_count
         self.in_features, self.out_features, self.feature_group_count = in_features, out_features, groups
         given = {"strides": strides, "input_dilation": input_dilation, "kernel_dilation": kernel_dilation}

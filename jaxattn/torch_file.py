@@ -5,6 +5,7 @@ import os
 import pickle
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import IO, Any, NamedTuple
 
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ class View(NamedTuple):
     strides: tuple[int, ...]
 
 
-def read_torch(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+def read_torch(path: str | os.PathLike[str], *, unwrap: Callable[[Any], Any] | None = None) -> dict[str, np.ndarray]:
     """The tensors of a file that `torch.save(model.state_dict(), path)` wrote, by name.
 
     Both of PyTorch's formats are read: the zip archive (since 1.6), and the stream of pickles before it. A pickle can
@@ -52,6 +53,8 @@ def read_torch(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
     Args:
       path: the file.
+      unwrap: finds the dictionary of tensors in what the file holds. With it, a name that is none of the above stands
+        for an `Inert` object: nothing is imported or called.
 
     Returns:
       Each tensor as an array of its shape and dtype (bfloat16 as `jnp.bfloat16`), in the file's order.
@@ -74,7 +77,7 @@ def read_torch(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         with open(path, "rb") as file:
             start = file.read(4)
             file.seek(0)
-            return _read_zip(file) if start == b"PK\x03\x04" else _read_legacy(file)
+            return _read_zip(file, unwrap) if start == b"PK\x03\x04" else _read_legacy(file, unwrap)
     except (ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise ValueError(f"read_torch: {os.fspath(path)}: {error}") from error
     except (EOFError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError, MemoryError) as error:
@@ -115,12 +118,30 @@ ADMITTED = {
 }
 
 
+class Inert:
+    """What a pickle's unknown object is read as: it takes whatever a pickle does to an object, and keeps nothing."""
+
+    __slots__ = ()
+
+    def __new__(cls, *_: Any, **__: Any) -> "Inert":
+        return super().__new__(cls)
+
+    def _ignore(self, *_: Any) -> None:
+        """For what a pickle adds to an object: its state, items and pairs."""
+
+    __setstate__ = __setitem__ = append = extend = add = _ignore
+
+
 class _Unpickler(pickle.Unpickler):
     """Admits tensors and the dictionaries they come in. It makes tuples of them: the arrays come after the pickle."""
+
+    inert = False  # whether an unknown name is read as `Inert`, or refused
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in STORAGES:
             return name
+        if f"{module}.{name}" not in ADMITTED and self.inert:
+            return Inert
         if f"{module}.{name}" not in ADMITTED:
             raise pickle.UnpicklingError(f"names {module}.{name}; allowed: dictionaries of tensors")
         return ADMITTED[f"{module}.{name}"]
@@ -133,7 +154,16 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"refers to {pid!r}; allowed: a storage, {', '.join(STORAGES)}")
 
 
-def _read_zip(file: IO[bytes]) -> dict[str, np.ndarray]:
+class _InertUnpickler(_Unpickler):
+    inert = True
+
+
+def _load(stream: IO[bytes], unwrap: Callable[[Any], Any] | None) -> dict[str, View]:
+    """The tensors by name of the next pickle of a stream."""
+    return _views(_Unpickler(stream).load() if unwrap is None else unwrap(_InertUnpickler(stream).load()))
+
+
+def _read_zip(file: IO[bytes], unwrap: Callable[[Any], Any] | None) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(file) as archive:
         folders = [name.removesuffix("/data.pkl") for name in archive.namelist() if name.endswith("/data.pkl")]
         if len(folders) != 1:
@@ -142,12 +172,12 @@ def _read_zip(file: IO[bytes]) -> dict[str, np.ndarray]:
         has_order = f"{folder}/byteorder" in archive.namelist()
         big = has_order and archive.read(f"{folder}/byteorder") == b"big"
         with archive.open(f"{folder}/data.pkl") as stream:
-            views = _views(_Unpickler(stream).load())
+            views = _load(stream, unwrap)
         storages = {storage: archive.read(f"{folder}/data/{storage.key}") for storage in _storages(views)}
     return _arrays(views, storages, ">" if big else "<")
 
 
-def _read_legacy(file: IO[bytes]) -> dict[str, np.ndarray]:
+def _read_legacy(file: IO[bytes], unwrap: Callable[[Any], Any] | None) -> dict[str, np.ndarray]:
     magic = _Unpickler(file).load()
     if magic != LEGACY_MAGIC:
         raise ValueError(f"neither a zip archive nor a stream that begins with {LEGACY_MAGIC:#x}")
@@ -155,7 +185,7 @@ def _read_legacy(file: IO[bytes]) -> dict[str, np.ndarray]:
     if protocol != LEGACY_PROTOCOL:
         raise ValueError(f"protocol {protocol!r}; allowed: {LEGACY_PROTOCOL}")
     _Unpickler(file).load()  # the writer's byte order and sizes of int: the storages are little-endian on every machine
-    views = _views(_Unpickler(file).load())
+    views = _load(file, unwrap)
     known = {storage.key: storage for storage in _storages(views)}
     storages = {}
     for key in _Unpickler(file).load():

@@ -23,6 +23,11 @@ TABLE = [
     (models.tiny, ATTENTION, 29_866),
     # the counts of the trained files, whose names and shapes are read strictly
     (models.efficientnet_lite0, {}, 4_652_008),
+    # timm's
+    (models.efficientnet_lite1, {}, 5_416_680),
+    (models.efficientnet_lite2, {}, 6_092_072),
+    (models.efficientnet_lite3, {}, 8_197_096),
+    (models.efficientnet_lite4, {}, 13_006_568),
     (models.EfficientNet, {"num_classes": 10}, 4_652_008 - 990 * 1281),
     (models.DigitNet, {}, 390_410),
     # timm's counts; its ConViTs' positions have a bias for each head, which no softmax over them sees

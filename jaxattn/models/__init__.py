@@ -3,6 +3,10 @@
 from .digits import DigitNet as DigitNet
 from .efficientnet import EfficientNet as EfficientNet
 from .efficientnet import efficientnet_lite0 as efficientnet_lite0
+from .efficientnet import efficientnet_lite1 as efficientnet_lite1
+from .efficientnet import efficientnet_lite2 as efficientnet_lite2
+from .efficientnet import efficientnet_lite3 as efficientnet_lite3
+from .efficientnet import efficientnet_lite4 as efficientnet_lite4
 from .resnet import ResNet as ResNet
 from .resnet import resnet18 as resnet18
 from .resnet import resnet34 as resnet34

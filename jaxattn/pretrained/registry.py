@@ -1,0 +1,116 @@
+"""Which networks have published weights, where, by which licence, and what their images went through."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float
+
+from jaxattn import models
+
+Three = tuple[float, float, float]
+IMAGENET: dict[str, Three] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+HALVES: dict[str, Three] = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+METHODS = {"bicubic": "cubic", "bilinear": "linear"}
+
+
+class Preprocess(NamedTuple):
+    """What a network's images went through: a call does it.
+
+    >>> import numpy as np
+    >>> step = Preprocess(size=4, crop=0.5, interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    >>> step(np.full((20, 10, 3), 255, np.uint8))[0, 0]
+    Array([1., 1., 1.], dtype=float32)
+    """
+
+    size: int  # of the image's side, in pixels
+    crop: float  # of the shorter side: the square in the middle that is taken
+    interpolation: str
+    mean: Three  # of pixels from 0 to 1: what is subtracted
+    std: Three  # what it is divided by
+
+    def __call__(self, image: ArrayLike) -> Float[Array, "size size 3"]:
+        """The square in the middle of `image` `[height, width, 3]` (0 to 255), resized and normalised."""
+        x = jnp.asarray(image, jnp.float32)
+        if x.ndim != 3 or x.shape[-1] != 3:
+            raise ValueError(f"Preprocess: image (={x.shape}) must be [height, width, 3]")
+        height, width, _ = x.shape
+        side = round(min(height, width) * self.crop)
+        top, left = (height - side + 1) // 2, (width - side + 1) // 2
+        square = x[top : top + side, left : left + side]
+        square = jax.image.resize(square, (self.size, self.size, 3), METHODS[self.interpolation])
+        return (jnp.clip(square, 0, 255) / 255 - jnp.array(self.mean, x.dtype)) / jnp.array(self.std, x.dtype)
+
+
+class Published(NamedTuple):
+    """A network with weights."""
+
+    make: Callable[..., Any]  # its constructor
+    source: str  # the repository of the weights that were compared, at Hugging Face
+    licence: str  # theirs
+    preprocess: Preprocess
+    num_classes: int  # 0: features alone
+
+
+def _row(
+    make: Callable[..., Any], source: str, licence: str = "Apache-2.0", *, size: int = 224, crop: float = 0.875,
+    interpolation: str = "bicubic", statistics: dict[str, Three] = IMAGENET, num_classes: int = 1000,
+) -> Published:  # fmt: skip
+    return Published(make, source, licence, Preprocess(size, crop, interpolation, **statistics), num_classes)
+
+
+PUBLISHED = {
+    "resnet18": _row(models.resnet18, "timm/resnet18.a1_in1k", crop=0.95),
+    "resnet34": _row(models.resnet34, "timm/resnet34.a1_in1k", crop=0.95),
+    "resnet50": _row(models.resnet50, "timm/resnet50.a1_in1k", crop=0.95),
+    "efficientnet_lite0": _row(
+        models.efficientnet_lite0, "timm/tf_efficientnet_lite0.in1k", size=224, crop=0.875, interpolation="bicubic",
+        statistics=HALVES,
+    ),
+    "efficientnet_lite1": _row(
+        models.efficientnet_lite1, "timm/tf_efficientnet_lite1.in1k", size=240, crop=0.882, interpolation="bicubic",
+        statistics=HALVES,
+    ),
+    "efficientnet_lite2": _row(
+        models.efficientnet_lite2, "timm/tf_efficientnet_lite2.in1k", size=260, crop=0.89, interpolation="bicubic",
+        statistics=HALVES,
+    ),
+    "efficientnet_lite3": _row(
+        models.efficientnet_lite3, "timm/tf_efficientnet_lite3.in1k", size=300, crop=0.904, interpolation="bilinear",
+        statistics=HALVES,
+    ),
+    "efficientnet_lite4": _row(
+        models.efficientnet_lite4, "timm/tf_efficientnet_lite4.in1k", size=380, crop=0.92, interpolation="bilinear",
+        statistics=HALVES,
+    ),
+}  # fmt: skip
+
+
+def names() -> tuple[str, ...]:
+    """The names that `load` takes.
+
+    >>> names()[:2]
+    ('resnet18', 'resnet34')
+    """
+    return tuple(PUBLISHED)
+
+
+def published(name: str) -> Published:
+    """Where a network's weights are published, by which licence, and what its images go through.
+
+    >>> published("resnet18").licence
+    'Apache-2.0'
+    """
+    if name not in PUBLISHED:
+        raise ValueError(f"published: name (={name!r}) must be one of {', '.join(PUBLISHED)}")
+    return PUBLISHED[name]
+
+
+def preprocess(name: str) -> Preprocess:
+    """The size, crop, interpolation, mean and standard deviation of a network's images; a call applies them.
+
+    >>> preprocess("resnet18").size
+    224
+    """
+    return published(name).preprocess

@@ -17,6 +17,10 @@ SMALL = {  # constructor, arguments, an image's size, timm's name of some array 
     "resnet": (models.ResNet, {"stage_sizes": (1, 2), "stem": "imagenet"}, (32, 40), "layer2.1.conv3.weight",
                (512, 128, 1, 1)),
     "efficientnet": (models.EfficientNet, {"stages": STAGES}, (32, 40), "blocks.1.0.conv_dw.weight", (16, 1, 5, 5)),
+    "convnext": (models.ConvNeXt, {"depths": (1, 2), "widths": (8, 16)}, (32, 40), "stages.1.blocks.1.mlp.fc1.weight",
+                 (64, 16)),
+    "convnextv2": (models.ConvNeXt, {"depths": (1, 1), "widths": (8, 16), "version": 2, "pointwise": True}, (32, 40),
+                   "stages.1.blocks.0.mlp.fc1.weight", (64, 16, 1, 1)),
 }  # fmt: skip
 
 

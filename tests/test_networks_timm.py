@@ -109,3 +109,14 @@ def test_resnet(block, tmp_path):
 def test_efficientnet_lite(tmp_path):
     theirs = timm.create_model("tf_efficientnet_lite0", num_classes=5)
     assert_same(functools.partial(models.efficientnet_lite0, num_classes=5), theirs, tmp_path, CNN_SIZES[1:])
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_convnext(version, tmp_path):
+    from timm.models.convnext import ConvNeXt
+
+    sizes = {"depths": (1, 2, 1, 1), "num_classes": 5}
+    kwargs = {} if version == 1 else {"use_grn": True, "ls_init_value": None, "conv_mlp": True}
+    theirs = ConvNeXt(dims=(8, 16, 24, 32), **sizes, **kwargs)
+    make = functools.partial(models.ConvNeXt, widths=(8, 16, 24, 32), version=version, pointwise=version == 2, **sizes)
+    assert_same(make, theirs, tmp_path, [(64, 64), (96, 160), (70, 90)])

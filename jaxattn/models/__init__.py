@@ -1,5 +1,16 @@
 """Networks."""
 
+from .convnext import ConvNeXt as ConvNeXt
+from .convnext import convnext_atto as convnext_atto
+from .convnext import convnext_base as convnext_base
+from .convnext import convnext_femto as convnext_femto
+from .convnext import convnext_huge as convnext_huge
+from .convnext import convnext_large as convnext_large
+from .convnext import convnext_nano as convnext_nano
+from .convnext import convnext_pico as convnext_pico
+from .convnext import convnext_small as convnext_small
+from .convnext import convnext_tiny as convnext_tiny
+from .convnext import convnext_xlarge as convnext_xlarge
 from .digits import DigitNet as DigitNet
 from .efficientnet import EfficientNet as EfficientNet
 from .efficientnet import efficientnet_lite0 as efficientnet_lite0

@@ -52,8 +52,8 @@ class Backbone(nnx.Module):
 
     @property
     @abc.abstractmethod
-    def translation(self) -> Translation:
-        """The network's weights as PyTorch's files have them."""
+    def translations(self) -> tuple[Translation, ...]:
+        """The names of the network's weights in PyTorch's files: timm's first, which are written."""
 
     @abc.abstractmethod
     def begin(self, images: Array) -> Float[Array, "*batch height width features"]:

@@ -46,6 +46,16 @@ def under(ours: str, theirs: str, table: Mapping[str, str | Rule]) -> dict[str, 
     return found
 
 
+def below(theirs: str, table: Mapping[str, str | Rule]) -> dict[str, str | Rule]:
+    """The same table, where PyTorch has all of it in one module.
+
+    >>> below("model", {"norm": "norm1"})
+    {'norm': 'model.norm1'}
+    """
+    found = under("", theirs, table)
+    return {name.removeprefix("."): rule for name, rule in found.items()}
+
+
 class Layout(NamedTuple):
     """One of our arrays as (a part of) one of theirs; `layout` makes it of an equation."""
 
@@ -159,7 +169,7 @@ class Translation:
 
     >>> model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
     >>> {name: entry.shape for name, entry in Translation("timm", {"kernel": "fc.weight"}).entries(model).items()}
-    {'bias': (2,), 'fc.weight': (3, 2)}
+    {'bias': (2,), 'fc.weight': (2, 3)}
     """
 
     publisher: str

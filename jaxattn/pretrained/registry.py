@@ -1,6 +1,7 @@
 """Which networks have published weights, where, by which licence, and what their images went through."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ from jaxattn import models
 Three = tuple[float, float, float]
 IMAGENET: dict[str, Three] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 HALVES: dict[str, Three] = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+NON_COMMERCIAL = "CC-BY-NC-4.0"
 METHODS = {"bicubic": "cubic", "bilinear": "linear"}
 
 
@@ -60,6 +62,12 @@ def _row(
     return Published(make, source, licence, Preprocess(size, crop, interpolation, **statistics), num_classes)
 
 
+CONVNEXTS = {
+    "atto": models.convnext_atto, "femto": models.convnext_femto, "pico": models.convnext_pico,
+    "nano": models.convnext_nano, "tiny": models.convnext_tiny, "small": models.convnext_small,
+    "base": models.convnext_base, "large": models.convnext_large, "xlarge": models.convnext_xlarge,
+    "huge": models.convnext_huge,
+}  # fmt: skip
 PUBLISHED = {
     "resnet18": _row(models.resnet18, "timm/resnet18.a1_in1k", crop=0.95),
     "resnet34": _row(models.resnet34, "timm/resnet34.a1_in1k", crop=0.95),
@@ -84,6 +92,21 @@ PUBLISHED = {
         models.efficientnet_lite4, "timm/tf_efficientnet_lite4.in1k", size=380, crop=0.92, interpolation="bilinear",
         statistics=HALVES,
     ),
+    **{
+        f"convnext_{size}": _row(
+            CONVNEXTS[size], f"timm/convnext_{size}.{tag}", crop=0.95 if size == "nano" else 0.875
+        )
+        for tag, sizes in {
+            "d2_in1k": ["atto"], "d1_in1k": ["femto", "pico"], "in12k_ft_in1k": ["nano"],
+            "fb_in22k_ft_in1k": ["tiny", "small", "base", "large", "xlarge"],
+        }.items()
+        for size in sizes
+    },
+    **{
+        f"convnextv2_{size}": _row(partial(make, version=2), f"timm/convnextv2_{size}.fcmae_ft_in1k", NON_COMMERCIAL)
+        for size, make in CONVNEXTS.items()
+        if size not in ("small", "xlarge")
+    },
 }  # fmt: skip
 
 

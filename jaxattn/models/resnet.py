@@ -14,7 +14,7 @@ from jaxattn.attention import merge_attentions
 from jaxattn.einsum import einsum
 from jaxattn.halo import shard_count, split_attention, split_pad
 from jaxattn.models.residual import check_rates, check_rngs, depth_rates, drop_path, run_block
-from jaxattn.models.translation import Rule, Translation, under
+from jaxattn.models.translation import Rule, Table, Translation, under
 from jaxattn.nn.attention import Attention
 from jaxattn.nn.conv import Conv
 from jaxattn.window import Window
@@ -23,7 +23,7 @@ MIXES = ("conv", "attention")
 STEMS = ("cifar", "imagenet")
 EXPANSION = {"basic": 1, "bottleneck": 4}
 # a block's names in timm's and torchvision's files, which are the same; its layers are numbered from one
-PYTORCH: dict[str, str | Rule] = {
+PYTORCH: Table = {
     **{f"layers.{n}": f"conv{n + 1}" for n in range(3)},
     **{f"layers.{n}.layer": f"conv{n + 1}" for n in range(3)},
     **{f"norms.{n}": f"bn{n + 1}" for n in range(3)},

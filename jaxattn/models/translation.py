@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 Shape = tuple[int, ...]
-Resize = Callable[[np.ndarray, Shape], np.ndarray]
+Resize = Callable[[np.ndarray, "Entry"], np.ndarray]
 
 # how PyTorch calls what a layer of Flax has
 LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
@@ -24,7 +24,10 @@ class Rule(NamedTuple):
 
     name: str  # theirs, with a * for each * of ours
     layout: str | Mapping[str, str] | Sequence[str] = ""  # an equation (see `Layout`); one a leaf, or one a part
-    resize: Resize | None = None  # makes their array another's shape
+    resize: Resize | None = None  # makes their array of another size what an entry takes
+
+
+Table = Mapping[str, str | Rule]
 
 
 # `nn.Attention`'s projections as linear layers: query, key and value one after the other, or each alone
@@ -33,7 +36,7 @@ BY_HEAD = {"kernel": "i head dim -> (head dim) i", "bias": "head dim -> (head di
 OUT = {"kernel": "head dim o -> o (head dim)", "bias": "o -> o"}
 
 
-def under(ours: str, theirs: str, table: Mapping[str, str | Rule]) -> dict[str, str | Rule]:
+def under(ours: str, theirs: str, table: Table) -> dict[str, str | Rule]:
     """The table of a part of a network, which stands at `ours` there, and at `theirs` in PyTorch's.
 
     >>> under("blocks.*", "layers.*", {"norm": "norm1"})
@@ -46,7 +49,7 @@ def under(ours: str, theirs: str, table: Mapping[str, str | Rule]) -> dict[str, 
     return found
 
 
-def below(theirs: str, table: Mapping[str, str | Rule]) -> dict[str, str | Rule]:
+def below(theirs: str, table: Table) -> dict[str, str | Rule]:
     """The same table, where PyTorch has all of it in one module.
 
     >>> below("model", {"norm": "norm1"})
@@ -161,9 +164,10 @@ class Translation:
 
     Attributes:
       publisher: whose names they are.
-      table: our module or parameter to theirs: a name, or a `Rule`. A * is a number, and "query|key|value" are several
-        parameters that are one of theirs. Below a module, a kernel is a weight `[out, in, *window]`, and the other
-        leaves are as PyTorch calls them. What the table does not name is called as here.
+      table: our module or parameter to theirs: a name, or a `Rule`. A * is a number, *-1 the one before it, and
+        "query|key|value" are several parameters that are one of theirs. Below a module, a kernel is a weight
+        `[out, in, *window]`, and the other leaves are as PyTorch calls them. What the table does not name is called as
+        here.
       head: our module that makes the logits; it alone may differ in a file.
       derived: endings of names whose arrays are computed from sizes.
 
@@ -173,7 +177,7 @@ class Translation:
     """
 
     publisher: str
-    table: Mapping[str, str | Rule]
+    table: Table
     head: str = "head"
     derived: Sequence[str] = ()
 
@@ -201,7 +205,7 @@ class Translation:
             leaf, part = match["leaf"], match["part"]
             name = rule.name
             for number in filter(str.isdecimal, filter(None, match.groups())):
-                name = name.replace("*", number, 1)
+                name = name.replace("*-1", str(int(number) - 1), 1) if "*-1" in name else name.replace("*", number, 1)
             name = f"{name}.{LEAVES.get(leaf, leaf)}" if leaf else name
             number = parts.index(part) if part in parts else 0
             return name, number, _equation(rule.layout, leaf or path.rpartition(".")[2], number, rank), rule.resize

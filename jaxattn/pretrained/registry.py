@@ -107,6 +107,24 @@ PUBLISHED = {
         for size, make in CONVNEXTS.items()
         if size not in ("small", "xlarge")
     },
+    "swin_tiny": _row(models.swin_tiny, "timm/swin_tiny_patch4_window7_224.ms_in22k_ft_in1k", "MIT", crop=0.9),
+    "swin_small": _row(models.swin_small, "timm/swin_small_patch4_window7_224.ms_in22k_ft_in1k", "MIT", crop=0.9),
+    "swin_base": _row(models.swin_base, "timm/swin_base_patch4_window7_224.ms_in22k_ft_in1k", "MIT", crop=0.9),
+    "swin_base_384": _row(
+        partial(models.swin_base, window=12, image_size=384), "timm/swin_base_patch4_window12_384.ms_in22k_ft_in1k",
+        "MIT", size=384, crop=1.0,
+    ),
+    "swin_large": _row(models.swin_large, "timm/swin_large_patch4_window7_224.ms_in22k_ft_in1k", "MIT", crop=0.9),
+    "swin_large_384": _row(
+        partial(models.swin_large, window=12, image_size=384), "timm/swin_large_patch4_window12_384.ms_in22k_ft_in1k",
+        "MIT", size=384, crop=1.0,
+    ),
+    "swinv2_tiny": _row(models.swinv2_tiny, "timm/swinv2_tiny_window8_256.ms_in1k", "MIT", size=256, crop=0.9),
+    "swinv2_small": _row(models.swinv2_small, "timm/swinv2_small_window8_256.ms_in1k", "MIT", size=256, crop=0.9),
+    "swinv2_base": _row(models.swinv2_base, "timm/swinv2_base_window8_256.ms_in1k", "MIT", size=256, crop=0.9),
+    "swinv2_large": _row(
+        models.swinv2_large, "timm/swinv2_large_window12_192.ms_in22k", "MIT", size=192, crop=0.9, num_classes=21841
+    ),
 }  # fmt: skip
 
 

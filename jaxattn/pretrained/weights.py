@@ -167,7 +167,7 @@ def _fill(model: nnx.Module, arrays: Mapping[str, np.ndarray], translation: Tran
     derived = (COUNTER, *translation.derived)
     given = {name: array for name, array in arrays.items() if not name.endswith(derived)}
     given |= {
-        name: entry.resize(given[name], entry.shape)
+        name: entry.resize(given[name], entry)
         for name, entry in entries.items()
         if entry.resize is not None and name in given and not _same(given[name].shape, entry.shape)
     }

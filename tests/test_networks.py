@@ -25,6 +25,8 @@ SMALL = {  # constructor, arguments, an image's size, timm's name of some array 
              "layers.1.blocks.1.attn.relative_position_bias_table", (35, 2)),
     "swinv2": (models.Swin, {"depths": (1, 2), "width": 8, "num_heads": (2, 2), "window": 4, "version": 2}, (32, 44),
                "layers.1.blocks.1.attn.q_bias", (16,)),
+    "nat": (models.NAT, {"depths": (1, 2), "width": 8, "num_heads": (2, 2), "window": 3, "layer_scale": 1.0}, (32, 40),
+            "levels.1.blocks.1.attn.rpb", (2, 5, 5)),
 }  # fmt: skip
 
 

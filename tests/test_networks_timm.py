@@ -160,7 +160,7 @@ def test_swin_v2(window, pretrained, size, tmp_path):
     assert_same(make, theirs, tmp_path, [size], features=swin_features)
 
 
-@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence:UserWarning")  # in timm's interpolation
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch, of how timm interpolates
 @pytest.mark.parametrize(("old", "new"), [(7, (12, 12)), (7, (5, 9)), (12, (7, 7))])
 def test_relative_tables_are_resized_as_timm_does(old, new):
     """Of Swin, for another window; timm computes in float32."""

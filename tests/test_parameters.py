@@ -69,6 +69,22 @@ TABLE = [
         {"depths": (1,), "width": 8, "num_heads": (2,), "window": 2, "num_classes": 3},
         (49 * 8 + 16) + (4 * 72 + 18 + 9 * 32 + 33 * 8 + 32) + 16 + 27,
     ),
+    # the authors give 20, 28, 51, 90 M, and for DiNAT's large 200 M
+    (models.nat_mini, {}, 19_984_174),
+    (models.nat_tiny, {}, 27_901_582),
+    (models.nat_small, {}, 50_743_297),
+    (models.nat_base, {}, 89_769_652),
+    (models.dinat_mini, {}, 19_984_174),
+    (models.dinat_tiny, {}, 27_901_582),
+    (models.dinat_small, {}, 50_743_297 - 2 * (3 * 96 + 4 * 192 + 18 * 384 + 5 * 768)),
+    (models.dinat_base, {}, 89_769_652 - 2 * (3 * 128 + 4 * 256 + 18 * 512 + 5 * 1024)),
+    (models.dinat_large, {}, 200_943_514),
+    # a stem of 3·9·4 + 4 and 4·9·8 + 8, and its norm; a block of four maps, 2 · 5² offsets, an MLP, norms; norm and head
+    (
+        models.NAT,
+        {"depths": (1,), "width": 8, "num_heads": (2,), "window": 3, "num_classes": 3},
+        (112 + 296 + 16) + (4 * 72 + 50 + 9 * 24 + 25 * 8 + 32) + 16 + 27,
+    ),
     (models.EfficientNet, {"num_classes": 10}, 4_652_008 - 990 * 1281),
     (models.DigitNet, {}, 390_410),
     # timm's counts; its ConViTs' positions have a bias for each head, which no softmax over them sees

@@ -18,6 +18,16 @@ from .efficientnet import efficientnet_lite1 as efficientnet_lite1
 from .efficientnet import efficientnet_lite2 as efficientnet_lite2
 from .efficientnet import efficientnet_lite3 as efficientnet_lite3
 from .efficientnet import efficientnet_lite4 as efficientnet_lite4
+from .nat import NAT as NAT
+from .nat import dinat_base as dinat_base
+from .nat import dinat_large as dinat_large
+from .nat import dinat_mini as dinat_mini
+from .nat import dinat_small as dinat_small
+from .nat import dinat_tiny as dinat_tiny
+from .nat import nat_base as nat_base
+from .nat import nat_mini as nat_mini
+from .nat import nat_small as nat_small
+from .nat import nat_tiny as nat_tiny
 from .resnet import ResNet as ResNet
 from .resnet import resnet18 as resnet18
 from .resnet import resnet34 as resnet34

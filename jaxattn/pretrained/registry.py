@@ -125,6 +125,15 @@ PUBLISHED = {
     "swinv2_large": _row(
         models.swinv2_large, "timm/swinv2_large_window12_192.ms_in22k", "MIT", size=192, crop=0.9, num_classes=21841
     ),
+    "nat_mini": _row(models.nat_mini, "shi-labs/nat-mini-in1k-224", "MIT"),
+    "nat_tiny": _row(models.nat_tiny, "shi-labs/nat-tiny-in1k-224", "MIT"),
+    "nat_small": _row(models.nat_small, "shi-labs/nat-small-in1k-224", "MIT"),
+    "nat_base": _row(models.nat_base, "shi-labs/nat-base-in1k-224", "MIT"),
+    "dinat_mini": _row(models.dinat_mini, "shi-labs/dinat-mini-in1k-224", "MIT"),
+    "dinat_tiny": _row(models.dinat_tiny, "shi-labs/dinat-tiny-in1k-224", "MIT"),
+    "dinat_small": _row(models.dinat_small, "shi-labs/dinat-small-in1k-224", "MIT"),
+    "dinat_base": _row(models.dinat_base, "shi-labs/dinat-base-in1k-224", "MIT"),
+    "dinat_large": _row(models.dinat_large, "shi-labs/dinat-large-in22k-in1k-224", "MIT"),
 }  # fmt: skip
 
 

@@ -16,9 +16,7 @@ SIZES = {"depths": (2, 1), "width": 8, "num_heads": (2, 2), "num_classes": 5}
 
 def conv(x, weight, bias=None):
     """3 × 3 of stride 2, padded by one; channels last."""
-    y = lax.conv_general_dilated(
-        x, weight, (2, 2), [(1, 1), (1, 1)], dimension_numbers=("NHWC", "OIHW", "NHWC")
-    )
+    y = lax.conv_general_dilated(x, weight, (2, 2), [(1, 1), (1, 1)], dimension_numbers=("NHWC", "OIHW", "NHWC"))
     return np.asarray(y if bias is None else y + bias)
 
 

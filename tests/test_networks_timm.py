@@ -14,8 +14,9 @@ safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is no
 from flax import nnx  # noqa: E402
 
 from jaxattn import models, pretrained  # noqa: E402
-from jaxattn.models.resize import resize_flat_table  # noqa: E402
+from jaxattn.models.resize import resize_flat_table, resize_positions  # noqa: E402
 from jaxattn.models.translation import Entry, layout  # noqa: E402
+from jaxattn.models.vit import quick_gelu  # noqa: E402
 
 FAST_COMPILATION = {"xla_backend_optimization_level": 0}  # each is run a few times at most
 
@@ -224,3 +225,84 @@ def test_swin_of_its_authors(tmp_path):
     images = images_of((64, 64)).astype(np.float32)
     expected = theirs(torch.tensor(images).permute(0, 3, 1, 2)).detach().numpy()
     np.testing.assert_allclose(outputs_of(ours, jnp.asarray(images))[0], expected, atol=1e-5)
+
+
+VIT = {"patch_size": 4, "num_heads": 2, "num_classes": 5, "depth": 2}
+VITS = {
+    "deit": ({}, {}),
+    "deit3": ({"init_values": 1.0, "no_embed_class": True}, {"layer_scale": 1.0, "class_position": False}),
+    "dinov2": ({"init_values": 1.0}, {"layer_scale": 1.0}),
+    "registers": (
+        {"init_values": 1.0, "reg_tokens": 4, "no_embed_class": True},
+        {"layer_scale": 1.0, "registers": 4, "class_position": False},
+    ),
+    "clip": (
+        {"pre_norm": True, "act_layer": "quick_gelu", "norm_layer": functools.partial(torch.nn.LayerNorm, eps=1e-5)},
+        {"norm_before": True, "activation": quick_gelu, "epsilon": 1e-5},
+    ),
+}
+
+
+def vit_features(network, images):
+    features = network.forward_intermediates(images, indices=[1], norm=True, intermediates_only=True)
+    return network(images), [feature.permute(0, 2, 3, 1) for feature in features]
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_vit(name, tmp_path):
+    from timm.models.vision_transformer import VisionTransformer
+
+    their_kwargs, kwargs = VITS[name]
+    theirs = VisionTransformer(img_size=(16, 24), embed_dim=8, **VIT, **their_kwargs)
+    make = functools.partial(models.ViT, image_size=(16, 24), in_features=3, width=8, mlp_dim=32, **VIT, **kwargs)
+    assert_same(make, theirs, tmp_path, [(16, 24)], features=vit_features)
+
+
+def test_convit(tmp_path):
+    """Positions have a bias there, which changes nothing: it is passed over, and written as zeros."""
+    from timm.models.convit import ConVit
+
+    sizes = {"patch_size": 4, "num_heads": 4, "num_classes": 5, "depth": 3}
+    theirs = randomized(ConVit(img_size=16, embed_dim=2, local_up_to_layer=2, **sizes))
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
+    mix = ("gpsa", "gpsa", "global")
+    make = functools.partial(
+        models.ViT, image_size=16, in_features=3, width=8, mlp_dim=32, mix=mix, qkv_bias=False, **sizes
+    )
+    ours, images = ours_from(make, tmp_path / "theirs.pth"), images_of((16, 16))
+    expected = theirs(torch.tensor(images).permute(0, 3, 1, 2)).detach().numpy()
+    np.testing.assert_allclose(outputs_of(ours, jnp.asarray(images))[0], expected, rtol=0, atol=1e-10)
+    pretrained.save(ours, tmp_path / "ours.safetensors")
+    theirs.load_state_dict(safetensors.load_file(tmp_path / "ours.safetensors"), strict=True)
+    written = theirs(torch.tensor(images).permute(0, 3, 1, 2)).detach().numpy()
+    np.testing.assert_allclose(written, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+@pytest.mark.parametrize(("old", "new"), [(4, (7, 5)), (7, (3, 4)), (5, (5, 8))])
+def test_positions_are_resized_as_timm_does(prefix, old, new):
+    """Larger and smaller, bicubic with antialiasing; timm computes in float32."""
+    from timm.layers import resample_abs_pos_embed
+
+    position = np.random.default_rng(0).normal(size=(1, prefix + old * old, 3))
+    theirs = resample_abs_pos_embed(torch.tensor(position), list(new), num_prefix_tokens=prefix).numpy()
+    np.testing.assert_allclose(resize_positions(position, prefix, new), theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["ViT", "Dinov2"])
+def test_vit_of_hugging_face(kind, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}
+    sizes |= {"intermediate_size": 32} if kind == "ViT" else {}
+    config = getattr(transformers, f"{kind}Config")(**sizes, num_labels=5, layer_norm_eps=1e-6)
+    network = transformers.ViTForImageClassification if kind == "ViT" else transformers.Dinov2Model
+    theirs = randomized(network(config))
+    safetensors.save_file({k: v.contiguous() for k, v in theirs.state_dict().items()}, tmp_path / "hf.safetensors")
+    settings = {"num_classes": 5} if kind == "ViT" else {"num_classes": 0, "layer_scale": 1.0}
+    make = functools.partial(models.ViT, image_size=16, in_features=3, width=8, mlp_dim=32, **(VIT | settings))
+    images = images_of((16, 16))
+    with torch.no_grad():
+        found = theirs(torch.tensor(images).permute(0, 3, 1, 2))
+    expected = found.logits if kind == "ViT" else found.pooler_output
+    mine = outputs_of(ours_from(make, tmp_path / "hf.safetensors"), jnp.asarray(images))[0]
+    np.testing.assert_allclose(mine, expected.numpy(), rtol=0, atol=1e-10)

@@ -79,12 +79,27 @@ TABLE = [
     (models.dinat_small, {}, 50_743_297 - 2 * (3 * 96 + 4 * 192 + 18 * 384 + 5 * 768)),
     (models.dinat_base, {}, 89_769_652 - 2 * (3 * 128 + 4 * 256 + 18 * 512 + 5 * 1024)),
     (models.dinat_large, {}, 200_943_514),
-    # a stem of 3·9·4 + 4 and 4·9·8 + 8, and its norm; a block of four maps, 2 · 5² offsets, an MLP, norms; norm and head
+    # a stem of 3·9·4 + 4 and 4·9·8 + 8, and a norm; a block of four maps, 2 · 5² offsets, an MLP, norms; norm and head
     (
         models.NAT,
         {"depths": (1,), "width": 8, "num_heads": (2,), "window": 3, "num_classes": 3},
         (112 + 296 + 16) + (4 * 72 + 50 + 9 * 24 + 25 * 8 + 32) + 16 + 27,
     ),
+    # timm's
+    (models.deit3_small, {}, 22_059_496),
+    (models.deit3_medium, {}, 38_849_512),
+    (models.deit3_base, {}, 86_585_320),
+    (models.deit3_large, {}, 304_374_760),
+    (models.deit3_huge, {}, 632_126_440),
+    (models.dinov2_small, {}, 22_056_192),
+    (models.dinov2_base, {}, 86_579_712),
+    (models.dinov2_large, {}, 304_367_616),
+    (models.dinov2_small, {"registers": 4}, 22_057_344),
+    (models.dinov2_base, {"registers": 4}, 86_582_016),
+    (models.dinov2_large, {"registers": 4}, 304_370_688),
+    (models.clip_b32, {}, 87_849_728),
+    (models.clip_b16, {}, 86_193_152),
+    (models.clip_l14, {}, 303_966_976),
     (models.EfficientNet, {"num_classes": 10}, 4_652_008 - 990 * 1281),
     (models.DigitNet, {}, 390_410),
     # timm's counts; its ConViTs' positions have a bias for each head, which no softmax over them sees

@@ -11,6 +11,17 @@ from .convnext import convnext_pico as convnext_pico
 from .convnext import convnext_small as convnext_small
 from .convnext import convnext_tiny as convnext_tiny
 from .convnext import convnext_xlarge as convnext_xlarge
+from .deit import clip_b16 as clip_b16
+from .deit import clip_b32 as clip_b32
+from .deit import clip_l14 as clip_l14
+from .deit import deit3_base as deit3_base
+from .deit import deit3_huge as deit3_huge
+from .deit import deit3_large as deit3_large
+from .deit import deit3_medium as deit3_medium
+from .deit import deit3_small as deit3_small
+from .deit import dinov2_base as dinov2_base
+from .deit import dinov2_large as dinov2_large
+from .deit import dinov2_small as dinov2_small
 from .digits import DigitNet as DigitNet
 from .efficientnet import EfficientNet as EfficientNet
 from .efficientnet import efficientnet_lite0 as efficientnet_lite0

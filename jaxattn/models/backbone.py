@@ -159,11 +159,13 @@ def scaled(y: Float[Array, "..."], gamma: nnx.Param | None) -> Float[Array, "...
     return y if gamma is None else y * gamma[...].astype(y.dtype)
 
 
-def linear_head(width: int, num_classes: int, *, param_dtype: Any, rngs: nnx.Rngs) -> Any:
+def linear_head(
+    width: int, num_classes: int, kernel_init: Any = small_init, *, param_dtype: Any, rngs: nnx.Rngs
+) -> Any:
     """The layer that makes logits, or None for no classes.
 
     Its dtype is left to promotion: bfloat16 features and float32 weights make float32 logits, as a loss wants them.
     """
     if num_classes == 0:
         return nnx.data(None)
-    return nnx.Linear(width, num_classes, kernel_init=small_init, param_dtype=param_dtype, rngs=rngs)
+    return nnx.Linear(width, num_classes, kernel_init=kernel_init, param_dtype=param_dtype, rngs=rngs)

@@ -170,6 +170,7 @@ class Translation:
         here.
       head: our module that makes the logits; it alone may differ in a file.
       derived: endings of names whose arrays are computed from sizes.
+      constants: what their network has beyond ours, as it changes nothing: passed over, and written as it is here.
 
     >>> model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
     >>> {name: entry.shape for name, entry in Translation("timm", {"kernel": "fc.weight"}).entries(model).items()}
@@ -180,6 +181,7 @@ class Translation:
     table: Table
     head: str = "head"
     derived: Sequence[str] = ()
+    constants: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def entries(self, model: nnx.Module) -> dict[str, Entry]:
         """Their name to what it holds, for every parameter and statistic of the model."""

@@ -13,6 +13,10 @@ from jaxattn import models
 Three = tuple[float, float, float]
 IMAGENET: dict[str, Three] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 HALVES: dict[str, Three] = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+CLIP: dict[str, Any] = {
+    "crop": 0.9,
+    "statistics": {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)},
+}
 NON_COMMERCIAL = "CC-BY-NC-4.0"
 METHODS = {"bicubic": "cubic", "bilinear": "linear"}
 
@@ -134,6 +138,31 @@ PUBLISHED = {
     "dinat_small": _row(models.dinat_small, "shi-labs/dinat-small-in1k-224", "MIT"),
     "dinat_base": _row(models.dinat_base, "shi-labs/dinat-base-in1k-224", "MIT"),
     "dinat_large": _row(models.dinat_large, "shi-labs/dinat-large-in22k-in1k-224", "MIT"),
+    "vit_ti": _row(models.vit_ti, "timm/deit_tiny_patch16_224.fb_in1k", crop=0.9),
+    "vit_s": _row(models.vit_s, "timm/deit_small_patch16_224.fb_in1k", crop=0.9),
+    "vit_b": _row(models.vit_b, "timm/deit_base_patch16_224.fb_in1k", crop=0.9),
+    "convit_ti": _row(models.convit_ti, "timm/convit_tiny.fb_in1k"),
+    "convit_s": _row(models.convit_s, "timm/convit_small.fb_in1k"),
+    "deit3_small": _row(models.deit3_small, "timm/deit3_small_patch16_224.fb_in22k_ft_in1k", crop=1.0),
+    "deit3_medium": _row(models.deit3_medium, "timm/deit3_medium_patch16_224.fb_in22k_ft_in1k", crop=1.0),
+    "deit3_base": _row(models.deit3_base, "timm/deit3_base_patch16_224.fb_in22k_ft_in1k", crop=1.0),
+    "deit3_large": _row(models.deit3_large, "timm/deit3_large_patch16_224.fb_in22k_ft_in1k", crop=1.0),
+    "deit3_huge": _row(models.deit3_huge, "timm/deit3_huge_patch14_224.fb_in22k_ft_in1k", crop=1.0),
+    **{
+        f"dinov2_{size}{suffix}": _row(
+            partial(make, registers=registers), f"timm/vit_{size}_patch14{infix}_dinov2.lvd142m", size=518, crop=1.0,
+            num_classes=0,
+        )
+        for size, make in {
+            "small": models.dinov2_small, "base": models.dinov2_base, "large": models.dinov2_large
+        }.items()
+        for registers, suffix, infix in ((0, "", ""), (4, "_reg4", "_reg4"))
+    },
+    "clip_b32": _row(models.clip_b32, "timm/vit_base_patch32_clip_224.openai", **CLIP, num_classes=512),
+    "clip_b16": _row(models.clip_b16, "timm/vit_base_patch16_clip_224.openai", **CLIP, num_classes=512),
+    "clip_l14": _row(
+        models.clip_l14, "timm/vit_large_patch14_clip_224.openai", **{**CLIP, "crop": 1.0}, num_classes=768
+    ),
 }  # fmt: skip
 
 

@@ -111,8 +111,10 @@ def torch_arrays(model: nnx.Module) -> dict[str, np.ndarray]:
     """
     state = nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat)))
     ours = {".".join(map(str, key)): np.asarray(variable[...]) for key, variable in state}
-    entries = _translations("save", model)[0].entries(model)
-    return {name: entry.write([ours[key] for key in entry.ours]) for name, entry in entries.items()}
+    translation = _translations("save", model)[0]
+    entries = translation.entries(model)
+    arrays = {name: entry.write([ours[key] for key in entry.ours]) for name, entry in entries.items()}
+    return arrays | dict(translation.constants)
 
 
 def fill(model: nnx.Module, arrays: Mapping[str, np.ndarray], names: Translation | Mapping[str, Any] | None = None):
@@ -164,7 +166,7 @@ def _fill(model: nnx.Module, arrays: Mapping[str, np.ndarray], translation: Tran
     entries = translation.entries(model)
     if without_head:
         entries = {k: entry for k, entry in entries.items() if not entry.ours[0].startswith(f"{translation.head}.")}
-    derived = (COUNTER, *translation.derived)
+    derived = (COUNTER, *translation.derived, *translation.constants)
     given = {name: array for name, array in arrays.items() if not name.endswith(derived)}
     given |= {
         name: entry.resize(given[name], entry)

@@ -49,17 +49,18 @@ class Neighborhood(nnx.Module):
 
     axis_name: str | None = None
 
-    def __init__(self, num_heads: int, width: int, window: int, dilation: int, **kwargs: Any):
-        self.side = window * dilation
-        sizes = Window((window, window), dilation=dilation)
+    def __init__(self, num_heads: int, width: int, window: tuple[int, ...], dilation: int, **kwargs: Any):
+        self.sides = tuple(k * dilation for k in window)
+        sizes = Window(window, dilation=dilation)
         self.attention = NeighborhoodAttention(num_heads, width, window=sizes, **kwargs)
 
     def __call__(self, x: Float[Array, "*batch height width features"], *, sow_weights: bool = False):
         rows, columns = x.shape[-3:-1]
-        lacking = [max(self.side - n, 0) for n in (rows * shard_count(self.axis_name), columns)]
+        whole = (rows * shard_count(self.axis_name), columns)
+        lacking = [max(side - n, 0) for side, n in zip(self.sides, whole, strict=True)]
         if lacking[0] and self.axis_name is not None:
             raise ValueError(
-                f"NAT: window · dilation (={self.side}) must be at most the grid's rows, where these are split over "
+                f"NAT: window · dilation (={self.sides}) must be at most the grid's rows, where these are split over "
                 f"{self.axis_name!r}"
             )
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(0, n) for n in lacking] + [(0, 0)])
@@ -138,7 +139,7 @@ class NAT(Backbone):
         for n, (depth, heads, wide) in enumerate(zip(depths, num_heads, self.widths, strict=True)):
             blocks = []
             for m in range(depth):
-                mix = Neighborhood(heads, wide, window, dilations[n] if m % 2 else 1, **kwargs)
+                mix = Neighborhood(heads, wide, (window, window), dilations[n] if m % 2 else 1, **kwargs)
                 scales: dict[str, Any] = {"layer_scale": layer_scale, "drop_path_rate": next(rates)}
                 blocks.append(MixBlock(wide, mlp_ratio * wide, mix, **scales, **kwargs))
             stages.append(Stage(Downsample(wide // 2, **kwargs) if n else None, blocks))

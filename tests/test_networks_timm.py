@@ -306,3 +306,41 @@ def test_vit_of_hugging_face(kind, tmp_path):
     expected = found.logits if kind == "ViT" else found.pooler_output
     mine = outputs_of(ours_from(make, tmp_path / "hf.safetensors"), jnp.asarray(images))[0]
     np.testing.assert_allclose(mine, expected.numpy(), rtol=0, atol=1e-10)
+
+
+def test_maxvit(tmp_path):
+    """A window of 2, whole and oblong grids that it divides, and another size's tables."""
+    from timm.models.maxxvit import MaxxVit, MaxxVitCfg, _tf_cfg
+
+    config = MaxxVitCfg(
+        embed_dim=(32, 64), depths=(1, 2), block_type=("M", "M"), stem_width=8, stem_bias=True, head_hidden_size=64,
+        **_tf_cfg(),
+    )  # fmt: skip
+    theirs = MaxxVit(config, img_size=64, num_classes=5)
+    make = functools.partial(models.MaxViT, (1, 2), (32, 64), stem=8, image_size=64, num_classes=5)
+    assert_same(make, theirs, tmp_path, [(64, 64), (32, 80)], last=2)
+
+
+COATNETS = {
+    "0": ({"conv_attn_early": True, "transformer_shortcut_bias": False}, {}),
+    "1": ({"stride_mode": "dw", "conv_attn_early": True, "transformer_shortcut_bias": False}, {"pool": False}),
+    "2": (
+        {"stride_mode": "dw", "conv_attn_act_layer": "silu"},
+        {"pool": False, "early": False, "squeeze_activation": "silu", "bias": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COATNETS)
+def test_coatnet(name, tmp_path):
+    from timm.models.maxxvit import MaxxVit, MaxxVitCfg, _rw_coat_cfg
+
+    their_kwargs, kwargs = COATNETS[name]
+    config = MaxxVitCfg(
+        embed_dim=(8, 32, 64, 32), depths=(1, 2, 1, 2), stem_width=(4, 8), **_rw_coat_cfg(**their_kwargs)
+    )
+    theirs = MaxxVit(config, img_size=(64, 96), num_classes=5)
+    make = functools.partial(
+        models.CoAtNet, (1, 2, 1, 2), (8, 32, 64, 32), stem=(4, 8), image_size=(64, 96), num_classes=5, **kwargs
+    )
+    assert_same(make, theirs, tmp_path, [(64, 96)], last=4)

@@ -100,6 +100,16 @@ TABLE = [
     (models.clip_b32, {}, 87_849_728),
     (models.clip_b16, {}, 86_193_152),
     (models.clip_l14, {}, 303_966_976),
+    # timm's
+    (models.maxvit_tiny, {}, 30_916_528),
+    (models.maxvit_small, {}, 68_927_956),
+    (models.maxvit_base, {}, 119_467_708),
+    (models.maxvit_large, {}, 211_785_560),
+    (models.MaxViT, {"depths": (2, 2, 5, 2), "widths": (64, 128, 256, 512)}, 30_916_528),
+    (models.coatnet_0, {}, 27_435_562),
+    (models.coatnet_1, {}, 41_721_502),
+    (models.coatnet_2, {}, 73_868_400),
+    (models.CoAtNet, {"depths": (2, 3, 7, 2), "widths": (96, 192, 384, 768)}, 27_435_562),
     (models.EfficientNet, {"num_classes": 10}, 4_652_008 - 990 * 1281),
     (models.DigitNet, {}, 390_410),
     # timm's counts; its ConViTs' positions have a bias for each head, which no softmax over them sees

@@ -1,5 +1,9 @@
 """Networks."""
 
+from .coatnet import CoAtNet as CoAtNet
+from .coatnet import coatnet_0 as coatnet_0
+from .coatnet import coatnet_1 as coatnet_1
+from .coatnet import coatnet_2 as coatnet_2
 from .convnext import ConvNeXt as ConvNeXt
 from .convnext import convnext_atto as convnext_atto
 from .convnext import convnext_base as convnext_base
@@ -29,6 +33,11 @@ from .efficientnet import efficientnet_lite1 as efficientnet_lite1
 from .efficientnet import efficientnet_lite2 as efficientnet_lite2
 from .efficientnet import efficientnet_lite3 as efficientnet_lite3
 from .efficientnet import efficientnet_lite4 as efficientnet_lite4
+from .maxvit import MaxViT as MaxViT
+from .maxvit import maxvit_base as maxvit_base
+from .maxvit import maxvit_large as maxvit_large
+from .maxvit import maxvit_small as maxvit_small
+from .maxvit import maxvit_tiny as maxvit_tiny
 from .nat import NAT as NAT
 from .nat import dinat_base as dinat_base
 from .nat import dinat_large as dinat_large

@@ -31,6 +31,20 @@ def resize_flat_table(table: np.ndarray, entry: Entry) -> np.ndarray:
     return found.reshape(-1, heads).astype(table.dtype)
 
 
+def resize_table(table: np.ndarray, entry: Entry) -> np.ndarray:
+    """The same of a table `[heads, *offsets]`.
+
+    >>> from jaxattn.models.translation import layout
+    >>> entry = Entry(["bias"], [(1, 5, 5)], [layout("a b c -> a b c")])
+    >>> resize_table(np.ones((1, 3, 3)), entry).shape
+    (1, 5, 5)
+    """
+    if table.ndim != 3 or len(table) != entry.shapes[0][0] or table.shape[1] != table.shape[2]:
+        return table
+    flat = resize_flat_table(table.reshape(len(table), -1).T, entry)
+    return flat.T.reshape(entry.shapes[0]) if flat.shape[0] * flat.shape[1] == math.prod(entry.shapes[0]) else table
+
+
 def _places(size: int, other: int) -> np.ndarray:
     """Where `size` offsets stand on an axis of `other`: 0, ±1, ±(1 + q), ±(1 + q + q²) ..., out to the last of them."""
     low, high = 1.01, 1.5

@@ -163,6 +163,13 @@ PUBLISHED = {
     "clip_l14": _row(
         models.clip_l14, "timm/vit_large_patch14_clip_224.openai", **{**CLIP, "crop": 1.0}, num_classes=768
     ),
+    "maxvit_tiny": _row(models.maxvit_tiny, "timm/maxvit_tiny_tf_224.in1k", crop=0.95),
+    "maxvit_small": _row(models.maxvit_small, "timm/maxvit_small_tf_224.in1k", crop=0.95),
+    "maxvit_base": _row(models.maxvit_base, "timm/maxvit_base_tf_224.in1k", crop=0.95),
+    "maxvit_large": _row(models.maxvit_large, "timm/maxvit_large_tf_224.in1k", crop=0.95),
+    "coatnet_0": _row(models.coatnet_0, "timm/coatnet_0_rw_224.sw_in1k", crop=0.95, statistics=HALVES),
+    "coatnet_1": _row(models.coatnet_1, "timm/coatnet_1_rw_224.sw_in1k", crop=0.95, statistics=HALVES),
+    "coatnet_2": _row(models.coatnet_2, "timm/coatnet_2_rw_224.sw_in12k_ft_in1k", crop=0.95, statistics=HALVES),
 }  # fmt: skip
 
 

@@ -30,6 +30,12 @@ SMALL = {  # constructor, arguments, an image's size, timm's name of some array 
                "layers.1.blocks.1.attn.q_bias", (16,)),
     "nat": (models.NAT, {"depths": (1, 2), "width": 8, "num_heads": (2, 2), "window": 3, "layer_scale": 1.0}, (32, 40),
             "levels.1.blocks.1.attn.rpb", (2, 5, 5)),
+    "maxvit": (models.MaxViT, {"depths": (1, 1), "widths": (32, 64), "stem": 8, "image_size": 64}, (32, 64),
+               "stages.1.blocks.0.attn_grid.attn.rel_pos.relative_position_bias_table", (2, 3, 3)),
+    "coatnet": (models.CoAtNet, {"depths": (1,) * 4, "widths": (8, 32, 32, 32), "stem": (4, 8), "image_size": (32, 64)},
+                (32, 64), "stages.2.blocks.0.attn.qkv.weight", (96, 32, 1, 1)),
+    "vit": (models.vit_tiny8, {"image_size": (32, 40), "patch_size": 8, "in_features": 3, "class_token": True,
+                               "registers": 2, "layer_scale": 1.0}, (32, 40), "pos_embed", (1, 21, 64)),
 }  # fmt: skip
 
 
@@ -80,7 +86,7 @@ def test_features(name):
     pyramid, logits = nnx.eval_shape(lambda m, x: (m.pyramid(x), m(x)), half, images)
     assert {f.dtype for f in pyramid} == {jnp.dtype(jnp.bfloat16)}
     assert (logits.shape, logits.dtype) == ((2, 7), jnp.float32)
-    with pytest.raises(ValueError, match=rf"{make.__name__}: images \(=\(2, 8, 8, 1\)\) must be \[\*batch, "):
+    with pytest.raises(ValueError, match=rf"{type(model).__name__}: images \(=\(2, 8, 8, 1\)\) must be \[\*batch, "):
         nnx.eval_shape(lambda m: m(jnp.ones((2, 8, 8, 1))), model)
 
 

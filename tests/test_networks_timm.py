@@ -66,10 +66,10 @@ def images_of(size, seed=0):
     return np.random.default_rng(seed).normal(size=(2, *size, 3))
 
 
-def assert_same(make, theirs, tmp_path, sizes, *, features=features_of, last=None, atol=1e-10):
+def assert_same(make, theirs, tmp_path, sizes, *, features=features_of, last=None, gradient=False):
     """Logits and features of every size, and the way back: timm loads what we save, strictly, and is as it was.
 
-    `last`: how many of timm's features ours end with; None: all.
+    `last`: how many of timm's features ours end with; None: all. `gradient`: compared too, at the first size.
     """
     theirs = randomized(theirs)
     torch.save({"epoch": 1, "state_dict": theirs.state_dict()}, tmp_path / "theirs.pth")
@@ -80,12 +80,14 @@ def assert_same(make, theirs, tmp_path, sizes, *, features=features_of, last=Non
             logits, stages = features(theirs, torch.tensor(images).permute(0, 3, 1, 2))
         mine, pyramid = outputs_of(ours, jnp.asarray(images))
         assert np.ptp(logits.numpy(), axis=0).max() > 1e-3  # the two images are told apart
-        np.testing.assert_allclose(mine, logits.numpy(), rtol=0, atol=atol, err_msg=str(size))
+        np.testing.assert_allclose(mine, logits.numpy(), rtol=0, atol=1e-10, err_msg=str(size))
         stages = stages if last is None else stages[-last:]
         assert len(pyramid) == len(stages) == len(ours.strides)
         assert [stage.shape[-1] for stage in pyramid] == list(ours.widths)
         for stage, theirs_stage, stride in zip(pyramid, stages, ours.strides, strict=True):
-            np.testing.assert_allclose(stage, theirs_stage.numpy(), rtol=0, atol=atol, err_msg=f"{size}, {stride}")
+            np.testing.assert_allclose(stage, theirs_stage.numpy(), rtol=0, atol=1e-10, err_msg=f"{size}, {stride}")
+    if gradient:
+        assert_same_gradient(ours, theirs, images_of(sizes[0]))
     pretrained.save(ours, tmp_path / "ours.safetensors")
     before = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
     for parameter in theirs.parameters():
@@ -94,6 +96,18 @@ def assert_same(make, theirs, tmp_path, sizes, *, features=features_of, last=Non
     for name, tensor in theirs.state_dict().items():
         assert name.endswith("num_batches_tracked") or torch.equal(tensor, before[name]), name
     return ours, theirs
+
+
+def assert_same_gradient(ours, theirs, images):
+    """The images' gradient of a random sum of the logits, to 1e-8."""
+    tensor = torch.tensor(images, requires_grad=True)
+    logits = theirs(tensor.permute(0, 3, 1, 2))
+    cotangent = np.random.default_rng(1).normal(size=tuple(logits.shape))
+    logits.backward(torch.tensor(cotangent))
+    graphdef, state = nnx.split(ours)
+    loss = lambda x: (nnx.merge(graphdef, state)(x) * cotangent).sum()
+    found = jax.jit(jax.grad(loss), compiler_options=FAST_COMPILATION)(jnp.asarray(images))
+    np.testing.assert_allclose(found, tensor.grad.numpy(), rtol=0, atol=1e-8)
 
 
 CNN_SIZES = [(64, 64), (96, 64), (50, 71)]
@@ -106,7 +120,7 @@ def test_resnet(block, tmp_path):
     kinds = {"basic": resnet.BasicBlock, "bottleneck": resnet.Bottleneck}
     theirs = resnet.ResNet(kinds[block], [1, 2, 1, 1], num_classes=5)
     make = functools.partial(models.ResNet, (1, 2, 1, 1), block=block, stem="imagenet", num_classes=5)
-    assert_same(make, theirs, tmp_path, CNN_SIZES, last=4)
+    assert_same(make, theirs, tmp_path, CNN_SIZES, last=4, gradient=block == "basic")
 
 
 def test_efficientnet_lite(tmp_path):
@@ -122,7 +136,7 @@ def test_convnext(version, tmp_path):
     kwargs = {} if version == 1 else {"use_grn": True, "ls_init_value": None, "conv_mlp": True}
     theirs = ConvNeXt(dims=(8, 16, 24, 32), **sizes, **kwargs)
     make = functools.partial(models.ConvNeXt, widths=(8, 16, 24, 32), version=version, pointwise=version == 2, **sizes)
-    assert_same(make, theirs, tmp_path, [(64, 64), (96, 160), (70, 90)])
+    assert_same(make, theirs, tmp_path, [(64, 64), (96, 160), (70, 90)], gradient=True)
 
 
 SWIN = {"depths": (2, 2, 2), "num_heads": (1, 2, 2), "num_classes": 5}
@@ -140,7 +154,7 @@ def test_swin(window, size, tmp_path):
 
     theirs = SwinTransformer(img_size=size, embed_dim=8, window_size=window, **SWIN)
     make = functools.partial(models.Swin, width=8, window=window, image_size=size, **SWIN)
-    assert_same(make, theirs, tmp_path, [size], features=swin_features)
+    assert_same(make, theirs, tmp_path, [size], features=swin_features, gradient=window == (4, 3))
 
 
 @pytest.mark.parametrize(("window", "pretrained", "size"), [(4, 0, (64, 96)), (5, 4, (56, 40))])
@@ -158,7 +172,7 @@ def test_swin_v2(window, pretrained, size, tmp_path):
     make = functools.partial(
         models.Swin, width=8, window=window, image_size=size, version=2, pretrained_windows=windows, **SWIN
     )
-    assert_same(make, theirs, tmp_path, [size], features=swin_features)
+    assert_same(make, theirs, tmp_path, [size], features=swin_features, gradient=window == 5)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch, of how timm interpolates
@@ -255,7 +269,7 @@ def test_vit(name, tmp_path):
     their_kwargs, kwargs = VITS[name]
     theirs = VisionTransformer(img_size=(16, 24), embed_dim=8, **VIT, **their_kwargs)
     make = functools.partial(models.ViT, image_size=(16, 24), in_features=3, width=8, mlp_dim=32, **VIT, **kwargs)
-    assert_same(make, theirs, tmp_path, [(16, 24)], features=vit_features)
+    assert_same(make, theirs, tmp_path, [(16, 24)], features=vit_features, gradient=name == "registers")
 
 
 def test_convit(tmp_path):
@@ -318,7 +332,7 @@ def test_maxvit(tmp_path):
     )  # fmt: skip
     theirs = MaxxVit(config, img_size=64, num_classes=5)
     make = functools.partial(models.MaxViT, (1, 2), (32, 64), stem=8, image_size=64, num_classes=5)
-    assert_same(make, theirs, tmp_path, [(64, 64), (32, 80)], last=2)
+    assert_same(make, theirs, tmp_path, [(64, 64), (32, 80)], last=2, gradient=True)
 
 
 COATNETS = {
@@ -343,4 +357,62 @@ def test_coatnet(name, tmp_path):
     make = functools.partial(
         models.CoAtNet, (1, 2, 1, 2), (8, 32, 64, 32), stem=(4, 8), image_size=(64, 96), num_classes=5, **kwargs
     )
-    assert_same(make, theirs, tmp_path, [(64, 96)], last=4)
+    assert_same(make, theirs, tmp_path, [(64, 96)], last=4, gradient=name == "0")
+
+
+PUBLISHED = {
+    "resnet18": "resnet18", "efficientnet_lite0": "tf_efficientnet_lite0", "convnext_atto": "convnext_atto",
+    "swin_tiny": "swin_tiny_patch4_window7_224", "vit_ti": "deit_tiny_patch16_224",
+    "maxvit_tiny": "maxvit_tiny_tf_224", "coatnet_0": "coatnet_0_rw_224",
+}  # fmt: skip
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_size(name, tmp_path):
+    """By its name, in float32: to 1e-5 of the largest logit; a head of other classes; and without one."""
+    theirs = randomized(timm.create_model(PUBLISHED[name])).float()
+    path = tmp_path / "weights.safetensors"
+    safetensors.save_file({k: v.contiguous() for k, v in theirs.state_dict().items()}, path)
+    images = images_of((224, 224)).astype(np.float32)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(images).permute(0, 3, 1, 2)).numpy()
+    graphdef, state = nnx.split(pretrained.load(name, path))
+    found = jax.jit(lambda s, x: nnx.merge(graphdef, s)(x))(state, images)
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+    with pytest.warns(UserWarning, match="the head begins anew"):
+        assert pretrained.load(name, path, num_classes=37) is not None
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch, of how timm interpolates
+@pytest.mark.parametrize("name", ["vit", "swin", "maxvit"])
+def test_another_image_size(name, tmp_path):
+    """timm's own resizing of a file's positions and tables, against ours."""
+    from timm.models import swin_transformer, vision_transformer
+    from timm.models.maxxvit import MaxxVit, MaxxVitCfg, _tf_cfg, checkpoint_filter_fn
+
+    if name == "vit":
+        make_theirs = lambda size: vision_transformer.VisionTransformer(img_size=size, embed_dim=8, **VIT)
+        make = functools.partial(models.ViT, image_size=24, in_features=3, width=8, mlp_dim=32, **VIT)
+        filtered, old, new = vision_transformer.checkpoint_filter_fn, 16, 24
+    elif name == "swin":
+        make_theirs = lambda size: swin_transformer.SwinTransformer(
+            img_size=size, embed_dim=8, window_size=4 if size == 64 else 6, **SWIN
+        )
+        make = functools.partial(models.Swin, width=8, window=6, image_size=96, **SWIN)
+        filtered, old, new = swin_transformer.checkpoint_filter_fn, 64, 96
+    else:
+        config = dict(
+            embed_dim=(32,), depths=(1,), block_type=("M",), stem_width=8, stem_bias=True, head_hidden_size=32
+        )
+        make_theirs = lambda size: MaxxVit(MaxxVitCfg(**config, **_tf_cfg()), img_size=size, num_classes=5)
+        make = functools.partial(models.MaxViT, (1,), (32,), stem=8, image_size=96, num_classes=5)
+        filtered, old, new = checkpoint_filter_fn, 64, 96
+    before, after = randomized(make_theirs(old)), make_theirs(new).double().eval()
+    after.load_state_dict(filtered(dict(before.state_dict()), after), strict=True)
+    torch.save(before.state_dict(), tmp_path / "theirs.pth")
+    images = images_of((new, new))
+    with torch.no_grad():
+        expected = after(torch.tensor(images).permute(0, 3, 1, 2)).numpy()
+    found = outputs_of(ours_from(make, tmp_path / "theirs.pth"), jnp.asarray(images))[0]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)  # timm resizes in float32

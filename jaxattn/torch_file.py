@@ -137,6 +137,10 @@ class _Unpickler(pickle.Unpickler):
 
     inert = False  # whether an unknown name is read as `Inert`, or refused
 
+    def __init__(self, stream: IO[bytes]):
+        super().__init__(stream)
+        self.seen: dict[str, Storage] = {}  # by key
+
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in STORAGES:
             return name
@@ -150,7 +154,8 @@ class _Unpickler(pickle.Unpickler):
         match pid:
             # what may follow is a view of the storage, None but in files of 2017
             case ("storage", str(kind), str(key), str(), int(size), *view) if kind in STORAGES and not any(view):
-                return Storage(key, STORAGES[kind], size)
+                self.seen[key] = Storage(key, STORAGES[kind], size)
+                return self.seen[key]
         raise pickle.UnpicklingError(f"refers to {pid!r}; allowed: a storage, {', '.join(STORAGES)}")
 
 
@@ -158,9 +163,11 @@ class _InertUnpickler(_Unpickler):
     inert = True
 
 
-def _load(stream: IO[bytes], unwrap: Callable[[Any], Any] | None) -> dict[str, View]:
-    """The tensors by name of the next pickle of a stream."""
-    return _views(_Unpickler(stream).load() if unwrap is None else unwrap(_InertUnpickler(stream).load()))
+def _load(stream: IO[bytes], unwrap: Callable[[Any], Any] | None) -> tuple[dict[str, View], dict[str, Storage]]:
+    """The tensors by name of the next pickle of a stream, and all storages that it refers to, by key."""
+    unpickler = _Unpickler(stream) if unwrap is None else _InertUnpickler(stream)
+    loaded = unpickler.load()
+    return _views(loaded if unwrap is None else unwrap(loaded)), unpickler.seen
 
 
 def _read_zip(file: IO[bytes], unwrap: Callable[[Any], Any] | None) -> dict[str, np.ndarray]:
@@ -172,7 +179,7 @@ def _read_zip(file: IO[bytes], unwrap: Callable[[Any], Any] | None) -> dict[str,
         has_order = f"{folder}/byteorder" in archive.namelist()
         big = has_order and archive.read(f"{folder}/byteorder") == b"big"
         with archive.open(f"{folder}/data.pkl") as stream:
-            views = _load(stream, unwrap)
+            views, _ = _load(stream, unwrap)
         storages = {storage: archive.read(f"{folder}/data/{storage.key}") for storage in _storages(views)}
     return _arrays(views, storages, ">" if big else "<")
 
@@ -185,14 +192,14 @@ def _read_legacy(file: IO[bytes], unwrap: Callable[[Any], Any] | None) -> dict[s
     if protocol != LEGACY_PROTOCOL:
         raise ValueError(f"protocol {protocol!r}; allowed: {LEGACY_PROTOCOL}")
     _Unpickler(file).load()  # the writer's byte order and sizes of int: the storages are little-endian on every machine
-    views = _load(file, unwrap)
-    known = {storage.key: storage for storage in _storages(views)}
-    storages = {}
+    views, known = _load(file, unwrap)
+    needed, storages = _storages(views), {}
     for key in _Unpickler(file).load():
         count = int.from_bytes(file.read(8), "little")
         if key not in known or count != known[key].size:
             raise ValueError(f"storage {key!r} has {count} numbers; allowed: {known.get(key, 'a storage of a tensor')}")
-        storages[known[key]] = file.read(count * jnp.dtype(known[key].dtype).itemsize)
+        data = file.read(count * jnp.dtype(known[key].dtype).itemsize)
+        storages |= {known[key]: data} if known[key] in needed else {}
     return _arrays(views, storages, "<")
 
 

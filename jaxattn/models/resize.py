@@ -17,7 +17,7 @@ def resize_flat_table(table: np.ndarray, entry: Entry) -> np.ndarray:
     >>> from jaxattn.models.translation import layout
     >>> entry = Entry(["bias"], [(1, 5, 5)], [layout("head row column -> (row column) head")])
     >>> resize_flat_table(np.arange(9.0)[:, None], entry).reshape(5, 5)[2]
-    array([3., 3.5, 4., 4.5, 5.])
+    array([3., 3., 4., 5., 5.])
     """
     heads, *sizes = entry.shapes[0]
     side = math.isqrt(len(table))

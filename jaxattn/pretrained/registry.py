@@ -26,7 +26,7 @@ class Preprocess(NamedTuple):
 
     >>> import numpy as np
     >>> step = Preprocess(size=4, crop=0.5, interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    >>> step(np.full((20, 10, 3), 255, np.uint8))[0, 0]
+    >>> step(np.full((20, 10, 3), 255, np.uint8))[0, 0].round(3)
     Array([1., 1., 1.], dtype=float32)
     """
 

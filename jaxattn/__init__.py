@@ -36,7 +36,11 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str):
-    """`jaxattn.nn`, `models`, `equivalence`, `measure` and `plots`, imported when first asked for."""
+    """`jaxattn.nn`, `models`, `equivalence`, `measure`, `plots` and `remix`, imported when first asked for."""
+    if name == "remix":
+        from .models.remix import remix
+
+        return remix
     if name in ("nn", "models", "equivalence", "measure", "plots"):
         import importlib
 

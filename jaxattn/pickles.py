@@ -50,18 +50,24 @@ class _Thing:
         return self
 
 
-def load(content: bytes, make: Callable[[IO[bytes]], pickle.Unpickler], admit: Callable[[str, str], Any]) -> Any:
+def load(
+    content: bytes,
+    make: Callable[[IO[bytes]], pickle.Unpickler],
+    admit: Callable[[str, str], Any],
+    objects: bool = False,
+) -> Any:
     """What a pickle holds, built by an unpickler after the pickle was walked.
 
     Args:
       content: the pickle.
       make: the unpickler of a stream.
       admit: raises `pickle.UnpicklingError` for a module and name that the pickle must not name.
+      objects: whether it may make objects of what it names.
 
     Raises:
       ValueError: the pickle is damaged, or does what none of these does, in words.
     """
-    with_words(lambda: walk(io.BytesIO(content), admit))
+    with_words(lambda: walk(io.BytesIO(content), admit, objects))
     return with_words(make(io.BytesIO(content)).load)
 
 
@@ -80,7 +86,7 @@ def _instructions(stream: Any) -> Iterator[tuple[str, Any]]:
         yield opcode.name, argument
 
 
-def walk(stream: IO[bytes] | Clipped, admit: Callable[[str, str], Any]):
+def walk(stream: IO[bytes] | Clipped, admit: Callable[[str, str], Any], objects: bool = False):
     """Reads one pickle's instructions, after which the stream stands behind them.
 
     Raises:
@@ -155,7 +161,7 @@ def walk(stream: IO[bytes] | Clipped, admit: Callable[[str, str], Any]):
                 raise pickle.UnpicklingError("names something by what is no name")
             admit(module, what)
             stack.append(_Thing(encodes=(module, what) == ("_codecs", "encode")))
-        elif name == "REDUCE":
+        elif name == "REDUCE" or (name == "NEWOBJ" and objects):
             given, called = stack.pop(), stack.pop()
             work += given.length
             stack.append(_Thing(called.encodes).hold([given, called]))  # so Python 3 writes bytes for Python 2

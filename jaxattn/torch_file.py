@@ -4,7 +4,8 @@ import math
 import os
 import pickle
 import zipfile
-from typing import Any, BinaryIO, NamedTuple
+from collections.abc import Callable
+from typing import IO, Any, BinaryIO, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -57,7 +58,11 @@ class View(NamedTuple):
 
 
 def read_torch(
-    path: str | os.PathLike[str], key: str | None = None, *, limit: int | None = None
+    path: str | os.PathLike[str],
+    key: str | None = None,
+    *,
+    unwrap: Callable[[Any], Any] | None = None,
+    limit: int | None = None,
 ) -> dict[str, np.ndarray]:
     """The tensors of a file that `torch.save(model.state_dict(), path)` wrote, by name.
 
@@ -70,6 +75,8 @@ def read_torch(
       path: the file.
       key: where the tensors are an entry of a larger dictionary, such as `{"state_dict": ..., "epoch": 3}`, its name.
         None finds the entry by itself, if one alone holds a dictionary of tensors.
+      unwrap: finds the dictionary of tensors in what the file holds. With it, a name that is none of the above stands
+        for an `Inert` object: nothing is imported or called.
       limit: the bytes that the file may unfold to; None is 1 GiB, or 16 times its size if that is more.
 
     Returns:
@@ -97,7 +104,9 @@ def read_torch(
             with reading(path, "read_torch: {}: ", form=(b"PK",)):
                 start = file.read(4)
                 file.seek(0)
-                views, runs = (_read_zip if start == b"PK\x03\x04" else _read_legacy)(file, room, key)
+                find = lambda loaded: _views(loaded if unwrap is None else unwrap(loaded), key)
+                read = _read_zip if start == b"PK\x03\x04" else _read_legacy
+                views, runs = read(file, room, find, inert=unwrap is not None)
                 return _arrays(views, runs, room)
         except InputError as error:
             raise ValueError(str(error)) from error.__cause__
@@ -166,16 +175,37 @@ def _admit(module: str, name: str):
         raise pickle.UnpicklingError(f"names {full[:200]}; allowed: dictionaries of tensors")
 
 
-class _Unpickler(pickle.Unpickler):
-    """Admits tensors and the dictionaries they come in. It makes tuples of them: the arrays come after the pickle."""
+class Inert:
+    """What a pickle's unknown object is read as: it takes whatever a pickle does to an object, and keeps nothing."""
 
-    def __init__(self, stream: Any):
+    __slots__ = ()
+
+    def __new__(cls, *_: Any, **__: Any) -> "Inert":
+        return super().__new__(cls)
+
+    def _ignore(self, *_: Any) -> None:
+        """For what a pickle adds to an object: its state, items and pairs."""
+
+    __setstate__ = __setitem__ = append = extend = add = _ignore
+
+
+class _Unpickler(pickle.Unpickler):
+    """Admits tensors and the dictionaries they come in. It makes tuples of them: the arrays come after the pickle.
+
+    Any other name is refused, or is `Inert`.
+    """
+
+    def __init__(self, stream: Any, inert: bool):
         super().__init__(stream)
-        self.ordered = Ordered()
+        self.ordered, self.inert = Ordered(), inert
+        self.seen: dict[str, Storage] = {}  # all storages, by key
 
     def find_class(self, module: str, name: str) -> Any:
-        _admit(module, name)
-        return ADMITTED.get(f"{module}.{name}", self.ordered)
+        if f"{module}.{name}" == "collections.OrderedDict":
+            return self.ordered
+        if not self.inert:
+            _admit(module, name)
+        return ADMITTED.get(f"{module}.{name}", Inert)
 
     def persistent_load(self, pid: Any) -> Storage:
         match pid:
@@ -184,15 +214,32 @@ class _Unpickler(pickle.Unpickler):
                 part is not None for part in view
             ):
                 if kind in STORAGES or kind == UNTYPED:
-                    return Storage(key, STORAGES.get(kind, "uint8"), size)
+                    self.seen[key] = Storage(key, STORAGES.get(kind, "uint8"), size)
+                    return self.seen[key]
         raise pickle.UnpicklingError(f"refers to {shown(pid)}; allowed: a storage, {', '.join(STORAGES)}")
 
 
-def _load(content: bytes) -> Any:
-    return load(content, _Unpickler, _admit)
+def _load(content: bytes, inert: bool) -> tuple[Any, dict[str, Storage]]:
+    """What a pickle holds, and the storages that it refers to."""
+    made = []
+
+    def make(stream: IO[bytes]) -> pickle.Unpickler:
+        made.append(_Unpickler(stream, inert))
+        return made[0]
+
+    return load(content, make, _names(inert), objects=inert), made[0].seen
 
 
-def _read_zip(file: BinaryIO, room: Room, key: str | None) -> tuple[dict[str, View], dict[Storage, np.ndarray]]:
+def _names(inert: bool) -> Callable[[str, str], Any]:
+    """What admits a name."""
+    return (lambda module, name: None) if inert else _admit
+
+
+Find = Callable[[Any], dict[str, View]]  # the tensors in what a file holds
+Read = tuple[dict[str, View], dict[Storage, np.ndarray]]
+
+
+def _read_zip(file: BinaryIO, room: Room, find: Find, inert: bool) -> Read:
     with zipfile.ZipFile(file) as archive:
         found = {info.filename: info for info in archive.infolist()}
         folders = [name.removesuffix("/data.pkl") for name in found if name.endswith("/data.pkl")]
@@ -209,7 +256,7 @@ def _read_zip(file: BinaryIO, room: Room, key: str | None) -> tuple[dict[str, Vi
                 return stream.read(info.file_size)
 
         order = ">" if f"{folder}/byteorder" in found and content("byteorder", "byteorder") == b"big" else "<"
-        views = _views(_load(content("data.pkl", "data.pkl")), key)
+        views = find(_load(content("data.pkl", "data.pkl"), inert)[0])
         storages = {view.storage for view in views.values()}
         for storage in storages:
             said, info = _bytes(storage), found.get(f"{folder}/data/{storage.key}")
@@ -222,25 +269,25 @@ def _read_zip(file: BinaryIO, room: Room, key: str | None) -> tuple[dict[str, Vi
         return views, {storage: _run(storage, read(storage), _itemsize(views, storage), order) for storage in storages}
 
 
-def _read_legacy(file: BinaryIO, room: Room, key: str | None) -> tuple[dict[str, View], dict[Storage, np.ndarray]]:
-    def part() -> Any:
-        """The next pickle."""
+def _read_legacy(file: BinaryIO, room: Room, find: Find, inert: bool) -> Read:
+    def part(inert: bool = False) -> tuple[Any, dict[str, Storage]]:
+        """The next pickle, and its storages."""
         start = file.tell()
-        with_words(lambda: walk(Clipped(file), _admit))
+        with_words(lambda: walk(Clipped(file), _names(inert), inert))
         length = file.tell() - start
         file.seek(start)
-        return _load(file.read(length))
+        return _load(file.read(length), inert)
 
-    magic = part()
+    magic, _ = part()
     if type(magic) is not int or magic != LEGACY_MAGIC:
         raise ValueError(f"neither a zip archive nor a stream that begins with {LEGACY_MAGIC:#x}")
-    protocol = part()
+    protocol, _ = part()
     if type(protocol) is not int or protocol != LEGACY_PROTOCOL:
         raise ValueError(f"protocol {shown(protocol)}; allowed: {LEGACY_PROTOCOL}")
     part()  # the writer's byte order and sizes of int: the storages are little-endian on every machine
-    loaded = part()
-    known = {view.storage.key: view.storage for view in _all_views(loaded)}
-    views, keys = _views(loaded, key), part()
+    loaded, known = part(inert)
+    views, (keys, _) = find(loaded), part()
+    needed = {view.storage for view in views.values()}
     if not isinstance(keys, list):
         raise ValueError(f"the keys of its storages are {shown(keys)}; allowed: a list")
     runs = {}
@@ -252,22 +299,12 @@ def _read_legacy(file: BinaryIO, room: Room, key: str | None) -> tuple[dict[str,
             raise ValueError(f"storage {shown(name)} has {count} numbers; allowed: {allowed}")
         if _bytes(storage) > size_of(file) - file.tell():
             raise ValueError(f"storage {shown(name)} has {_bytes(storage)} bytes, and the file ends before them")
+        if storage not in needed:
+            file.seek(_bytes(storage), os.SEEK_CUR)
+            continue
         room.take(_bytes(storage), f"storage {shown(name)}")
         runs[storage] = _run(storage, file.read(_bytes(storage)), _itemsize(views, storage), "<")
     return views, runs
-
-
-def _all_views(loaded: Any) -> list[View]:
-    """Every tensor of a dictionary, and of the dictionaries in it and in those: each has a storage in the file."""
-    found, waiting, seen = [], [loaded], set()
-    while waiting:
-        thing = waiting.pop()
-        if isinstance(thing, View):
-            found.append(thing)
-        elif isinstance(thing, dict | list) and id(thing) not in seen:
-            seen.add(id(thing))
-            waiting += dict.values(thing) if isinstance(thing, dict) else thing
-    return found
 
 
 def _views(loaded: Any, key: str | None) -> dict[str, View]:

@@ -9,7 +9,21 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float, Num
 
 from jaxattn.checked import checked
+from jaxattn.models.translation import Rule, Translation
 from jaxattn.nn.conv import Conv
+
+PACKAGED = Translation(
+    "digit-recognizer-py",
+    {
+        "conv1": "conv_layers.0",
+        "conv2": "conv_layers.3",
+        "conv3": "conv_layers.6",
+        # PyTorch flattens channels first
+        "hidden": Rule("fc_layers.0", {"kernel": "h w i o -> o (i h w)"}),
+        "classifier": "fc_layers.2",
+    },
+    head="classifier",
+)
 
 
 class DigitNet(nnx.Module):
@@ -29,6 +43,8 @@ class DigitNet(nnx.Module):
     >>> nnx.eval_shape(lambda x: DigitNet(rngs=nnx.Rngs(0))(x), jnp.ones((2, 28, 28, 1))).shape
     (2, 10)
     """
+
+    translations = (PACKAGED,)
 
     @checked
     def __init__(self, *, dtype: DTypeLike | None = None, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):

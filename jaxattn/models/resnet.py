@@ -5,16 +5,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.nnx.nn import dtypes
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float, Num
 
 from jaxattn.attention import merge_attentions
-from jaxattn.checked import checked
+from jaxattn.checked import Natural, checked
 from jaxattn.einsum import einsum
 from jaxattn.halo import shard_count, split_attention, split_pad
 from jaxattn.models.residual import check_rates, check_rngs, depth_rates, drop_path, run_block
+from jaxattn.models.translation import Rule, Table, Translation, under
 from jaxattn.nn.attention import Attention
 from jaxattn.nn.conv import Conv
 from jaxattn.nn.grid import Splittable
@@ -24,6 +26,14 @@ from jaxattn.window import Window
 MIXES = ("conv", "attention")
 STEMS = ("cifar", "imagenet")
 EXPANSION = {"basic": 1, "bottleneck": 4}
+# a block's names in timm's and torchvision's files, which are the same; its layers are numbered from one
+PYTORCH: Table = {
+    **{f"layers.{n}": f"conv{n + 1}" for n in range(3)},
+    **{f"layers.{n}.layer": f"conv{n + 1}" for n in range(3)},
+    **{f"norms.{n}": f"bn{n + 1}" for n in range(3)},
+    "shortcut": "downsample.0",
+    "shortcut_norm": "downsample.1",
+}
 he_init = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
@@ -241,7 +251,7 @@ class ResNet(Splittable):
     Args:
       stage_sizes: blocks per stage; stage n has width · 2ⁿ features, and each stage but the first halves the grid.
       block: "basic" (two 3 × 3) or "bottleneck" (1 × 1, 3 × 3, 1 × 1 to four times the features).
-      num_classes: size of the output.
+      num_classes: size of the output; 0 leaves the last layer out, for pooled features.
       in_features: channels of the images.
       width: features of the first stage.
       stem: "imagenet" (7 × 7 of stride 2, then a 3 × 3 max pool of stride 2) or "cifar" (3 × 3; for small images).
@@ -278,7 +288,7 @@ class ResNet(Splittable):
         stage_sizes: Size,
         *,
         block: str = "bottleneck",
-        num_classes: int = 10,
+        num_classes: Natural = 10,
         in_features: int = 3,
         width: int = 64,
         stem: str = "cifar",
@@ -305,6 +315,10 @@ class ResNet(Splittable):
         check_rates("ResNet", drop_path=drop_path)
         self.in_features = in_features
         self.remat = remat
+        first = 1 if stem == "cifar" else 4
+        self.strides = tuple(first * 2**n for n in range(len(stage_sizes)))
+        self.widths = tuple(width * 2**n * EXPANSION[block] for n in range(len(stage_sizes)))
+        self.ends = tuple(int(n) for n in np.cumsum(stage_sizes))  # blocks before and in each stage
         rates = iter(depth_rates(drop_path, sum(stage_sizes)))
         kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.stem, self.stem_pool = _stem(stem, stem_mix, in_features, width, num_heads, **kwargs)
@@ -329,12 +343,23 @@ class ResNet(Splittable):
                 features = width * 2**stage * EXPANSION[block]
         self.blocks = nnx.List(blocks)
         # dtype is left to promotion: bfloat16 features and float32 weights make float32 logits, as a loss wants them
-        self.head = nnx.Linear(features, num_classes, param_dtype=param_dtype, rngs=rngs)
+        head = nnx.Linear(features, num_classes, param_dtype=param_dtype, rngs=rngs) if num_classes else None
+        self.head = nnx.data(head)
 
-    def features(
+    @property
+    def translations(self) -> tuple[Translation, ...]:
+        """timm's names and torchvision's, whose blocks are counted within their stages."""
+        table: dict[str, str | Rule] = {"stem": "conv1", "stem_norm": "bn1", "head": "fc"}
+        for stage, (start, end) in enumerate(zip((0, *self.ends[:-1]), self.ends, strict=True), 1):
+            for n in range(start, end):
+                table |= under(f"blocks.{n}", f"layer{stage}.{n - start}", PYTORCH)
+        return (Translation("timm", table),)
+
+    def pyramid(
         self, images: Num[ArrayLike, "..."], *, sow_weights: bool = False, rngs: nnx.Rngs | None = None
-    ) -> Float[Array, "*batch height width features"]:
-        """The last block's output, before the mean over the grid."""
+    ) -> list[Float[Array, "..."]]:
+        """The features of every stage, `[*batch, height / stride, width / stride, features]` with the sizes in
+        `strides` and `widths`."""
         images = jnp.asarray(images)
         if images.ndim < 3 or images.shape[-1] != self.in_features:
             raise ValueError(
@@ -343,20 +368,29 @@ class ResNet(Splittable):
         check_rngs("ResNet", rngs, drop_path=self.blocks[-1].drop_path)
         x = jax.nn.relu(self.stem_norm(self.stem(images)))
         x = x if self.stem_pool is None else max_pool(x, *self.stem_pool, axis_name=self.axis_name)
-        for block in self.blocks:
+        features = []
+        for n, block in enumerate(self.blocks, 1):
             x = run_block(block, x, sow_weights=sow_weights, rngs=rngs, remat=self.remat)
-        return x
+            features += [x] if n in self.ends else []
+        return features
+
+    def features(
+        self, images: Num[ArrayLike, "..."], *, sow_weights: bool = False, rngs: nnx.Rngs | None = None
+    ) -> Float[Array, "*batch height width features"]:
+        """The last block's output, before the mean over the grid."""
+        return self.pyramid(images, sow_weights=sow_weights, rngs=rngs)[-1]
 
     def __call__(
         self, images: Num[ArrayLike, "..."], *, sow_weights: bool = False, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "*batch classes"]:
-        """Logits of `images` `[*batch, height, width, in_features]`.
+        """Logits of `images` `[*batch, height, width, in_features]`; with `num_classes=0`, the pooled features.
 
         With `sow_weights`, each attention's weights are stored for `nnx.capture`:
         `logits, weights = nnx.capture(model, nnx.Intermediate)(images, sow_weights=True)`. `rngs` is for `drop_path`.
         """
         x = self.features(images, sow_weights=sow_weights, rngs=rngs).mean(axis=(-3, -2))
-        return self.head(x if self.axis_name is None else jax.lax.pmean(x, self.axis_name))
+        x = x if self.axis_name is None else jax.lax.pmean(x, self.axis_name)
+        return x if self.head is None else self.head(x)
 
 
 def _stem(

@@ -11,10 +11,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float, Num
 
-from jaxattn.checked import checked
+from jaxattn.checked import Natural, checked
 from jaxattn.halo import shard_count
+from jaxattn.models.backbone import linear_head, scale, scaled
 from jaxattn.models.gelu import gelu
 from jaxattn.models.residual import check_rates, check_rngs, depth_rates, drop_path, run_block
+from jaxattn.models.translation import Translation
+from jaxattn.models.vit_names import translations_of
 from jaxattn.nn.attention import Attention
 from jaxattn.nn.conv import Conv
 from jaxattn.nn.gated import GPSA
@@ -96,19 +99,29 @@ class TokenMixer(Splittable):
 
 
 class MLP(Splittable):
-    """W₂ gelu(W₁ x + b₁) + b₂, with gelu by erf, and dropout after each linear map."""
+    """W₂ φ(W₁ x + b₁) + b₂, with φ the gelu by erf unless given, and dropout after each linear map."""
 
-    def __init__(self, width: int, hidden: int, *, dropout: float, **kwargs: Any):
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        *,
+        dropout: float,
+        activation: Callable[[Array], Array] = gelu,
+        **kwargs: Any,
+    ):
+        self.activation = activation
         self.first, self.second = nnx.Linear(width, hidden, **kwargs), nnx.Linear(hidden, width, **kwargs)
         self.dropout = nnx.Dropout(dropout)
 
     def __call__(self, x: Float[Array, "*batch width"], *, rngs: nnx.Rngs | None = None):
-        hidden = self.dropout(gelu(self.first(x)), rngs=rngs)
+        hidden = self.dropout(self.activation(self.first(x)), rngs=rngs)
         return self.dropout(self.second(hidden), rngs=rngs)
 
 
 class Block(Splittable):
-    """A transformer's block: x + mix(norm(x)), and then x + MLP(norm(x)); or with the norm after the sum, "post".
+    """A transformer's block: x + mix(norm(x)), and then x + MLP(norm(x)); or with the norm after the sum, "post". With
+    `layer_scale`, a factor for each feature of each branch, which begins there.
 
     `axes` of tokens come in: 3 for a volume, 2 for a grid, 1 for a sequence.
     """
@@ -127,30 +140,44 @@ class Block(Splittable):
         drop_path_rate: float,
         dropout: float,
         kernel_init: Callable[..., Any],
+        layer_scale: float | None = None,
+        activation: Callable[[Array], Array] = gelu,
+        epsilon: float = 1e-6,
         **kwargs: Any,
     ):
         self.axes, self.post = axes, norm == "post"
         self.mix = TokenMixer(
             width, num_heads, mix, window=window, qkv_bias=qkv_bias, kernel_init=kernel_init, **kwargs
         )
-        self.mlp = MLP(width, mlp_dim, dropout=dropout, kernel_init=kernel_init, **kwargs)
-        self.mix_norm, self.mlp_norm = layer_norm(width, **kwargs), layer_norm(width, **kwargs)
+        self.mlp = MLP(width, mlp_dim, dropout=dropout, activation=activation, kernel_init=kernel_init, **kwargs)
+        self.mix_norm, self.mlp_norm = (layer_norm(width, epsilon, **kwargs) for _ in range(2))
+        self.gamma1, self.gamma2 = (scale(width, layer_scale, kwargs["param_dtype"]) for _ in range(2))
         self.dropout, self.drop_path = nnx.Dropout(dropout), drop_path(drop_path_rate, axes + 1)
 
     def __call__(self, x: Float[Array, "*batch width"], *, sow_weights: bool = False, rngs: nnx.Rngs | None = None):
         def mix(x):
             return self.dropout(self.mix(x, axes=self.axes, sow_weights=sow_weights), rngs=rngs)
 
-        for branch, norm in ((mix, self.mix_norm), (partial(self.mlp, rngs=rngs), self.mlp_norm)):
+        mlp = partial(self.mlp, rngs=rngs)
+        for branch, norm, gamma in ((mix, self.mix_norm, self.gamma1), (mlp, self.mlp_norm, self.gamma2)):
             y = branch(x) if self.post else branch(norm(x))
-            x = x + self.drop_path(y, rngs=rngs)
+            x = x + self.drop_path(scaled(y, gamma), rngs=rngs)
             x = norm(x) if self.post else x
         return x
 
 
-def layer_norm(width: int, **kwargs: Any) -> nnx.LayerNorm:
+def layer_norm(width: int, epsilon: float = 1e-6, **kwargs: Any) -> nnx.LayerNorm:
     """With ViT's epsilon; its statistics are in float32, or in float64."""
-    return nnx.LayerNorm(width, epsilon=1e-6, **kwargs)
+    return nnx.LayerNorm(width, epsilon=epsilon, **kwargs)
+
+
+def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """x σ(1.702 x), with which OpenAI's CLIP was trained.
+
+    >>> [round(y, 4) for y in quick_gelu(jnp.array([-1.0, 0.0, 1.0])).tolist()]
+    [-0.1542, 0.0, 0.8458]
+    """
+    return x * jax.nn.sigmoid(1.702 * x)
 
 
 class ViT(Splittable):
@@ -167,7 +194,7 @@ class ViT(Splittable):
       image_size: of the images, in pixels: an int, or (height, width).
       patch_size: the side of a patch, or (height, width); it divides the image's.
       in_features: channels of the images.
-      num_classes: size of the output.
+      num_classes: size of the output; 0 leaves the last layer out, for pooled features.
       width: features of a token.
       depth: blocks.
       num_heads: of every mixing layer. "gpsa" takes a square, and all but "quadratic" one that divides `width`.
@@ -180,6 +207,13 @@ class ViT(Splittable):
       position: what is added to the patches: "learned" (and for a class token that joins first, one of its own),
         "sincos2d" (see `sincos_2d`; 4 divides `width`), or "none".
       norm: "pre", before each layer and the head, or "post", after each sum, as BERT has it.
+      norm_before: whether there is one more before the first block, and no bias in the patches, as CLIP has it.
+      registers: tokens of no place that join with the class token, after it (Darcet et al. 2023, arXiv 2309.16588).
+      class_position: whether a class token that joins first has a position, where these are learned.
+      layer_scale: what a factor for each feature of each branch begins at (Touvron et al. 2021, arXiv 2103.17239);
+        None: there are none.
+      activation: of the MLPs; None is the gelu by erf.
+      epsilon: of the norms.
       qkv_bias: whether query, key and value have biases.
       drop_path: rate of stochastic depth in the last block; it rises linearly with depth (`depth_rates`).
       dropout: after the position and every linear map but query, key and value, in training.
@@ -210,7 +244,7 @@ class ViT(Splittable):
         image_size: Size,
         patch_size: Size,
         in_features: int,
-        num_classes: int,
+        num_classes: Natural,
         width: int,
         depth: int,
         num_heads: int,
@@ -221,6 +255,12 @@ class ViT(Splittable):
         pool: str | None = None,
         position: str = "learned",
         norm: str = "pre",
+        norm_before: bool = False,
+        registers: Natural = 0,
+        class_position: bool = True,
+        layer_scale: float | None = None,
+        activation: Callable[[Array], Array] | None = None,
+        epsilon: float = 1e-6,
         qkv_bias: bool = True,
         drop_path: float = 0.0,
         dropout: float = 0.0,
@@ -238,35 +278,50 @@ class ViT(Splittable):
         mixes = (mix,) * depth if isinstance(mix, str) or callable(mix) else tuple(mix)
         check_rates("ViT", drop_path=drop_path, dropout=dropout)
         _check_names(self.pool, position, norm, class_token, width)
+        if registers < 0 or (registers and not class_token):
+            raise ValueError(f"ViT: registers (={registers}) must be 0 without a class token, and at least 0 with one")
         _check_mixes(mixes, depth, class_token, window, self._grid(self.image_size))
         self.joins = _joins(mixes) if class_token else depth
 
         kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.patches = Conv(in_features, width, self.patch_size, self.patch_size, padding="VALID", **kwargs)
-        self._make_tokens(class_token, width, param_dtype, rngs)
+        self.strides, self.widths = (self.patch_size[0],), (width,)
+        self.patches = Conv(
+            in_features, width, self.patch_size, self.patch_size, padding="VALID", use_bias=not norm_before, **kwargs
+        )
+        self._make_tokens(class_token, class_position, registers, width, param_dtype, rngs)
+        self.norm_before = layer_norm(width, epsilon, **kwargs) if norm_before else nnx.data(None)
         self.dropout = nnx.Dropout(dropout)
         make = partial(
             Block, width, num_heads, mlp_dim, norm=norm, window=window, qkv_bias=qkv_bias, dropout=dropout,
-            kernel_init=kernel_init, **kwargs,
+            kernel_init=kernel_init, layer_scale=layer_scale, activation=activation or gelu, epsilon=epsilon, **kwargs,
         )  # fmt: skip
         rates = depth_rates(drop_path, depth)
         self.blocks = nnx.List(
             [make(mix, axes=2 if n < self.joins else 1, drop_path_rate=rates[n]) for n, mix in enumerate(mixes)]
         )
-        self.norm = layer_norm(width, **kwargs) if norm == "pre" else nnx.data(None)
-        # dtype is left to promotion: bfloat16 features and float32 weights make float32 logits, as a loss wants them
-        self.head = nnx.Linear(width, num_classes, kernel_init=small_init, param_dtype=param_dtype, rngs=rngs)
+        self.norm = layer_norm(width, epsilon, **kwargs) if norm == "pre" else nnx.data(None)
+        self.head = linear_head(width, num_classes, small_init, param_dtype=param_dtype, rngs=rngs)
 
-    def _make_tokens(self, class_token: bool, width: int, dtype: Any, rngs: nnx.Rngs):
+    @property
+    def translations(self) -> tuple[Translation, ...]:
+        """timm's names, the authors' of DeiT III, and Hugging Face's of ViT and DINOv2."""
+        layers = [block.mix.layer for block in self.blocks]
+        gated = {n: vars(layer)["gate"].shape[0] for n, layer in enumerate(layers) if isinstance(layer, GPSA)}
+        return translations_of(gated)
+
+    def _make_tokens(
+        self, class_token: bool, class_position: bool, registers: int, width: int, dtype: Any, rngs: nnx.Rngs
+    ):
         """The parameters that are added to the patches, or stand beside them."""
 
         def table(*shape):
             return nnx.Param(small_init(rngs.params(), (*shape, width), dtype))
 
-        learned, first = self.position_kind == "learned", class_token and self.joins == 0
+        learned, first = self.position_kind == "learned", class_token and class_position and self.joins == 0
         self.position = table(*self._grid(self.image_size)) if learned else nnx.data(None)
         self.class_token = table() if class_token else nnx.data(None)
         self.class_position = table() if learned and first else nnx.data(None)
+        self.registers = table(registers) if registers else nnx.data(None)
 
     def _grid(self, size: Sequence[int]) -> tuple[int, int]:
         """The grid of the patches of an image of `size` (height, width)."""
@@ -292,17 +347,18 @@ class ViT(Splittable):
     def _join(
         self, x: Float[Array, "*batch height width features"], token: Float[Array, "features"]
     ) -> Float[Array, "*batch tokens features"]:
-        """The class token, and then all others."""
+        """The class token, the registers, and then all others."""
         token = token if self.class_position is None else token + self.class_position[...]
+        tokens = token[None] if self.registers is None else jnp.concatenate([token[None], self.registers[...]])
         batch, features = x.shape[:-3], x.shape[-1]
-        first = jnp.broadcast_to(token.astype(x.dtype), (*batch, 1, features))
+        first = jnp.broadcast_to(tokens.astype(x.dtype), (*batch, *tokens.shape))
         return jnp.concatenate([first, x.reshape(*batch, -1, features)], axis=-2)
 
     def features(
         self, images: Num[ArrayLike, "..."], *, sow_weights: bool = False, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "..."]:
         """The last norm's output: a grid `[*batch, height, width, features]`, or with a class token a sequence
-        `[*batch, 1 + height · width, features]`."""
+        `[*batch, 1 + registers + height · width, features]`."""
         images = jnp.asarray(images)
         self._check_images(images)
         if self.axis_name is not None and self.class_token is not None:
@@ -317,13 +373,14 @@ class ViT(Splittable):
                 x = self._join(x, self.class_token[...])
             # what joins first is dropped with the rest, after the position
             x = self.dropout(x, rngs=rngs) if n == 0 else x
+            x = self.norm_before(x) if n == 0 and self.norm_before is not None else x
             x = run_block(block, x, sow_weights=sow_weights, rngs=rngs, remat=self.remat)
         return x if self.norm is None else self.norm(x)
 
     def __call__(
         self, images: Num[ArrayLike, "..."], *, sow_weights: bool = False, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "*batch classes"]:
-        """Logits of `images` `[*batch, height, width, in_features]`.
+        """Logits of `images` `[*batch, height, width, in_features]`; with `num_classes=0`, the pooled features.
 
         Args:
           images: of `image_size`; where the position is not learned, of any size that the patches divide.
@@ -334,8 +391,25 @@ class ViT(Splittable):
         x = self.features(images, sow_weights=sow_weights, rngs=rngs)
         if self.class_token is None:
             x = x.mean(axis=(-3, -2))
-            return self.head(x if self.axis_name is None else jax.lax.pmean(x, self.axis_name))
-        return self.head(x[..., 0, :] if self.pool == "token" else x[..., 1:, :].mean(axis=-2))
+            x = x if self.axis_name is None else jax.lax.pmean(x, self.axis_name)
+        else:
+            x = x[..., 0, :] if self.pool == "token" else x[..., self._first_patch :, :].mean(axis=-2)
+        return x if self.head is None else self.head(x)
+
+    def pyramid(
+        self, images: Num[ArrayLike, "..."], *, sow_weights: bool = False, rngs: nnx.Rngs | None = None
+    ) -> list[Float[Array, "..."]]:
+        """The last norm's output as a grid, without the class token and registers: the one stage of `strides`."""
+        x = self.features(images, sow_weights=sow_weights, rngs=rngs)
+        if self.class_token is not None:
+            rows, columns = self._grid(jnp.shape(images)[-3:-1])
+            x = x[..., self._first_patch :, :].reshape(*x.shape[:-2], rows, columns, x.shape[-1])
+        return [x]
+
+    @property
+    def _first_patch(self) -> int:
+        """How many tokens stand before the patches."""
+        return 1 if self.registers is None else 1 + self.registers.shape[0]
 
     def centers(self) -> Float[np.ndarray, "layers heads 2"]:
         """Where the heads of each "quadratic" layer look, in tokens: rows and columns away from the query."""

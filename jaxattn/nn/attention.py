@@ -48,8 +48,8 @@ class Attention(GridModule):
       grid: the tokens along each axis of the input, all of which see each other: `Window(grid)`, on no other grid.
       rank: how many axes the grid has; an int for `window` or `grid` is then every axis's. None: as many as these have,
         and one where they are ints; the input is then `[tokens, in_features]` or `[batch, tokens, in_features]`.
-        Without a window or a grid, None is `nnx.MultiHeadAttention`'s one axis of tokens after any batch axes; with a `rank`
-        all tokens of the grid see each other, and masks, biases and segments are those of their sequence, row-major.
+        Without a window or a grid, None is `nnx.MultiHeadAttention`'s one axis of tokens after any batch axes; with a
+        `rank` all tokens of the grid see each other, and masks, biases and segments are those of their sequence.
       relative_bias: learns b, `[num_heads, *(2k-1)]`. Needs a window or a grid.
       key_embedding: learns r. True: a table per head, `[num_heads, *(2k-1), head_dim]`. "shared": one for all heads.
         "factorized": a table per head and axis, `[num_heads, 2k-1, head_dim / rank]`, an offset's embedding being its

@@ -1,0 +1,71 @@
+"""Tables of one window or grid as those of another, as timm resizes them."""
+
+import math
+
+import jax
+import numpy as np
+
+from jaxattn.models.translation import Entry
+
+
+def resize_flat_table(table: np.ndarray, entry: Entry) -> np.ndarray:
+    """A relative bias `[offsets, heads]` of a square window for the window of ours, `[heads, *offsets]`.
+
+    Where the offsets of the one window stand among those of the other is a geometric series from the middle, and
+    between them values are interpolated linearly (BEiT, Bao et al. 2022, arXiv 2106.08254, with timm's interpolation).
+
+    >>> from jaxattn.models.translation import layout
+    >>> entry = Entry(["bias"], [(1, 5, 5)], [layout("head row column -> (row column) head")])
+    >>> resize_flat_table(np.arange(9.0)[:, None], entry).reshape(5, 5)[2]
+    array([3., 3., 4., 5., 5.])
+    """
+    heads, *sizes = entry.shapes[0]
+    side = math.isqrt(len(table))
+    if table.ndim != 2 or side * side != len(table) or side < 3 or table.shape[1] != heads:
+        return table  # no square window's; what compares the shapes says so
+    found = table.reshape(side, side, heads).astype(np.float64)
+    for axis, size in enumerate(sizes):
+        if size != side:
+            places, offsets = _places(side, size), np.arange(size) - size // 2
+            found = np.apply_along_axis(lambda values: np.interp(offsets, places, values), axis, found)  # noqa: B023
+    return found.reshape(-1, heads).astype(table.dtype)
+
+
+def resize_table(table: np.ndarray, entry: Entry) -> np.ndarray:
+    """The same of a table `[heads, *offsets]`.
+
+    >>> from jaxattn.models.translation import layout
+    >>> entry = Entry(["bias"], [(1, 5, 5)], [layout("a b c -> a b c")])
+    >>> resize_table(np.ones((1, 3, 3)), entry).shape
+    (1, 5, 5)
+    """
+    if table.ndim != 3 or len(table) != entry.shapes[0][0] or table.shape[1] != table.shape[2]:
+        return table
+    flat = resize_flat_table(table.reshape(len(table), -1).T, entry)
+    return flat.T.reshape(entry.shapes[0]) if flat.shape[0] * flat.shape[1] == math.prod(entry.shapes[0]) else table
+
+
+def _places(size: int, other: int) -> np.ndarray:
+    """Where `size` offsets stand on an axis of `other`: 0, ±1, ±(1 + q), ±(1 + q + q²) ..., out to the last of them."""
+    low, high = 1.01, 1.5
+    q = (low + high) / 2
+    while high - low > 1e-6:
+        q = (low + high) / 2
+        low, high = (low, q) if (1 - q ** (size // 2)) / (1 - q) > other // 2 else (q, high)
+    half = np.cumsum(q ** np.arange(size // 2))
+    return np.concatenate([-half[::-1], [0], half])
+
+
+def resize_positions(position: np.ndarray, prefix: int, grid: tuple[int, int]) -> np.ndarray:
+    """Learned positions `[1, prefix + n², features]` of a square grid for another: bicubic, with antialiasing.
+
+    >>> resize_positions(np.ones((1, 1 + 4, 3)), 1, (3, 4)).shape
+    (1, 13, 3)
+    """
+    before, table = np.split(position, [prefix], axis=-2)
+    side = math.isqrt(table.shape[-2])
+    if side * side != table.shape[-2]:
+        return position  # no square grid's; what compares the shapes says so
+    table = table.reshape(side, side, -1)
+    wide = np.asarray(jax.image.resize(table, (*grid, table.shape[-1]), "cubic"))
+    return np.concatenate([before, wide.reshape(*before.shape[:-2], -1, before.shape[-1])], axis=-2)

@@ -1,0 +1,167 @@
+"""What every network with published weights has: names in PyTorch that lead there and back, a pyramid of features, and
+pooled features without a head. Nothing here needs PyTorch; `test_networks_timm` compares values with it."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+import jaxattn
+from jaxattn import models, pretrained
+from jaxattn.train.sharding import split_grid
+
+STAGES = ((1, 3, 1, 1, 8), (2, 5, 2, 2, 12), (1, 3, 2, 3, 12), (1, 3, 1, 3, 16))
+SMALL = {  # constructor, arguments, an image's size, timm's name of some array and its shape
+    "resnet": (models.ResNet, {"stage_sizes": (1, 2), "stem": "imagenet"}, (32, 40), "layer2.1.conv3.weight",
+               (512, 128, 1, 1)),
+    "efficientnet": (models.EfficientNet, {"stages": STAGES}, (32, 40), "blocks.1.0.conv_dw.weight", (16, 1, 5, 5)),
+    "convnext": (models.ConvNeXt, {"depths": (1, 2), "widths": (8, 16)}, (32, 40), "stages.1.blocks.1.mlp.fc1.weight",
+                 (64, 16)),
+    "convnextv2": (models.ConvNeXt, {"depths": (1, 1), "widths": (8, 16), "version": 2, "pointwise": True}, (32, 40),
+                   "stages.1.blocks.0.mlp.fc1.weight", (64, 16, 1, 1)),
+    "swin": (models.Swin, {"depths": (1, 2), "width": 8, "num_heads": (2, 2), "window": (4, 3)}, (32, 44),
+             "layers.1.blocks.1.attn.relative_position_bias_table", (35, 2)),
+    "swinv2": (models.Swin, {"depths": (1, 2), "width": 8, "num_heads": (2, 2), "window": 4, "version": 2}, (32, 44),
+               "layers.1.blocks.1.attn.q_bias", (16,)),
+    "nat": (models.NAT, {"depths": (1, 2), "width": 8, "num_heads": (2, 2), "window": 3, "layer_scale": 1.0}, (32, 40),
+            "levels.1.blocks.1.attn.rpb", (2, 5, 5)),
+    "maxvit": (models.MaxViT, {"depths": (1, 1), "widths": (32, 64), "stem": 8, "image_size": 64}, (32, 64),
+               "stages.1.blocks.0.attn_grid.attn.rel_pos.relative_position_bias_table", (2, 3, 3)),
+    "coatnet": (models.CoAtNet, {"depths": (1,) * 4, "widths": (8, 32, 32, 32), "stem": (4, 8), "image_size": (32, 64)},
+                (32, 64), "stages.2.blocks.0.attn.qkv.weight", (96, 32, 1, 1)),
+    "vit": (models.vit_tiny8, {"image_size": (32, 40), "patch_size": 8, "in_features": 3, "class_token": True,
+                               "registers": 2, "layer_scale": 1.0}, (32, 40), "pos_embed", (1, 21, 64)),
+}  # fmt: skip
+
+
+def abstract(make, **kwargs):
+    return nnx.eval_shape(lambda: make(**kwargs, rngs=nnx.Rngs(0)))
+
+
+def randomize(model):
+    """Every parameter and statistic from N(0, 1/4)."""
+    rng = np.random.default_rng(0)
+    for _, variable in nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))):
+        variable.set_value(jnp.asarray(rng.normal(size=variable.shape) / 2, variable.dtype))
+    return model
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_weights_go_there_and_back(name):
+    """Each array of PyTorch's holds each of our numbers once: what was written is read, and all of it is used."""
+    make, kwargs, _, key, shape = SMALL[name]
+    model = abstract(make, **kwargs)
+    randomize(model)
+    arrays = pretrained.torch_arrays(model)
+    assert arrays[key].shape == shape
+    for translation in model.translations:
+        entries = translation.entries(model)
+        parts = [path for entry in entries.values() for path in entry.ours]
+        assert len(parts) == len(set(parts)) == len(nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))))
+        assert sum(math.prod(entry.shape) for entry in entries.values()) == sum(map(np.size, arrays.values()))
+    other = abstract(make, **kwargs)
+    pretrained.fill(other, arrays)
+    states = [nnx.to_pure_dict(nnx.state(m, (nnx.Param, nnx.BatchStat))) for m in (model, other)]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_features(name):
+    """A pyramid of the sizes that `strides` and `widths` say, its last one pooled without a head, and bfloat16."""
+    make, kwargs, size, _, _ = SMALL[name]
+    images = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)
+    model = abstract(make, **kwargs, num_classes=0)
+    pyramid, pooled = nnx.eval_shape(lambda m, x: (m.pyramid(x), m(x)), model, images)
+    assert [f.shape for f in pyramid] == [
+        (2, *(-(-n // stride) for n in size), width) for stride, width in zip(model.strides, model.widths, strict=True)
+    ]
+    assert pooled.ndim == 2
+    assert make is models.EfficientNet or pooled.shape[-1] == model.widths[-1]
+    half = abstract(make, **kwargs, num_classes=7, dtype=jnp.bfloat16)
+    pyramid, logits = nnx.eval_shape(lambda m, x: (m.pyramid(x), m(x)), half, images)
+    assert {f.dtype for f in pyramid} == {jnp.dtype(jnp.bfloat16)}
+    assert (logits.shape, logits.dtype) == ((2, 7), jnp.float32)
+    with pytest.raises(ValueError, match=rf"{type(model).__name__}: images \(=\(2, 8, 8, 1\)\) must be \[\*batch, "):
+        nnx.eval_shape(lambda m: m(jnp.ones((2, 8, 8, 1))), model)
+
+
+def test_published():
+    """Each published network says where its weights are, by which licence, and what its images went through."""
+    image = np.full((64, 80, 3), 255, np.uint8)
+    for name in pretrained.names():
+        record = pretrained.published(name)
+        assert record.source.count("/") == 1, name
+        assert record.licence, name
+        make = record.make.func if isinstance(record.make, functools.partial) else record.make
+        assert getattr(models, make.__name__) is make, name  # of the table of parameter counts
+    for step in {record.preprocess._replace(size=16) for record in map(pretrained.published, pretrained.names())}:
+        seen = step(image)
+        expected = (1 - np.array(step.mean)) / np.array(step.std)
+        np.testing.assert_allclose(seen, np.broadcast_to(expected, (16, 16, 3)), atol=1e-5)
+
+
+def swin(image_size, **kwargs):
+    return models.Swin((2, 2), 8, (2, 2), window=4, image_size=image_size, num_classes=5, **kwargs, rngs=nnx.Rngs(0))
+
+
+def test_remix_keeps_every_weight():
+    """A window that is the whole grid is everyone's neighbourhood; else another network, which can be trained."""
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 16, 3)), jnp.float32)
+    model = randomize(models.Swin((2,), 8, (2,), window=4, image_size=16, num_classes=5, rngs=nnx.Rngs(0)))
+    same = jaxattn.remix(model, "neighborhood")
+    np.testing.assert_allclose(same(images), model(images), rtol=1e-4, atol=1e-4)
+    larger = jnp.asarray(np.random.default_rng(1).normal(size=(1, 32, 44, 3)), jnp.float32)
+    model = randomize(swin(32))
+    before, changed = pretrained.torch_arrays(model), jaxattn.remix(model, "neighborhood", stages=[0])
+    after = pretrained.torch_arrays(changed)
+    assert before.keys() == after.keys()
+    for name, array in before.items():
+        np.testing.assert_array_equal(after[name], array, err_msg=name)
+    kinds = [[type(block.mix).__name__ for block in stage.blocks] for stage in changed.stages]
+    assert kinds == [["Neighborhood"] * 2, ["WindowAttention"] * 2]
+    assert type(model.stages[0].blocks[0].mix).__name__ == "WindowAttention"  # the model itself stays
+    graphdef, params = nnx.split(changed)
+    loss, gradients = jax.jit(jax.value_and_grad(lambda p: (nnx.merge(graphdef, p)(larger) ** 2).sum()))(params)
+    assert np.isfinite(loss)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+    assert not np.allclose(changed(larger), model(larger), rtol=1e-2, atol=1e-2)
+
+
+def test_remix_refuses():
+    with pytest.raises(ValueError, match=r"remix: to \(='window'\) must be 'neighborhood'"):
+        jaxattn.remix(swin(16), "window")
+    with pytest.raises(ValueError, match=r"remix: stages \(=\[2\]\) must be from 0 to 1"):
+        jaxattn.remix(swin(16), "neighborhood", stages=[2])
+    for model in (swin(16, version=2), models.tiny(rngs=nnx.Rngs(0))):
+        with pytest.raises(ValueError, match=r"must have windows with a bias for each offset: a Swin of version 1"):
+            jaxattn.remix(model, "neighborhood")
+
+
+MESHED = {
+    "swin": lambda: swin(64),
+    "swinv2": lambda: swin(64, version=2),
+    "nat": lambda: models.NAT((2,), 8, (2,), window=3, dilations=(2,), num_classes=5, rngs=nnx.Rngs(0)),
+    "convnext": lambda: models.ConvNeXt((1, 1), (8, 16), version=2, num_classes=5, rngs=nnx.Rngs(0)),
+}
+
+
+@pytest.mark.core(2)
+@pytest.mark.parametrize("name", MESHED)
+def test_a_grid_that_is_split(name):
+    """Over two devices, as over one."""
+    model = randomize(MESHED[name]())
+    model.eval()
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(1, 64, 64, 3)), jnp.float32)
+    expected = model(images)
+    split_grid(model, "space")
+    graphdef, state = nnx.split(model)
+    mesh = jax.sharding.Mesh(jax.devices()[:2], "space")
+    run = jax.shard_map(
+        lambda s, x: nnx.merge(graphdef, s)(x), mesh=mesh, in_specs=(P(), P(None, "space")), out_specs=P()
+    )
+    np.testing.assert_allclose(jax.jit(run)(state, images), expected, rtol=1e-4, atol=1e-4)

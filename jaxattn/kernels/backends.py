@@ -3,10 +3,11 @@
 from jaxattn.kernels.backend import Backend
 from jaxattn.kernels.operands import Operands, Options
 from jaxattn.kernels.reference import REFERENCE
+from jaxattn.kernels.tpu.backend import TPU
 from jaxattn.kernels.xla import XLA
 
 # Unless one is named, the first that supports the operands is taken.
-BACKENDS: tuple[Backend, ...] = (XLA, REFERENCE)
+BACKENDS: tuple[Backend, ...] = (TPU, XLA, REFERENCE)
 
 
 def choose(implementation: str | None, operands: Operands, options: Options) -> tuple[Backend, dict[str, str]]:

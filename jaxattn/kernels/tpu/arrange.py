@@ -1,0 +1,159 @@
+"""Operands as the kernels take them: tokens in the order of tiles, heads side by side in lanes.
+
+A flat array is [entries, *places, lanes]. Where a tile divides the grid, heads fill the lanes and the keys are as they
+are, that is the array itself, seen otherwise: nothing is copied.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array
+
+from jaxattn.kernels.loop import take
+from jaxattn.kernels.operands import hiding_score
+from jaxattn.kernels.tpu.plan import AxisPlan, Heads, Plan
+
+
+def flat_queries(x: Array, plan: Plan) -> Array:
+    """[*batch, *queries, heads, dim] as [entries, *places, members · blocks · lanes]."""
+    heads, rank = plan.heads, len(plan.axes)
+    x = _entries(x, rank)
+    for a, axis in enumerate(plan.axes, 1):
+        x = x if axis.queries is None else pick(x, axis.queries, a)
+    x = x.reshape(*x.shape[:-2], heads.key_heads, heads.members, x.shape[-1])
+    return _padded(jnp.swapaxes(x, -2, -3), heads).reshape(*x.shape[:-3], -1)
+
+
+def flat_keys(x: Array, plan: Plan) -> Array:
+    """[*batch, *keys, key_heads, dim] as [entries, *places, blocks · lanes]."""
+    x = _entries(x, len(plan.axes))
+    for a, axis in enumerate(plan.axes, 1):
+        x = x if axis.keys is None else pick(x, axis.keys, a)
+    return _padded(x, plan.heads).reshape(*x.shape[:-2], -1)
+
+
+def by_query(x: Array, plan: Plan, like: Array) -> Array:
+    """`flat_queries`, undone, for an array of the shape of `like`."""
+    heads = plan.heads
+    x = x.reshape(*x.shape[:-1], heads.members, -1, heads.dim)[..., : heads.key_heads, : like.shape[-1]]
+    x = jnp.swapaxes(x, -2, -3)
+    for a, axis in enumerate(plan.axes, 1):
+        x = x if axis.place is None else pick(x, axis.place, a)
+    return x.reshape(like.shape)
+
+
+def by_key(x: Array, plan: Plan, like: Array) -> Array:
+    """The transpose of `flat_keys`."""
+    shape = jax.ShapeDtypeStruct(like.shape, x.dtype)
+    return jax.linear_transpose(lambda keys: flat_keys(keys, plan), shape)(x)[0]
+
+
+def score_table(relative_bias: Array | None, plan: Plan) -> Array:
+    """What is added to the scores of a tile, [patterns, members, heads abreast of all blocks, queries, keys]: the
+    relative bias, and a score that hides where the window does. Without a relative bias it is [patterns, 1, 1, ...].
+    """
+    hide, rank = hiding_score(jnp.float32), len(plan.axes)
+    seen = jnp.ones((1,) * (1 + 2 * rank), bool)
+    for a, axis in enumerate(plan.axes):
+        one = _spread(_sees(axis), a, rank)
+        seen = (seen[:, None] & one).reshape(-1, *jnp.broadcast_shapes(seen.shape[1:], one.shape[1:]))
+    table = jnp.where(seen.reshape(-1, plan.queries, plan.keys), 0.0, hide).astype(jnp.float32)[:, None, None]
+    if relative_bias is None:
+        return table
+    heads = plan.heads
+    bias = relative_bias.astype(jnp.float32)
+    bias = jnp.where(bias > hide / 2, bias, hide)
+    for axis in plan.axes:  # [heads, the offsets of axes to come, (patterns, queries, columns) of those before]
+        which = (jnp.arange(axis.columns) + axis.relative[..., None])[..., None] == jnp.arange(bias.shape[1])
+        bias = jnp.einsum("hm...,ptcm->h...ptc", bias, which.astype(jnp.float32), precision="highest")
+    bias = jnp.transpose(bias, (*range(1, 3 * rank, 3), 0, *range(2, 3 * rank, 3), *range(3, 3 * rank + 1, 3)))
+    bias = bias.reshape(-1, heads.key_heads, heads.members, plan.queries, plan.keys)
+    bias = jnp.pad(bias, [(0, 0), (0, heads.blocks * heads.abreast - heads.key_heads), *[(0, 0)] * 3])
+    return jnp.where(table > hide / 2, jnp.swapaxes(bias, 1, 2), table)
+
+
+def pick(x: Array, index: np.ndarray, axis: int) -> Array:
+    """Along one axis, zeros where the index is -1. Slices, where the index goes by even steps mostly, as under dilation
+    or a folding boundary: so is its transpose, and neither is a gather."""
+    runs = _runs(index)
+    if len(runs) > 64:
+        return take(x, index, axis)
+    parts = []
+    for first, step, count in runs:
+        if first < 0:
+            parts.append(jnp.zeros((*x.shape[:axis], count, *x.shape[axis + 1 :]), x.dtype))
+        elif step < 0:
+            last = first + step * (count - 1)
+            parts.append(jnp.flip(lax.slice_in_dim(x, last, first + 1, -step, axis), axis))
+        else:
+            parts.append(lax.slice_in_dim(x, first, first + step * (count - 1) + 1, step, axis))
+    return parts[0] if len(parts) == 1 else lax.concatenate(parts, axis)
+
+
+def _runs(index: np.ndarray) -> list[tuple[int, int, int]]:
+    """An index as runs, each (first, step, count) with a step of 0 alone where it is -1."""
+    runs, begin = [], 0
+    while begin < len(index):
+        rest = index[begin:]
+        if rest[0] < 0:
+            same = rest < 0
+            step = 0
+        else:
+            step = int(rest[1] - rest[0]) if len(rest) > 1 and rest[1] >= 0 and rest[1] != rest[0] else 1
+            same = (rest == rest[0] + step * np.arange(len(rest))) & (rest >= 0)
+        count = len(rest) if same.all() else int(np.argmin(same))
+        runs.append((int(rest[0]), step, count))
+        begin += count
+    return runs
+
+
+def _sees(axis: AxisPlan) -> Array:
+    """[patterns, queries, columns]"""
+    column = jnp.arange(axis.columns)
+    return (axis.low[..., None] <= column) & (column < axis.high[..., None])
+
+
+def _spread(x: Array, a: int, rank: int) -> Array:
+    """[patterns, queries, columns] of one axis as [patterns, *queries|1, *columns|1]."""
+    shape = [1] * (2 * rank)
+    shape[a], shape[rank + a] = x.shape[1:]
+    return x.reshape(len(x), *shape)
+
+
+def _entries(x: Array, rank: int) -> Array:
+    """The batch as one axis."""
+    return x.reshape(math.prod(x.shape[: -rank - 2]), *x.shape[-rank - 2 :])
+
+
+def _padded(x: Array, heads: Heads) -> Array:
+    """[..., key_heads, dim], with zeros to whole blocks of whole heads."""
+    missing = heads.blocks * heads.abreast - x.shape[-2], heads.dim - x.shape[-1]
+    return jnp.pad(x, [*[(0, 0)] * (x.ndim - 2), (0, missing[0]), (0, missing[1])]) if any(missing) else x
+
+
+def transposed(table: Array, plan: Plan) -> Array:
+    """A score table as the backward kernel takes it, [patterns, members|1, blocks|1, keys, abreast · queries]."""
+    heads = plan.heads
+    patterns, members, width = table.shape[:3]
+    blocks = width // heads.abreast if width > 1 else 1
+    if width == 1:
+        table = jnp.broadcast_to(table, (patterns, members, heads.abreast, *table.shape[3:]))
+    table = table.reshape(patterns, members, blocks, heads.abreast * plan.queries, plan.keys)
+    return jnp.swapaxes(table, -1, -2)
+
+
+def tiled_rows(x: Array, plan: Plan) -> Array:
+    """[*batch, *queries, heads] as [entries, members, blocks, tile rows, tile columns, abreast · queries]."""
+    heads, rank = plan.heads, len(plan.axes)
+    x = _entries(x[..., None], rank)[..., 0]
+    for a, axis in enumerate(plan.axes, 1):
+        x = x if axis.queries is None else pick(x, axis.queries, a)
+    x = x.reshape(*x.shape[:-1], heads.key_heads, heads.members)
+    x = jnp.pad(x, [*[(0, 0)] * (rank + 1), (0, heads.blocks * heads.abreast - heads.key_heads), (0, 0)])
+    x = x.reshape(len(x), *(n for axis in plan.axes for n in (axis.count, axis.tile)), -1, heads.abreast, heads.members)
+    counts, sizes = range(1, 2 * rank + 1, 2), range(2, 2 * rank + 1, 2)
+    x = jnp.transpose(x, (0, 2 * rank + 3, 2 * rank + 1, *counts, 2 * rank + 2, *sizes))
+    return x.reshape(*x.shape[:3], plan.tile_rows, plan.tile_columns, -1)

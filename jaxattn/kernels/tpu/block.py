@@ -1,0 +1,104 @@
+"""What both kernels do with the arrays of a step: find a tile, load it, and tell its heads apart.
+
+Arrays are seen as 32-bit numbers, `packing` tokens in each: then a slice that begins between two registers is an
+ordinary load. Heads share the lanes, and are told apart by an AND with the lanes of one, never by a slice of lanes.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxattn.kernels.tpu.plan import Heads, Plan
+
+I32, F32 = jnp.int32, jnp.float32
+LOG2E = math.log2(math.e)
+Places = tuple[Any, ...]  # an index along the axes of the grid
+
+
+class Tile(NamedTuple):
+    """One tile: tile row `i`, which may be traced, tile `j` of the row, and its place `at` among those of an iteration.
+    """
+
+    plan: Plan
+    table: Any  # a reference to `plan.table()`
+    i: Any
+    j: int
+    at: int
+
+    @property
+    def pattern(self) -> Any:
+        """Which entry of the score table it has."""
+        last, across = 2 * len(self.plan.looped), self.plan.across
+        pattern = self.table[last, self.i]
+        return pattern if across is None else pattern * len(across.low) + int(across.pattern[self.j])
+
+    def queries(self, packing: int = 1) -> Places:
+        """Where its queries are, in an array that holds `packing` of them in a row."""
+        sizes = [axis.tile for axis in self.plan.axes]
+        return self._places(0, sizes, self.j * sizes[-1], packing)
+
+    def keys(self, packing: int = 1) -> Places:
+        """Where its keys are."""
+        across = self.plan.across
+        sizes = [axis.columns for axis in self.plan.axes]
+        return self._places(1, sizes, 0 if across is None else int(across.start[self.j]), packing)
+
+    def _places(self, which: int, sizes: Sequence[int], across: int, packing: int) -> Places:
+        begin = [self.table[2 * a + which, self.i] for a in range(len(self.plan.looped))]
+        if not self.plan.static:  # whole registers
+            whole = 8 * self.plan.heads.packing
+            first = lax.div(pl.multiple_of(begin[-1], whole), I32(packing))
+            return *map(pl.ds, begin[:-1], sizes[:-1]), pl.ds(pl.multiple_of(first, whole // packing), sizes[-1] // packing)
+        return *map(pl.ds, begin, sizes[:-1]), slice(across // packing, (across + sizes[-1]) // packing)
+
+
+def tiles(plan: Plan, table: Any, iteration: Any) -> list[Tile]:
+    """The tiles of an iteration."""
+    rows, columns = plan.rows, plan.tile_columns
+    return [Tile(plan, table, iteration * I32(rows) + I32(r), j, r * columns + j) for r in range(rows) for j in range(columns)]
+
+
+def load(ref: Any, places: Places, heads: Heads) -> jax.Array:
+    """Tokens as [tokens / packing, lanes] in 32 bits."""
+    x = ref[(0, *places, slice(None))]
+    return x.reshape(-1, heads.lanes)
+
+
+def as_numbers(x: jax.Array, dtype: Any) -> jax.Array:
+    """[tokens, lanes]"""
+    return pltpu.bitcast(x, dtype)
+
+
+def of_head(x: jax.Array, h: int, heads: Heads, other: int = 0) -> jax.Array:
+    """32-bit tokens with the bits `other` in the lanes of all heads but one."""
+    if heads.abreast == 1:
+        return x
+    mine = head_of_lane(x.shape, heads) == h
+    return jnp.where(mine, x, jnp.int32(other))
+
+
+def head_of_lane(shape: tuple[int, ...], heads: Heads) -> jax.Array:
+    """The head to which each lane belongs."""
+    return lax.div(lax.broadcasted_iota(I32, shape, len(shape) - 1), I32(heads.dim))
+
+
+def in_own_lanes(parts: Sequence[jax.Array], heads: Heads) -> jax.Array:
+    """One array from one for each head, of which each gives the lanes of its head."""
+    lanes = head_of_lane(parts[0].shape, heads)
+    whole = parts[0]
+    for h, part in enumerate(parts[1:], 1):
+        whole = jnp.where(lanes == h, part, whole)
+    return whole
+
+
+def product(x: jax.Array, y: jax.Array, contract: tuple[int, int], precision: Any) -> jax.Array:
+    """A product of matrices, summed in float32."""
+    dimensions = (((contract[0],), (contract[1],)), ((), ()))
+    precision = precision if x.dtype == F32 else None
+    return lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=F32)

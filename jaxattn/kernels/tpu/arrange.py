@@ -52,27 +52,44 @@ def by_key(x: Array, plan: Plan, like: Array) -> Array:
 
 
 def score_table(relative_bias: Array | None, plan: Plan) -> Array:
-    """What is added to the scores of a tile, [patterns, members, heads abreast of all blocks, queries, keys]: the
-    relative bias, and a score that hides where the window does. Without a relative bias it is [patterns, 1, 1, ...].
-    """
-    hide, rank = hiding_score(jnp.float32), len(plan.axes)
-    seen = jnp.ones((1,) * (1 + 2 * rank), bool)
-    for a, axis in enumerate(plan.axes):
-        one = _spread(_sees(axis), a, rank)
-        seen = (seen[:, None] & one).reshape(-1, *jnp.broadcast_shapes(seen.shape[1:], one.shape[1:]))
-    table = jnp.where(seen.reshape(-1, plan.queries, plan.keys), 0.0, hide).astype(jnp.float32)[:, None, None]
+    """What is added to the scores of a tile, [patterns, members, blocks, keys, abreast · queries]: the relative bias,
+    and a score that hides where the window does. Without a relative bias it is the same for all members and blocks."""
+    hide, heads = hiding_score(jnp.float32), plan.heads
+    seen = jnp.ones((1, 1, 1), bool)
+    for axis in plan.axes:
+        seen = _outer(seen, _sees(axis))
     if relative_bias is None:
-        return table
-    heads = plan.heads
-    bias = relative_bias.astype(jnp.float32)
-    bias = jnp.where(bias > hide / 2, bias, hide)
-    for axis in plan.axes:  # [heads, the offsets of axes to come, (patterns, queries, columns) of those before]
-        which = (jnp.arange(axis.columns) + axis.relative[..., None])[..., None] == jnp.arange(bias.shape[1])
-        bias = jnp.einsum("hm...,ptcm->h...ptc", bias, which.astype(jnp.float32), precision="highest")
-    bias = jnp.transpose(bias, (*range(1, 3 * rank, 3), 0, *range(2, 3 * rank, 3), *range(3, 3 * rank + 1, 3)))
-    bias = bias.reshape(-1, heads.key_heads, heads.members, plan.queries, plan.keys)
-    bias = jnp.pad(bias, [(0, 0), (0, heads.blocks * heads.abreast - heads.key_heads), *[(0, 0)] * 3])
-    return jnp.where(table > hide / 2, jnp.swapaxes(bias, 1, 2), table)
+        table = jnp.where(seen, 0.0, hide).astype(jnp.float32)[:, None, None]
+        return jnp.tile(table, heads.abreast)
+    seen = jnp.tile(seen.reshape(*[len(axis.low) for axis in plan.axes], plan.keys, plan.queries), heads.abreast)
+    spread, table = _spread(jnp.where(relative_bias > hide / 2, relative_bias, hide), plan), []
+    for at in np.ndindex(*seen.shape[:-2]):
+        box = [slice(axis.offset(p), axis.offset(p) + axis.columns) for axis, p in zip(plan.axes, at, strict=True)]
+        bias = spread[:, :, *box].reshape(*spread.shape[:2], plan.keys, -1)
+        table.append(jnp.where(seen[at], bias, hide))
+    return jnp.stack(table)
+
+
+def _spread(relative_bias: Array, plan: Plan) -> Array:
+    """[members, blocks, *columns, abreast · queries], for columns enough that the box of every pattern is a slice."""
+    heads, rank = plan.heads, len(plan.axes)
+    bias = relative_bias.astype(jnp.float32).reshape(heads.key_heads, heads.members, *relative_bias.shape[1:])
+    bias = jnp.pad(bias, [(0, heads.blocks * heads.abreast - heads.key_heads), *[(0, 0)] * (rank + 1)])
+    bias = jnp.moveaxis(bias.reshape(heads.blocks, heads.abreast, *bias.shape[1:]), 2, 0)
+    for a, axis in enumerate(plan.axes, 3):
+        columns, size = axis.columns + max(map(axis.offset, range(len(axis.low)))), bias.shape[a]
+        begin = [int(axis.relative[:, 0].min()) - axis.step * t for t in range(axis.tile)]
+        before, after = max(0, -min(begin)), max(0, max(begin) + columns - size)
+        padded = jnp.pad(bias, [(before, after) if b == a else (0, 0) for b in range(bias.ndim)])
+        bias = jnp.stack([lax.slice_in_dim(padded, n + before, n + before + columns, axis=a) for n in begin], -1)
+    bias = jnp.moveaxis(bias, 2, 2 + rank)
+    return bias.reshape(*bias.shape[: 2 + rank], -1)
+
+
+def _outer(x: Array, y: Array) -> Array:
+    """[patterns, keys, queries] of some axes and of one more, as of all."""
+    both = x[:, None, :, None, :, None] & y[:, None, :, None, :]
+    return both.reshape(len(x) * len(y), x.shape[1] * y.shape[1], -1)
 
 
 def pick(x: Array, index: np.ndarray, axis: int) -> Array:
@@ -111,16 +128,9 @@ def _runs(index: np.ndarray) -> list[tuple[int, int, int]]:
 
 
 def _sees(axis: AxisPlan) -> Array:
-    """[patterns, queries, columns]"""
-    column = jnp.arange(axis.columns)
-    return (axis.low[..., None] <= column) & (column < axis.high[..., None])
-
-
-def _spread(x: Array, a: int, rank: int) -> Array:
-    """[patterns, queries, columns] of one axis as [patterns, *queries|1, *columns|1]."""
-    shape = [1] * (2 * rank)
-    shape[a], shape[rank + a] = x.shape[1:]
-    return x.reshape(len(x), *shape)
+    """[patterns, keys, queries]"""
+    column = jnp.arange(axis.columns)[:, None]
+    return (axis.low[:, None] <= column) & (column < axis.high[:, None])
 
 
 def _entries(x: Array, rank: int) -> Array:
@@ -134,15 +144,17 @@ def _padded(x: Array, heads: Heads) -> Array:
     return jnp.pad(x, [*[(0, 0)] * (x.ndim - 2), (0, missing[0]), (0, missing[1])]) if any(missing) else x
 
 
-def transposed(table: Array, plan: Plan) -> Array:
-    """A score table as the backward kernel takes it, [patterns, members|1, blocks|1, keys, abreast · queries]."""
-    heads = plan.heads
-    patterns, members, width = table.shape[:3]
-    blocks = width // heads.abreast if width > 1 else 1
-    if width == 1:
-        table = jnp.broadcast_to(table, (patterns, members, heads.abreast, *table.shape[3:]))
-    table = table.reshape(patterns, members, blocks, heads.abreast * plan.queries, plan.keys)
-    return jnp.swapaxes(table, -1, -2)
+def by_row(x: Array, plan: Plan, like: Array) -> Array:
+    """`tiled_rows`, undone, for an array of the shape of `like`: [*batch, *queries, heads]."""
+    heads, rank = plan.heads, len(plan.axes)
+    counts, sizes = ([getattr(axis, name) for axis in plan.axes] for name in ("count", "tile"))
+    x = x.reshape(*x.shape[:3], *counts, heads.abreast, *sizes)
+    grid = [n for a in range(rank) for n in (3 + a, 4 + rank + a)]
+    x = jnp.transpose(x, (0, *grid, 2, 3 + rank, 1))
+    x = x.reshape(len(x), *(axis.places for axis in plan.axes), -1, heads.members)[..., : heads.key_heads, :]
+    for a, axis in enumerate(plan.axes, 1):
+        x = x if axis.place is None else pick(x, axis.place, a)
+    return x.reshape(like.shape)
 
 
 def tiled_rows(x: Array, plan: Plan) -> Array:

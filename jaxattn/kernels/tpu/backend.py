@@ -64,7 +64,7 @@ def forward(operands: Operands, options: Options, *, interpret: bool = False) ->
     )
     shape = (*operands.query.shape[:-1], operands.value.shape[-1])
     output = arrange.by_query(output, plan, jax.ShapeDtypeStruct(shape, output.dtype))
-    lse = [arrange.by_query(x, plan, jax.ShapeDtypeStruct((*shape[:-1], 1), x.dtype))[..., 0] for x in lse]
+    lse = [arrange.by_row(x, plan, jax.ShapeDtypeStruct(shape[:-1], x.dtype)) for x in lse]
     return output, *lse
 
 
@@ -93,7 +93,7 @@ def backward(
         arrange.flat_keys(value, plan),
         arrange.flat_queries(cotangents[0], plan),
         arrange.tiled_rows(cotangents[1], plan) if options.residuals else None,
-        arrange.transposed(table, plan),
+        table,
         operands.scale,
         plan,
         of_table=of_table,
@@ -107,7 +107,7 @@ def backward(
         "value": arrange.by_key(of_value, plan, value),
     }
     if of_table:
-        untransposed = jax.linear_transpose(lambda table: arrange.transposed(table, plan), table)
+        untransposed = jax.linear_transpose(lambda table: table, table)
         found["relative_bias"] = pull_table(untransposed(rest[0])[0])[0]
     return {name: found[name] for name in wanted}
 

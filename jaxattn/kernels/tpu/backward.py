@@ -19,8 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxattn.kernels.operands import hiding_score
-from jaxattn.kernels.tpu.block import F32, I32, LOG2E, as_numbers, in_own_lanes, load, of_head, product, tiles
-from jaxattn.kernels.tpu.forward import limit
+from jaxattn.kernels.tpu.block import F32, I32, LOG2E, box, product, stacked, tiles, unstacked
+from jaxattn.kernels.tpu.forward import limit, specs
 from jaxattn.kernels.tpu.plan import Plan
 
 
@@ -40,9 +40,8 @@ def pull(
     interpret: bool,
 ) -> tuple[jax.Array, ...]:
     """The cotangents of query, key and value, flat as they are, and with `of_table` of the table."""
-    heads, dtype, rank = plan.heads, query.dtype, len(plan.axes)
-    at_once = plan.rows * plan.tile_columns
-    lead = key.shape[1]
+    heads, dtype = plan.heads, query.dtype
+    tall = plan.keys, heads.abreast * plan.queries
 
     def kernel(at: Any, c: Any, q: Any, k: Any, v: Any, g: Any, t: Any, *rest: Any) -> None:
         rest = list(rest)
@@ -54,18 +53,10 @@ def pull(
         entry, member = pl.program_id(1), pl.program_id(2)
         mine = 0 if table.shape[1] == 1 else member
 
-        def stacked(ref, tile):
-            """[(head, query), lanes], block-diagonal"""
-            x = load(ref, tile.queries(heads.packing), heads)
-            return as_numbers(jnp.concatenate([of_head(x, h, heads) for h in range(heads.abreast)], 0), dtype)
-
-        def box(ref, tile):
-            return as_numbers(load(ref, tile.keys(heads.packing), heads), dtype)
-
         def score(tile):
-            s = product(box(k, tile), stacked(q, tile), (1, 1), precision)
+            s = product(box(k, tile, dtype), stacked(q, tile, dtype), (1, 1), precision)
             scores[tile.at] = s * c[0] + t[tile.pattern, mine, 0]
-            products[tile.at] = product(box(v, tile), stacked(g, tile), (1, 1), precision)
+            products[tile.at] = product(box(v, tile, dtype), stacked(g, tile, dtype), (1, 1), precision)
 
         def differentiate(tile):
             s, of_p = scores[tile.at], products[tile.at]
@@ -85,13 +76,10 @@ def pull(
             p, d = weights[tile.at], of_scores[tile.at]
             keys = (*tile.keys(), slice(None))
             boxed = (*(axis.columns for axis in plan.axes), heads.lanes)
-            sum_v[keys] = sum_v[keys] + product(p, stacked(g, tile), (1, 0), precision).reshape(boxed)
-            sum_k[keys] = sum_k[keys] + product(d, stacked(q, tile), (1, 0), precision).reshape(boxed)
-            x = product(d, box(k, tile), (0, 0), precision)
-            n = plan.queries
-            x = in_own_lanes([x[h * n : h * n + n] for h in range(heads.abreast)], heads) * c[1]
-            shape = (*(axis.tile for axis in plan.axes), heads.lanes)
-            dq[(0, *tile.queries(), slice(None))] = x.astype(dtype).reshape(shape)
+            sum_v[keys] = sum_v[keys] + product(p, stacked(g, tile, dtype), (1, 0), precision).reshape(boxed)
+            sum_k[keys] = sum_k[keys] + product(d, stacked(q, tile, dtype), (1, 0), precision).reshape(boxed)
+            x = product(d, box(k, tile, dtype), (0, 0), precision)
+            dq[(0, *tile.queries(), slice(None))] = (unstacked(x, tile) * c[1]).astype(dtype)
 
         def iterate(n, _):
             for phase in (score, differentiate, send):
@@ -101,7 +89,7 @@ def pull(
 
         @pl.when(member == 0)
         def _():
-            over(lead, lambda y: [ref.__setitem__(y, jnp.zeros(ref[y].shape, F32)) for ref in (sum_k, sum_v)])
+            over(key.shape[1], lambda y: [ref.__setitem__(y, jnp.zeros(ref[y].shape, F32)) for ref in (sum_k, sum_v)])
 
         if dt is not None:
 
@@ -117,17 +105,13 @@ def pull(
                 dk[(0, y)] = (sum_k[y] * c[1]).astype(dtype)
                 dv[(0, y)] = sum_v[y].astype(dtype)
 
-            over(lead, write)
+            over(key.shape[1], write)
 
-    zeros = (0,) * rank
-    spread = lambda x, lane: pl.BlockSpec((1, *x.shape[1:-1], heads.lanes), lambda c, b, m, *_: (b, *zeros, lane(c, m)))
-    of_queries, of_keys = spread(query, lambda c, m: m * heads.blocks + c), spread(key, lambda c, m: c)
-    tall, blocks = (plan.keys, heads.abreast * plan.queries), table.shape[2]
-    of_scores = pl.BlockSpec((*table.shape[:2], 1, *tall), lambda c, b, m, *_: (0, 0, c if blocks > 1 else 0, 0, 0))
+    of_queries, of_keys, of_scores, of_rows = specs(plan, query, key, table)
     inputs, in_specs = [query, key, value, cotangent, table * LOG2E], [of_queries, of_keys, of_keys, of_queries, of_scores]
     if of_lse is not None:
         inputs.append(of_lse)
-        in_specs.append(pl.BlockSpec((1, 1, 1, *of_lse.shape[3:]), lambda c, b, m, *_: (b, m, c, 0, 0, 0)))
+        in_specs.append(of_rows)
     like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
     return pl.pallas_call(
         kernel,
@@ -138,8 +122,8 @@ def pull(
             in_specs=in_specs,
             out_specs=[of_queries, of_keys, of_keys, *[of_scores] * of_table],
             scratch_shapes=[
-                *[pltpu.VMEM((at_once, *tall), F32)] * 2,
-                *[pltpu.VMEM((at_once, *tall), dtype)] * 2,
+                *[pltpu.VMEM((plan.at_once, *tall), F32)] * 2,
+                *[pltpu.VMEM((plan.at_once, *tall), dtype)] * 2,
                 *[pltpu.VMEM((*key.shape[1:-1], heads.lanes), F32)] * 2,
             ],
         ),

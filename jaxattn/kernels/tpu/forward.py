@@ -1,9 +1,13 @@
-"""The forward kernel: y = P·V / (P·1) with P = exp(scale·Q·Kᵀ + table - max), a tile of queries at a time.
+"""The forward kernel: attention of a tile of queries at a time, whose windows a box of keys holds whole.
 
-Two phases an iteration, over several tiles: all scores and their maxima first, into VMEM, then all products with the
-values. Between them stand addresses that the compiler cannot see through: so it keeps the two kinds of product on
-different units, and both are busy. The values carry ones in the lanes of the other heads: so their product with the
-weights is also the sum of the weights, for nothing.
+    Sᵀ = scale·K·Qᵀ + table,  P = softmax over keys,  y = P·V
+
+Scores are transposed, [keys, (head, query)]: so all heads of a block fill the columns of a product, and a maximum or a
+sum over keys takes plain operations between registers, not across their lanes.
+
+An iteration takes several tiles, in phases: first all scores, into VMEM, then all weights and their products with the
+values. Between them stand addresses that the compiler cannot see through: so it does not chain one tile's phases, and
+the matrix units are kept busy.
 """
 
 from typing import Any
@@ -16,15 +20,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxattn.kernels.operands import hiding_score
-from jaxattn.kernels.tpu.block import F32, I32, LOG2E, as_numbers, head_of_lane, in_own_lanes, load, of_head, product, tiles
-from jaxattn.kernels.tpu.plan import LANES, Plan
+from jaxattn.kernels.tpu.block import F32, I32, LOG2E, box, product, stacked, tiles, unstacked
+from jaxattn.kernels.tpu.plan import Plan
 
 
 def attend(
     query: jax.Array,  # [entries, *places, members · blocks · lanes]
     key: jax.Array,  # [entries, *places, blocks · lanes]
     value: jax.Array,
-    table: jax.Array,  # [patterns, members|1, (blocks · abreast)|1, queries, keys]
+    table: jax.Array,  # [patterns, members|1, blocks|1, keys, abreast · queries]
     scale: jax.Array,
     plan: Plan,
     *,
@@ -33,49 +37,34 @@ def attend(
     precision: Any,
     interpret: bool,
 ) -> tuple[jax.Array, ...]:
-    """The output, flat as the query is; with `residuals` also lse, likewise, the same in all lanes of a head."""
+    """The output, flat as the query is; with `residuals` also lse, [entries, members, blocks, tile rows, tile columns,
+    abreast · queries]."""
     heads, dtype = plan.heads, query.dtype
-    at_once = plan.rows * plan.tile_columns
-    ones = int(np.array([1] * heads.packing, dtype).view(np.int32)[0])
+    rows = heads.abreast * plan.queries
 
-    def kernel(at: Any, c: Any, q: Any, k: Any, v: Any, t: Any, o: Any, *rest: Any) -> None:
-        lse, (scores, most) = (rest[0] if residuals else None), rest[-2:]
+    def kernel(at: Any, c: Any, q: Any, k: Any, v: Any, t: Any, y: Any, *rest: Any) -> None:
+        lse, scores = (rest[0] if residuals else None), rest[-1]
         q, k, v = (x.bitcast(I32) for x in (q, k, v))
-        shared, member = t.shape[1:3] == (1, 1), pl.program_id(2)
+        mine = 0 if table.shape[1] == 1 else pl.program_id(2)
 
         def score(tile):
-            mine, keys = load(q, tile.queries(heads.packing), heads), load(k, tile.keys(heads.packing), heads)
-            for h in range(heads.abreast):
-                s = product(as_numbers(of_head(mine, h, heads), dtype), as_numbers(keys, dtype), (1, 1), precision)
-                s = s * c[0] + t[(tile.pattern, 0, 0) if shared else (tile.pattern, member, h)]
-                scores[tile.at, h] = s
-                most[tile.at, h] = jnp.broadcast_to(s.max(-1, keepdims=True), (plan.queries, LANES))
+            s = product(box(k, tile, dtype), stacked(q, tile, dtype), (1, 1), precision)
+            scores[tile.at] = s * c[0] + t[tile.pattern, mine, 0]
 
         def mix(tile):
-            values, mixed, maxima, totals = load(v, tile.keys(heads.packing), heads), [], [], []
-            for h in range(heads.abreast):
-                maximum = most[tile.at, h]
-                p = jnp.exp2(scores[tile.at, h] - _wide(maximum, plan.keys))
-                mixed.append(product(p.astype(dtype), as_numbers(of_head(values, h, heads, ones), dtype), (1, 0), precision))
-                maxima.append(_wide(maximum, heads.lanes))
-                if heads.abreast == 1:
-                    totals.append(jnp.broadcast_to(p.sum(-1, keepdims=True), mixed[0].shape))
-            if heads.abreast > 1:  # of every head, in the lanes of the next
-                total = in_own_lanes([mixed[-1], *mixed[:-1]], heads)
-                total = pltpu.roll(total, heads.lanes - heads.dim, 1)
-            else:
-                total = totals[0]
-            y = in_own_lanes(mixed, heads) * pl.reciprocal(total, approx=dtype != F32)
-            maximum = in_own_lanes(maxima, heads)
-            if some_see_nothing:
-                sees = maximum > hiding_score(F32)
-                y = jnp.where(sees, y, 0.0)
-            places = (0, *tile.queries(), slice(None))
-            shape = (*(axis.tile for axis in plan.axes), heads.lanes)
-            o[places] = y.astype(dtype).reshape(shape)
+            s = scores[tile.at]
+            maximum = s.max(0, keepdims=True)
+            p = jnp.exp2(s - maximum)
+            total = p.sum(0, keepdims=True)
+            share = 1.0 / total
+            sees = maximum > hiding_score(F32)
+            p = p * (jnp.where(sees, share, 0.0) if some_see_nothing else share)
+            mixed = product(p.astype(dtype), box(v, tile, dtype), (0, 0), precision)
+            y[(0, *tile.queries(), slice(None))] = unstacked(mixed, tile).astype(dtype)
             if lse is not None:
                 found = (maximum + jnp.log2(total)) * (1 / LOG2E)
-                lse[places] = (jnp.where(sees, found, -jnp.inf) if some_see_nothing else found).reshape(shape)
+                found = jnp.where(sees, found, -jnp.inf) if some_see_nothing else found
+                lse[0, 0, 0, tile.i, tile.j : tile.j + 1] = found
 
         def iterate(n, _):
             for phase in (score, mix):
@@ -85,41 +74,44 @@ def attend(
 
         lax.fori_loop(np.int32(0), np.int32(plan.tile_rows // plan.rows), iterate, I32(0))
 
-    spread = lambda x, lane: pl.BlockSpec((1, *x.shape[1:-1], heads.lanes), lambda c, b, m, *_: (b, *zeros, lane(c, m)))
-    zeros = (0,) * len(plan.axes)
-    of_queries, of_keys = spread(query, lambda c, m: m * heads.blocks + c), spread(key, lambda c, m: c)
-    shape = (heads.abreast, plan.queries)
-    out_shape = [jax.ShapeDtypeStruct(query.shape, dtype)] + [jax.ShapeDtypeStruct(query.shape, F32)] * residuals
+    entries = query.shape[0]
+    of_queries, of_keys, of_scores, of_rows = specs(plan, query, key, table)
+    out_shape, out_specs = [jax.ShapeDtypeStruct(query.shape, dtype)], [of_queries]
+    if residuals:
+        shape = (entries, heads.members, heads.blocks, plan.tile_rows, plan.tile_columns, rows)
+        out_shape.append(jax.ShapeDtypeStruct(shape, F32))
+        out_specs.append(of_rows)
     return pl.pallas_call(
         kernel,
         name="windowed_attention",
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(heads.blocks, query.shape[0], heads.members),
-            in_specs=[of_queries, of_keys, of_keys, table_spec(table, plan)],
-            out_specs=[of_queries] * len(out_shape),
-            scratch_shapes=[pltpu.VMEM((at_once, *shape, n), F32) for n in (plan.keys, LANES)],
+            grid=(heads.blocks, entries, heads.members),
+            in_specs=[of_queries, of_keys, of_keys, of_scores],
+            out_specs=out_specs,
+            scratch_shapes=[pltpu.VMEM((plan.at_once, plan.keys, rows), F32)],
         ),
         out_shape=out_shape,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",) * 3, vmem_limit_bytes=limit(plan)
-        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3, vmem_limit_bytes=limit(plan)),
         interpret=interpret,
     )(jnp.asarray(plan.table()), (scale * LOG2E).reshape(1).astype(F32), query, key, value, table * LOG2E)
 
 
-def table_spec(table: jax.Array, plan: Plan) -> pl.BlockSpec:
-    """What a step takes of a score table."""
-    shared = table.shape[2] == 1
-    block = (*table.shape[:2], 1 if shared else plan.heads.abreast, *table.shape[3:])
-    return pl.BlockSpec(block, lambda c, b, m, *_: (0, 0, 0 if shared else c, 0, 0))
+def specs(plan: Plan, query: jax.Array, key: jax.Array, table: jax.Array) -> list[pl.BlockSpec]:
+    """What a step (block of heads, entry, member) takes of queries, of keys, of a score table, and of what is one
+    number for each head and query."""
+    heads, zeros = plan.heads, (0,) * len(plan.axes)
+    grid = lambda x: (1, *x.shape[1:-1], heads.lanes)
+    of_members = (1, 1, 1, plan.tile_rows, plan.tile_columns, heads.abreast * plan.queries)
+    blocks = table.shape[2]
+    return [
+        pl.BlockSpec(grid(query), lambda c, b, m, *_: (b, *zeros, m * heads.blocks + c)),
+        pl.BlockSpec(grid(key), lambda c, b, m, *_: (b, *zeros, c)),
+        pl.BlockSpec((*table.shape[:2], 1, *table.shape[3:]), lambda c, b, m, *_: (0, 0, c if blocks > 1 else 0, 0, 0)),
+        pl.BlockSpec(of_members, lambda c, b, m, *_: (b, m, c, 0, 0, 0)),
+    ]
 
 
 def limit(plan: Plan) -> int:
-    """Bytes of VMEM that the compiler may use: what is planned with, and as much as a quarter of it for spills."""
+    """Bytes of VMEM that the compiler may use: what is planned with, and a quarter of it and 4 MiB for spills."""
     return int(plan.vmem * 1.25) + 2**22
-
-
-def _wide(x: jax.Array, n: int) -> jax.Array:
-    """[rows, 128], the same in all lanes, as [rows, n]."""
-    return jnp.concatenate([x] * -(-n // LANES), 1)[:, :n]

@@ -76,6 +76,15 @@ class AxisPlan(NamedTuple):
         """Of queries."""
         return self.count * self.tile
 
+    @property
+    def step(self) -> int:
+        """Entries of such a table from one query to the next, which has the earlier one."""
+        return int(-np.diff(self.relative, axis=1).min(initial=0))
+
+    def offset(self, pattern: int) -> int:
+        """How many entries later than the earliest pattern one begins."""
+        return int(self.relative[pattern, 0] - self.relative[:, 0].min())
+
 
 class Plan(NamedTuple):
     """The tiles of every axis; `rows` tile rows (of the axes but the last, if that is static) an iteration."""
@@ -109,6 +118,11 @@ class Plan(NamedTuple):
     def tile_columns(self) -> int:
         """Tiles in a row."""
         return self.axes[-1].count if self.static else 1
+
+    @property
+    def at_once(self) -> int:
+        """Tiles in an iteration."""
+        return self.rows * self.tile_columns
 
     @property
     def queries(self) -> int:
@@ -223,14 +237,14 @@ def _most(rank: int) -> list[int]:
 
 
 def _cost(rows: int, columns: int, heads: Heads, way: str) -> float:
-    """Cycles of a tile for a block of heads, on a v5e: what its products take on four units of 128 × 128, or the other
-    units if that is more, and what comes with every tile."""
-    wide, deep = -(-columns // LANES), heads.lanes // LANES
-    scores = heads.abreast * -(-rows // SUBLANES) * SUBLANES * wide
+    """Cycles of a tile for a block of heads on a v5e, whose four matrix units multiply by 128 × 128 numbers; and what
+    else comes with a tile, about."""
+    padded = lambda n: -(-n // LANES)
+    deep, stacked = heads.lanes // LANES, padded(heads.abreast * rows)
+    scores, mixed = columns * stacked * deep, stacked * LANES * padded(columns) * deep  # rows that pass through a unit
     if way == "forward":
-        return max(scores * deep / 2, 14 * (1 + heads.abreast) * wide * deep, 0.22 * scores) + 12
-    transposed = -(-heads.abreast * rows // LANES) * columns
-    return (4 * transposed + scores) * deep / 4 + 0.1 * columns + 30
+        return (scores + mixed) / 4 + 0.03 * columns + 10
+    return (4 * scores + mixed) / 4 + 0.1 * columns + 30
 
 
 def _try(
@@ -244,7 +258,7 @@ def _try(
     plan = Plan(heads, planned, 1, 0)
     if plan.tile_columns > MOST_PLACES:
         return f"its last axis makes more than {MOST_PLACES} tiles"
-    scores = plan.tile_columns * heads.abreast * plan.queries * -(-plan.keys // LANES) * LANES
+    scores = plan.tile_columns * -(-heads.abreast * plan.queries // LANES) * LANES * plan.keys
     most = max(1, UNROLLED[way] // scores)
     plan = plan._replace(rows=max(n for n in range(1, plan.tile_rows + 1) if plan.tile_rows % n == 0 and n <= most))
     held = _held(plan, relative, way)
@@ -255,16 +269,13 @@ def _try(
 
 def _held(plan: Plan, relative: bool, way: str) -> int:
     """Bytes of VMEM: blocks twice, for one is copied while another is worked on, and what is kept between phases."""
-    heads, wide = plan.heads, -(-plan.keys // LANES) * LANES
+    heads = plan.heads
     queries = math.prod(axis.places for axis in plan.axes) * heads.lanes
     keys = math.prod(axis.length for axis in plan.axes) * heads.lanes
-    stacked = heads.abreast * plan.queries
-    at_once = plan.rows * plan.tile_columns
-    tables = plan.patterns * 4 * 2 * (heads.abreast * heads.members if relative else 1)
+    tall = -(-heads.abreast * plan.queries // LANES) * LANES * plan.keys  # scores of a tile
+    tables = 2 * 4 * tall * plan.patterns * (heads.members if relative else 1)
+    rows = 2 * 4 * max(plan.tile_columns, SUBLANES) * plan.tile_rows * tall // plan.keys  # lse, asked for or not
     if way == "forward":
-        blocks = 2 * 2 * (queries + keys) * heads.itemsize + 2 * queries * 4  # lse too, whether or not it is asked for
-        return blocks + tables * plan.queries * wide + at_once * 4 * stacked * (wide + LANES)
-    tall = -(-stacked // LANES) * LANES * plan.keys  # of transposed scores
+        return 2 * 2 * (queries + keys) * heads.itemsize + tables + rows + plan.at_once * 4 * tall
     blocks = 2 * (3 * queries + 4 * keys) * heads.itemsize + 2 * 4 * keys
-    each = 1 + relative  # a table, and its cotangent
-    return blocks + each * tables * plan.keys * LANES + at_once * tall * 2 * (4 + heads.itemsize)
+    return blocks + tables * (1 + relative) + rows + plan.at_once * tall * 2 * (4 + heads.itemsize)

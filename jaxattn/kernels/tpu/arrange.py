@@ -5,6 +5,7 @@ are, that is the array itself, seen otherwise: nothing is copied.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,18 +56,14 @@ def score_table(relative_bias: Array | None, plan: Plan) -> Array:
     """What is added to the scores of a tile, [patterns, members, blocks, keys, abreast · queries]: the relative bias,
     and a score that hides where the window does. Without a relative bias it is the same for all members and blocks."""
     hide, heads = hiding_score(jnp.float32), plan.heads
-    seen = jnp.ones((1, 1, 1), bool)
-    for axis in plan.axes:
-        seen = _outer(seen, _sees(axis))
+    seen = _sees(plan)
     if relative_bias is None:
-        table = jnp.where(seen, 0.0, hide).astype(jnp.float32)[:, None, None]
-        return jnp.tile(table, heads.abreast)
-    seen = jnp.tile(seen.reshape(*[len(axis.low) for axis in plan.axes], plan.keys, plan.queries), heads.abreast)
+        return jnp.where(seen, 0.0, hide).astype(jnp.float32)[:, None, None]
     spread, table = _spread(jnp.where(relative_bias > hide / 2, relative_bias, hide), plan), []
-    for at in np.ndindex(*seen.shape[:-2]):
+    for n, at in enumerate(np.ndindex(*[len(axis.low) for axis in plan.axes])):
         box = [slice(axis.offset(p), axis.offset(p) + axis.columns) for axis, p in zip(plan.axes, at, strict=True)]
         bias = spread[:, :, *box].reshape(*spread.shape[:2], plan.keys, -1)
-        table.append(jnp.where(seen[at], bias, hide))
+        table.append(jnp.where(seen[n], bias, hide))
     return jnp.stack(table)
 
 
@@ -84,12 +81,6 @@ def _spread(relative_bias: Array, plan: Plan) -> Array:
         bias = jnp.stack([lax.slice_in_dim(padded, n + before, n + before + columns, axis=a) for n in begin], -1)
     bias = jnp.moveaxis(bias, 2, 2 + rank)
     return bias.reshape(*bias.shape[: 2 + rank], -1)
-
-
-def _outer(x: Array, y: Array) -> Array:
-    """[patterns, keys, queries] of some axes and of one more, as of all."""
-    both = x[:, None, :, None, :, None] & y[:, None, :, None, :]
-    return both.reshape(len(x) * len(y), x.shape[1] * y.shape[1], -1)
 
 
 def pick(x: Array, index: np.ndarray, axis: int) -> Array:
@@ -127,10 +118,16 @@ def _runs(index: np.ndarray) -> list[tuple[int, int, int]]:
     return runs
 
 
-def _sees(axis: AxisPlan) -> Array:
-    """[patterns, keys, queries]"""
-    column = jnp.arange(axis.columns)[:, None]
-    return (axis.low[:, None] <= column) & (column < axis.high[:, None])
+def _sees(plan: Plan) -> Array:
+    """Whether a query sees a key, by the window alone, [patterns, keys, abreast · queries]."""
+    seen: Any = True
+    patterns = np.indices([len(axis.low) for axis in plan.axes]).reshape(len(plan.axes), -1)
+    queries = np.indices([axis.tile for axis in plan.axes]).reshape(len(plan.axes), -1)
+    columns = np.indices([axis.columns for axis in plan.axes]).reshape(len(plan.axes), -1)
+    for axis, pattern, query, column in zip(plan.axes, patterns, queries, columns, strict=True):
+        low, high = (np.tile(x[pattern][:, query], plan.heads.abreast)[:, None] for x in (axis.low, axis.high))
+        seen = seen & (low <= jnp.asarray(column)[:, None]) & (jnp.asarray(column)[:, None] < high)
+    return seen
 
 
 def _entries(x: Array, rank: int) -> Array:

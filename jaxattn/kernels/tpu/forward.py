@@ -43,7 +43,7 @@ def attend(
     rows = heads.abreast * plan.queries
 
     def kernel(at: Any, c: Any, q: Any, k: Any, v: Any, t: Any, y: Any, *rest: Any) -> None:
-        lse, scores = (rest[0] if residuals else None), rest[-1]
+        lse, (scores, weights) = (rest[0] if residuals else None), rest[-2:]
         q, k, v = (x.bitcast(I32) for x in (q, k, v))
         mine = 0 if table.shape[1] == 1 else pl.program_id(2)
 
@@ -51,7 +51,7 @@ def attend(
             s = product(box(k, tile, dtype), stacked(q, tile, dtype), (1, 1), precision)
             scores[tile.at] = s * c[0] + t[tile.pattern, mine, 0]
 
-        def mix(tile):
+        def normalize(tile):
             s = scores[tile.at]
             maximum = s.max(0, keepdims=True)
             p = jnp.exp2(s - maximum)
@@ -59,15 +59,18 @@ def attend(
             share = 1.0 / total
             sees = maximum > hiding_score(F32)
             p = p * (jnp.where(sees, share, 0.0) if some_see_nothing else share)
-            mixed = product(p.astype(dtype), box(v, tile, dtype), (0, 0), precision)
-            y[(0, *tile.queries(), slice(None))] = unstacked(mixed, tile).astype(dtype)
+            weights[tile.at] = p.astype(dtype)
             if lse is not None:
                 found = (maximum + jnp.log2(total)) * (1 / LOG2E)
                 found = jnp.where(sees, found, -jnp.inf) if some_see_nothing else found
                 lse[0, 0, 0, tile.i, tile.j : tile.j + 1] = found
 
+        def mix(tile):
+            mixed = product(weights[tile.at], box(v, tile, dtype), (0, 0), precision)
+            y[(0, *tile.queries(), slice(None))] = unstacked(mixed, tile).astype(dtype)
+
         def iterate(n, _):
-            for phase in (score, mix):
+            for phase in (score, normalize, mix):
                 for tile in tiles(plan, at, n):
                     phase(tile)
             return I32(0)
@@ -89,7 +92,7 @@ def attend(
             grid=(heads.blocks, entries, heads.members),
             in_specs=[of_queries, of_keys, of_keys, of_scores],
             out_specs=out_specs,
-            scratch_shapes=[pltpu.VMEM((plan.at_once, plan.keys, rows), F32)],
+            scratch_shapes=[pltpu.VMEM((plan.at_once, plan.keys, rows), x) for x in (F32, dtype)],
         ),
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3, vmem_limit_bytes=limit(plan)),

@@ -8,7 +8,6 @@ registers); along the others a table says where they begin.
 import functools
 import itertools
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -17,7 +16,6 @@ import numpy as np
 
 from jaxattn.kernels.layout import lay_out
 from jaxattn.kernels.operands import Options
-from jaxattn.kernels.tiles import reach, tile_count
 from jaxattn.window import Axis
 
 LANES, SUBLANES = 128, 8
@@ -27,6 +25,7 @@ KINDS = {"TPU v4": "v4", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v5 lite": "v5e"
 KINDS |= {"TPU v6 lite": "v6e", "TPU v6e": "v6e"}
 SHARE = 0.8  # of the VMEM, that a kernel may plan with: the rest is the compiler's, for spills
 UNROLLED = {"forward": 2**21, "backward": 2**19}  # scores in an iteration: more hides latency better, and compiles longer
+MOST_QUERIES = 512  # of a tile
 MOST_PLACES = 64  # tiles along the last axis, each of which is written out
 
 
@@ -200,62 +199,51 @@ def plan_axis(axis: Axis, tile: int, unit: int, align: int) -> AxisPlan:
 def make_plan(options: Options, heads: Heads, relative: bool, way: str, vmem: int) -> Plan | str:
     """The cheapest plan by `_cost` of those that fit into `vmem` bytes; or why there is none. `way` is "forward" or
     "backward", `relative` whether there is a relative_bias."""
-    axes, found = options.axes, []
-    for sizes in [options.tile] if options.tile else _tiles(axes, heads):
-        units = _units(len(axes), heads)
-        boxes = [-(-(reach(axis, t) + align - 1) // unit) * unit for axis, t, (unit, align) in zip(axes, sizes, units)]
-        count = math.prod(map(tile_count, axes, sizes))
-        found.append((count * _cost(math.prod(sizes), math.prod(boxes), heads, way), sizes))
+    choices, found = _choices(options, heads), []
+    for axes in itertools.product(*choices):
+        plan = Plan(heads, axes, 1, 0)
+        if options.tile or plan.queries <= MOST_QUERIES:
+            count = plan.tile_rows * plan.tile_columns
+            found.append((count * _cost(plan, way), tuple(axis.tile for axis in axes), plan))
     reason = "no tile of it is small enough"
-    for _, sizes in sorted(found)[:32]:
-        made = _try(axes, sizes, heads, relative, way, vmem)
+    for _, _, plan in sorted(found)[:32]:
+        made = _fit(plan, relative, way, vmem)
         if isinstance(made, Plan):
             return made
         reason = made
     return reason
 
 
-def _units(rank: int, heads: Heads) -> list[tuple[int, int]]:
-    """Along each axis: what the keys of a box are a multiple of, and what their beginning is."""
-    whole = SUBLANES * heads.packing
-    return [(1, 1)] * (rank - 1) + [(whole, whole if rank == 1 else heads.packing)]
+def _choices(options: Options, heads: Heads) -> list[list[AxisPlan]]:
+    """Every tile of an axis that is worth a thought, for each axis."""
+    axes, choices = options.axes, []
+    whole, rank = SUBLANES * heads.packing, len(axes)
+    units = [(1, 1)] * (rank - 1) + [(whole, whole if rank == 1 else heads.packing)]
+    most = [512] if rank == 1 else [16] * (rank - 1) + [32]
+    for a, (axis, (unit, align)) in enumerate(zip(axes, units, strict=True)):
+        step, members = math.lcm(axis.block, align), -(-len(axis.query) // axis.dilation)
+        sizes = range(step, min(max(most[a], step), members + -members % step) + 1, step)
+        if options.tile:
+            sizes = [options.tile[a] + -options.tile[a] % step]
+        choices.append([plan_axis(axis, t, unit, align) for t in sizes])
+    return choices
 
 
-def _tiles(axes: Sequence[Axis], heads: Heads) -> list[tuple[int, ...]]:
-    """Every tile worth a thought."""
-    choices = []
-    for axis, (_, align), most in zip(axes, _units(len(axes), heads), _most(len(axes)), strict=True):
-        step = math.lcm(axis.block, align)
-        longest = -(-len(axis.query) // axis.dilation)
-        choices.append(range(step, min(max(most, step), longest + -longest % step) + 1, step))
-    return [sizes for sizes in itertools.product(*choices) if math.prod(sizes) <= 512]
-
-
-def _most(rank: int) -> list[int]:
-    """The longest tile along each axis."""
-    return [512] if rank == 1 else [16] * (rank - 1) + [32]
-
-
-def _cost(rows: int, columns: int, heads: Heads, way: str) -> float:
+def _cost(plan: Plan, way: str) -> float:
     """Cycles of a tile for a block of heads on a v5e, whose four matrix units multiply by 128 × 128 numbers; and what
     else comes with a tile, about."""
     padded = lambda n: -(-n // LANES)
-    deep, stacked = heads.lanes // LANES, padded(heads.abreast * rows)
-    scores, mixed = columns * stacked * deep, stacked * LANES * padded(columns) * deep  # rows that pass through a unit
+    heads, columns = plan.heads, plan.keys
+    deep, stacked = heads.lanes // LANES, heads.abreast * plan.queries
+    scores, mixed = columns * padded(stacked) * deep, stacked * padded(columns) * deep  # rows that pass through a unit
     if way == "forward":
         return (scores + mixed) / 4 + 0.03 * columns + 10
     return (4 * scores + mixed) / 4 + 0.1 * columns + 30
 
 
-def _try(
-    axes: Sequence[Axis], sizes: tuple[int, ...], heads: Heads, relative: bool, way: str, vmem: int
-) -> Plan | str:
-    """The plan for a tile, or why not."""
-    units = _units(len(axes), heads)
-    if sizes[-1] % units[-1][1]:
-        return f"a tile along the last axis must be a multiple of {units[-1][1]}"
-    planned = tuple(plan_axis(axis, t, *unit) for axis, t, unit in zip(axes, sizes, units, strict=True))
-    plan = Plan(heads, planned, 1, 0)
+def _fit(plan: Plan, relative: bool, way: str, vmem: int) -> Plan | str:
+    """The plan with as many tile rows an iteration as it can have, or why it can't be."""
+    heads = plan.heads
     if plan.tile_columns > MOST_PLACES:
         return f"its last axis makes more than {MOST_PLACES} tiles"
     scores = plan.tile_columns * -(-heads.abreast * plan.queries // LANES) * LANES * plan.keys

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array
 
 from jaxattn.kernels.loop import take
@@ -52,11 +53,12 @@ def by_key(x: Array, plan: Plan, like: Array) -> Array:
     return jax.linear_transpose(lambda keys: flat_keys(keys, plan), shape)(x)[0]
 
 
-def score_table(relative_bias: Array | None, plan: Plan) -> Array:
-    """What is added to the scores of a tile, [patterns, members, blocks, keys, abreast · queries]: the relative bias,
-    and a score that hides where the window does. Without a relative bias it is the same for all members and blocks."""
+def score_table(relative_bias: Array | None, plan: Plan, keys_first: bool) -> Array:
+    """What is added to the scores of a tile, [patterns, members, blocks, abreast · queries, keys], or with the last two
+    the other way round: the relative bias, and a score that hides where the window does. Without a relative bias it is
+    the same for all members and blocks."""
     hide, heads = hiding_score(jnp.float32), plan.heads
-    seen = _sees(plan)
+    seen = _sees(plan, keys_first or relative_bias is not None)
     if relative_bias is None:
         return jnp.where(seen, 0.0, hide).astype(jnp.float32)[:, None, None]
     spread, table = _spread(jnp.where(relative_bias > hide / 2, relative_bias, hide), plan), []
@@ -64,7 +66,7 @@ def score_table(relative_bias: Array | None, plan: Plan) -> Array:
         box = [slice(axis.offset(p), axis.offset(p) + axis.columns) for axis, p in zip(plan.axes, at, strict=True)]
         bias = spread[:, :, *box].reshape(*spread.shape[:2], plan.keys, -1)
         table.append(jnp.where(seen[n], bias, hide))
-    return jnp.stack(table)
+    return jnp.stack(table) if keys_first else jnp.swapaxes(jnp.stack(table), -1, -2)
 
 
 def _spread(relative_bias: Array, plan: Plan) -> Array:
@@ -73,14 +75,15 @@ def _spread(relative_bias: Array, plan: Plan) -> Array:
     bias = relative_bias.astype(jnp.float32).reshape(heads.key_heads, heads.members, *relative_bias.shape[1:])
     bias = jnp.pad(bias, [(0, heads.blocks * heads.abreast - heads.key_heads), *[(0, 0)] * (rank + 1)])
     bias = jnp.moveaxis(bias.reshape(heads.blocks, heads.abreast, *bias.shape[1:]), 2, 0)
-    for a, axis in enumerate(plan.axes, 3):
-        columns, size = axis.columns + max(map(axis.offset, range(len(axis.low)))), bias.shape[a]
-        begin = [int(axis.relative[:, 0].min()) - axis.step * t for t in range(axis.tile)]
-        before, after = max(0, -min(begin)), max(0, max(begin) + columns - size)
-        padded = jnp.pad(bias, [(before, after) if b == a else (0, 0) for b in range(bias.ndim)])
-        bias = jnp.stack([lax.slice_in_dim(padded, n + before, n + before + columns, axis=a) for n in begin], -1)
-    bias = jnp.moveaxis(bias, 2, 2 + rank)
-    return bias.reshape(*bias.shape[: 2 + rank], -1)
+    for axis in plan.axes:  # [members, blocks, abreast, offsets of axes to come, (columns, queries) of those before]
+        columns = axis.columns + max(map(axis.offset, range(len(axis.low))))
+        entry = np.arange(columns) + axis.relative[:, 0].min() - axis.step * np.arange(axis.tile)[:, None]
+        which = (entry[..., None] == np.arange(bias.shape[3])).astype(np.float32)
+        bias = jnp.einsum("mbge...,tce->mbg...ct", bias, which, precision="highest")
+    bias = jnp.transpose(bias, (0, 1, *range(3, 3 + 2 * rank, 2), 2, *range(4, 4 + 2 * rank, 2)))
+    bias = bias.reshape(*bias.shape[: 2 + rank], -1)
+    # with the queries in the lanes before it is sliced: left alone, the compiler keeps the columns there, which are few
+    return with_layout_constraint(bias, Layout(major_to_minor=tuple(range(bias.ndim))))
 
 
 def pick(x: Array, index: np.ndarray, axis: int) -> Array:
@@ -118,15 +121,18 @@ def _runs(index: np.ndarray) -> list[tuple[int, int, int]]:
     return runs
 
 
-def _sees(plan: Plan) -> Array:
-    """Whether a query sees a key, by the window alone, [patterns, keys, abreast · queries]."""
-    seen: Any = True
-    patterns = np.indices([len(axis.low) for axis in plan.axes]).reshape(len(plan.axes), -1)
-    queries = np.indices([axis.tile for axis in plan.axes]).reshape(len(plan.axes), -1)
-    columns = np.indices([axis.columns for axis in plan.axes]).reshape(len(plan.axes), -1)
+def _sees(plan: Plan, keys_first: bool) -> Array:
+    """Whether a query sees a key, by the window alone, [patterns, abreast · queries, keys] or the other way round."""
+    rank, seen = len(plan.axes), jnp.ones((), bool)
+    patterns = np.indices([len(axis.low) for axis in plan.axes]).reshape(rank, -1)
+    queries = np.indices([axis.tile for axis in plan.axes]).reshape(rank, -1)
+    columns = np.indices([axis.columns for axis in plan.axes]).reshape(rank, -1)
     for axis, pattern, query, column in zip(plan.axes, patterns, queries, columns, strict=True):
-        low, high = (np.tile(x[pattern][:, query], plan.heads.abreast)[:, None] for x in (axis.low, axis.high))
-        seen = seen & (low <= jnp.asarray(column)[:, None]) & (jnp.asarray(column)[:, None] < high)
+        low, high = (np.tile(x[pattern][:, query], plan.heads.abreast) for x in (axis.low, axis.high))
+        low, high, column = (
+            (low[:, None], high[:, None], column[:, None]) if keys_first else (low[..., None], high[..., None], column)
+        )
+        seen = seen & (jnp.asarray(low) <= column) & (column < jnp.asarray(high))
     return seen
 
 
@@ -139,19 +145,6 @@ def _padded(x: Array, heads: Heads) -> Array:
     """[..., key_heads, dim], with zeros to whole blocks of whole heads."""
     missing = heads.blocks * heads.abreast - x.shape[-2], heads.dim - x.shape[-1]
     return jnp.pad(x, [*[(0, 0)] * (x.ndim - 2), (0, missing[0]), (0, missing[1])]) if any(missing) else x
-
-
-def by_row(x: Array, plan: Plan, like: Array) -> Array:
-    """`tiled_rows`, undone, for an array of the shape of `like`: [*batch, *queries, heads]."""
-    heads, rank = plan.heads, len(plan.axes)
-    counts, sizes = ([getattr(axis, name) for axis in plan.axes] for name in ("count", "tile"))
-    x = x.reshape(*x.shape[:3], *counts, heads.abreast, *sizes)
-    grid = [n for a in range(rank) for n in (3 + a, 4 + rank + a)]
-    x = jnp.transpose(x, (0, *grid, 2, 3 + rank, 1))
-    x = x.reshape(len(x), *(axis.places for axis in plan.axes), -1, heads.members)[..., : heads.key_heads, :]
-    for a, axis in enumerate(plan.axes, 1):
-        x = x if axis.place is None else pick(x, axis.place, a)
-    return x.reshape(like.shape)
 
 
 def tiled_rows(x: Array, plan: Plan) -> Array:

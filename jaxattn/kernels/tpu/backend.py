@@ -54,7 +54,7 @@ def forward(operands: Operands, options: Options, *, interpret: bool = False) ->
         arrange.flat_queries(operands.query, plan),
         arrange.flat_keys(operands.key, plan),
         arrange.flat_keys(operands.value, plan),
-        arrange.score_table(operands.relative_bias, plan),
+        arrange.score_table(operands.relative_bias, plan, keys_first=False),
         operands.scale,
         plan,
         residuals=options.residuals,
@@ -64,7 +64,7 @@ def forward(operands: Operands, options: Options, *, interpret: bool = False) ->
     )
     shape = (*operands.query.shape[:-1], operands.value.shape[-1])
     output = arrange.by_query(output, plan, jax.ShapeDtypeStruct(shape, output.dtype))
-    lse = [arrange.by_row(x, plan, jax.ShapeDtypeStruct(shape[:-1], x.dtype)) for x in lse]
+    lse = [arrange.by_query(x, plan, jax.ShapeDtypeStruct((*shape[:-1], 1), x.dtype))[..., 0] for x in lse]
     return output, *lse
 
 
@@ -85,7 +85,7 @@ def backward(
     from jaxattn.kernels.tpu.backward import pull
 
     query, key, value = operands.query, operands.key, operands.value
-    table, pull_table = jax.vjp(lambda bias: arrange.score_table(bias, plan), operands.relative_bias)
+    table, pull_table = jax.vjp(lambda bias: arrange.score_table(bias, plan, keys_first=True), operands.relative_bias)
     of_table = "relative_bias" in wanted
     (of_query, of_key, of_value, *rest) = pull(
         arrange.flat_queries(query, plan),

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxattn.kernels.operands import hiding_score
-from jaxattn.kernels.tpu.block import F32, I32, LOG2E, box, product, stacked, tiles, unstacked
+from jaxattn.kernels.tpu.block import F32, I32, LOG2E, by_head, load, own, product, put, tiles
 from jaxattn.kernels.tpu.forward import limit, specs
 from jaxattn.kernels.tpu.plan import Plan
 
@@ -53,10 +53,18 @@ def pull(
         entry, member = pl.program_id(1), pl.program_id(2)
         mine = 0 if table.shape[1] == 1 else member
 
+        def box(ref, tile):
+            return pltpu.bitcast(load(ref, tile.keys(heads.packing), heads), dtype)
+
+        def stacked(ref, tile):
+            """Block-diagonal, [(head, query), lanes]"""
+            x = by_head(load(ref, tile.queries(heads.packing), heads), heads)
+            return pltpu.bitcast(jnp.concatenate(x, 0), dtype)
+
         def score(tile):
-            s = product(box(k, tile, dtype), stacked(q, tile, dtype), (1, 1), precision)
+            s = product(box(k, tile), stacked(q, tile), (1, 1), precision)
             scores[tile.at] = s * c[0] + t[tile.pattern, mine, 0]
-            products[tile.at] = product(box(v, tile, dtype), stacked(g, tile, dtype), (1, 1), precision)
+            products[tile.at] = product(box(v, tile), stacked(g, tile), (1, 1), precision)
 
         def differentiate(tile):
             s, of_p = scores[tile.at], products[tile.at]
@@ -76,10 +84,10 @@ def pull(
             p, d = weights[tile.at], of_scores[tile.at]
             keys = (*tile.keys(), slice(None))
             boxed = (*(axis.columns for axis in plan.axes), heads.lanes)
-            sum_v[keys] = sum_v[keys] + product(p, stacked(g, tile, dtype), (1, 0), precision).reshape(boxed)
-            sum_k[keys] = sum_k[keys] + product(d, stacked(q, tile, dtype), (1, 0), precision).reshape(boxed)
-            x = product(d, box(k, tile, dtype), (0, 0), precision)
-            dq[(0, *tile.queries(), slice(None))] = (unstacked(x, tile) * c[1]).astype(dtype)
+            sum_v[keys] = sum_v[keys] + product(p, stacked(g, tile), (1, 0), precision).reshape(boxed)
+            sum_k[keys] = sum_k[keys] + product(d, stacked(q, tile), (1, 0), precision).reshape(boxed)
+            x = product(d, box(k, tile), (0, 0), precision)
+            put(dq, tile, own([x[h : h + plan.queries] for h in range(0, len(x), plan.queries)], heads) * c[1])
 
         def iterate(n, _):
             for phase in (score, differentiate, send):

@@ -1,8 +1,8 @@
 """What both kernels do with the arrays of a step: find a tile, load it, and tell its heads apart.
 
 Arrays are seen as 32-bit numbers, `packing` tokens in each: then a slice that begins between two registers is an
-ordinary load. The heads of a block share the lanes. Queries are stacked block-diagonally, each head with zeros in the
-lanes of the others: one product then serves all heads of a block, and lanes are never sliced.
+ordinary load. The heads of a block share the lanes, and lanes are never sliced: a head is told apart by zeros, in one
+factor of a product, in the lanes of the others.
 """
 
 import math
@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from jaxattn.kernels.tpu.plan import Heads, Plan
 
@@ -65,38 +64,35 @@ def tiles(plan: Plan, table: Any, iteration: Any) -> list[Tile]:
     return [Tile(plan, table, iteration * I32(rows) + I32(r), j, r * columns + j) for r in range(rows) for j in range(columns)]
 
 
-def box(ref: Any, tile: Tile, dtype: Any) -> jax.Array:
-    """The keys of a tile, or the values, [keys, lanes]."""
-    return pltpu.bitcast(_load(ref, tile.keys(tile.plan.heads.packing), tile), dtype)
+def load(ref: Any, places: Places, heads: Heads) -> jax.Array:
+    """Tokens in 32 bits, [tokens / packing, lanes]."""
+    return ref[(0, *places, slice(None))].reshape(-1, heads.lanes)
 
 
-def stacked(ref: Any, tile: Tile, dtype: Any) -> jax.Array:
-    """The queries of a tile, or what is as they are, block-diagonal: [(head, query), lanes]."""
-    heads = tile.plan.heads
-    x = _load(ref, tile.queries(heads.packing), tile)
-    if heads.abreast > 1:
-        lanes = head_of_lane(x.shape, heads)
-        x = jnp.concatenate([jnp.where(lanes == h, x, 0) for h in range(heads.abreast)], 0)
-    return pltpu.bitcast(x, dtype)
+def put(ref: Any, tile: Tile, x: jax.Array) -> None:
+    """Write [queries, lanes] where the tile's queries are."""
+    shape = (*(axis.tile for axis in tile.plan.axes), tile.plan.heads.lanes)
+    ref[(0, *tile.queries(), slice(None))] = x.astype(ref.dtype).reshape(shape)
 
 
-def unstacked(x: jax.Array, tile: Tile) -> jax.Array:
-    """Of [(head, query), lanes] what stands in the lanes of its head, [*queries, lanes]."""
-    plan, n = tile.plan, tile.plan.queries
-    lanes, whole = head_of_lane((n, plan.heads.lanes), plan.heads), x[:n]
-    for h in range(1, plan.heads.abreast):
-        whole = jnp.where(lanes == h, x[h * n : h * n + n], whole)
-    return whole.reshape(*(axis.tile for axis in plan.axes), plan.heads.lanes)
+def by_head(x: jax.Array, heads: Heads, other: int = 0) -> list[jax.Array]:
+    """Tokens in 32 bits once for each head of a block, with the bits `other` in the lanes of the other heads."""
+    if heads.abreast == 1:
+        return [x]
+    lanes = _head_of_lane(x, heads)
+    return [jnp.where(lanes == h, x, I32(other)) for h in range(heads.abreast)]
 
 
-def _load(ref: Any, places: Places, tile: Tile) -> jax.Array:
-    """[tokens / packing, lanes]"""
-    return ref[(0, *places, slice(None))].reshape(-1, tile.plan.heads.lanes)
+def own(parts: Sequence[jax.Array], heads: Heads) -> jax.Array:
+    """One array from one for each head, of which each gives the lanes of its head."""
+    lanes, whole = _head_of_lane(parts[0], heads), parts[0]
+    for h, part in enumerate(parts[1:], 1):
+        whole = jnp.where(lanes == h, part, whole)
+    return whole
 
 
-def head_of_lane(shape: tuple[int, ...], heads: Heads) -> jax.Array:
-    """The head to which each lane belongs."""
-    return lax.div(lax.broadcasted_iota(I32, shape, len(shape) - 1), I32(heads.dim))
+def _head_of_lane(x: jax.Array, heads: Heads) -> jax.Array:
+    return lax.div(lax.broadcasted_iota(I32, x.shape, x.ndim - 1), I32(heads.dim))
 
 
 def product(x: jax.Array, y: jax.Array, contract: tuple[int, int], precision: Any) -> jax.Array:

@@ -1,13 +1,12 @@
 """The forward kernel: attention of a tile of queries at a time, whose windows a box of keys holds whole.
 
-    Sᵀ = scale·K·Qᵀ + table,  P = softmax over keys,  y = P·V
+    S = scale·Q·Kᵀ + table,  P = exp(S - max),  y = P·V / P·1
 
-Scores are transposed, [keys, (head, query)]: so all heads of a block fill the columns of a product, and a maximum or a
-sum over keys takes plain operations between registers, not across their lanes.
+Values carry ones in the lanes of the other heads: so the product with them is also the sum of the weights, for nothing.
 
-An iteration takes several tiles, in phases: first all scores, into VMEM, then all weights and their products with the
-values. Between them stand addresses that the compiler cannot see through: so it does not chain one tile's phases, and
-the matrix units are kept busy.
+An iteration takes several tiles in two phases: first all scores and their maxima, into VMEM, then all weights and their
+products with the values. Between them stand addresses that the compiler cannot see through: so it gives the two kinds
+of product different matrix units, and keeps both busy.
 """
 
 from typing import Any
@@ -20,15 +19,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxattn.kernels.operands import hiding_score
-from jaxattn.kernels.tpu.block import F32, I32, LOG2E, box, product, stacked, tiles, unstacked
-from jaxattn.kernels.tpu.plan import Plan
+from jaxattn.kernels.tpu.block import F32, I32, LOG2E, by_head, load, own, product, put, tiles
+from jaxattn.kernels.tpu.plan import LANES, Plan
 
 
 def attend(
     query: jax.Array,  # [entries, *places, members · blocks · lanes]
     key: jax.Array,  # [entries, *places, blocks · lanes]
     value: jax.Array,
-    table: jax.Array,  # [patterns, members|1, blocks|1, keys, abreast · queries]
+    table: jax.Array,  # [patterns, members|1, blocks|1, abreast · queries, keys]
     scale: jax.Array,
     plan: Plan,
     *,
@@ -37,62 +36,59 @@ def attend(
     precision: Any,
     interpret: bool,
 ) -> tuple[jax.Array, ...]:
-    """The output, flat as the query is; with `residuals` also lse, [entries, members, blocks, tile rows, tile columns,
-    abreast · queries]."""
-    heads, dtype = plan.heads, query.dtype
-    rows = heads.abreast * plan.queries
+    """The output, flat as the query is; with `residuals` also lse, likewise, the same in all lanes of a head."""
+    heads, dtype, rows = plan.heads, query.dtype, plan.queries
+    ones = int(np.array([1] * heads.packing, dtype).view(np.int32)[0])  # as many as 32 bits hold
+    number = lambda x: pltpu.bitcast(x, dtype)
 
     def kernel(at: Any, c: Any, q: Any, k: Any, v: Any, t: Any, y: Any, *rest: Any) -> None:
-        lse, (scores, weights) = (rest[0] if residuals else None), rest[-2:]
+        lse, (scores, most) = (rest[0] if residuals else None), rest[-2:]
         q, k, v = (x.bitcast(I32) for x in (q, k, v))
         mine = 0 if table.shape[1] == 1 else pl.program_id(2)
 
         def score(tile):
-            s = product(box(k, tile, dtype), stacked(q, tile, dtype), (1, 1), precision)
-            scores[tile.at] = s * c[0] + t[tile.pattern, mine, 0]
-
-        def normalize(tile):
-            s = scores[tile.at]
-            maximum = s.max(0, keepdims=True)
-            p = jnp.exp2(s - maximum)
-            total = p.sum(0, keepdims=True)
-            share = 1.0 / total
-            sees = maximum > hiding_score(F32)
-            p = p * (jnp.where(sees, share, 0.0) if some_see_nothing else share)
-            weights[tile.at] = p.astype(dtype)
-            if lse is not None:
-                found = (maximum + jnp.log2(total)) * (1 / LOG2E)
-                found = jnp.where(sees, found, -jnp.inf) if some_see_nothing else found
-                lse[0, 0, 0, tile.i, tile.j : tile.j + 1] = found
+            keys = number(load(k, tile.keys(heads.packing), heads))
+            for h, queries in enumerate(by_head(load(q, tile.queries(heads.packing), heads), heads)):
+                s = product(number(queries), keys, (1, 1), precision) * c[0]
+                s = s + t[tile.pattern, mine, 0, h * rows : h * rows + rows]
+                scores[tile.at, h] = s
+                most[tile.at, h] = jnp.broadcast_to(s.max(-1, keepdims=True), (rows, LANES))
 
         def mix(tile):
-            mixed = product(weights[tile.at], box(v, tile, dtype), (0, 0), precision)
-            y[(0, *tile.queries(), slice(None))] = unstacked(mixed, tile).astype(dtype)
+            maxima, mixed, totals = [], [], []
+            for h, values in enumerate(by_head(load(v, tile.keys(heads.packing), heads), heads, ones)):
+                p = jnp.exp2(scores[tile.at, h] - _wide(most[tile.at, h], plan.keys))
+                mixed.append(product(p.astype(dtype), number(values), (1, 0), precision))
+                maxima.append(_wide(most[tile.at, h], heads.lanes))
+                if heads.abreast == 1:
+                    totals.append(jnp.broadcast_to(p.sum(-1, keepdims=True), mixed[h].shape))
+            total = totals[0] if totals else pltpu.roll(own([mixed[-1], *mixed[:-1]], heads), heads.lanes - heads.dim, 1)
+            output, maximum = own(mixed, heads) * pl.reciprocal(total, approx=dtype != F32), own(maxima, heads)
+            sees = maximum > hiding_score(F32)
+            put(y, tile, jnp.where(sees, output, 0.0) if some_see_nothing else output)
+            if lse is not None:
+                found = (maximum + jnp.log2(total)) * (1 / LOG2E)
+                put(lse, tile, jnp.where(sees, found, -jnp.inf) if some_see_nothing else found)
 
         def iterate(n, _):
-            for phase in (score, normalize, mix):
+            for phase in (score, mix):
                 for tile in tiles(plan, at, n):
                     phase(tile)
             return I32(0)
 
         lax.fori_loop(np.int32(0), np.int32(plan.tile_rows // plan.rows), iterate, I32(0))
 
-    entries = query.shape[0]
-    of_queries, of_keys, of_scores, of_rows = specs(plan, query, key, table)
-    out_shape, out_specs = [jax.ShapeDtypeStruct(query.shape, dtype)], [of_queries]
-    if residuals:
-        shape = (entries, heads.members, heads.blocks, plan.tile_rows, plan.tile_columns, rows)
-        out_shape.append(jax.ShapeDtypeStruct(shape, F32))
-        out_specs.append(of_rows)
+    of_queries, of_keys, of_scores, _ = specs(plan, query, key, table)
+    out_shape = [jax.ShapeDtypeStruct(query.shape, x) for x in (dtype, F32)[: 1 + residuals]]
     return pl.pallas_call(
         kernel,
         name="windowed_attention",
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(heads.blocks, entries, heads.members),
+            grid=(heads.blocks, query.shape[0], heads.members),
             in_specs=[of_queries, of_keys, of_keys, of_scores],
-            out_specs=out_specs,
-            scratch_shapes=[pltpu.VMEM((plan.at_once, plan.keys, rows), x) for x in (F32, dtype)],
+            out_specs=[of_queries] * len(out_shape),
+            scratch_shapes=[pltpu.VMEM((plan.at_once, heads.abreast, rows, n), F32) for n in (plan.keys, LANES)],
         ),
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3, vmem_limit_bytes=limit(plan)),
@@ -118,3 +114,8 @@ def specs(plan: Plan, query: jax.Array, key: jax.Array, table: jax.Array) -> lis
 def limit(plan: Plan) -> int:
     """Bytes of VMEM that the compiler may use: what is planned with, and a quarter of it and 4 MiB for spills."""
     return int(plan.vmem * 1.25) + 2**22
+
+
+def _wide(x: jax.Array, n: int) -> jax.Array:
+    """[rows, 128], the same in all lanes, as [rows, n]."""
+    return jnp.concatenate([x] * -(-n // LANES), 1)[:, :n]

@@ -24,7 +24,8 @@ VMEM = {"v4": 16 * MIB, "v5e": 128 * MIB, "v5p": 64 * MIB, "v6e": 128 * MIB}  # 
 KINDS = {"TPU v4": "v4", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v5 lite": "v5e", "TPU v5e": "v5e"}
 KINDS |= {"TPU v6 lite": "v6e", "TPU v6e": "v6e"}
 SHARE = 0.8  # of the VMEM, that a kernel may plan with: the rest is the compiler's, for spills
-UNROLLED = {"forward": 2**21, "backward": 2**19}  # scores in an iteration: more hides latency better, and compiles longer
+COPY = 8  # cycles a query, where queries are put in another order or filled up to whole tiles, about
+UNROLLED = {"forward": 13 * 2**18, "backward": 2**19}  # scores in an iteration: more hides latency better, and compiles longer
 MOST_QUERIES = 512  # of a tile
 MOST_PLACES = 64  # tiles along the last axis, each of which is written out
 
@@ -204,7 +205,8 @@ def make_plan(options: Options, heads: Heads, relative: bool, way: str, vmem: in
         plan = Plan(heads, axes, 1, 0)
         if options.tile or plan.queries <= MOST_QUERIES:
             count = plan.tile_rows * plan.tile_columns
-            found.append((count * _cost(plan, way), tuple(axis.tile for axis in axes), plan))
+            copied = COPY * math.prod(axis.places for axis in axes) * any(axis.queries is not None for axis in axes)
+            found.append((count * _cost(plan, way) + copied, tuple(axis.tile for axis in axes), plan))
     reason = "no tile of it is small enough"
     for _, _, plan in sorted(found)[:32]:
         made = _fit(plan, relative, way, vmem)
@@ -236,8 +238,9 @@ def _cost(plan: Plan, way: str) -> float:
     heads, columns = plan.heads, plan.keys
     deep, stacked = heads.lanes // LANES, heads.abreast * plan.queries
     scores, mixed = columns * padded(stacked) * deep, stacked * padded(columns) * deep  # rows that pass through a unit
-    if way == "forward":
-        return (scores + mixed) / 4 + 0.03 * columns + 10
+    if way == "forward":  # bound by the rows of both products, or by loading their other factors
+        wide = padded(columns) * deep
+        return max(2 * stacked * wide, 56 * (1 + heads.abreast) * wide) / 4 + 12
     return (4 * scores + mixed) / 4 + 0.1 * columns + 30
 
 
@@ -246,7 +249,7 @@ def _fit(plan: Plan, relative: bool, way: str, vmem: int) -> Plan | str:
     heads = plan.heads
     if plan.tile_columns > MOST_PLACES:
         return f"its last axis makes more than {MOST_PLACES} tiles"
-    scores = plan.tile_columns * -(-heads.abreast * plan.queries // LANES) * LANES * plan.keys
+    scores = plan.tile_columns * heads.abreast * plan.queries * -(-plan.keys // LANES) * LANES
     most = max(1, UNROLLED[way] // scores)
     plan = plan._replace(rows=max(n for n in range(1, plan.tile_rows + 1) if plan.tile_rows % n == 0 and n <= most))
     held = _held(plan, relative, way)
@@ -261,9 +264,12 @@ def _held(plan: Plan, relative: bool, way: str) -> int:
     queries = math.prod(axis.places for axis in plan.axes) * heads.lanes
     keys = math.prod(axis.length for axis in plan.axes) * heads.lanes
     tall = -(-heads.abreast * plan.queries // LANES) * LANES * plan.keys  # scores of a tile
-    tables = 2 * 4 * tall * plan.patterns * (heads.members if relative else 1)
-    rows = 2 * 4 * max(plan.tile_columns, SUBLANES) * plan.tile_rows * tall // plan.keys  # lse, asked for or not
+    wide = heads.abreast * plan.queries * -(-plan.keys // LANES) * LANES  # transposed, as the forward kernel has them
+    tables = 2 * 4 * plan.patterns * (heads.members if relative else 1)
     if way == "forward":
-        return 2 * 2 * (queries + keys) * heads.itemsize + tables + rows + plan.at_once * 4 * tall
+        kept = wide + heads.abreast * plan.queries * LANES
+        lse = 2 * 4 * queries  # whether or not it is asked for
+        return 2 * 2 * (queries + keys) * heads.itemsize + lse + tables * wide + plan.at_once * 4 * kept
     blocks = 2 * (3 * queries + 4 * keys) * heads.itemsize + 2 * 4 * keys
-    return blocks + tables * (1 + relative) + rows + plan.at_once * tall * 2 * (4 + heads.itemsize)
+    lse = 2 * 4 * max(plan.tile_columns, SUBLANES) * plan.tile_rows * tall // plan.keys
+    return blocks + lse + tables * tall * (1 + relative) + plan.at_once * tall * 2 * (4 + heads.itemsize)

@@ -28,6 +28,7 @@ class Backend(NamedTuple):
     backward: `(operands, cotangents, options, wanted)` to the cotangents of the operands that `wanted` names, from
         those of what `forward` returns. None: JAX differentiates `forward`.
     cost: an estimate.
+    platform: the one kind of machine that it runs on, "tpu" or "gpu"; None: any.
 
     With `backward`, a backend is wrapped in the primitives of `primitive.py`, and so has every derivative, `vmap` and
     `shard_map`. It is given no function of the caller's and no empty array: those go to `differentiable.py`.
@@ -38,3 +39,4 @@ class Backend(NamedTuple):
     forward: Callable[[Operands, Options], tuple[Array, ...]]
     backward: Callable[[Operands, tuple[Array, ...], Options, tuple[str, ...]], dict[str, Array]] | None
     cost: Callable[[Operands, Options], Cost]
+    platform: str | None = None

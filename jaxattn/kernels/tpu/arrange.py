@@ -5,7 +5,6 @@ are, that is the array itself, seen otherwise: nothing is copied.
 """
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from jaxtyping import Array
 
 from jaxattn.kernels.loop import take
 from jaxattn.kernels.operands import hiding_score
-from jaxattn.kernels.tpu.plan import AxisPlan, Heads, Plan
+from jaxattn.kernels.tpu.plan import Heads, Plan
 
 
 def flat_queries(x: Array, plan: Plan) -> Array:
@@ -37,27 +36,27 @@ def flat_keys(x: Array, plan: Plan) -> Array:
     return _padded(x, plan.heads).reshape(*x.shape[:-2], -1)
 
 
-def by_query(x: Array, plan: Plan, like: Array) -> Array:
-    """`flat_queries`, undone, for an array of the shape of `like`."""
+def by_query(x: Array, plan: Plan, shape: tuple[int, ...]) -> Array:
+    """`flat_queries`, undone, for an array of this shape."""
     heads = plan.heads
-    x = x.reshape(*x.shape[:-1], heads.members, -1, heads.dim)[..., : heads.key_heads, : like.shape[-1]]
+    x = x.reshape(*x.shape[:-1], heads.members, -1, heads.dim)[..., : heads.key_heads, : shape[-1]]
     x = jnp.swapaxes(x, -2, -3)
     for a, axis in enumerate(plan.axes, 1):
         x = x if axis.place is None else pick(x, axis.place, a)
-    return x.reshape(like.shape)
+    return x.reshape(shape)
 
 
-def by_key(x: Array, plan: Plan, like: Array) -> Array:
-    """The transpose of `flat_keys`."""
-    shape = jax.ShapeDtypeStruct(like.shape, x.dtype)
-    return jax.linear_transpose(lambda keys: flat_keys(keys, plan), shape)(x)[0]
+def by_key(x: Array, plan: Plan, shape: tuple[int, ...]) -> Array:
+    """The transpose of `flat_keys`, for an array of this shape."""
+    keys = jax.ShapeDtypeStruct(shape, x.dtype)
+    return jax.linear_transpose(lambda keys: flat_keys(keys, plan), keys)(x)[0]
 
 
 def score_table(relative_bias: Array | None, plan: Plan, keys_first: bool) -> Array:
     """What is added to the scores of a tile, [patterns, members, blocks, abreast · queries, keys], or with the last two
     the other way round: the relative bias, and a score that hides where the window does. Without a relative bias it is
     the same for all members and blocks."""
-    hide, heads = hiding_score(jnp.float32), plan.heads
+    hide = hiding_score(jnp.float32)
     seen = _sees(plan, keys_first or relative_bias is not None)
     if relative_bias is None:
         return jnp.where(seen, 0.0, hide).astype(jnp.float32)[:, None, None]

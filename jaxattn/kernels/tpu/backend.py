@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxattn import machine
 from jaxattn.kernels import xla
 from jaxattn.kernels.backend import Backend, Cost
 from jaxattn.kernels.operands import Operands, Options
@@ -19,10 +18,8 @@ TAKEN = ("query", "key", "value", "scale", "relative_bias")
 PRECISIONS = (None, jax.lax.Precision.DEFAULT, jax.lax.Precision.HIGHEST)
 
 
-def supports(operands: Operands, options: Options, *, elsewhere: bool = False) -> str | None:
-    """Why it can't; None where it can. `elsewhere`: also where the kernels are interpreted."""
-    if machine.backend() != "tpu" and not elsewhere:
-        return f"its kernels run on a TPU, and this is a {machine.backend()}"
+def supports(operands: Operands, options: Options) -> str | None:
+    """Why it can't; None where it can."""
     others = [name for name, x in operands._asdict().items() if x is not None and name not in TAKEN]
     if others:
         return f"its kernels do not take {', '.join(others)}"
@@ -63,9 +60,7 @@ def forward(operands: Operands, options: Options, *, interpret: bool = False) ->
         interpret=interpret,
     )
     shape = (*operands.query.shape[:-1], operands.value.shape[-1])
-    output = arrange.by_query(output, plan, jax.ShapeDtypeStruct(shape, output.dtype))
-    lse = [arrange.by_query(x, plan, jax.ShapeDtypeStruct((*shape[:-1], 1), x.dtype))[..., 0] for x in lse]
-    return output, *lse
+    return arrange.by_query(output, plan, shape), *(arrange.by_query(x, plan, (*shape[:-1], 1))[..., 0] for x in lse)
 
 
 def backward(
@@ -102,9 +97,9 @@ def backward(
         interpret=interpret,
     )
     found = {
-        "query": arrange.by_query(of_query, plan, query),
-        "key": arrange.by_key(of_key, plan, key),
-        "value": arrange.by_key(of_value, plan, value),
+        "query": arrange.by_query(of_query, plan, query.shape),
+        "key": arrange.by_key(of_key, plan, key.shape),
+        "value": arrange.by_key(of_value, plan, value.shape),
     }
     if of_table:
         untransposed = jax.linear_transpose(lambda table: table, table)
@@ -165,11 +160,9 @@ def _some_see_nothing(operands: Operands, plan: Plan) -> bool:
     return operands.relative_bias is not None or not plan.everyone_sees
 
 
-TPU = Backend("tpu", supports, forward, backward, cost)
-INTERPRETED = Backend(  # the same on any machine, slowly: for tests
-    "tpu",
-    functools.partial(supports, elsewhere=True),
-    functools.partial(forward, interpret=True),
-    functools.partial(backward, interpret=True),
-    cost,
+TPU = Backend("tpu", supports, forward, backward, cost, platform="tpu")
+INTERPRETED = TPU._replace(  # the same on any machine, slowly: for tests
+    forward=functools.partial(forward, interpret=True),
+    backward=functools.partial(backward, interpret=True),
+    platform=None,
 )

@@ -1,9 +1,9 @@
 """The backward kernel: dq, dk, dv and the cotangent of the score table, a tile of queries at a time.
 
-Scores are transposed, [keys, (head, query)], and queries and dy block-diagonal, each head in its own lanes: so all heads
-of a block fill the columns of a product, sums over keys are plain additions, and two of the three products that follow
-need no transposition. Every tile sees its windows whole: so the softmax is computed again, and neither y nor lse is
-read. What overlapping boxes send to a key is added up in float32 in VMEM.
+Scores are transposed, [keys, (head, query)], and queries and dy block-diagonal, each head in its own lanes: so all
+heads of a block fill the columns of a product, sums over keys are plain additions, and two of the three products that
+follow need no transposition. Every tile sees its windows whole: so the softmax is computed again, and neither y nor lse
+is read. What overlapping boxes send to a key is added up in float32 in VMEM.
 
     Sᵀ = scale·K·Qᵀ + table,  P = softmax over keys,  dS = P·(V·dyᵀ - sum over keys of it + dlse)
     dv += P·dy,  dk += scale·dS·Q,  dq = scale·dSᵀ·K,  dtable += dS
@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxattn.kernels.operands import hiding_score
-from jaxattn.kernels.tpu.block import F32, I32, LOG2E, by_head, load, own, product, put, tiles
+from jaxattn.kernels.tpu.block import F32, I32, LOG2E, by_head, load, own, product, put, shape_of, tiles
 from jaxattn.kernels.tpu.forward import limit, specs
 from jaxattn.kernels.tpu.plan import Plan
 
@@ -116,11 +116,14 @@ def pull(
             over(key.shape[1], write)
 
     of_queries, of_keys, of_scores, of_rows = specs(plan, query, key, table)
-    inputs, in_specs = [query, key, value, cotangent, table * LOG2E], [of_queries, of_keys, of_keys, of_queries, of_scores]
+    inputs, in_specs = (
+        [query, key, value, cotangent, table * LOG2E],
+        [of_queries, of_keys, of_keys, of_queries, of_scores],
+    )
     if of_lse is not None:
         inputs.append(of_lse)
         in_specs.append(of_rows)
-    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    like = lambda x: shape_of(x.shape, x.dtype, query)
     return pl.pallas_call(
         kernel,
         name="windowed_attention_backward",

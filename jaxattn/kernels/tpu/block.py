@@ -5,6 +5,7 @@ ordinary load. The heads of a block share the lanes, and lanes are never sliced:
 factor of a product, in the lanes of the others.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -22,8 +23,7 @@ Places = tuple[Any, ...]  # an index along the axes of the grid
 
 
 class Tile(NamedTuple):
-    """One tile: tile row `i`, which may be traced, tile `j` of the row, and its place `at` among those of an iteration.
-    """
+    """Tile `j` of tile row `i`, which may be traced; `at` counts the tiles of an iteration."""
 
     plan: Plan
     table: Any  # a reference to `plan.table()`
@@ -53,15 +53,23 @@ class Tile(NamedTuple):
         begin = [self.table[2 * a + which, self.i] for a in range(len(self.plan.looped))]
         if not self.plan.static:  # whole registers
             whole = 8 * self.plan.heads.packing
-            first = lax.div(pl.multiple_of(begin[-1], whole), I32(packing))
-            return *map(pl.ds, begin[:-1], sizes[:-1]), pl.ds(pl.multiple_of(first, whole // packing), sizes[-1] // packing)
+            first = pl.multiple_of(lax.div(begin[-1], I32(packing)), whole // packing)
+            return *map(pl.ds, begin[:-1], sizes[:-1]), pl.ds(
+                pl.multiple_of(first, whole // packing), sizes[-1] // packing
+            )
         return *map(pl.ds, begin, sizes[:-1]), slice(across // packing, (across + sizes[-1]) // packing)
 
 
 def tiles(plan: Plan, table: Any, iteration: Any) -> list[Tile]:
     """The tiles of an iteration."""
-    rows, columns = plan.rows, plan.tile_columns
-    return [Tile(plan, table, iteration * I32(rows) + I32(r), j, r * columns + j) for r in range(rows) for j in range(columns)]
+    first, columns = iteration * I32(plan.rows), plan.tile_columns
+    places = itertools.product(range(plan.rows), range(columns))
+    return [Tile(plan, table, first + I32(r), j, r * columns + j) for r, j in places]
+
+
+def shape_of(shape: tuple[int, ...], dtype: Any, like: jax.Array) -> jax.ShapeDtypeStruct:
+    """What a kernel gives, which varies over the mesh axes that `like` varies over."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
 
 
 def load(ref: Any, places: Places, heads: Heads) -> jax.Array:

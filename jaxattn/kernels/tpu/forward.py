@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxattn.kernels.operands import hiding_score
-from jaxattn.kernels.tpu.block import F32, I32, LOG2E, by_head, load, own, product, put, tiles
+from jaxattn.kernels.tpu.block import F32, I32, LOG2E, by_head, load, own, product, put, shape_of, tiles
 from jaxattn.kernels.tpu.plan import LANES, Plan
 
 
@@ -62,7 +62,9 @@ def attend(
                 maxima.append(_wide(most[tile.at, h], heads.lanes))
                 if heads.abreast == 1:
                     totals.append(jnp.broadcast_to(p.sum(-1, keepdims=True), mixed[h].shape))
-            total = totals[0] if totals else pltpu.roll(own([mixed[-1], *mixed[:-1]], heads), heads.lanes - heads.dim, 1)
+            if heads.abreast > 1:  # the sum of a head stands in the lanes of the next
+                totals = [pltpu.roll(own([mixed[-1], *mixed[:-1]], heads), heads.lanes - heads.dim, 1)]
+            total = totals[0]
             output, maximum = own(mixed, heads) * pl.reciprocal(total, approx=dtype != F32), own(maxima, heads)
             sees = maximum > hiding_score(F32)
             put(y, tile, jnp.where(sees, output, 0.0) if some_see_nothing else output)
@@ -79,7 +81,7 @@ def attend(
         lax.fori_loop(np.int32(0), np.int32(plan.tile_rows // plan.rows), iterate, I32(0))
 
     of_queries, of_keys, of_scores, _ = specs(plan, query, key, table)
-    out_shape = [jax.ShapeDtypeStruct(query.shape, x) for x in (dtype, F32)[: 1 + residuals]]
+    out_shape = [shape_of(query.shape, x, query) for x in (dtype, F32)[: 1 + residuals]]
     return pl.pallas_call(
         kernel,
         name="windowed_attention",

@@ -25,7 +25,8 @@ KINDS = {"TPU v4": "v4", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v5 lite": "v5e"
 KINDS |= {"TPU v6 lite": "v6e", "TPU v6e": "v6e"}
 SHARE = 0.8  # of the VMEM, that a kernel may plan with: the rest is the compiler's, for spills
 COPY = 8  # cycles a query, where queries are put in another order or filled up to whole tiles, about
-UNROLLED = {"forward": 13 * 2**18, "backward": 2**19}  # scores in an iteration: more hides latency better, and compiles longer
+# scores in an iteration: more of them hide latency better, and compile longer
+UNROLLED = {"forward": 13 * 2**18, "backward": 2**19}
 MOST_QUERIES = 512  # of a tile
 MOST_PLACES = 64  # tiles along the last axis, each of which is written out
 
@@ -208,7 +209,7 @@ def make_plan(options: Options, heads: Heads, relative: bool, way: str, vmem: in
             copied = COPY * math.prod(axis.places for axis in axes) * any(axis.queries is not None for axis in axes)
             found.append((count * _cost(plan, way) + copied, tuple(axis.tile for axis in axes), plan))
     reason = "no tile of it is small enough"
-    for _, _, plan in sorted(found)[:32]:
+    for _, _, plan in sorted(found)[:256]:
         made = _fit(plan, relative, way, vmem)
         if isinstance(made, Plan):
             return made
@@ -247,6 +248,8 @@ def _cost(plan: Plan, way: str) -> float:
 def _fit(plan: Plan, relative: bool, way: str, vmem: int) -> Plan | str:
     """The plan with as many tile rows an iteration as it can have, or why it can't be."""
     heads = plan.heads
+    if plan.queries % (SUBLANES * heads.packing):  # the compiler takes many minutes
+        return f"a tile of {plan.queries} queries does not fill whole registers"
     if plan.tile_columns > MOST_PLACES:
         return f"its last axis makes more than {MOST_PLACES} tiles"
     scores = plan.tile_columns * heads.abreast * plan.queries * -(-plan.keys // LANES) * LANES

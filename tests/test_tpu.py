@@ -100,11 +100,12 @@ def test_transformations(interpreted):
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
 def test_inside_shard_map(interpreted):
     x = jax.random.normal(jax.random.key(0), (2, 5, 4, 2, 8), jnp.float32)
-    checked = {"check_vma": False}  # the interpreter's loop does not know which of its arrays vary
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
     window = jaxattn.Window((3, 3))
     run = lambda implementation, x: attention(x, x, x, window=window, implementation=implementation)
-    cut = jax.shard_map(functools.partial(run, "tpu"), mesh=mesh, in_specs=P("data"), out_specs=P("data"), **checked)
+    cut = jax.shard_map(  # unchecked, since the interpreter's loop does not know which of its arrays vary
+        functools.partial(run, "tpu"), mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False
+    )
     for ours, theirs in zip(
         jax.jit(jax.value_and_grad(lambda x: (cut(x) ** 2).sum()))(x),
         jax.value_and_grad(lambda x: (run("reference", x) ** 2).sum())(x),
@@ -113,9 +114,9 @@ def test_inside_shard_map(interpreted):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def plan_of(shape=(2, 16, 16, 4, 64), dtype=jnp.bfloat16, **options):
+def plan_of(shape=(2, 16, 16, 4, 64), dtype=jnp.bfloat16, devices=1, **options):
     x = jax.ShapeDtypeStruct(shape, dtype)
-    with traced_for("tpu", 1):
+    with traced_for("tpu", devices):
         return jaxattn.attention_plan(x, x, x, **({"window": jaxattn.Window((7, 7))} | options))
 
 
@@ -126,6 +127,24 @@ def test_it_is_chosen_on_a_tpu_alone():
     assert (here.backend, here.refused) == ("xla", {})
     with pytest.raises(ValueError, match=r"\(='tpu'\) can't, since it runs on a tpu alone, and this"):
         jaxattn.attention_plan(x, x, x, implementation="tpu")
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
+def test_on_several_devices_it_is_chosen_inside_shard_map_alone():
+    """The compiler would gather what is sharded, to give it to a kernel. Lowered for a TPU, which needs none."""
+    assert "the compiler can't split it over the 2 devices: call attention inside" in plan_of(devices=2).refused["tpu"]
+    assert plan_of(devices=2, implementation="tpu").backend == "tpu"
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    attend = lambda x: attention(x, x, x, window=jaxattn.Window((3, 3)))
+    loss = lambda x: jax.grad(lambda x: attend(x).sum())(x)
+    with traced_for("tpu", 2):
+        for function, kernels in (
+            (attend, 0),
+            (jax.shard_map(loss, mesh=mesh, in_specs=P("data"), out_specs=P("data")), 1),
+        ):
+            traced = jax.jit(function).trace(jax.ShapeDtypeStruct((2, 16, 16, 2, 64), jnp.float32))
+            text = traced.lower(lowering_platforms=("tpu",)).as_text()
+            assert text.count("tpu_custom_call") == kernels
 
 
 @pytest.mark.parametrize(

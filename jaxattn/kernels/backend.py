@@ -29,6 +29,8 @@ class Backend(NamedTuple):
         those of what `forward` returns. None: JAX differentiates `forward`.
     cost: an estimate.
     platform: the one kind of machine that it runs on, "tpu" or "gpu"; None: any.
+    opaque: whether the compiler cannot split its calls over devices. Unless it is named, such a backend is taken where
+        there is one device, or inside a `shard_map` over all axes of its mesh: else what is sharded would be gathered.
 
     With `backward`, a backend is wrapped in the primitives of `primitive.py`, and so has every derivative, `vmap` and
     `shard_map`. It is given no function of the caller's and no empty array: those go to `differentiable.py`.
@@ -40,3 +42,4 @@ class Backend(NamedTuple):
     backward: Callable[[Operands, tuple[Array, ...], Options, tuple[str, ...]], dict[str, Array]] | None
     cost: Callable[[Operands, Options], Cost]
     platform: str | None = None
+    opaque: bool = False

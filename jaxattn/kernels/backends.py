@@ -1,5 +1,7 @@
 """The ways to compute attention, and the choice among them."""
 
+import jax
+
 from jaxattn import machine
 from jaxattn.kernels.backend import Backend
 from jaxattn.kernels.operands import Operands, Options
@@ -17,11 +19,10 @@ def choose(implementation: str | None, operands: Operands, options: Options) -> 
     if implementation is not None and implementation not in tuple(by_name):
         allowed = ", ".join(map(repr, by_name))
         raise ValueError(f"attention: implementation (={implementation!r}) must be None or one of {allowed}")
-    here = machine.backend()
     found = {
-        name: backend.supports(operands, options) if backend.platform in (None, here) else _elsewhere(backend, here)
+        name: _elsewhere(backend, implementation) or backend.supports(operands, options)
         for name, backend in by_name.items()
-        if backend.platform in (None, here) or name == implementation
+        if backend.platform in (None, machine.backend()) or name == implementation
     }
     refused = {name: reason for name, reason in found.items() if reason is not None}
     if implementation in refused:
@@ -36,5 +37,15 @@ def choose(implementation: str | None, operands: Operands, options: Options) -> 
     return by_name[wanted[0]], refused
 
 
-def _elsewhere(backend: Backend, here: str) -> str:
-    return f"it runs on a {backend.platform} alone, and this is a {here}"
+def _elsewhere(backend: Backend, implementation: str | None) -> str | None:
+    """Why it can't here, whatever it is given."""
+    if backend.platform not in (None, machine.backend()):
+        return f"it runs on a {backend.platform} alone, and this is a {machine.backend()}"
+    mesh = jax.sharding.get_abstract_mesh()
+    alone = machine.device_count() == 1 or (not mesh.empty and mesh.are_all_axes_manual)
+    if backend.opaque and not alone and backend.name != implementation:
+        return (
+            f"the compiler can't split it over the {machine.device_count()} devices: call attention inside shard_map, "
+            f"or with implementation={backend.name!r} where nothing is sharded"
+        )
+    return None

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from jaxattn.kernels.loop import take
@@ -46,12 +47,6 @@ def by_query(x: Array, plan: Plan, shape: tuple[int, ...]) -> Array:
     return x.reshape(shape)
 
 
-def by_key(x: Array, plan: Plan, shape: tuple[int, ...]) -> Array:
-    """The transpose of `flat_keys`, for an array of this shape."""
-    keys = jax.ShapeDtypeStruct(shape, x.dtype)
-    return jax.linear_transpose(lambda keys: flat_keys(keys, plan), keys)(x)[0]
-
-
 def score_table(relative_bias: Array | None, plan: Plan, keys_first: bool) -> Array:
     """What is added to the scores of a tile, [patterns, members, blocks, abreast · queries, keys], or with the last two
     the other way round: the relative bias, and a score that hides where the window does. Without a relative bias it is
@@ -83,6 +78,11 @@ def _spread(relative_bias: Array, plan: Plan) -> Array:
     bias = bias.reshape(*bias.shape[: 2 + rank], -1)
     # with the queries in the lanes before it is sliced: left alone, the compiler keeps the columns there, which are few
     return with_layout_constraint(bias, Layout(major_to_minor=tuple(range(bias.ndim))))
+
+
+def shape_of(shape: tuple[int, ...], dtype: DTypeLike, like: Array) -> jax.ShapeDtypeStruct:
+    """What varies over the mesh axes that `like` varies over."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
 
 
 def pick(x: Array, index: np.ndarray, axis: int) -> Array:
@@ -154,7 +154,7 @@ def tiled_rows(x: Array, plan: Plan) -> Array:
         x = x if axis.queries is None else pick(x, axis.queries, a)
     x = x.reshape(*x.shape[:-1], heads.key_heads, heads.members)
     x = jnp.pad(x, [*[(0, 0)] * (rank + 1), (0, heads.blocks * heads.abreast - heads.key_heads), (0, 0)])
-    x = x.reshape(len(x), *(n for axis in plan.axes for n in (axis.count, axis.tile)), -1, heads.abreast, heads.members)
+    x = x.reshape(len(x), *(n for axis in plan.axes for n in (axis.tiles, axis.tile)), -1, heads.abreast, heads.members)
     counts, sizes = range(1, 2 * rank + 1, 2), range(2, 2 * rank + 1, 2)
     x = jnp.transpose(x, (0, 2 * rank + 3, 2 * rank + 1, *counts, 2 * rank + 2, *sizes))
     return x.reshape(*x.shape[:3], plan.tile_rows, plan.tile_columns, -1)

@@ -79,13 +79,15 @@ def backward(
         return _with_scale(operands, cotangents, options, wanted, interpret)
     from jaxattn.kernels.tpu.backward import pull
 
-    query, key, value = operands.query, operands.key, operands.value
+    query = operands.query
+    key, pull_key = jax.vjp(lambda key: arrange.flat_keys(key, plan), operands.key)
+    value, pull_value = jax.vjp(lambda value: arrange.flat_keys(value, plan), operands.value)
     table, pull_table = jax.vjp(lambda bias: arrange.score_table(bias, plan, keys_first=True), operands.relative_bias)
     of_table = "relative_bias" in wanted
     (of_query, of_key, of_value, *rest) = pull(
         arrange.flat_queries(query, plan),
-        arrange.flat_keys(key, plan),
-        arrange.flat_keys(value, plan),
+        key,
+        value,
         arrange.flat_queries(cotangents[0], plan),
         arrange.tiled_rows(cotangents[1], plan) if options.residuals else None,
         table,
@@ -98,8 +100,8 @@ def backward(
     )
     found = {
         "query": arrange.by_query(of_query, plan, query.shape),
-        "key": arrange.by_key(of_key, plan, key.shape),
-        "value": arrange.by_key(of_value, plan, value.shape),
+        "key": pull_key(of_key)[0],
+        "value": pull_value(of_value)[0],
     }
     if of_table:
         untransposed = jax.linear_transpose(lambda table: table, table)
@@ -160,9 +162,10 @@ def _some_see_nothing(operands: Operands, plan: Plan) -> bool:
     return operands.relative_bias is not None or not plan.everyone_sees
 
 
-TPU = Backend("tpu", supports, forward, backward, cost, platform="tpu")
+TPU = Backend("tpu", supports, forward, backward, cost, platform="tpu", opaque=True)
 INTERPRETED = TPU._replace(  # the same on any machine, slowly: for tests
     forward=functools.partial(forward, interpret=True),
     backward=functools.partial(backward, interpret=True),
     platform=None,
+    opaque=False,
 )

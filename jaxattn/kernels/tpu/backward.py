@@ -19,7 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxattn.kernels.operands import hiding_score
-from jaxattn.kernels.tpu.block import F32, I32, LOG2E, by_head, load, own, product, put, shape_of, tiles
+from jaxattn.kernels.tpu.arrange import shape_of
+from jaxattn.kernels.tpu.block import F32, I32, LOG2E, by_head, load, own, product, put, tiles
 from jaxattn.kernels.tpu.forward import limit, specs
 from jaxattn.kernels.tpu.plan import Plan
 
@@ -44,11 +45,11 @@ def pull(
     tall = plan.keys, heads.abreast * plan.queries
 
     def kernel(at: Any, c: Any, q: Any, k: Any, v: Any, g: Any, t: Any, *rest: Any) -> None:
-        rest = list(rest)
-        dlse = None if of_lse is None else rest.pop(0)
-        dq, dk, dv, *rest = rest
-        dt = rest.pop(0) if of_table else None
-        scores, products, weights, of_scores, sum_k, sum_v = rest
+        others = list(rest)
+        dlse = None if of_lse is None else others.pop(0)
+        dq, dk, dv = (others.pop(0) for _ in range(3))
+        dt = others.pop(0) if of_table else None
+        scores, products, weights, of_scores, sum_k, sum_v = others
         q, k, v, g = (x.bitcast(I32) for x in (q, k, v, g))
         entry, member = pl.program_id(1), pl.program_id(2)
         mine = 0 if table.shape[1] == 1 else member
@@ -124,7 +125,7 @@ def pull(
         inputs.append(of_lse)
         in_specs.append(of_rows)
     like = lambda x: shape_of(x.shape, x.dtype, query)
-    return pl.pallas_call(
+    call = pl.pallas_call(
         kernel,
         name="windowed_attention_backward",
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -143,7 +144,10 @@ def pull(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=limit(plan)
         ),
         interpret=interpret,
-    )(jnp.asarray(plan.table()), jnp.stack([scale * LOG2E, scale]).astype(F32), *inputs)
+    )
+    inputs = [jnp.asarray(plan.table()), jnp.stack([scale * LOG2E, scale]).astype(F32), *inputs]
+    with jax.enable_x64(False):  # a TPU's kernels count in 32 bits
+        return call(*inputs)
 
 
 def over(count: int, body: Any) -> None:

@@ -51,12 +51,9 @@ class Tile(NamedTuple):
 
     def _places(self, which: int, sizes: Sequence[int], across: int, packing: int) -> Places:
         begin = [self.table[2 * a + which, self.i] for a in range(len(self.plan.looped))]
-        if not self.plan.static:  # whole registers
-            whole = 8 * self.plan.heads.packing
-            first = pl.multiple_of(lax.div(begin[-1], I32(packing)), whole // packing)
-            return *map(pl.ds, begin[:-1], sizes[:-1]), pl.ds(
-                pl.multiple_of(first, whole // packing), sizes[-1] // packing
-            )
+        if not self.plan.static:  # one axis, whose slices begin at whole registers
+            whole = 8 * self.plan.heads.packing // packing
+            return (pl.ds(pl.multiple_of(lax.div(begin[0], I32(packing)), whole), sizes[0] // packing),)
         return *map(pl.ds, begin, sizes[:-1]), slice(across // packing, (across + sizes[-1]) // packing)
 
 
@@ -65,11 +62,6 @@ def tiles(plan: Plan, table: Any, iteration: Any) -> list[Tile]:
     first, columns = iteration * I32(plan.rows), plan.tile_columns
     places = itertools.product(range(plan.rows), range(columns))
     return [Tile(plan, table, first + I32(r), j, r * columns + j) for r, j in places]
-
-
-def shape_of(shape: tuple[int, ...], dtype: Any, like: jax.Array) -> jax.ShapeDtypeStruct:
-    """What a kernel gives, which varies over the mesh axes that `like` varies over."""
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
 
 
 def load(ref: Any, places: Places, heads: Heads) -> jax.Array:

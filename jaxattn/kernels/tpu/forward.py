@@ -19,7 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxattn.kernels.operands import hiding_score
-from jaxattn.kernels.tpu.block import F32, I32, LOG2E, by_head, load, own, product, put, shape_of, tiles
+from jaxattn.kernels.tpu.arrange import shape_of
+from jaxattn.kernels.tpu.block import F32, I32, LOG2E, by_head, load, own, product, put, tiles
 from jaxattn.kernels.tpu.plan import LANES, Plan
 
 
@@ -82,7 +83,7 @@ def attend(
 
     of_queries, of_keys, of_scores, _ = specs(plan, query, key, table)
     out_shape = [shape_of(query.shape, x, query) for x in (dtype, F32)[: 1 + residuals]]
-    return pl.pallas_call(
+    call = pl.pallas_call(
         kernel,
         name="windowed_attention",
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -95,7 +96,10 @@ def attend(
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3, vmem_limit_bytes=limit(plan)),
         interpret=interpret,
-    )(jnp.asarray(plan.table()), (scale * LOG2E).reshape(1).astype(F32), query, key, value, table * LOG2E)
+    )
+    inputs = [jnp.asarray(plan.table()), (scale * LOG2E).reshape(1).astype(F32), query, key, value, table * LOG2E]
+    with jax.enable_x64(False):  # a TPU's kernels count in 32 bits
+        return call(*inputs)
 
 
 def specs(plan: Plan, query: jax.Array, key: jax.Array, table: jax.Array) -> list[pl.BlockSpec]:

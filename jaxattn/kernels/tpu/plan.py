@@ -68,14 +68,14 @@ class AxisPlan(NamedTuple):
     relative: np.ndarray  # [patterns, tile], column c is entry c + relative of a table over the offsets
 
     @property
-    def count(self) -> int:
-        """The tiles."""
+    def tiles(self) -> int:
+        """How many there are."""
         return len(self.start)
 
     @property
     def places(self) -> int:
         """Of queries."""
-        return self.count * self.tile
+        return self.tiles * self.tile
 
     @property
     def step(self) -> int:
@@ -113,12 +113,12 @@ class Plan(NamedTuple):
     @property
     def tile_rows(self) -> int:
         """Of the axes that are looped over."""
-        return math.prod(axis.count for axis in self.looped)
+        return math.prod(axis.tiles for axis in self.looped)
 
     @property
     def tile_columns(self) -> int:
         """Tiles in a row."""
-        return self.axes[-1].count if self.static else 1
+        return self.axes[-1].tiles if self.static else 1
 
     @property
     def at_once(self) -> int:
@@ -148,7 +148,7 @@ class Plan(NamedTuple):
     def table(self) -> np.ndarray:
         """[numbers, tile rows]: for each looped axis the first place of the queries and of the keys; then the pattern,
         counted over the looped axes."""
-        at = np.unravel_index(np.arange(self.tile_rows), [axis.count for axis in self.looped])
+        at = np.unravel_index(np.arange(self.tile_rows), [axis.tiles for axis in self.looped])
         rows, pattern = [], np.zeros(self.tile_rows, int)
         for axis, j in zip(self.looped, at, strict=True):
             rows += [j * axis.tile, axis.start[j]]

@@ -5,6 +5,7 @@ are, that is the array itself, seen otherwise: nothing is copied.
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,30 +22,33 @@ from jaxattn.kernels.tpu.plan import Heads, Plan
 
 def flat_queries(x: Array, plan: Plan) -> Array:
     """[*batch, *queries, heads, dim] as [entries, *places, members · blocks · lanes]."""
-    heads, rank = plan.heads, len(plan.axes)
-    x = _entries(x, rank)
-    for a, axis in enumerate(plan.axes, 1):
-        x = x if axis.queries is None else pick(x, axis.queries, a)
+    heads = plan.heads
+    x = _entries(x, len(plan.axes))
     x = x.reshape(*x.shape[:-2], heads.key_heads, heads.members, x.shape[-1])
-    return _padded(jnp.swapaxes(x, -2, -3), heads).reshape(*x.shape[:-3], -1)
+    x = _padded(jnp.swapaxes(x, -2, -3), heads).reshape(*x.shape[:-3], -1)
+    return _at(x, [axis.queries for axis in plan.axes])
 
 
 def flat_keys(x: Array, plan: Plan) -> Array:
     """[*batch, *keys, key_heads, dim] as [entries, *places, blocks · lanes]."""
     x = _entries(x, len(plan.axes))
-    for a, axis in enumerate(plan.axes, 1):
-        x = x if axis.keys is None else pick(x, axis.keys, a)
-    return _padded(x, plan.heads).reshape(*x.shape[:-2], -1)
+    return _at(_padded(x, plan.heads).reshape(*x.shape[:-2], -1), [axis.keys for axis in plan.axes])
 
 
 def by_query(x: Array, plan: Plan, shape: tuple[int, ...]) -> Array:
     """`flat_queries`, undone, for an array of this shape."""
-    heads = plan.heads
-    x = x.reshape(*x.shape[:-1], heads.members, -1, heads.dim)[..., : heads.key_heads, : shape[-1]]
-    x = jnp.swapaxes(x, -2, -3)
+    heads, rank = plan.heads, len(plan.axes)
     for a, axis in enumerate(plan.axes, 1):
-        x = x if axis.place is None else pick(x, axis.place, a)
-    return x.reshape(shape)
+        x = x if axis.queries is None else unpick(x, axis.queries, a, shape[a - rank - 3])
+    x = x.reshape(*x.shape[:-1], heads.members, -1, heads.dim)[..., : heads.key_heads, : shape[-1]]
+    return jnp.swapaxes(x, -2, -3).reshape(shape)
+
+
+def _at(x: Array, places: Sequence[np.ndarray | None]) -> Array:
+    """[entries, *grid, ...] in another order along each axis. Done where heads fill the lanes: it costs least there."""
+    for a, index in enumerate(places, 1):
+        x = x if index is None else pick(x, index, a)
+    return x
 
 
 def score_table(relative_bias: Array | None, plan: Plan, keys_first: bool) -> Array:
@@ -103,6 +107,21 @@ def pick(x: Array, index: np.ndarray, axis: int) -> Array:
     return parts[0] if len(parts) == 1 else lax.concatenate(parts, axis)
 
 
+def unpick(x: Array, index: np.ndarray, axis: int, length: int) -> Array:
+    """`pick`, undone: the first place of every number from 0 to `length`, each of which has one."""
+    runs = _runs(index)
+    if len(runs) > 64:
+        return jnp.take(x, np.argsort(np.where(index < 0, length, index), kind="stable")[:length], axis=axis)
+    parts, begin = [], 0
+    for first, step, count in runs:
+        if first >= 0:  # every step-th place, with zeros between
+            around = [(0, 0, 0)] * x.ndim
+            around[axis] = first, length - 1 - first - step * (count - 1), step - 1
+            parts.append(lax.pad(lax.slice_in_dim(x, begin, begin + count, axis=axis), jnp.zeros((), x.dtype), around))
+        begin += count
+    return sum(parts[1:], parts[0])
+
+
 def _runs(index: np.ndarray) -> list[tuple[int, int, int]]:
     """An index as runs, each (first, step, count) with a step of 0 alone where it is -1."""
     runs, begin = [], 0
@@ -150,8 +169,7 @@ def tiled_rows(x: Array, plan: Plan) -> Array:
     """[*batch, *queries, heads] as [entries, members, blocks, tile rows, tile columns, abreast · queries]."""
     heads, rank = plan.heads, len(plan.axes)
     x = _entries(x[..., None], rank)[..., 0]
-    for a, axis in enumerate(plan.axes, 1):
-        x = x if axis.queries is None else pick(x, axis.queries, a)
+    x = _at(x, [axis.queries for axis in plan.axes])
     x = x.reshape(*x.shape[:-1], heads.key_heads, heads.members)
     x = jnp.pad(x, [*[(0, 0)] * (rank + 1), (0, heads.blocks * heads.abreast - heads.key_heads), (0, 0)])
     x = x.reshape(len(x), *(n for axis in plan.axes for n in (axis.tiles, axis.tile)), -1, heads.abreast, heads.members)

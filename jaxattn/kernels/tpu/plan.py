@@ -59,7 +59,6 @@ class AxisPlan(NamedTuple):
     columns: int
     start: np.ndarray  # [tiles]
     queries: np.ndarray | None  # the query at each place, -1 for none; None: as they are
-    place: np.ndarray | None  # where each query stands; None: as they are
     keys: np.ndarray | None  # the key at each place, -1 for a zero; None: as they are
     length: int  # the places of the keys
     pattern: np.ndarray  # [tiles], which row of the following it has
@@ -187,7 +186,6 @@ def plan_axis(axis: Axis, tile: int, unit: int, align: int) -> AxisPlan:
         columns=columns,
         start=start,
         queries=layout.queries,
-        place=layout.place,
         keys=None if np.array_equal(keys, np.arange(axis.length)) else keys,
         length=length,
         pattern=pattern.ravel(),

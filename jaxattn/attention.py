@@ -85,9 +85,11 @@ def attention(
         dropout_key: a `jax.random.key`, needed where `dropout_rate` > 0.
         precision: as in `jax.lax.dot_general`.
         implementation: None chooses; "reference" is the readable one, which gathers `N × window` keys; "xla" tiles, and
-            is slower with a function of yours (`score_mod`, `normalize`), which may close over what is differentiated.
-        tile: queries per tile along each axis of the grid, multiples of the window's block, for "xla"; an int serves
-            all axes. None chooses by a model of the cost, from shapes and backend. It changes speed and memory only.
+            is slower with a function of yours (`score_mod`, `normalize`), which may close over what is differentiated;
+            "tpu" is kernels of a TPU's, on one alone, for softmax over windows with no other term than relative_bias.
+        tile: queries per tile along each axis of the grid, multiples of the window's block, for "xla" (and "tpu", which
+            rounds them up to whole registers); an int serves all axes. None chooses by a model of the cost, from shapes
+            and backend. It changes speed and memory only.
         return_residuals: also return lse, the log of the sum of exponentials of the final scores; softmax only.
 
     Returns:

@@ -28,6 +28,9 @@ class Backend(NamedTuple):
     backward: `(operands, cotangents, options, wanted)` to the cotangents of the operands that `wanted` names, from
         those of what `forward` returns. None: JAX differentiates `forward`.
     cost: an estimate.
+    platform: the one kind of machine that it runs on, "tpu" or "gpu"; None: any.
+    opaque: whether the compiler cannot split its calls over devices. Unless it is named, such a backend is taken where
+        there is one device, or inside a `shard_map` over all axes of its mesh: else what is sharded would be gathered.
 
     With `backward`, a backend is wrapped in the primitives of `primitive.py`, and so has every derivative, `vmap` and
     `shard_map`. It is given no function of the caller's and no empty array: those go to `differentiable.py`.
@@ -38,3 +41,5 @@ class Backend(NamedTuple):
     forward: Callable[[Operands, Options], tuple[Array, ...]]
     backward: Callable[[Operands, tuple[Array, ...], Options, tuple[str, ...]], dict[str, Array]] | None
     cost: Callable[[Operands, Options], Cost]
+    platform: str | None = None
+    opaque: bool = False

@@ -1,29 +1,51 @@
 """The ways to compute attention, and the choice among them."""
 
+import jax
+
+from jaxattn import machine
 from jaxattn.kernels.backend import Backend
 from jaxattn.kernels.operands import Operands, Options
 from jaxattn.kernels.reference import REFERENCE
+from jaxattn.kernels.tpu.backend import TPU
 from jaxattn.kernels.xla import XLA
 
 # Unless one is named, the first that supports the operands is taken.
-BACKENDS: tuple[Backend, ...] = (XLA, REFERENCE)
+BACKENDS: tuple[Backend, ...] = (TPU, XLA, REFERENCE)
 
 
 def choose(implementation: str | None, operands: Operands, options: Options) -> tuple[Backend, dict[str, str]]:
-    """The backend, and of each that can't, why."""
+    """The backend, and of each of this machine's that can't, why."""
     by_name = {backend.name: backend for backend in BACKENDS}
     if implementation is not None and implementation not in tuple(by_name):
         allowed = ", ".join(map(repr, by_name))
         raise ValueError(f"attention: implementation (={implementation!r}) must be None or one of {allowed}")
-    found = {name: backend.supports(operands, options) for name, backend in by_name.items()}
+    found = {
+        name: _elsewhere(backend, implementation) or backend.supports(operands, options)
+        for name, backend in by_name.items()
+        if backend.platform in (None, machine.backend()) or name == implementation
+    }
     refused = {name: reason for name, reason in found.items() if reason is not None}
     if implementation in refused:
         raise ValueError(
             f"attention: implementation (={implementation!r}) can't, since {refused[implementation]}; with None, the "
-            f"first of those that can is taken: {', '.join(name for name in by_name if name not in refused)}"
+            f"first of those that can is taken: {', '.join(name for name in found if name not in refused)}"
         )
-    wanted = [implementation] if implementation is not None else [name for name in by_name if name not in refused]
+    wanted = [implementation] if implementation is not None else [name for name in found if name not in refused]
     if not wanted:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise ValueError(f"attention: no implementation can ({reasons})")
     return by_name[wanted[0]], refused
+
+
+def _elsewhere(backend: Backend, implementation: str | None) -> str | None:
+    """Why it can't here, whatever it is given."""
+    if backend.platform not in (None, machine.backend()):
+        return f"it runs on a {backend.platform} alone, and this is a {machine.backend()}"
+    mesh = jax.sharding.get_abstract_mesh()
+    alone = machine.device_count() == 1 or (not mesh.empty and mesh.are_all_axes_manual)
+    if backend.opaque and not alone and backend.name != implementation:
+        return (
+            f"the compiler can't split it over the {machine.device_count()} devices: call attention inside shard_map, "
+            f"or with implementation={backend.name!r} where nothing is sharded"
+        )
+    return None

@@ -1,0 +1,178 @@
+"""Operands as the kernels take them: tokens in the order of tiles, heads side by side in lanes.
+
+A flat array is [entries, *places, lanes]. Where a tile divides the grid, heads fill the lanes and the keys are as they
+are, that is the array itself, seen otherwise: nothing is copied.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from jaxattn.kernels.loop import take
+from jaxattn.kernels.operands import hiding_score
+from jaxattn.kernels.tpu.plan import Heads, Plan
+
+
+def flat_queries(x: Array, plan: Plan) -> Array:
+    """[*batch, *queries, heads, dim] as [entries, *places, members · blocks · lanes]."""
+    heads = plan.heads
+    x = _entries(x, len(plan.axes))
+    x = x.reshape(*x.shape[:-2], heads.key_heads, heads.members, x.shape[-1])
+    x = _padded(jnp.swapaxes(x, -2, -3), heads).reshape(*x.shape[:-3], -1)
+    return _at(x, [axis.queries for axis in plan.axes])
+
+
+def flat_keys(x: Array, plan: Plan) -> Array:
+    """[*batch, *keys, key_heads, dim] as [entries, *places, blocks · lanes]."""
+    x = _entries(x, len(plan.axes))
+    return _at(_padded(x, plan.heads).reshape(*x.shape[:-2], -1), [axis.keys for axis in plan.axes])
+
+
+def by_query(x: Array, plan: Plan, shape: tuple[int, ...]) -> Array:
+    """`flat_queries`, undone, for an array of this shape."""
+    heads, rank = plan.heads, len(plan.axes)
+    for a, axis in enumerate(plan.axes, 1):
+        x = x if axis.queries is None else unpick(x, axis.queries, a, shape[a - rank - 3])
+    x = x.reshape(*x.shape[:-1], heads.members, -1, heads.dim)[..., : heads.key_heads, : shape[-1]]
+    return jnp.swapaxes(x, -2, -3).reshape(shape)
+
+
+def _at(x: Array, places: Sequence[np.ndarray | None]) -> Array:
+    """[entries, *grid, ...] in another order along each axis. Done where heads fill the lanes: it costs least there."""
+    for a, index in enumerate(places, 1):
+        x = x if index is None else pick(x, index, a)
+    return x
+
+
+def score_table(relative_bias: Array | None, plan: Plan, keys_first: bool) -> Array:
+    """What is added to the scores of a tile, [patterns, members, blocks, abreast · queries, keys], or with the last two
+    the other way round: the relative bias, and a score that hides where the window does. Without a relative bias it is
+    the same for all members and blocks."""
+    hide = hiding_score(jnp.float32)
+    seen = _sees(plan, keys_first or relative_bias is not None)
+    if relative_bias is None:
+        return jnp.where(seen, 0.0, hide).astype(jnp.float32)[:, None, None]
+    spread, table = _spread(jnp.where(relative_bias > hide / 2, relative_bias, hide), plan), []
+    for n, at in enumerate(np.ndindex(*[len(axis.low) for axis in plan.axes])):
+        box = [slice(axis.offset(p), axis.offset(p) + axis.columns) for axis, p in zip(plan.axes, at, strict=True)]
+        bias = spread[:, :, *box].reshape(*spread.shape[:2], plan.keys, -1)
+        table.append(jnp.where(seen[n], bias, hide))
+    return jnp.stack(table) if keys_first else jnp.swapaxes(jnp.stack(table), -1, -2)
+
+
+def _spread(relative_bias: Array, plan: Plan) -> Array:
+    """[members, blocks, *columns, abreast · queries], for columns enough that the box of every pattern is a slice."""
+    heads, rank = plan.heads, len(plan.axes)
+    bias = relative_bias.astype(jnp.float32).reshape(heads.key_heads, heads.members, *relative_bias.shape[1:])
+    bias = jnp.pad(bias, [(0, heads.blocks * heads.abreast - heads.key_heads), *[(0, 0)] * (rank + 1)])
+    bias = jnp.moveaxis(bias.reshape(heads.blocks, heads.abreast, *bias.shape[1:]), 2, 0)
+    for axis in plan.axes:  # [members, blocks, abreast, offsets of axes to come, (columns, queries) of those before]
+        columns = axis.columns + max(map(axis.offset, range(len(axis.low))))
+        entry = np.arange(columns) + axis.relative[:, 0].min() - axis.step * np.arange(axis.tile)[:, None]
+        which = (entry[..., None] == np.arange(bias.shape[3])).astype(np.float32)
+        bias = jnp.einsum("mbge...,tce->mbg...ct", bias, which, precision="highest")
+    bias = jnp.transpose(bias, (0, 1, *range(3, 3 + 2 * rank, 2), 2, *range(4, 4 + 2 * rank, 2)))
+    bias = bias.reshape(*bias.shape[: 2 + rank], -1)
+    # with the queries in the lanes before it is sliced: left alone, the compiler keeps the columns there, which are few
+    return with_layout_constraint(bias, Layout(major_to_minor=tuple(range(bias.ndim))))
+
+
+def shape_of(shape: tuple[int, ...], dtype: DTypeLike, like: Array) -> jax.ShapeDtypeStruct:
+    """What varies over the mesh axes that `like` varies over."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
+
+
+def pick(x: Array, index: np.ndarray, axis: int) -> Array:
+    """Along one axis, zeros where the index is -1. Slices, where the index goes by even steps mostly, as under dilation
+    or a folding boundary: so is its transpose, and neither is a gather."""
+    runs = _runs(index)
+    if len(runs) > 64:
+        return take(x, index, axis)
+    parts = []
+    for first, step, count in runs:
+        if first < 0:
+            parts.append(jnp.zeros((*x.shape[:axis], count, *x.shape[axis + 1 :]), x.dtype))
+        elif step < 0:
+            last = first + step * (count - 1)
+            parts.append(jnp.flip(lax.slice_in_dim(x, last, first + 1, -step, axis), axis))
+        else:
+            parts.append(lax.slice_in_dim(x, first, first + step * (count - 1) + 1, step, axis))
+    return parts[0] if len(parts) == 1 else lax.concatenate(parts, axis)
+
+
+def unpick(x: Array, index: np.ndarray, axis: int, length: int) -> Array:
+    """`pick`, undone: the first place of every number from 0 to `length`, each of which has one."""
+    runs = _runs(index)
+    if len(runs) > 64:
+        return jnp.take(x, np.argsort(np.where(index < 0, length, index), kind="stable")[:length], axis=axis)
+    parts, begin = [], 0
+    for first, step, count in runs:
+        if first >= 0:  # every step-th place, with zeros between
+            around = [(0, 0, 0)] * x.ndim
+            around[axis] = first, length - 1 - first - step * (count - 1), step - 1
+            parts.append(lax.pad(lax.slice_in_dim(x, begin, begin + count, axis=axis), jnp.zeros((), x.dtype), around))
+        begin += count
+    return sum(parts[1:], parts[0])
+
+
+def _runs(index: np.ndarray) -> list[tuple[int, int, int]]:
+    """An index as runs, each (first, step, count) with a step of 0 alone where it is -1."""
+    runs, begin = [], 0
+    while begin < len(index):
+        rest = index[begin:]
+        if rest[0] < 0:
+            same = rest < 0
+            step = 0
+        else:
+            step = int(rest[1] - rest[0]) if len(rest) > 1 and rest[1] >= 0 and rest[1] != rest[0] else 1
+            same = (rest == rest[0] + step * np.arange(len(rest))) & (rest >= 0)
+        count = len(rest) if same.all() else int(np.argmin(same))
+        runs.append((int(rest[0]), step, count))
+        begin += count
+    return runs
+
+
+def _sees(plan: Plan, keys_first: bool) -> Array:
+    """Whether a query sees a key, by the window alone, [patterns, abreast · queries, keys] or the other way round."""
+    rank, seen = len(plan.axes), jnp.ones((), bool)
+    patterns = np.indices([len(axis.low) for axis in plan.axes]).reshape(rank, -1)
+    queries = np.indices([axis.tile for axis in plan.axes]).reshape(rank, -1)
+    columns = np.indices([axis.columns for axis in plan.axes]).reshape(rank, -1)
+    for axis, pattern, query, column in zip(plan.axes, patterns, queries, columns, strict=True):
+        low, high = (np.tile(x[pattern][:, query], plan.heads.abreast) for x in (axis.low, axis.high))
+        low, high, column = (
+            (low[:, None], high[:, None], column[:, None]) if keys_first else (low[..., None], high[..., None], column)
+        )
+        seen = seen & (jnp.asarray(low) <= column) & (column < jnp.asarray(high))
+    return seen
+
+
+def _entries(x: Array, rank: int) -> Array:
+    """The batch as one axis."""
+    return x.reshape(math.prod(x.shape[: -rank - 2]), *x.shape[-rank - 2 :])
+
+
+def _padded(x: Array, heads: Heads) -> Array:
+    """[..., key_heads, dim], with zeros to whole blocks of whole heads."""
+    missing = heads.blocks * heads.abreast - x.shape[-2], heads.dim - x.shape[-1]
+    return jnp.pad(x, [*[(0, 0)] * (x.ndim - 2), (0, missing[0]), (0, missing[1])]) if any(missing) else x
+
+
+def tiled_rows(x: Array, plan: Plan) -> Array:
+    """[*batch, *queries, heads] as [entries, members, blocks, tile rows, tile columns, abreast · queries]."""
+    heads, rank = plan.heads, len(plan.axes)
+    x = _entries(x[..., None], rank)[..., 0]
+    x = _at(x, [axis.queries for axis in plan.axes])
+    x = x.reshape(*x.shape[:-1], heads.key_heads, heads.members)
+    x = jnp.pad(x, [*[(0, 0)] * (rank + 1), (0, heads.blocks * heads.abreast - heads.key_heads), (0, 0)])
+    x = x.reshape(len(x), *(n for axis in plan.axes for n in (axis.tiles, axis.tile)), -1, heads.abreast, heads.members)
+    counts, sizes = range(1, 2 * rank + 1, 2), range(2, 2 * rank + 1, 2)
+    x = jnp.transpose(x, (0, 2 * rank + 3, 2 * rank + 1, *counts, 2 * rank + 2, *sizes))
+    return x.reshape(*x.shape[:3], plan.tile_rows, plan.tile_columns, -1)

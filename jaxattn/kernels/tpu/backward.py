@@ -1,0 +1,156 @@
+"""The backward kernel: dq, dk, dv and the cotangent of the score table, a tile of queries at a time.
+
+Scores are transposed, [keys, (head, query)], and queries and dy block-diagonal, each head in its own lanes: so all
+heads of a block fill the columns of a product, sums over keys are plain additions, and two of the three products that
+follow need no transposition. Every tile sees its windows whole: so the softmax is computed again, and neither y nor lse
+is read. What overlapping boxes send to a key is added up in float32 in VMEM.
+
+    Sᵀ = scale·K·Qᵀ + table,  P = softmax over keys,  dS = P·(V·dyᵀ - sum over keys of it + dlse)
+    dv += P·dy,  dk += scale·dS·Q,  dq = scale·dSᵀ·K,  dtable += dS
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxattn.kernels.operands import hiding_score
+from jaxattn.kernels.tpu.arrange import shape_of
+from jaxattn.kernels.tpu.block import F32, I32, LOG2E, by_head, load, own, product, put, tiles
+from jaxattn.kernels.tpu.forward import limit, specs
+from jaxattn.kernels.tpu.plan import Plan
+
+
+def pull(
+    query: jax.Array,  # [entries, *places, members · blocks · lanes]
+    key: jax.Array,  # [entries, *places, blocks · lanes]
+    value: jax.Array,
+    cotangent: jax.Array,  # of the output
+    of_lse: jax.Array | None,  # [entries, members, blocks, tile rows, tile columns, abreast · queries]
+    table: jax.Array,  # [patterns, members|1, blocks|1, keys, abreast · queries]
+    scale: jax.Array,
+    plan: Plan,
+    *,
+    of_table: bool,
+    some_see_nothing: bool,
+    precision: Any,
+    interpret: bool,
+) -> tuple[jax.Array, ...]:
+    """The cotangents of query, key and value, flat as they are, and with `of_table` of the table."""
+    heads, dtype = plan.heads, query.dtype
+    tall = plan.keys, heads.abreast * plan.queries
+
+    def kernel(at: Any, c: Any, q: Any, k: Any, v: Any, g: Any, t: Any, *rest: Any) -> None:
+        others = list(rest)
+        dlse = None if of_lse is None else others.pop(0)
+        dq, dk, dv = (others.pop(0) for _ in range(3))
+        dt = others.pop(0) if of_table else None
+        scores, products, weights, of_scores, sum_k, sum_v = others
+        q, k, v, g = (x.bitcast(I32) for x in (q, k, v, g))
+        entry, member = pl.program_id(1), pl.program_id(2)
+        mine = 0 if table.shape[1] == 1 else member
+
+        def box(ref, tile):
+            return pltpu.bitcast(load(ref, tile.keys(heads.packing), heads), dtype)
+
+        def stacked(ref, tile):
+            """Block-diagonal, [(head, query), lanes]"""
+            x = by_head(load(ref, tile.queries(heads.packing), heads), heads)
+            return pltpu.bitcast(jnp.concatenate(x, 0), dtype)
+
+        def score(tile):
+            s = product(box(k, tile), stacked(q, tile), (1, 1), precision)
+            scores[tile.at] = s * c[0] + t[tile.pattern, mine, 0]
+            products[tile.at] = product(box(v, tile), stacked(g, tile), (1, 1), precision)
+
+        def differentiate(tile):
+            s, of_p = scores[tile.at], products[tile.at]
+            maximum = s.max(0, keepdims=True)
+            p = jnp.exp2(s - maximum)
+            share = 1.0 / p.sum(0, keepdims=True)
+            p = p * (jnp.where(maximum > hiding_score(F32), share, 0.0) if some_see_nothing else share)
+            inner = (p * of_p).sum(0, keepdims=True)
+            if dlse is not None:
+                inner = inner - dlse[0, 0, 0, tile.i, tile.j : tile.j + 1]
+            d = p * (of_p - inner)
+            if dt is not None:
+                dt[tile.pattern, mine, 0] = dt[tile.pattern, mine, 0] + d
+            weights[tile.at], of_scores[tile.at] = p.astype(dtype), d.astype(dtype)
+
+        def send(tile):
+            p, d = weights[tile.at], of_scores[tile.at]
+            keys = (*tile.keys(), slice(None))
+            boxed = (*(axis.columns for axis in plan.axes), heads.lanes)
+            sum_v[keys] = sum_v[keys] + product(p, stacked(g, tile), (1, 0), precision).reshape(boxed)
+            sum_k[keys] = sum_k[keys] + product(d, stacked(q, tile), (1, 0), precision).reshape(boxed)
+            x = product(d, box(k, tile), (0, 0), precision)
+            put(dq, tile, own([x[h : h + plan.queries] for h in range(0, len(x), plan.queries)], heads) * c[1])
+
+        def iterate(n, _):
+            for phase in (score, differentiate, send):
+                for tile in tiles(plan, at, n):
+                    phase(tile)
+            return I32(0)
+
+        @pl.when(member == 0)
+        def _():
+            over(key.shape[1], lambda y: [ref.__setitem__(y, jnp.zeros(ref[y].shape, F32)) for ref in (sum_k, sum_v)])
+
+        if dt is not None:
+
+            @pl.when((entry == 0) & (member == 0))
+            def _():
+                dt[...] = jnp.zeros(dt.shape, F32)
+
+        lax.fori_loop(np.int32(0), np.int32(plan.tile_rows // plan.rows), iterate, I32(0))
+
+        @pl.when(member == heads.members - 1)
+        def _():
+            def write(y):
+                dk[(0, y)] = (sum_k[y] * c[1]).astype(dtype)
+                dv[(0, y)] = sum_v[y].astype(dtype)
+
+            over(key.shape[1], write)
+
+    of_queries, of_keys, of_scores, of_rows = specs(plan, query, key, table)
+    inputs, in_specs = (
+        [query, key, value, cotangent, table * LOG2E],
+        [of_queries, of_keys, of_keys, of_queries, of_scores],
+    )
+    if of_lse is not None:
+        inputs.append(of_lse)
+        in_specs.append(of_rows)
+    like = lambda x: shape_of(x.shape, x.dtype, query)
+    call = pl.pallas_call(
+        kernel,
+        name="windowed_attention_backward",
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(heads.blocks, query.shape[0], heads.members),
+            in_specs=in_specs,
+            out_specs=[of_queries, of_keys, of_keys, *[of_scores] * of_table],
+            scratch_shapes=[
+                *[pltpu.VMEM((plan.at_once, *tall), F32)] * 2,
+                *[pltpu.VMEM((plan.at_once, *tall), dtype)] * 2,
+                *[pltpu.VMEM((*key.shape[1:-1], heads.lanes), F32)] * 2,
+            ],
+        ),
+        out_shape=[*map(like, (query, key, value)), *[like(table)] * of_table],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=limit(plan)
+        ),
+        interpret=interpret,
+    )
+    inputs = [jnp.asarray(plan.table()), jnp.stack([scale * LOG2E, scale]).astype(F32), *inputs]
+    with jax.enable_x64(False):  # a TPU's kernels count in 32 bits
+        return call(*inputs)
+
+
+def over(count: int, body: Any) -> None:
+    """`body` of every place along the first axis."""
+    unroll = next(n for n in (8, 4, 2, 1) if count % n == 0)
+    lax.fori_loop(np.int32(0), np.int32(count), lambda y, _: (body(y), I32(0))[1], I32(0), unroll=unroll)

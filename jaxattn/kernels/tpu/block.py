@@ -1,0 +1,102 @@
+"""What both kernels do with the arrays of a step: find a tile, load it, and tell its heads apart.
+
+Arrays are seen as 32-bit numbers, `packing` tokens in each: then a slice that begins between two registers is an
+ordinary load. The heads of a block share the lanes, and lanes are never sliced: a head is told apart by zeros, in one
+factor of a product, in the lanes of the others.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from jaxattn.kernels.tpu.plan import Heads, Plan
+
+I32, F32 = jnp.int32, jnp.float32
+LOG2E = math.log2(math.e)
+Places = tuple[Any, ...]  # an index along the axes of the grid
+
+
+class Tile(NamedTuple):
+    """Tile `j` of tile row `i`, which may be traced; `at` counts the tiles of an iteration."""
+
+    plan: Plan
+    table: Any  # a reference to `plan.table()`
+    i: Any
+    j: int
+    at: int
+
+    @property
+    def pattern(self) -> Any:
+        """Which entry of the score table it has."""
+        last, across = 2 * len(self.plan.looped), self.plan.across
+        pattern = self.table[last, self.i]
+        return pattern if across is None else pattern * len(across.low) + int(across.pattern[self.j])
+
+    def queries(self, packing: int = 1) -> Places:
+        """Where its queries are, in an array that holds `packing` of them in a row."""
+        sizes = [axis.tile for axis in self.plan.axes]
+        return self._places(0, sizes, self.j * sizes[-1], packing)
+
+    def keys(self, packing: int = 1) -> Places:
+        """Where its keys are."""
+        across = self.plan.across
+        sizes = [axis.columns for axis in self.plan.axes]
+        return self._places(1, sizes, 0 if across is None else int(across.start[self.j]), packing)
+
+    def _places(self, which: int, sizes: Sequence[int], across: int, packing: int) -> Places:
+        begin = [self.table[2 * a + which, self.i] for a in range(len(self.plan.looped))]
+        if not self.plan.static:  # one axis, whose slices begin at whole registers
+            whole = 8 * self.plan.heads.packing // packing
+            return (pl.ds(pl.multiple_of(lax.div(begin[0], I32(packing)), whole), sizes[0] // packing),)
+        return *map(pl.ds, begin, sizes[:-1]), slice(across // packing, (across + sizes[-1]) // packing)
+
+
+def tiles(plan: Plan, table: Any, iteration: Any) -> list[Tile]:
+    """The tiles of an iteration."""
+    first, columns = iteration * I32(plan.rows), plan.tile_columns
+    places = itertools.product(range(plan.rows), range(columns))
+    return [Tile(plan, table, first + I32(r), j, r * columns + j) for r, j in places]
+
+
+def load(ref: Any, places: Places, heads: Heads) -> jax.Array:
+    """Tokens in 32 bits, [tokens / packing, lanes]."""
+    return ref[(0, *places, slice(None))].reshape(-1, heads.lanes)
+
+
+def put(ref: Any, tile: Tile, x: jax.Array) -> None:
+    """Write [queries, lanes] where the tile's queries are."""
+    shape = (*(axis.tile for axis in tile.plan.axes), tile.plan.heads.lanes)
+    ref[(0, *tile.queries(), slice(None))] = x.astype(ref.dtype).reshape(shape)
+
+
+def by_head(x: jax.Array, heads: Heads, other: int = 0) -> list[jax.Array]:
+    """Tokens in 32 bits once for each head of a block, with the bits `other` in the lanes of the other heads."""
+    if heads.abreast == 1:
+        return [x]
+    lanes = _head_of_lane(x, heads)
+    return [jnp.where(lanes == h, x, I32(other)) for h in range(heads.abreast)]
+
+
+def own(parts: Sequence[jax.Array], heads: Heads) -> jax.Array:
+    """One array from one for each head, of which each gives the lanes of its head."""
+    lanes, whole = _head_of_lane(parts[0], heads), parts[0]
+    for h, part in enumerate(parts[1:], 1):
+        whole = jnp.where(lanes == h, part, whole)
+    return whole
+
+
+def _head_of_lane(x: jax.Array, heads: Heads) -> jax.Array:
+    return lax.div(lax.broadcasted_iota(I32, x.shape, x.ndim - 1), I32(heads.dim))
+
+
+def product(x: jax.Array, y: jax.Array, contract: tuple[int, int], precision: Any) -> jax.Array:
+    """A product of matrices, summed in float32."""
+    dimensions = (((contract[0],), (contract[1],)), ((), ()))
+    precision = precision if x.dtype == F32 else None
+    return lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=F32)

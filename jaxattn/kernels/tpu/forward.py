@@ -1,0 +1,127 @@
+"""The forward kernel: attention of a tile of queries at a time, whose windows a box of keys holds whole.
+
+    S = scale·Q·Kᵀ + table,  P = exp(S - max),  y = P·V / P·1
+
+Values carry ones in the lanes of the other heads: so the product with them is also the sum of the weights, for nothing.
+
+An iteration takes several tiles in two phases: first all scores and their maxima, into VMEM, then all weights and their
+products with the values. Between them stand addresses that the compiler cannot see through: so it gives the two kinds
+of product different matrix units, and keeps both busy.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxattn.kernels.operands import hiding_score
+from jaxattn.kernels.tpu.arrange import shape_of
+from jaxattn.kernels.tpu.block import F32, I32, LOG2E, by_head, load, own, product, put, tiles
+from jaxattn.kernels.tpu.plan import LANES, Plan
+
+
+def attend(
+    query: jax.Array,  # [entries, *places, members · blocks · lanes]
+    key: jax.Array,  # [entries, *places, blocks · lanes]
+    value: jax.Array,
+    table: jax.Array,  # [patterns, members|1, blocks|1, abreast · queries, keys]
+    scale: jax.Array,
+    plan: Plan,
+    *,
+    residuals: bool,
+    some_see_nothing: bool,
+    precision: Any,
+    interpret: bool,
+) -> tuple[jax.Array, ...]:
+    """The output, flat as the query is; with `residuals` also lse, likewise, the same in all lanes of a head."""
+    heads, dtype, rows = plan.heads, query.dtype, plan.queries
+    ones = int(np.array([1] * heads.packing, dtype).view(np.int32)[0])  # as many as 32 bits hold
+    number = lambda x: pltpu.bitcast(x, dtype)
+
+    def kernel(at: Any, c: Any, q: Any, k: Any, v: Any, t: Any, y: Any, *rest: Any) -> None:
+        lse, (scores, most) = (rest[0] if residuals else None), rest[-2:]
+        q, k, v = (x.bitcast(I32) for x in (q, k, v))
+        mine = 0 if table.shape[1] == 1 else pl.program_id(2)
+
+        def score(tile):
+            keys = number(load(k, tile.keys(heads.packing), heads))
+            for h, queries in enumerate(by_head(load(q, tile.queries(heads.packing), heads), heads)):
+                s = product(number(queries), keys, (1, 1), precision) * c[0]
+                s = s + t[tile.pattern, mine, 0, h * rows : h * rows + rows]
+                scores[tile.at, h] = s
+                most[tile.at, h] = jnp.broadcast_to(s.max(-1, keepdims=True), (rows, LANES))
+
+        def mix(tile):
+            maxima, mixed, totals = [], [], []
+            for h, values in enumerate(by_head(load(v, tile.keys(heads.packing), heads), heads, ones)):
+                p = jnp.exp2(scores[tile.at, h] - _wide(most[tile.at, h], plan.keys))
+                mixed.append(product(p.astype(dtype), number(values), (1, 0), precision))
+                maxima.append(_wide(most[tile.at, h], heads.lanes))
+                if heads.abreast == 1:
+                    totals.append(jnp.broadcast_to(p.sum(-1, keepdims=True), mixed[h].shape))
+            if heads.abreast > 1:  # the sum of a head stands in the lanes of the next
+                totals = [pltpu.roll(own([mixed[-1], *mixed[:-1]], heads), heads.lanes - heads.dim, 1)]
+            total = totals[0]
+            output, maximum = own(mixed, heads) * pl.reciprocal(total, approx=dtype != F32), own(maxima, heads)
+            sees = maximum > hiding_score(F32)
+            put(y, tile, jnp.where(sees, output, 0.0) if some_see_nothing else output)
+            if lse is not None:
+                found = (maximum + jnp.log2(total)) * (1 / LOG2E)
+                put(lse, tile, jnp.where(sees, found, -jnp.inf) if some_see_nothing else found)
+
+        def iterate(n, _):
+            for phase in (score, mix):
+                for tile in tiles(plan, at, n):
+                    phase(tile)
+            return I32(0)
+
+        lax.fori_loop(np.int32(0), np.int32(plan.tile_rows // plan.rows), iterate, I32(0))
+
+    of_queries, of_keys, of_scores, _ = specs(plan, query, key, table)
+    out_shape = [shape_of(query.shape, x, query) for x in (dtype, F32)[: 1 + residuals]]
+    call = pl.pallas_call(
+        kernel,
+        name="windowed_attention",
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(heads.blocks, query.shape[0], heads.members),
+            in_specs=[of_queries, of_keys, of_keys, of_scores],
+            out_specs=[of_queries] * len(out_shape),
+            scratch_shapes=[pltpu.VMEM((plan.at_once, heads.abreast, rows, n), F32) for n in (plan.keys, LANES)],
+        ),
+        out_shape=out_shape,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3, vmem_limit_bytes=limit(plan)),
+        interpret=interpret,
+    )
+    inputs = [jnp.asarray(plan.table()), (scale * LOG2E).reshape(1).astype(F32), query, key, value, table * LOG2E]
+    with jax.enable_x64(False):  # a TPU's kernels count in 32 bits
+        return call(*inputs)
+
+
+def specs(plan: Plan, query: jax.Array, key: jax.Array, table: jax.Array) -> list[pl.BlockSpec]:
+    """What a step (block of heads, entry, member) takes of queries, of keys, of a score table, and of what is one
+    number for each head and query."""
+    heads, zeros = plan.heads, (0,) * len(plan.axes)
+    grid = lambda x: (1, *x.shape[1:-1], heads.lanes)
+    of_members = (1, 1, 1, plan.tile_rows, plan.tile_columns, heads.abreast * plan.queries)
+    blocks = table.shape[2]
+    return [
+        pl.BlockSpec(grid(query), lambda c, b, m, *_: (b, *zeros, m * heads.blocks + c)),
+        pl.BlockSpec(grid(key), lambda c, b, m, *_: (b, *zeros, c)),
+        pl.BlockSpec((*table.shape[:2], 1, *table.shape[3:]), lambda c, b, m, *_: (0, 0, c if blocks > 1 else 0, 0, 0)),
+        pl.BlockSpec(of_members, lambda c, b, m, *_: (b, m, c, 0, 0, 0)),
+    ]
+
+
+def limit(plan: Plan) -> int:
+    """Bytes of VMEM that the compiler may use: what is planned with, and a quarter of it and 4 MiB for spills."""
+    return int(plan.vmem * 1.25) + 2**22
+
+
+def _wide(x: jax.Array, n: int) -> jax.Array:
+    """[rows, 128], the same in all lanes, as [rows, n]."""
+    return jnp.concatenate([x] * -(-n // LANES), 1)[:, :n]

@@ -1,0 +1,276 @@
+"""What a kernel is planned as, from shapes, dtype and chip alone: tiles, lanes, and the VMEM that they take.
+
+A tile of T queries meets a box of M keys: along each axis a slice of the arranged keys. Along the last axis of a grid,
+which lies across the sublanes of the vector registers, the slices of all tiles are static (or, in 1-D, begin at whole
+registers); along the others a table says where they begin.
+"""
+
+import functools
+import itertools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxattn.kernels.layout import lay_out
+from jaxattn.kernels.operands import Options
+from jaxattn.window import Axis
+
+LANES, SUBLANES = 128, 8
+MIB = 2**20
+VMEM = {"v4": 16 * MIB, "v5e": 128 * MIB, "v5p": 64 * MIB, "v6e": 128 * MIB}  # of a core
+KINDS = {"TPU v4": "v4", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v5 lite": "v5e", "TPU v5e": "v5e"}
+KINDS |= {"TPU v6 lite": "v6e", "TPU v6e": "v6e"}
+SHARE = 0.8  # of the VMEM, that a kernel may plan with: the rest is the compiler's, for spills
+COPY = 8  # cycles a query, where queries are put in another order or filled up to whole tiles, about
+# scores in an iteration: more of them hide latency better, and compile longer
+UNROLLED = {"forward": 13 * 2**18, "backward": 2**19}
+MOST_QUERIES = 512  # of a tile
+MOST_PLACES = 64  # tiles along the last axis, each of which is written out
+
+
+class Heads(NamedTuple):
+    """How heads lie in lanes: blocks of `abreast` key heads, each block with `members` query heads to a key head."""
+
+    dim: int  # of a head, padded
+    abreast: int  # heads in the lanes of a block
+    blocks: int
+    members: int
+    key_heads: int  # without padding
+    itemsize: int
+
+    @property
+    def lanes(self) -> int:
+        """Of a block."""
+        return self.dim * self.abreast
+
+    @property
+    def packing(self) -> int:
+        """Numbers in the 32 bits of a sublane: 2 in bfloat16."""
+        return 4 // self.itemsize
+
+
+class AxisPlan(NamedTuple):
+    """One axis. Tile j holds the queries at the places from j·tile on, and meets the keys from start[j] on."""
+
+    tile: int
+    columns: int
+    start: np.ndarray  # [tiles]
+    queries: np.ndarray | None  # the query at each place, -1 for none; None: as they are
+    keys: np.ndarray | None  # the key at each place, -1 for a zero; None: as they are
+    length: int  # the places of the keys
+    pattern: np.ndarray  # [tiles], which row of the following it has
+    low: np.ndarray  # [patterns, tile], the first column that a query sees
+    high: np.ndarray  # [patterns, tile], the column after the last
+    relative: np.ndarray  # [patterns, tile], column c is entry c + relative of a table over the offsets
+
+    @property
+    def tiles(self) -> int:
+        """How many there are."""
+        return len(self.start)
+
+    @property
+    def places(self) -> int:
+        """Of queries."""
+        return self.tiles * self.tile
+
+    @property
+    def step(self) -> int:
+        """Entries of such a table from one query to the next, which has the earlier one."""
+        return int(-np.diff(self.relative, axis=1).min(initial=0))
+
+    def offset(self, pattern: int) -> int:
+        """How many entries later than the earliest pattern one begins."""
+        return int(self.relative[pattern, 0] - self.relative[:, 0].min())
+
+
+class Plan(NamedTuple):
+    """The tiles of every axis; `rows` tile rows (of the axes but the last, if that is static) an iteration."""
+
+    heads: Heads
+    axes: tuple[AxisPlan, ...]
+    rows: int
+    vmem: int  # bytes that are planned with
+
+    @property
+    def static(self) -> bool:
+        """Whether the tiles along the last axis are written out."""
+        return len(self.axes) > 1
+
+    @property
+    def across(self) -> AxisPlan | None:
+        """The axis whose tiles are written out."""
+        return self.axes[-1] if self.static else None
+
+    @property
+    def looped(self) -> tuple[AxisPlan, ...]:
+        """The axes whose tiles are looped over."""
+        return self.axes[:-1] if self.static else self.axes
+
+    @property
+    def tile_rows(self) -> int:
+        """Of the axes that are looped over."""
+        return math.prod(axis.tiles for axis in self.looped)
+
+    @property
+    def tile_columns(self) -> int:
+        """Tiles in a row."""
+        return self.axes[-1].tiles if self.static else 1
+
+    @property
+    def at_once(self) -> int:
+        """Tiles in an iteration."""
+        return self.rows * self.tile_columns
+
+    @property
+    def queries(self) -> int:
+        """Of a tile."""
+        return math.prod(axis.tile for axis in self.axes)
+
+    @property
+    def keys(self) -> int:
+        """Of a box."""
+        return math.prod(axis.columns for axis in self.axes)
+
+    @property
+    def patterns(self) -> int:
+        """The combinations of every axis' patterns."""
+        return math.prod(len(axis.low) for axis in self.axes)
+
+    @property
+    def everyone_sees(self) -> bool:
+        """Whether, by the window alone, every query sees a key."""
+        return all((axis.low < axis.high).all() for axis in self.axes)
+
+    def table(self) -> np.ndarray:
+        """[numbers, tile rows]: for each looped axis the first place of the queries and of the keys; then the pattern,
+        counted over the looped axes."""
+        at = np.unravel_index(np.arange(self.tile_rows), [axis.tiles for axis in self.looped])
+        rows, pattern = [], np.zeros(self.tile_rows, int)
+        for axis, j in zip(self.looped, at, strict=True):
+            rows += [j * axis.tile, axis.start[j]]
+            pattern = pattern * len(axis.low) + axis.pattern[j]
+        return np.stack([*rows, pattern]).astype(np.int32)
+
+
+def chip() -> str | None:
+    """The generation of this machine's TPU, "v5e" where a program is compiled for one elsewhere; None if unknown."""
+    return KINDS.get(jax.devices()[0].device_kind) if jax.default_backend() == "tpu" else "v5e"
+
+
+def lanes_of(heads: int, key_heads: int, dims: tuple[int, int], dtype: jnp.dtype) -> Heads:
+    """Keys and values alike are padded to 32, 64, 128 or 256 numbers a head, and key heads to whole blocks."""
+    dim = next(n for n in (32, 64, 128, 256) if max(dims) <= n)
+    abreast = max(1, LANES // dim)
+    return Heads(dim, abreast, -(-key_heads // abreast), heads // key_heads, key_heads, dtype.itemsize)
+
+
+def plan_axis(axis: Axis, tile: int, unit: int, align: int) -> AxisPlan:
+    """Boxes of whole `unit`s of keys that begin at multiples of `align`; both 1 along an axis without registers."""
+    layout = lay_out(axis, tile, 1)
+    start = layout.start // align * align
+    columns = -(-int((layout.start - start).max() + layout.tiles.keys.shape[1]) // unit) * unit
+    length = max(-(-layout.length // align) * align, columns)
+    start = np.minimum(start, length - columns)
+    keys = np.arange(layout.length) if layout.keys is None else layout.keys
+    keys = np.concatenate([keys, np.full(length - layout.length, -1)])
+    moved = (layout.start - start)[:, None]
+    tiles = layout.tiles
+    seen = np.stack([x + tiles.shift + moved for x in (tiles.low, tiles.high)] + [tiles.relative - moved], 1)
+    few, pattern = np.unique(seen, axis=0, return_inverse=True)
+    low, high, relative = np.moveaxis(few, 1, 0)
+    return AxisPlan(
+        tile=tile,
+        columns=columns,
+        start=start,
+        queries=layout.queries,
+        keys=None if np.array_equal(keys, np.arange(axis.length)) else keys,
+        length=length,
+        pattern=pattern.ravel(),
+        low=low,
+        high=high,
+        relative=relative,
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def make_plan(options: Options, heads: Heads, relative: bool, way: str, vmem: int) -> Plan | str:
+    """The cheapest plan by `_cost` of those that fit into `vmem` bytes; or why there is none. `way` is "forward" or
+    "backward", `relative` whether there is a relative_bias."""
+    choices, found = _choices(options, heads), []
+    for axes in itertools.product(*choices):
+        plan = Plan(heads, axes, 1, 0)
+        if options.tile or plan.queries <= MOST_QUERIES:
+            count = plan.tile_rows * plan.tile_columns
+            copied = COPY * math.prod(axis.places for axis in axes) * any(axis.queries is not None for axis in axes)
+            found.append((count * _cost(plan, way) + copied, tuple(axis.tile for axis in axes), plan))
+    reason = "no tile of it is small enough"
+    for _, _, plan in sorted(found)[:256]:
+        made = _fit(plan, relative, way, vmem)
+        if isinstance(made, Plan):
+            return made
+        reason = made
+    return reason
+
+
+def _choices(options: Options, heads: Heads) -> list[list[AxisPlan]]:
+    """Every tile of an axis that is worth a thought, for each axis."""
+    axes, choices = options.axes, []
+    whole, rank = SUBLANES * heads.packing, len(axes)
+    units = [(1, 1)] * (rank - 1) + [(whole, whole if rank == 1 else heads.packing)]
+    most = [512] if rank == 1 else [16] * (rank - 1) + [32]
+    for a, (axis, (unit, align)) in enumerate(zip(axes, units, strict=True)):
+        step, members = math.lcm(axis.block, align), -(-len(axis.query) // axis.dilation)
+        sizes = range(step, min(max(most[a], step), members + -members % step) + 1, step)
+        if options.tile:
+            sizes = [options.tile[a] + -options.tile[a] % step]
+        choices.append([plan_axis(axis, t, unit, align) for t in sizes])
+    return choices
+
+
+def _cost(plan: Plan, way: str) -> float:
+    """Cycles of a tile for a block of heads on a v5e, whose four matrix units multiply by 128 × 128 numbers; and what
+    else comes with a tile, about."""
+    padded = lambda n: -(-n // LANES)
+    heads, columns = plan.heads, plan.keys
+    deep, stacked = heads.lanes // LANES, heads.abreast * plan.queries
+    scores, mixed = columns * padded(stacked) * deep, stacked * padded(columns) * deep  # rows that pass through a unit
+    if way == "forward":  # bound by the rows of both products, or by loading their other factors
+        wide = padded(columns) * deep
+        return max(2 * stacked * wide, 56 * (1 + heads.abreast) * wide) / 4 + 12
+    return (4 * scores + mixed) / 4 + 0.1 * columns + 30
+
+
+def _fit(plan: Plan, relative: bool, way: str, vmem: int) -> Plan | str:
+    """The plan with as many tile rows an iteration as it can have, or why it can't be."""
+    heads = plan.heads
+    if plan.queries % (SUBLANES * heads.packing):  # the compiler takes many minutes
+        return f"a tile of {plan.queries} queries does not fill whole registers"
+    if plan.tile_columns > MOST_PLACES:
+        return f"its last axis makes more than {MOST_PLACES} tiles"
+    scores = plan.tile_columns * heads.abreast * plan.queries * -(-plan.keys // LANES) * LANES
+    most = max(1, UNROLLED[way] // scores)
+    plan = plan._replace(rows=max(n for n in range(1, plan.tile_rows + 1) if plan.tile_rows % n == 0 and n <= most))
+    held = _held(plan, relative, way)
+    if held > SHARE * vmem:
+        return f"a step would hold {held / MIB:.0f} MiB, and VMEM is {vmem / MIB:.0f} MiB"
+    return plan._replace(vmem=held)
+
+
+def _held(plan: Plan, relative: bool, way: str) -> int:
+    """Bytes of VMEM: blocks twice, for one is copied while another is worked on, and what is kept between phases."""
+    heads = plan.heads
+    queries = math.prod(axis.places for axis in plan.axes) * heads.lanes
+    keys = math.prod(axis.length for axis in plan.axes) * heads.lanes
+    tall = -(-heads.abreast * plan.queries // LANES) * LANES * plan.keys  # scores of a tile
+    wide = heads.abreast * plan.queries * -(-plan.keys // LANES) * LANES  # transposed, as the forward kernel has them
+    tables = 2 * 4 * plan.patterns * (heads.members if relative else 1)
+    if way == "forward":
+        kept = wide + heads.abreast * plan.queries * LANES
+        lse = 2 * 4 * queries  # whether or not it is asked for
+        return 2 * 2 * (queries + keys) * heads.itemsize + lse + tables * wide + plan.at_once * 4 * kept
+    blocks = 2 * (3 * queries + 4 * keys) * heads.itemsize + 2 * 4 * keys
+    lse = 2 * 4 * max(plan.tile_columns, SUBLANES) * plan.tile_rows * tall // plan.keys
+    return blocks + lse + tables * tall * (1 + relative) + plan.at_once * tall * 2 * (4 + heads.itemsize)

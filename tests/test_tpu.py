@@ -1,0 +1,195 @@
+"""The Pallas kernels for a TPU, interpreted, against loops in float64: what they support, and what they refuse."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from contract import GEOMETRIES, check, problem, relative_bias, residuals, scalar, scale
+from jax.sharding import PartitionSpec as P
+
+import jaxattn
+from jaxattn.attention import attention
+from jaxattn.kernels import backends
+from jaxattn.kernels.tpu import plan
+from jaxattn.kernels.tpu.backend import INTERPRETED, TPU
+from jaxattn.machine import traced_for
+
+WINDOWED = [name for name, (_, given) in GEOMETRIES.items() if given is not None]
+CORE = ["5 x 5, mask", "dilation 2", "halo", "strided", "wrap and mask", "offset beyond the grid", "3-D, flat"]
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The name "tpu" stands for the interpreted kernels, on this machine."""
+    mine = tuple(INTERPRETED if backend is TPU else backend for backend in backends.BACKENDS)
+    monkeypatch.setattr(backends, "BACKENDS", mine)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+def of(geometry, arguments=(relative_bias, residuals, scale), **sizes):
+    return problem(geometry, arguments, **sizes)
+
+
+@pytest.mark.parametrize("geometry", [pytest.param(x, marks=() if x in CORE else pytest.mark.full) for x in WINDOWED])
+def test_values_and_gradients(interpreted, geometry):
+    """Grouped heads, of a size that is padded, with a relative bias, lse and a scale, each with its derivative."""
+    arguments = [relative_bias, residuals, scale]
+    if geometry == "every offset of the grid":  # the scale's gradient is a 1600th of what it is the sum of
+        arguments.remove(scale)
+    check(of(geometry, arguments), "tpu", jnp.float32)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("geometry", ["shift", "5 x 5, mask", "dilated", "3 x 3 x 3"])
+def test_in_half_precision(interpreted, geometry):
+    check(of(geometry, [residuals]), "tpu", jnp.bfloat16)
+
+
+LANES = [(4, 4, 32, 32), (2, 2, 64, 64), (3, 3, 64, 40), (2, 1, 128, 128), (1, 1, 256, 200)]
+
+
+@pytest.mark.core(2)
+@pytest.mark.parametrize(("heads", "key_heads", "head_dim", "value_dim"), LANES)
+def test_heads_in_lanes(interpreted, heads, key_heads, head_dim, value_dim):
+    sizes = dict(batch=(2,), heads=heads, key_heads=key_heads, head_dim=head_dim, value_dim=value_dim)
+    check(of(((6, 8), dict(size=(3, 3))), [relative_bias, residuals], **sizes), "tpu", jnp.float32)
+
+
+def test_scores_of_ten_thousand_and_a_bias_that_hides(interpreted):
+    x = 100 * jax.random.normal(jax.random.key(0), (5, 6, 1, 4), jnp.float32)
+    bias = jnp.zeros((1, 5, 5)).at[:, :2].set(-jnp.inf).at[:, 2, 1].set(jnp.finfo(float).min).astype(jnp.float32)
+    bias = bias.at[:, 3:].set(-jnp.inf)  # what is left is the row of the query, one key behind excluded
+    run = lambda implementation: jax.value_and_grad(
+        lambda x: (
+            attention(
+                x,
+                x,
+                x,
+                window=jaxattn.Window((3, 3), boundary="mask"),
+                relative_bias=bias,
+                implementation=implementation,
+            )
+            ** 2
+        ).sum()
+    )(x)
+    for ours, theirs in zip(run("tpu"), run("reference"), strict=True):
+        assert jnp.isfinite(ours).all()
+        np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=1e-3)
+
+
+@pytest.mark.full
+def test_transformations(interpreted):
+    """vmap, over what is shared too; jvp; grad of grad; remat."""
+    made = of(((5, 4), dict(size=(3, 3))), [relative_bias], batch=(2,)).cast(np.float32)
+    ours, theirs = (scalar(made, implementation) for implementation in ("tpu", "reference"))
+    several = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), made.operands)
+    one_bias = dict.fromkeys(made.operands, 0) | {"relative_bias": None}
+    shared = several | {"relative_bias": made.operands["relative_bias"]}
+    cases = [
+        lambda loss: jax.vmap(jax.grad(loss))(several),
+        lambda loss: jax.vmap(jax.grad(loss), (one_bias,))(shared),
+        lambda loss: jax.jvp(loss, (made.operands,), (made.operands,)),
+        lambda loss: jax.grad(jax.checkpoint(loss))(made.operands),
+        lambda loss: jax.grad(lambda x: sum((y**2).sum() for y in jax.tree.leaves(jax.grad(loss)(x))))(made.operands),
+    ]
+    for case in cases:
+        for x, y in zip(jax.tree.leaves(case(ours)), jax.tree.leaves(case(theirs)), strict=True):
+            np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-3 * float(jnp.abs(y).max()))
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
+def test_inside_shard_map(interpreted):
+    x = jax.random.normal(jax.random.key(0), (2, 5, 4, 2, 8), jnp.float32)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    window = jaxattn.Window((3, 3))
+    run = lambda implementation, x: attention(x, x, x, window=window, implementation=implementation)
+    cut = jax.shard_map(  # unchecked, since the interpreter's loop does not know which of its arrays vary
+        functools.partial(run, "tpu"), mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False
+    )
+    for ours, theirs in zip(
+        jax.jit(jax.value_and_grad(lambda x: (cut(x) ** 2).sum()))(x),
+        jax.value_and_grad(lambda x: (run("reference", x) ** 2).sum())(x),
+        strict=True,
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def plan_of(shape=(2, 16, 16, 4, 64), dtype=jnp.bfloat16, devices=1, **options):
+    x = jax.ShapeDtypeStruct(shape, dtype)
+    with traced_for("tpu", devices):
+        return jaxattn.attention_plan(x, x, x, **({"window": jaxattn.Window((7, 7))} | options))
+
+
+def test_it_is_chosen_on_a_tpu_alone():
+    assert (plan_of().backend, plan_of().refused) == ("tpu", {})
+    x = (2, 16, 16, 4, 64)
+    here = jaxattn.attention_plan(x, x, x, window=jaxattn.Window((7, 7)))
+    assert (here.backend, here.refused) == ("xla", {})
+    with pytest.raises(ValueError, match=r"\(='tpu'\) can't, since it runs on a tpu alone, and this"):
+        jaxattn.attention_plan(x, x, x, implementation="tpu")
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
+def test_on_several_devices_it_is_chosen_inside_shard_map_alone():
+    """The compiler would gather what is sharded, to give it to a kernel. Lowered for a TPU, which needs none."""
+    assert "the compiler can't split it over the 2 devices: call attention inside" in plan_of(devices=2).refused["tpu"]
+    assert plan_of(devices=2, implementation="tpu").backend == "tpu"
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    attend = lambda x: attention(x, x, x, window=jaxattn.Window((3, 3)))
+    loss = lambda x: jax.grad(lambda x: attend(x).sum())(x)
+    with traced_for("tpu", 2):
+        for function, kernels in (
+            (attend, 0),
+            (jax.shard_map(loss, mesh=mesh, in_specs=P("data"), out_specs=P("data")), 1),
+        ):
+            traced = jax.jit(function).trace(jax.ShapeDtypeStruct((2, 16, 16, 2, 64), jnp.float32))
+            text = traced.lower(lowering_platforms=("tpu",)).as_text()
+            assert text.count("tpu_custom_call") == kernels
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (dict(window=None), "its kernels are for windows, and there is none"),
+        (dict(dtype=jnp.float16), "its kernels have bfloat16 and float32, and these are float16"),
+        (dict(normalize="relu"), "its kernels have softmax alone, without a score_mod"),
+        (dict(bias=np.zeros((7, 7), np.float32)), "its kernels do not take bias"),
+        (dict(mask=np.ones((2, 16, 16), bool)), "its kernels do not take key_mask"),
+        (dict(logits_soft_cap=30.0), "its kernels do not take soft_cap"),
+        (dict(dropout_rate=0.5, dropout_key=jax.random.key(0)), "its kernels do not take dropout_key"),
+        (dict(shape=(2, 16, 16, 4, 512)), "its heads have at most 256 numbers, and these 512"),
+        (dict(precision="high"), "its products have the precisions default and highest"),
+        (dict(shape=(1, 512, 512, 2, 64)), "its kernels hold a grid in VMEM: "),
+        (dict(shape=(1, 64, 4096, 2, 64)), "its kernels hold a grid in VMEM: "),
+        (dict(shape=(2, 56, 56, 2, 64), window=jaxattn.Window((7, 7), block=7)), "its kernels hold a grid in VMEM: "),
+    ],
+)
+def test_what_it_refuses_goes_to_xla(given, reason):
+    made = plan_of(**given)
+    assert made.backend == "xla"
+    assert made.refused["tpu"].startswith(reason)
+    assert f"not tpu: {reason}" in str(made)
+
+
+def test_a_plan_covers_every_key_of_every_query():
+    """Against the window's own indices: what a tile's table shows is what its queries see."""
+    for grid, given in (GEOMETRIES[name] for name in CORE):
+        window, heads = jaxattn.Window(**given), plan.lanes_of(2, 2, (64, 64), jnp.dtype(jnp.bfloat16))
+        for axis in window.axes(grid):
+            made = plan.plan_axis(axis, -(-4 // axis.block) * axis.block, 16, heads.packing)
+            keys = np.arange(made.length) if made.keys is None else made.keys
+            queries = np.arange(made.places) if made.queries is None else made.queries
+            assert not (made.start % heads.packing).any()
+            assert made.columns % 16 == 0
+            for place, query in enumerate(queries):
+                if not 0 <= query < len(axis.query):
+                    continue
+                tile, t = divmod(place, made.tile)
+                low, high = (int(x[made.pattern[tile], t]) for x in (made.low, made.high))
+                assert high <= made.columns or low >= high
+                sees = keys[made.start[tile] + np.arange(low, max(low, high))]
+                np.testing.assert_array_equal(sees, axis.keys()[query][axis.visible()[query]])

@@ -124,8 +124,9 @@ def plan_of(shape=(2, 16, 16, 4, 64), dtype=jnp.bfloat16, devices=1, **options):
         return jaxattn.attention_plan(x, x, x, **({"window": jaxattn.Window((7, 7))} | options))
 
 
-def test_it_is_chosen_on_a_tpu_alone():
-    assert (plan_of().backend, plan_of().refused) == ("tpu", {})
+def test_it_is_taken_on_a_tpu_alone_and_by_its_name():
+    """No chip has run it yet, so nobody gets it who does not ask."""
+    assert (plan_of().backend, plan_of(implementation="tpu").backend, plan_of().refused) == ("xla", "tpu", {})
     x = (2, 16, 16, 4, 64)
     here = jaxattn.attention_plan(x, x, x, window=jaxattn.Window((7, 7)))
     assert (here.backend, here.refused) == ("xla", {})
@@ -134,13 +135,13 @@ def test_it_is_chosen_on_a_tpu_alone():
 
 
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
-def test_on_several_devices_it_is_chosen_inside_shard_map_alone():
+def test_on_several_devices_it_is_for_the_inside_of_shard_map():
     """The compiler would gather what is sharded, to give it to a kernel. Lowered for a TPU, which needs none."""
     assert "the compiler can't split it over the 2 devices: call attention inside" in plan_of(devices=2).refused["tpu"]
     assert plan_of(devices=2, implementation="tpu").backend == "tpu"
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
-    attend = lambda x: attention(x, x, x, window=jaxattn.Window((3, 3)))
-    loss = lambda x: jax.grad(lambda x: attend(x).sum())(x)
+    attend = lambda x, how=None: attention(x, x, x, window=jaxattn.Window((3, 3)), implementation=how)
+    loss = lambda x: jax.grad(lambda x: attend(x, "tpu").sum())(x)
     with traced_for("tpu", 2):
         for function, kernels in (
             (attend, 0),

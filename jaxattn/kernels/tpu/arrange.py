@@ -59,7 +59,7 @@ def score_table(relative_bias: Array | None, plan: Plan, keys_first: bool) -> Ar
     seen = _sees(plan, keys_first or relative_bias is not None)
     if relative_bias is None:
         return jnp.where(seen, 0.0, hide).astype(jnp.float32)[:, None, None]
-    spread, table = _spread(jnp.where(relative_bias > hide / 2, relative_bias, hide), plan), []
+    spread, table = _spread(jnp.where(relative_bias <= hide / 2, hide, relative_bias), plan), []
     for n, at in enumerate(np.ndindex(*[len(axis.low) for axis in plan.axes])):
         box = [slice(axis.offset(p), axis.offset(p) + axis.columns) for axis, p in zip(plan.axes, at, strict=True)]
         bias = spread[:, :, *box].reshape(*spread.shape[:2], plan.keys, -1)

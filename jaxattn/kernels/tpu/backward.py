@@ -72,7 +72,7 @@ def pull(
             maximum = s.max(0, keepdims=True)
             p = jnp.exp2(s - maximum)
             share = 1.0 / p.sum(0, keepdims=True)
-            p = p * (jnp.where(maximum > hiding_score(F32), share, 0.0) if some_see_nothing else share)
+            p = p * (jnp.where(maximum <= hiding_score(F32), 0.0, share) if some_see_nothing else share)
             inner = (p * of_p).sum(0, keepdims=True)
             if dlse is not None:
                 inner = inner - dlse[0, 0, 0, tile.i, tile.j : tile.j + 1]

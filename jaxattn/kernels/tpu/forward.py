@@ -67,7 +67,7 @@ def attend(
                 totals = [pltpu.roll(own([mixed[-1], *mixed[:-1]], heads), heads.lanes - heads.dim, 1)]
             total = totals[0]
             output, maximum = own(mixed, heads) * pl.reciprocal(total, approx=dtype != F32), own(maxima, heads)
-            sees = maximum > hiding_score(F32)
+            sees = ~(maximum <= hiding_score(F32))  # a NaN is seen
             put(y, tile, jnp.where(sees, output, 0.0) if some_see_nothing else output)
             if lse is not None:
                 found = (maximum + jnp.log2(total)) * (1 / LOG2E)

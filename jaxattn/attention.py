@@ -60,7 +60,8 @@ def attention(
         mask: bool, True attends; broadcasts like `bias`. With a window also a mask of keys, [*batch or 1, *grid] or
             [*grid]; or a pair of both, ``(of_keys, by_slot)``, of which one may be None. A mask that could be read in
             both ways, as where a window is as large as the grid, is refused unless it is said which it is.
-        window: which keys a query sees; None: all of them. A slot outside the grid under boundary "zero" is a zero key
+        window: which keys a query sees; None: all of them, of one axis of tokens: a grid of two axes is then a batch of
+            rows, and all of it sees itself reshaped, or in ``Window(grid)``. A slot outside the grid under boundary "zero" is a zero key
             and a zero value: its score is its bias terms, and neither a mask of keys nor segments apply to it.
         scale: None is head_dim ** -0.5.
         relative_bias: [heads, *(2k-1)], indexed by k - 1 + (key - stride·query) / dilation per axis, where `key` is the

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped
 
+from jaxattn.checked import REFUSED, allowed_precision, shown
 from jaxattn.functions import Known, known
 from jaxattn.kernels.operands import Operands, Options, ScoreMod, hiding_score, statistics_dtype
 from jaxattn.normalize import NORMALIZERS, Normalizer
@@ -84,6 +85,13 @@ def read(
     if arrays.logits_soft_cap is not None:
         _check_soft_cap(arrays.logits_soft_cap)
     key = _dropout_key(dropout_rate, arrays.dropout_key)
+    for name in ("query", "key", "value"):
+        if getattr(arrays, name) is None:
+            raise ValueError(f"attention: {name} (=None) must be an array of numbers")
+    if not isinstance(return_residuals, bool | np.bool_):
+        raise ValueError(f"attention: return_residuals (={shown(return_residuals)}) must be True or False")
+    if precision is not None and allowed_precision(precision) is REFUSED:
+        raise ValueError(f"attention: precision (={shown(precision)}) must be None, a jax.lax.Precision, or its name")
     as_arrays = (x if x is None else _converted(name, x) for name, x in arrays._asdict().items())
     settings = Settings(
         window=window,
@@ -199,7 +207,8 @@ def _extra(
     if key is None and value is None:
         return None, None
     if key is None or value is None:
-        raise ValueError(f"attention: extra_{'key' if key is None else 'value'} is missing: give both or neither")
+        there, missing = ("value", "key") if key is None else ("key", "value")
+        raise ValueError(f"attention: extra_{missing} (=None) must be given where extra_{there} is")
     key, value = jnp.asarray(key), jnp.asarray(value)
     n = key.shape[-3] if key.ndim >= 3 else "n"
     for name, x, dim in (("extra_key", key, keys.shape[-1]), ("extra_value", value, values.shape[-1])):
@@ -398,10 +407,16 @@ def _converted(name: str, x: Any) -> Any:
     if name == "mask" and isinstance(x, tuple) and any(part is None or hasattr(part, "shape") for part in x):
         if len(x) != 2:
             raise ValueError(f"attention: mask (={len(x)} arrays) must be one, or a pair: of keys, and by slot")
-        return tuple(part if part is None else _converted("", part) for part in x)
+        return tuple(part if part is None else _converted(f"mask[{n}]", part) for n, part in enumerate(x))
     if name in ("segment_ids", "key_embedding") and isinstance(x, tuple | list):
         return tuple(part if isinstance(part, TYPES) else jnp.asarray(part) for part in x)
-    return x if isinstance(x, TYPES) else jnp.asarray(x)
+    if isinstance(x, jax.Array | jax.ShapeDtypeStruct):
+        return x
+    try:
+        jnp.result_type(x) if isinstance(x, TYPES) else (x := jnp.asarray(x))
+    except (TypeError, ValueError):
+        raise ValueError(f"attention: {name} (={x!r}) must be an array of numbers") from None
+    return x
 
 
 def _dropout_key(rate: Any, key: Any) -> Any:
@@ -409,13 +424,13 @@ def _dropout_key(rate: Any, key: Any) -> Any:
         raise ValueError(f"attention: dropout_rate (={rate!r}) must be a number >= 0 and < 1")
     if float(rate) > 0 and key is None:
         raise ValueError(f"attention: dropout_key (=None) must be a jax.random.key, for dropout_rate is {rate}")
-    if rate == 0 or key is None:
+    if key is None:
         return None
     raw = isinstance(key, np.ndarray | jax.Array) and key.dtype == jnp.uint32 and key.ndim == 1
     typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0
     if not (raw or typed):
         raise ValueError(f"attention: dropout_key (={key!r}) must be one jax.random.key")
-    return key
+    return key if float(rate) > 0 else None
 
 
 def _check_number(name: str, value: Any) -> None:

@@ -5,11 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from jaxattn import arguments, machine
 from jaxattn.arguments import Arrays, Operand, Settings
+from jaxattn.checked import shown
 from jaxattn.kernels import backends, primitive
 from jaxattn.kernels.operands import ScoreMod
 from jaxattn.normalize import NORMALIZERS, Normalizer, logsumexp
@@ -61,8 +63,9 @@ def attention(
             [*grid]; or a pair of both, ``(of_keys, by_slot)``, of which one may be None. A mask that could be read in
             both ways, as where a window is as large as the grid, is refused unless it is said which it is.
         window: which keys a query sees; None: all of them, of one axis of tokens: a grid of two axes is then a batch of
-            rows, and all of it sees itself reshaped, or in ``Window(grid)``. A slot outside the grid under boundary "zero" is a zero key
-            and a zero value: its score is its bias terms, and neither a mask of keys nor segments apply to it.
+            rows, and all of it sees itself reshaped, or in ``Window(grid)``. A slot outside the grid under boundary
+            "zero" is a zero key and a zero value: its score is its bias terms, and neither a mask of keys nor segments
+            apply to it.
         scale: None is head_dim ** -0.5.
         relative_bias: [heads, *(2k-1)], indexed by k - 1 + (key - stride·query) / dilation per axis, where `key` is the
             position of the slot before any folding at the boundary.
@@ -170,18 +173,17 @@ def merge_attentions(outputs: Sequence[Operand], lses: Sequence[Operand], *, ret
     >>> jnp.allclose(merge_attentions(*zip(*half)), attention(q, k, v)).item()
     True
     """
-    outputs, lses = list(outputs), list(lses)
-    if len(outputs) == 0 or len(outputs) != len(lses):
-        raise ValueError(
-            f"merge_attentions: {len(outputs)} outputs and {len(lses)} lses: give as many of each, at least one"
-        )
-    outputs, lses = [jnp.asarray(output) for output in outputs], [jnp.asarray(lse) for lse in lses]
-    for output, lse in zip(outputs, lses, strict=True):
-        if output.shape != outputs[0].shape or lse.shape != outputs[0].shape[:-1]:
-            raise ValueError(
-                f"merge_attentions: an output of shape {output.shape}, its lse of shape {lse.shape}: every output is "
-                f"{outputs[0].shape}, as the first, and its lse {outputs[0].shape[:-1]}"
-            )
+    outputs, lses = _parts("outputs", outputs), _parts("lses", lses)
+    if len(outputs) != len(lses):
+        raise ValueError(f"merge_attentions: outputs (={len(outputs)} arrays) must be as many as lses (={len(lses)})")
+    for name, parts, shape in (("outputs", outputs, outputs[0].shape), ("lses", lses, outputs[0].shape[:-1])):
+        for n, part in enumerate(parts):
+            if part.shape != shape or part.ndim == 0:
+                raise ValueError(
+                    f"merge_attentions: {name}[{n}] (={list(part.shape)}) must be {list(shape)}, as outputs[0] is"
+                )
+    if not isinstance(return_residuals, bool | np.bool_):
+        raise ValueError(f"merge_attentions: return_residuals (={shown(return_residuals)}) must be True or False")
     scores = jnp.stack(lses, axis=-1)
     present = scores != -jnp.inf
     scores = jnp.where(present, scores, 0)
@@ -189,6 +191,17 @@ def merge_attentions(outputs: Sequence[Operand], lses: Sequence[Operand], *, ret
     stacked = jnp.where(present[..., None, :], jnp.stack(outputs, axis=-1), 0)
     merged = (stacked.astype(weights.dtype) * weights[..., None, :]).sum(-1).astype(stacked.dtype)
     return (merged, logsumexp(scores, present)) if return_residuals else merged
+
+
+def _parts(name: str, parts: Any) -> list[Array]:
+    """One array for each part, at least one."""
+    try:
+        arrays = [jnp.asarray(part) for part in parts]
+    except (TypeError, ValueError):  # no sequence, or none of numbers
+        arrays = []
+    if not arrays or not all(jnp.issubdtype(x.dtype, jnp.floating) for x in arrays):
+        raise ValueError(f"merge_attentions: {name} (={shown(parts)}) must be a sequence of floating-point arrays")
+    return arrays
 
 
 @broadcasting

@@ -104,7 +104,7 @@ def _kind(annotation: Any) -> Kind | None:
     if annotation in KINDS:
         return KINDS[annotation]
     if annotation == lax.PrecisionLike:
-        return Kind("a jax.lax.Precision, its name, a pair of them, or None", _precision)
+        return Kind("a jax.lax.Precision, its name, a pair of them, or None", allowed_precision)
     if annotation == DTypeLike:
         return Kind("a dtype", _dtype)
     if annotation == DTypeLike | None:
@@ -218,7 +218,7 @@ def _dtype(value: Any) -> Any:
     return REFUSED
 
 
-def _precision(value: Any) -> Any:
+def allowed_precision(value: Any) -> Any:
     """What a product of matrices takes, which is asked once."""
     try:
         return value if _is_precision(value) else REFUSED

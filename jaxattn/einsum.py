@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from jaxattn import machine, units
+from jaxattn.checked import REFUSED, allowed_precision, shown
 from jaxattn.extents import OUTPUT, Resolved, check_options, resolve
 from jaxattn.lowerings.convolution import CONVOLUTION
 from jaxattn.lowerings.depthwise import DEPTHWISE
@@ -114,7 +115,14 @@ def _make_plan(equation, operands, padding, boundary, preferred_element_type, im
     shapes = tuple(tuple(x.shape) for x in operands)
     dtypes = tuple(np.dtype(x.dtype) for x in operands)
     pads, edges, extents = check_options(equation, shapes, tuple(map(str, dtypes)), padding, boundary, sizes)
-    dtype = np.dtype(preferred_element_type or jnp.result_type(*operands))
+    try:
+        dtype = np.dtype(jnp.result_type(*operands) if preferred_element_type is None else preferred_element_type)
+    except TypeError:
+        if preferred_element_type is None:  # the operands', which strict promotion refuses
+            raise
+        raise ValueError(
+            f"einsum: preferred_element_type (={preferred_element_type!r}) must be None or a dtype"
+        ) from None
     return _plan(equation, shapes, dtypes, dtype, pads, edges, extents, implementation, machine.backend())
 
 
@@ -124,6 +132,11 @@ def _known_plan(equation, operands, padding, boundary, preferred_element_type, i
     del backend  # the plan's, part of the key
     described = [jax.ShapeDtypeStruct(*x) for x in operands]
     return _make_plan(equation, described, padding, boundary, preferred_element_type, implementation, dict(sizes))
+
+
+def _check_precision(precision: Any):
+    if allowed_precision(precision) is REFUSED:
+        raise ValueError(f"einsum: precision (={shown(precision)}) must be None, a jax.lax.Precision, or its name")
 
 
 def plan(
@@ -157,7 +170,8 @@ def plan(
       lowering  convolution: lax.conv_general_dilated, strides (1,), padding ((0, 0),), dilation (1,), groups 1
       cost      3.07 kFLOP, 1.22 kB in and out, 0 B temporaries
     """
-    del precision  # it changes neither the lowering nor its cost
+    if precision is not None:  # it changes neither the lowering nor its cost
+        _check_precision(precision)
     described = [jax.ShapeDtypeStruct(x, jnp.float32) if isinstance(x, tuple | list) else x for x in operands]
     return _make_plan(equation, described, padding, boundary, preferred_element_type, implementation, sizes)
 
@@ -224,4 +238,6 @@ def einsum(
         chosen = _known_plan(equation, described, *options, tuple(sizes.items()), machine.backend())
     else:
         chosen = _make_plan(equation, arrays, *options, sizes)
+    if precision is not None:
+        _check_precision(precision)
     return chosen.run(arrays, tuple(precision) if isinstance(precision, list) else precision)

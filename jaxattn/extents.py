@@ -393,7 +393,7 @@ def normalize_boundary(boundary, sums: list[str]) -> list[str | None]:
     one = isinstance(boundary, str) or not isinstance(boundary, Iterable)
     entries: list = [boundary] * len(sums) if one else list(boundary)
     for entry in [boundary] if one else entries:
-        if entry is not None and entry not in BOUNDARIES:
+        if entry is not None and (not isinstance(entry, str) or entry not in BOUNDARIES):
             raise ValueError(
                 f"boundary={boundary!r} must be one of {', '.join(BOUNDARIES)}, or one for each affine token"
             )

@@ -79,6 +79,7 @@ def _more_fonts() -> tuple[str, ...]:
     return tuple(name for name in MORE_FONTS if name in font_manager.get_font_names())
 
 
+@checked
 def can_be_drawn(text: str) -> bool:
     """Whether some installed font has each letter.
 
@@ -91,6 +92,7 @@ def can_be_drawn(text: str) -> bool:
     return all(any(font.get_char_index(ord(letter)) for font in fonts) for letter in text)
 
 
+@checked
 def plain(text: str, most: int = 24) -> str:
     """A text from outside as matplotlib draws it: no part of it is a formula, and it is not too long.
 

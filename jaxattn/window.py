@@ -316,7 +316,7 @@ def _boolean(axis: int, value: Any) -> bool:
 
 
 def _boundary(axis: int, value: Any) -> str:
-    if value not in BOUNDARIES:
+    if not isinstance(value, str) or value not in BOUNDARIES:
         raise ValueError(
             f"Window: boundary (={value!r}) must be one of {', '.join(map(repr, BOUNDARIES))} on axis {axis}"
         )

@@ -168,6 +168,8 @@ PLOTS: dict[Any, dict[str, Any]] = {
     plots.receptive_fields: {"fields": PICTURES, "titles": ["a", "b"]},
     plots.inline_svg: {"figure": plots.kernels(np.ones((1, 1, 1, 1))), "name": "one"},
     plots.styled: {"size": 10},
+    plots.plain: {"text": "a", "most": 24},
+    plots.can_be_drawn: {"text": "a"},
 }  # fmt: skip
 OWN: dict[Any, dict[str, Any]] = {
     zoo.Slide: {"size": (3, 3), "strides": 1, "padding": "SAME", "dilation": 1, "boundary": "zero"},

@@ -123,8 +123,8 @@ def zeros(*shape, dtype=jnp.float64):
         ((X, X, X), {"tile": (1, 2, 3, 4)}, "tile (=(1, 2, 3, 4)) must be"),
         ((X, X, X), {"dropout_rate": -0.1}, "dropout_rate (=-0.1) must be"),
         ((X, X, X), {"dropout_rate": 0.1}, "dropout_key (=None) must be a jax.random.key"),
-        ((X, X, X), {"extra_key": zeros(2, 1, 4, 8)}, "extra_value is missing: give both or neither"),
-        ((X, X, X), {"extra_value": zeros(2, 1, 4, 8)}, "extra_key is missing: give both or neither"),
+        ((X, X, X), {"extra_key": zeros(2, 1, 4, 8)}, "extra_value (=None) must be given where extra_key is"),
+        ((X, X, X), {"extra_value": zeros(2, 1, 4, 8)}, "extra_key (=None) must be given where extra_value is"),
         (
             (X, X, X),
             {"extra_key": zeros(1, 1, 4, 8), "extra_value": zeros(1, 1, 4, 8)},
@@ -165,11 +165,11 @@ def test_it_is_refused_before_anything_is_compiled():
 
 def test_merging_what_does_not_fit():
     output, lse = np.zeros((6, 2, 4)), np.zeros((6, 2))
-    with pytest.raises(ValueError, match="1 outputs and 2 lses"):
+    with pytest.raises(ValueError, match=r"outputs \(=1 arrays\) must be as many as lses \(=2\)"):
         merge_attentions([output], [lse, lse])
-    with pytest.raises(ValueError, match="0 outputs and 0 lses"):
+    with pytest.raises(ValueError, match=r"outputs \(=\[\]\) must be a sequence of floating-point arrays"):
         merge_attentions([], [])
-    with pytest.raises(ValueError, match=re.escape("an output of shape (6, 2, 4), its lse of shape (6,)")):
+    with pytest.raises(ValueError, match=r"lses\[1\] \(=\[6\]\) must be \[6, 2\], as outputs\[0\] is"):
         merge_attentions([output, output], [lse, lse[:, 0]])
 
 

@@ -254,3 +254,20 @@ def test_an_empty_axis(equation, sizes, axes):
             np.testing.assert_array_equal(y, jnp.zeros_like(y))
             for found, shape in zip(pull(jnp.ones_like(y)), shapes, strict=True):
                 np.testing.assert_array_equal(found, jnp.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "3"}, r"einsum: precision \(='3'\) must be None, a jax.lax.Precision, or its name"),
+        ({"precision": np.ones(2)}, r"einsum: precision \(=float64\[2\]\) must be"),
+        ({"preferred_element_type": "3"}, r"einsum: preferred_element_type \(='3'\) must be None or a dtype"),
+        ({"preferred_element_type": 1.5}, r"einsum: preferred_element_type \(=1.5\) must be"),
+        ({"padding": "SAME", "boundary": np.ones(1)}, r"boundary=array\(\[1.\]\) must be one of zero"),
+    ],
+)
+def test_options_are_refused_by_name(options, message):
+    x, w = (np.ones(shape) for shape in ((5, 2), (3, 2, 4)))
+    for function in (jaxattn.einsum, jaxattn.plan):
+        with pytest.raises(ValueError, match=message):
+            function("i+r c, r c o -> i o", x, w, **options)

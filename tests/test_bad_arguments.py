@@ -49,6 +49,9 @@ MEANS = {  # by the argument, or by "function.argument"
     **dict.fromkeys(("Conv.mask", "nearest_conv.mask"), ("no axes",)),
     "inline_svg.name": ("'3'",),
     **{f"{network}.num_classes": ("0",) for network in ("ResNet", "EfficientNet", "ViT")},  # pooled features
+    "ViT.registers": ("0",),
+    "ViT.layer_scale": ("0", "-1", "1.5"),
+    "ViT.epsilon": ("1.5",),
     "plain.text": ("'3'",),
     "can_be_drawn.text": ("'3'",),
     "attention.bias": ("1.5", "nan", "inf", "no axes"),

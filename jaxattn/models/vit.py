@@ -278,8 +278,10 @@ class ViT(Splittable):
         mixes = (mix,) * depth if isinstance(mix, str) or callable(mix) else tuple(mix)
         check_rates("ViT", drop_path=drop_path, dropout=dropout)
         _check_names(self.pool, position, norm, class_token, width)
-        if registers < 0 or (registers and not class_token):
-            raise ValueError(f"ViT: registers (={registers}) must be 0 without a class token, and at least 0 with one")
+        if registers and not class_token:
+            raise ValueError(f"ViT: registers (={registers}) must be 0 without a class token")
+        if epsilon <= 0:
+            raise ValueError(f"ViT: epsilon (={epsilon}) must be a number > 0")
         _check_mixes(mixes, depth, class_token, window, self._grid(self.image_size))
         self.joins = _joins(mixes) if class_token else depth
 

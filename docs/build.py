@@ -108,8 +108,9 @@ def write_signature(function: object, node: ast.FunctionDef, text: str):
         for p in inspect.signature(function).parameters.values()
     ]
     returns = source(node.returns)
-    function.__signature__ = inspect.Signature(parameters, return_annotation=returns)
-    function.__annotations__ = {} if node.returns is None else {"return": returns}
+    for layer in (function, inspect.unwrap(function)):  # pdoc looks under what a decorator put around
+        layer.__signature__ = inspect.Signature(parameters, return_annotation=returns)
+        layer.__annotations__ = {} if node.returns is None else {"return": returns}
 
 
 def only(modules: Iterable[str]) -> list[str]:

@@ -23,7 +23,7 @@ class Known:
     ...     return known(lambda score: by * score)
     >>> scaled(2) == scaled(2), scaled(2) == scaled(3), scaled(2)(5)
     (True, False, 10)
-    >>> known(scaled([2])) is None
+    >>> scaled([2]) is None
     True
     """
 

@@ -297,8 +297,8 @@ def test_conv_takes_any_number_of_batch_axes(batch):
 @pytest.mark.parametrize(
     ("shapes", "options", "message"),
     [
-        (((2, 5, 3), (3, 3)), {}, r"conv: kernel has shape \[3, 3\]"),
-        (((5, 3), (3, 3, 3, 4)), {}, r"conv: x has shape \[5, 3\], but a kernel of 2 spatial axes"),
+        (((2, 5, 3), (3, 3)), {}, r"conv: kernel \(=\[3, 3\]\) must be \[\*window, features / groups, out_features\]"),
+        (((5, 3), (3, 3, 3, 4)), {}, r"conv: x \(=\[5, 3\]\) must be .* with the kernel's 2 spatial axes"),
         (((2, 5, 3), (3, 3, 4)), {"groups": 2}, r"groups \(=2\) .* features of x \(=3\)"),
         (((2, 5, 4), (3, 2, 3)), {"groups": 2}, r"groups \(=2\) .* out_features of kernel \(=3\)"),
         (((2, 5, 4), (3, 4, 4)), {"groups": 0}, r"groups \(=0\)"),
@@ -307,7 +307,11 @@ def test_conv_takes_any_number_of_batch_axes(batch):
         (((2, 5, 3), (3, 3, 4)), {"dilation": -1}, r"conv: dilation \(=-1\)"),
         (((2, 5, 3), (3, 3, 4)), {"padding": [(1, 1), (1, 1)]}, r"conv: padding \(=\[\(1, 1\), \(1, 1\)\]\)"),
         (((2, 5, 3), (3, 3, 4)), {"padding": "FULL"}, r"padding \(='FULL'\) must be 'SAME', 'VALID'"),
-        (((2, 5, 3), (3, 2, 4)), {}, r"kernel has shape \[3, 2, 4\], but with groups \(=1\) the 3 features of x"),
+        (
+            ((2, 5, 3), (3, 2, 4)),
+            {},
+            r"kernel \(=\[3, 2, 4\]\) must be \[\*window, 3, out_features\] with x's features",
+        ),
         (((2, 5, 3), (3, 3, 4)), {"strides": None}, r"conv: strides \(=None\) must be an int >= 1"),
         (((2, 5, 3), (3, 3, 4)), {"strides": True}, r"conv: strides \(=True\) must be an int >= 1"),
         (((2, 5, 3), (3, 3, 4)), {"groups": True}, r"groups \(=True\)"),

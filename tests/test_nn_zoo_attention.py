@@ -212,7 +212,7 @@ def test_a_named_attention_has_what_attention_has(module):
     assert abs(layer(x, deterministic=False) - whole).max() > 0
     weights = layer.weights(x)
     assert weights.shape[:-2] == whole.shape[:-1]
-    mask = jnp.arange(24) > 0 if module is nn.GlobalAttention else (jnp.arange(24) > 0).reshape(1, 4, 6)
+    mask = jnp.arange(24) > 0 if module is nn.GlobalAttention else ((jnp.arange(24) > 0).reshape(1, 4, 6), None)
     seen = layer.weights(x, mask=mask)
     assert (seen == 0).sum() > (weights == 0).sum()
     assert abs(layer(x, mask=mask, deterministic=True) - whole).max() > 0

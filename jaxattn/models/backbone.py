@@ -12,14 +12,13 @@ from jaxtyping import Array, ArrayLike, Float, Num
 from jaxattn.models.gelu import gelu
 from jaxattn.models.residual import check_rngs, drop_path, run_block
 from jaxattn.models.translation import Translation
+from jaxattn.nn.grid import Splittable
 
 small_init = nnx.initializers.truncated_normal(0.02)
 
 
-class Stage(nnx.Module):
+class Stage(Splittable):
     """Blocks on one grid, after what makes the grid coarser (None: nothing does)."""
-
-    axis_name: str | None = None
 
     def __init__(self, down: nnx.Module | None, blocks: Sequence[nnx.Module]):
         self.down, self.blocks = nnx.data(down), nnx.List(blocks)
@@ -31,7 +30,7 @@ class Stage(nnx.Module):
         return x
 
 
-class Backbone(nnx.Module):
+class Backbone(Splittable):
     """A stem, stages, and a linear layer over the mean of the last one's features.
 
     A network's constructor sets the attributes below, and it says how images begin (`begin`) and what is made of the
@@ -42,7 +41,6 @@ class Backbone(nnx.Module):
       widths: features of a token of each stage.
     """
 
-    axis_name: str | None = None
     in_features: int
     strides: tuple[int, ...]
     widths: tuple[int, ...]
@@ -96,7 +94,7 @@ class Backbone(nnx.Module):
         return x if self.axis_name is None else jax.lax.pmean(x, self.axis_name)
 
 
-class MixBlock(nnx.Module):
+class MixBlock(Splittable):
     """x ← x + γ₁ mix(norm₁(x)), and then x ← x + γ₂ W₂ φ(W₁ norm₂(x)); or with the norm after each branch ("post").
 
     Args:
@@ -108,8 +106,6 @@ class MixBlock(nnx.Module):
       epsilon: of the norms.
       drop_path_rate: of stochastic depth.
     """
-
-    axis_name: str | None = None
 
     def __init__(
         self,

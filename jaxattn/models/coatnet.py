@@ -16,6 +16,7 @@ from jaxattn.models.resize import resize_flat_table
 from jaxattn.models.translation import Rule, Table, Translation, under
 from jaxattn.nn.configured import CoAtNetAttention
 from jaxattn.nn.conv import Conv
+from jaxattn.nn.grid import Splittable
 from jaxattn.sizes import per_axis
 
 HEAD_DIM = 32
@@ -32,11 +33,9 @@ BLOCK: Table = {
 }  # fmt: skip
 
 
-class Block(nnx.Module):
+class Block(Splittable):
     """x + attention(norm₁(x)) of all tokens, with a bias for each offset, and then x + W₂ gelu(W₁ norm₂(x)). With a
     stride, 2 × 2 means are taken of x and of norm₁(x), and x goes through a linear map."""
-
-    axis_name: str | None = None
 
     def __init__(
         self, in_features: int, width: int, stride: int, grid: tuple[int, ...], *, bias: bool, drop_path_rate: float,

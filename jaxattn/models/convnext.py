@@ -13,6 +13,7 @@ from jaxattn.models.gelu import gelu
 from jaxattn.models.residual import check_rates, depth_rates, drop_path
 from jaxattn.models.translation import Rule, Table, Translation, below, under
 from jaxattn.nn.conv import Conv
+from jaxattn.nn.grid import Splittable
 
 BLOCK: Table = {
     "depthwise": "conv_dw", "norm": "norm", "expand": "mlp.fc1", "contract": "mlp.fc2", "gamma": "gamma",
@@ -51,15 +52,13 @@ HUGGING_FACE: Table = {
 }  # fmt: skip
 
 
-class ResponseNorm(nnx.Module):
+class ResponseNorm(Splittable):
     """Global response normalisation, over the grid and then over the features,
 
         y = x + β + γ x ‖x_c‖ / mean_c ‖x_c‖,   ‖x_c‖² = Σ_{i,j} x_ijc²
 
     (Woo et al. 2023, arXiv 2301.00808). γ and β begin at zero.
     """
-
-    axis_name: str | None = None
 
     def __init__(self, width: int, *, param_dtype: Any):
         self.gamma, self.beta = (nnx.Param(jnp.zeros((width,), param_dtype)) for _ in range(2))
@@ -74,10 +73,8 @@ class ResponseNorm(nnx.Module):
         return x + self.beta[...].astype(x.dtype) + scaled(x * response, self.gamma)
 
 
-class Block(nnx.Module):
+class Block(Splittable):
     """x + γ W₂ gelu(W₁ norm(depthwise(x))); in version 2, `ResponseNorm` after the gelu, and no γ."""
-
-    axis_name: str | None = None
 
     def __init__(self, width: int, *, layer_scale: float | None, response: bool, drop_path_rate: float, **kwargs: Any):
         self.depthwise = Conv(width, width, (7, 7), padding=3, feature_group_count=width, **kwargs)
@@ -100,10 +97,8 @@ class Block(nnx.Module):
         return x + self.drop_path(scaled(y, self.gamma), rngs=rngs)
 
 
-class Downsample(nnx.Module):
+class Downsample(Splittable):
     """A norm, and a 2 × 2 convolution of stride 2."""
-
-    axis_name: str | None = None
 
     def __init__(self, in_features: int, features: int, **kwargs: Any):
         self.norm = layer_norm(in_features, 1e-6, **kwargs)

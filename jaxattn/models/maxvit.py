@@ -16,6 +16,7 @@ from jaxattn.models.resize import resize_table
 from jaxattn.models.translation import FUSED, OUT, Rule, Table, Translation, under
 from jaxattn.nn.attention import Attention
 from jaxattn.nn.conv import Conv
+from jaxattn.nn.grid import Splittable
 from jaxattn.sizes import per_axis
 from jaxattn.window import Window
 
@@ -33,13 +34,11 @@ TIMM: Table = {
 }  # fmt: skip
 
 
-class Partition(nnx.Module):
+class Partition(Splittable):
     """Attention of k × k tokens that stand together ("block") or as far apart as there are windows ("grid"),
 
     N(i) = {j: ⌊j / k⌋ = ⌊i / k⌋},   or   N(i) = {j: j ≡ i mod n / k}   along each axis of n tokens.
     """
-
-    axis_name: str | None = None
 
     def __init__(self, num_heads: int, width: int, window: tuple[int, ...], across: bool, **kwargs: Any):
         self.window, self.across = window, across
@@ -64,10 +63,8 @@ class Partition(nnx.Module):
         return einsum("... (i p) (j q) c -> ... (p i) (q j) c", y, **sides)
 
 
-class Block(nnx.Module):
+class Block(Splittable):
     """MBConv, attention in blocks, and attention across the grid, the two with an MLP each."""
-
-    axis_name: str | None = None
 
     def __init__(self, in_features: int, width: int, stride: int, window: tuple[int, ...], rate: float, **kwargs: Any):
         self.conv = MBConv(

@@ -11,6 +11,7 @@ from jaxattn.einsum import einsum
 from jaxattn.models.residual import drop_path
 from jaxattn.models.translation import Rule, Table
 from jaxattn.nn.conv import Conv
+from jaxattn.nn.grid import Splittable
 from jaxattn.sizes import Size
 
 POINTWISE = {"kernel": "i o -> o i 1 1"}
@@ -51,10 +52,8 @@ def gelu_tanh(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jax.nn.gelu(x, approximate=True)
 
 
-class SqueezeExcite(nnx.Module):
+class SqueezeExcite(Splittable):
     """x σ(W₂ φ(W₁ mean(x) + b₁) + b₂), the mean being over the grid (Hu et al. 2018, arXiv 1709.01507)."""
-
-    axis_name: str | None = None
 
     def __init__(self, width: int, hidden: int, activation: Callable[[Array], Array], **kwargs: Any):
         self.first, self.second = nnx.Linear(width, hidden, **kwargs), nnx.Linear(hidden, width, **kwargs)
@@ -66,7 +65,7 @@ class SqueezeExcite(nnx.Module):
         return x * jax.nn.sigmoid(self.second(self.activation(self.first(mean))))
 
 
-class MBConv(nnx.Module):
+class MBConv(Splittable):
     """An inverted residual with the norm before it: x + W₃ · squeeze(φ(norm(depthwise(φ(norm(W₁ norm(x))))))), where
     W₁ expands, and a stride is taken by the depthwise convolution or by a mean before W₁; x itself by a mean and a
     linear map.
@@ -83,8 +82,6 @@ class MBConv(nnx.Module):
       padding: of the depthwise convolution.
       epsilon: of the norms, BatchNorms.
     """
-
-    axis_name: str | None = None
 
     def __init__(
         self, in_features: int, features: int, stride: int, *, hidden: int, activation: Callable[[Array], Array],

@@ -13,6 +13,7 @@ from jaxattn.models.residual import check_rates, depth_rates
 from jaxattn.models.translation import BY_HEAD, FUSED, OUT, Rule, Table, Translation, below, under
 from jaxattn.nn.configured import NeighborhoodAttention
 from jaxattn.nn.conv import Conv
+from jaxattn.nn.grid import Splittable
 from jaxattn.window import Window
 
 AUTHORS: Table = {
@@ -43,11 +44,9 @@ HUGGING_FACE: Table = {
 }  # fmt: skip
 
 
-class Neighborhood(nnx.Module):
+class Neighborhood(Splittable):
     """`nn.NeighborhoodAttention`, on a grid that ends in zeros where it is smaller than the dilated window; these take
     part."""
-
-    axis_name: str | None = None
 
     def __init__(self, num_heads: int, width: int, window: tuple[int, ...], dilation: int, **kwargs: Any):
         self.sides = tuple(k * dilation for k in window)
@@ -67,10 +66,8 @@ class Neighborhood(nnx.Module):
         return self.attention(x, sow_weights=sow_weights)[..., :rows, :columns, :]
 
 
-class Downsample(nnx.Module):
+class Downsample(Splittable):
     """A 3 × 3 convolution of stride 2 to twice the features, and a norm."""
-
-    axis_name: str | None = None
 
     def __init__(self, width: int, **kwargs: Any):
         self.conv = Conv(width, 2 * width, (3, 3), 2, padding=1, use_bias=False, **kwargs)

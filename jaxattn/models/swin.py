@@ -14,6 +14,7 @@ from jaxattn.models.resize import resize_flat_table
 from jaxattn.models.swin_attention import WindowAttention
 from jaxattn.models.translation import BY_HEAD, FUSED, OUT, Rule, Table, Translation, below, under
 from jaxattn.nn.conv import Conv
+from jaxattn.nn.grid import Splittable
 from jaxattn.sizes import per_axis
 
 DERIVED = ("relative_position_index", "attn_mask", "relative_coords_table")
@@ -61,10 +62,8 @@ HUGGING_FACE: Table = {
 }  # fmt: skip
 
 
-class PatchMerging(nnx.Module):
+class PatchMerging(Splittable):
     """2 × 2 tokens to one of twice the features, column by column; the norm is before the linear map, or after it."""
-
-    axis_name: str | None = None
 
     def __init__(self, width: int, *, version: int, **kwargs: Any):
         self.first = version == 1

@@ -15,10 +15,11 @@ from jaxattn.attention import attention
 from jaxattn.halo import halo, shard_count
 from jaxattn.models.backbone import small_init
 from jaxattn.nn.attention import Attention
+from jaxattn.nn.grid import Splittable
 from jaxattn.window import Window
 
 
-class WindowAttention(nnx.Module):
+class WindowAttention(Splittable):
     """Swin's mixing of tokens. The grid is parted into windows, after a roll by `shift`, so that they stand across the
     last block's; tokens that only the roll brought together do not attend to each other. In version 2, scores are
     cosines, and an MLP makes the bias of the offset:
@@ -29,8 +30,6 @@ class WindowAttention(nnx.Module):
     Where the windows do not part the grid evenly, it is padded: "after" the roll (timm), or "before" it (the authors,
     Hugging Face), with zeros that take part; "mask": before, and nothing attends to them.
     """
-
-    axis_name: str | None = None
 
     def __init__(
         self, num_heads: int, width: int, window: tuple[int, ...], shift: tuple[int, ...], *, padding: str,

@@ -208,6 +208,7 @@ def test_an_existing_run_is_not_overwritten(both, capsys):
     assert (out / "report.html").read_bytes() == before
 
 
+@pytest.mark.full  # the core has `test_resume`
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, capsys):
     """Ctrl-C after the first of two networks: it is not trained again, and the report is there in the end."""
     real = loop.train

@@ -42,7 +42,7 @@ CASES = {
     21: ("depends on the task", SMALL, {"mixers": (*CURVES[:3], CURVES[0])}, "fails"),
     22: ("holds", {"steps": 150}, {"window": 1}, "fails"),
 }
-LONG = {3, 6, 8, 10, 13, 14, 20, 21, 22}  # what they train takes as long as all the others
+LONG = {3, 6, 8, 9, 10, 13, 14, 20, 21, 22}  # what they train takes as long as all the others
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +81,7 @@ def test_the_verdict_and_that_it_flips_under_sabotage(setting, number):
     assert verdict(number, setting, **{**cheap, **sabotage}) == flipped
 
 
+@pytest.mark.full
 def test_shuffled_labels_teach_nothing(setting):
     with jax.enable_x64(False):
         right = [train("convolution", setting, setting.data, shuffled=s, **SMALL).accuracy for s in (False, True)]

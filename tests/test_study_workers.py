@@ -19,7 +19,7 @@ def studied(out, claims, jobs, seeds=2):
     return {claim["number"]: claim for claim in json.loads((out / "report.json").read_text())["claims"]}
 
 
-@pytest.mark.core(1)
+@pytest.mark.full
 @pytest.mark.parametrize("claims", ["1,4,5,16", "13,20"])
 def test_two_processes_give_what_one_gives(tmp_path, claims):
     """Bit for bit, of what is computed by hand and of what is trained."""
@@ -62,7 +62,7 @@ def alive(process):
         return False
 
 
-@pytest.mark.core(1)
+@pytest.mark.full  # the core has a worker that is killed
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="processes are looked up in /proc")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
 def test_no_worker_outlives_the_study(tmp_path, how):

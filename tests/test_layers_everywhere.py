@@ -105,7 +105,11 @@ def test_initialisers(module, name):
         calls.append((shape, dtype))
         return jnp.full(shape, 0.25, dtype)
 
-    kwargs = {**NN[module], **TABLES.get(name, {}), "param_dtype": jnp.bfloat16}
+    given = inspect.signature(module.__init__).parameters
+    tables = {option: value for option, value in TABLES.get(name, {}).items() if option in given}
+    if "identity_value" in given:  # which draws no value
+        tables["identity_value"] = False
+    kwargs = {**NN[module], **tables, "param_dtype": jnp.bfloat16}
     annotated = nnx.with_metadata(init, note="annotated")
     for given in (init, annotated):
         calls.clear()

@@ -297,3 +297,13 @@ def test_module_refuses_inputs():
     layer = nn.QuadraticAttention(3, 4, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"inputs \(=\[5, 4\]\) must be .*2 axes of a grid"):
         layer(jnp.ones((5, 4)))
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_a_window_as_large_as_the_padded_grid(batch):
+    """Under "mask" one token alone sees itself alone: its weight is one, whatever the window reaches."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(*batch, 1, 1, 2)))
+    value = jnp.asarray(np.random.default_rng(1).normal(size=(2, 1, 3)))
+    params = {"centre": jnp.ones((1, 2)), "alpha": jnp.ones(1), "value": value}
+    got = zoo.quadratic_attention(x, params, window=zoo.Slide((3, 3), boundary="mask"))
+    np.testing.assert_allclose(got, np.einsum("...c,cho->...o", x, value), rtol=1e-12)

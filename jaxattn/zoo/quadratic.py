@@ -86,7 +86,7 @@ def quadratic_attention(
             jnp.zeros((*batch, *grid, 1, 1), dtype),
             x[..., None, :],
             window=window,
-            mask=inside,
+            mask=(inside, None),
             relative_bias=quadratic_scores(arrays, offsets),
             precision=precision,
             implementation=implementation,

@@ -9,6 +9,7 @@ is read. What overlapping boxes send to a key is added up in float32 in VMEM.
     dv += P·dy,  dk += scale·dS·Q,  dq = scale·dSᵀ·K,  dtable += dS
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -44,15 +45,80 @@ def pull(
     heads, dtype = plan.heads, query.dtype
     tall = plan.keys, heads.abreast * plan.queries
 
+    kernel = _kernel(
+        plan,
+        dtype,
+        rows=key.shape[1],
+        one_table=table.shape[1] == 1,
+        with_lse=of_lse is not None,
+        of_table=of_table,
+        some_see_nothing=some_see_nothing,
+        precision=precision,
+    )
+    of_queries, of_keys, of_scores, of_rows = specs(plan, query, key, table)
+    inputs, in_specs = (
+        [query, key, value, cotangent, table * LOG2E],
+        [of_queries, of_keys, of_keys, of_queries, of_scores],
+    )
+    if of_lse is not None:
+        inputs.append(of_lse)
+        in_specs.append(of_rows)
+    like = lambda x: shape_of(x.shape, x.dtype, query)
+    call = pl.pallas_call(
+        kernel,
+        name="windowed_attention_backward",
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(heads.blocks, query.shape[0], heads.members),
+            in_specs=in_specs,
+            out_specs=[of_queries, of_keys, of_keys, *[of_scores] * of_table],
+            scratch_shapes=[
+                *[pltpu.VMEM((plan.at_once, *tall), F32)] * 2,
+                *[pltpu.VMEM((plan.at_once, *tall), dtype)] * 2,
+                *[pltpu.VMEM((*key.shape[1:-1], heads.lanes), F32)] * 2,
+            ],
+        ),
+        out_shape=[*map(like, (query, key, value)), *[like(table)] * of_table],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=limit(plan)
+        ),
+        interpret=interpret,
+    )
+    inputs = [jnp.asarray(plan.table()), jnp.stack([scale * LOG2E, scale]).astype(F32), *inputs]
+    with jax.enable_x64(False):  # a TPU's kernels count in 32 bits
+        return call(*inputs)
+
+
+def _kernel(
+    plan: Plan,
+    dtype: Any,
+    *,
+    rows: int,
+    one_table: bool,
+    with_lse: bool,
+    of_table: bool,
+    some_see_nothing: bool,
+    precision: Any,
+) -> Callable[..., None]:
+    """What a step does: of a block of heads, an entry, and one of the query heads that share a key head.
+
+    Args:
+      rows: of the keys' grid.
+      one_table: whether the members share a score table.
+      with_lse: whether lse has a cotangent.
+      of_table: whether the table's is wanted.
+    """
+    heads = plan.heads
+
     def kernel(at: Any, c: Any, q: Any, k: Any, v: Any, g: Any, t: Any, *rest: Any) -> None:
         others = list(rest)
-        dlse = None if of_lse is None else others.pop(0)
+        dlse = others.pop(0) if with_lse else None
         dq, dk, dv = (others.pop(0) for _ in range(3))
         dt = others.pop(0) if of_table else None
         scores, products, weights, of_scores, sum_k, sum_v = others
         q, k, v, g = (x.bitcast(I32) for x in (q, k, v, g))
         entry, member = pl.program_id(1), pl.program_id(2)
-        mine = 0 if table.shape[1] == 1 else member
+        mine = 0 if one_table else member
 
         def box(ref, tile):
             return pltpu.bitcast(load(ref, tile.keys(heads.packing), heads), dtype)
@@ -98,7 +164,7 @@ def pull(
 
         @pl.when(member == 0)
         def _():
-            over(key.shape[1], lambda y: [ref.__setitem__(y, jnp.zeros(ref[y].shape, F32)) for ref in (sum_k, sum_v)])
+            over(rows, lambda y: [ref.__setitem__(y, jnp.zeros(ref[y].shape, F32)) for ref in (sum_k, sum_v)])
 
         if dt is not None:
 
@@ -114,40 +180,9 @@ def pull(
                 dk[(0, y)] = (sum_k[y] * c[1]).astype(dtype)
                 dv[(0, y)] = sum_v[y].astype(dtype)
 
-            over(key.shape[1], write)
+            over(rows, write)
 
-    of_queries, of_keys, of_scores, of_rows = specs(plan, query, key, table)
-    inputs, in_specs = (
-        [query, key, value, cotangent, table * LOG2E],
-        [of_queries, of_keys, of_keys, of_queries, of_scores],
-    )
-    if of_lse is not None:
-        inputs.append(of_lse)
-        in_specs.append(of_rows)
-    like = lambda x: shape_of(x.shape, x.dtype, query)
-    call = pl.pallas_call(
-        kernel,
-        name="windowed_attention_backward",
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
-            grid=(heads.blocks, query.shape[0], heads.members),
-            in_specs=in_specs,
-            out_specs=[of_queries, of_keys, of_keys, *[of_scores] * of_table],
-            scratch_shapes=[
-                *[pltpu.VMEM((plan.at_once, *tall), F32)] * 2,
-                *[pltpu.VMEM((plan.at_once, *tall), dtype)] * 2,
-                *[pltpu.VMEM((*key.shape[1:-1], heads.lanes), F32)] * 2,
-            ],
-        ),
-        out_shape=[*map(like, (query, key, value)), *[like(table)] * of_table],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=limit(plan)
-        ),
-        interpret=interpret,
-    )
-    inputs = [jnp.asarray(plan.table()), jnp.stack([scale * LOG2E, scale]).astype(F32), *inputs]
-    with jax.enable_x64(False):  # a TPU's kernels count in 32 bits
-        return call(*inputs)
+    return kernel
 
 
 def over(count: int, body: Any) -> None:

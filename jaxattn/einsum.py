@@ -200,7 +200,8 @@ def einsum(
     - a composed axis `(g c)`, row-major;
     - or `...`, the same axes in every operand that writes it.
 
-    Extents come from bare axes and keywords, a position's otherwise from `padding`.
+    Extents come from bare axes and keywords, a position's otherwise from `padding`. Three operands and more, with
+    windows, are multiplied two at a time, in the order of the fewest products, which `plan` shows.
 
     Args:
       equation: the text, such as `"n i+r j+s c, r s c o -> n i j o"`.

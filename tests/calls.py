@@ -122,6 +122,11 @@ MODELS: dict[Any, dict[str, Any]] = {
     models.ResNet: {"stage_sizes": (1,), "block": "basic", "width": 8, "num_heads": 2},
     models.EfficientNet: {"stages": ((1, 3, 1, 1, 8),)},
     models.DigitNet: {},
+    models.ConvNeXt: {"depths": (1, 1), "widths": (4, 8)},
+    models.Swin: {"depths": (1, 1), "width": 4, "num_heads": (1, 2), "window": 2, "image_size": 16},
+    models.NAT: {"depths": (1, 1), "width": 4, "num_heads": (1, 2), "window": 3},
+    models.MaxViT: {"depths": (1, 1), "widths": (32, 64), "stem": 4, "image_size": 64},
+    models.CoAtNet: {"depths": (1, 1, 1, 1), "widths": (4, 32, 32, 32), "stem": (4, 4), "image_size": 32},
     models.VolumeNet: {"in_features": 1, "num_classes": 2, "width": 8, "depth": 1, "num_heads": 2, "mlp_dim": 8},
 }
 WINDOW = Window((3, 3), boundary="mask")

@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from jaxattn.extents import Affine, Resolved
 from jaxattn.lowerings.lowering import Lowering, Problem, evaluate, first_match, statistics_dtype
-from jaxattn.notation import Token
+from jaxattn.notation import ELLIPSIS, Token
 
 EXHAUSTIVE = 5  # operands of which every order is tried; of more, the cheapest pair is taken each time
 
@@ -129,7 +129,8 @@ def _names(axes: Iterable[Axis]) -> set[str]:
 def _resolved(terms: list[Term], sizes: Mapping[str, int]) -> Resolved:
     """The equation of a pair."""
     places = [(k, dim, axis) for k, term in enumerate(terms) for dim, axis in enumerate(term)]
-    texts = [" ".join(axis.token.text for axis in term) for term in terms]
+    named = lambda token: token.axes[0] if token.text == ELLIPSIS else token.text
+    texts = [" ".join(named(axis.token) for axis in term) for term in terms]
     length = lambda a: a.affine.length if a.affine else math.prod(sizes[name] for name in a.token.axes)
     return Resolved(
         equation=f"{', '.join(texts[:-1])} -> {texts[-1]}",

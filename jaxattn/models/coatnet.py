@@ -1,13 +1,15 @@
 """CoAtNet: two stages of convolution, and two of attention over the whole grid."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from jaxattn.checked import Natural, checked
 from jaxattn.models.backbone import Backbone, Stage, layer_norm, linear_head, small_init
 from jaxattn.models.gelu import gelu
 from jaxattn.models.mbconv import MBCONV, POINTWISE, STEM, MBConv, average_pool, squeeze
@@ -17,7 +19,7 @@ from jaxattn.models.translation import Rule, Table, Translation, under
 from jaxattn.nn.configured import CoAtNetAttention
 from jaxattn.nn.conv import Conv
 from jaxattn.nn.grid import Splittable
-from jaxattn.sizes import per_axis
+from jaxattn.sizes import Size, per_axis
 
 HEAD_DIM = 32
 # a head's query, key and value stand together there, and the table is by query less key
@@ -88,23 +90,24 @@ class CoAtNet(Backbone):
     [(2, 4, 4, 32), (2, 2, 2, 64)]
     """
 
+    @checked
     def __init__(
         self,
         depths: Sequence[int],
         widths: Sequence[int],
         *,
-        stem: tuple[int, int] = (32, 64),
-        image_size: int | tuple[int, int] = 224,
+        stem: Sequence[int] = (32, 64),
+        image_size: Size = 224,
         pool: bool = True,
         early: bool = True,
-        squeeze_activation: str = "relu",
+        squeeze_activation: Literal["relu", "silu"] = "relu",
         bias: bool = False,
-        num_classes: int = 1000,
+        num_classes: Natural = 1000,
         in_features: int = 3,
         drop_path: float = 0.0,
         remat: bool = False,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         sides = per_axis("CoAtNet", "image_size", image_size, 2)
@@ -114,6 +117,8 @@ class CoAtNet(Backbone):
                 f"CoAtNet: depths (={depths}) and widths (={widths}) must be four, and all widths but the first "
                 f"multiples of {HEAD_DIM}"
             )
+        if len(stem) != 2:
+            raise ValueError(f"CoAtNet: stem (={stem}) must be two ints >= 1")
         if any(n % 32 for n in sides):
             raise ValueError(f"CoAtNet: image_size (={image_size}) must be of multiples of 32")
         check_rates("CoAtNet", drop_path=drop_path)

@@ -6,8 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from jaxattn.checked import Natural, checked
 from jaxattn.models.backbone import Backbone, Stage, layer_norm, linear_head, scale, scaled, small_init
 from jaxattn.models.gelu import gelu
 from jaxattn.models.residual import check_rates, depth_rates, drop_path
@@ -132,6 +134,7 @@ class ConvNeXt(Backbone):
     [(2, 8, 12, 8), (2, 4, 6, 16)]
     """
 
+    @checked
     def __init__(
         self,
         depths: Sequence[int],
@@ -139,13 +142,13 @@ class ConvNeXt(Backbone):
         *,
         version: int = 1,
         pointwise: bool = False,
-        num_classes: int = 1000,
+        num_classes: Natural = 1000,
         in_features: int = 3,
         layer_scale: float = 1e-6,
         drop_path: float = 0.0,
         remat: bool = False,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         if version not in (1, 2):

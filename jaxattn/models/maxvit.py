@@ -6,8 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from jaxattn.checked import Natural, checked
 from jaxattn.einsum import einsum
 from jaxattn.models.backbone import Backbone, MixBlock, Stage, layer_norm, linear_head, small_init
 from jaxattn.models.mbconv import MBCONV, STEM, MBConv, gelu_tanh, squeeze
@@ -17,7 +19,7 @@ from jaxattn.models.translation import FUSED, OUT, Rule, Table, Translation, und
 from jaxattn.nn.attention import Attention
 from jaxattn.nn.conv import Conv
 from jaxattn.nn.grid import Splittable
-from jaxattn.sizes import per_axis
+from jaxattn.sizes import Size, per_axis
 from jaxattn.window import Window
 
 ATTENTION: Table = {
@@ -111,19 +113,20 @@ class MaxViT(Backbone):
     [(2, 16, 24, 32), (2, 8, 12, 64)]
     """
 
+    @checked
     def __init__(
         self,
         depths: Sequence[int],
         widths: Sequence[int],
         *,
         stem: int = 64,
-        image_size: int | tuple[int, int] = 224,
-        num_classes: int = 1000,
+        image_size: Size = 224,
+        num_classes: Natural = 1000,
         in_features: int = 3,
         drop_path: float = 0.0,
         remat: bool = False,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         if len(depths) != len(widths) or any(width % HEAD_DIM for width in widths):

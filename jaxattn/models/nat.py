@@ -5,8 +5,10 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from jaxattn.checked import Natural, checked
 from jaxattn.halo import shard_count
 from jaxattn.models.backbone import Backbone, MixBlock, Stage, layer_norm, linear_head
 from jaxattn.models.residual import check_rates, depth_rates
@@ -101,6 +103,7 @@ class NAT(Backbone):
     [(2, 10, 8, 8), (2, 5, 4, 16)]
     """
 
+    @checked
     def __init__(
         self,
         depths: Sequence[int],
@@ -111,12 +114,12 @@ class NAT(Backbone):
         window: int = 7,
         dilations: Sequence[int] = (1, 1, 1, 1),
         layer_scale: float | None = None,
-        num_classes: int = 1000,
+        num_classes: Natural = 1000,
         in_features: int = 3,
         drop_path: float = 0.0,
         remat: bool = False,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         if not len(depths) == len(num_heads) <= len(dilations):

@@ -1,12 +1,14 @@
 """Swin, version 1 and 2: attention in windows that part the grid, shifted in every other block."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from jaxattn.checked import Natural, checked
 from jaxattn.einsum import einsum
 from jaxattn.models.backbone import Backbone, MixBlock, Stage, layer_norm, linear_head, small_init
 from jaxattn.models.residual import check_rates, depth_rates
@@ -15,10 +17,9 @@ from jaxattn.models.swin_attention import WindowAttention
 from jaxattn.models.translation import BY_HEAD, FUSED, OUT, Rule, Table, Translation, below, under
 from jaxattn.nn.conv import Conv
 from jaxattn.nn.grid import Splittable
-from jaxattn.sizes import per_axis
+from jaxattn.sizes import Size, per_axis
 
 DERIVED = ("relative_position_index", "attn_mask", "relative_coords_table")
-PADDINGS = ("after", "before", "mask")
 # theirs is by query less key, ours by key less query
 BIAS = Rule("relative_position_bias_table", "head -row -column -> (row column) head", resize_flat_table)
 SCALE = "head -> head 1 1"
@@ -102,30 +103,30 @@ class Swin(Backbone):
     (2, 5)
     """
 
+    @checked
     def __init__(
         self,
         depths: Sequence[int],
         width: int,
         num_heads: Sequence[int],
         *,
-        window: int | tuple[int, int] = 7,
-        image_size: int | tuple[int, int] = 224,
+        window: Size = 7,
+        image_size: Size = 224,
         version: int = 1,
-        padding: str = "after",
-        pretrained_windows: Sequence[int] = (0, 0, 0, 0),
-        num_classes: int = 1000,
+        padding: Literal["after", "before", "mask"] = "after",
+        pretrained_windows: Sequence[Natural] = (0, 0, 0, 0),
+        num_classes: Natural = 1000,
         in_features: int = 3,
         drop_path: float = 0.0,
         remat: bool = False,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         sides = per_axis("Swin", "window", window, 2)
         grid = [-(-n // 4) for n in per_axis("Swin", "image_size", image_size, 2)]
-        for name, value, allowed in (("version", version, (1, 2)), ("padding", padding, PADDINGS)):
-            if value not in allowed:
-                raise ValueError(f"Swin: {name} (={value!r}) must be one of {', '.join(map(repr, allowed))}")
+        if version not in (1, 2):
+            raise ValueError(f"Swin: version (={version}) must be 1 or 2")
         if not len(depths) == len(num_heads) <= len(pretrained_windows):
             raise ValueError(f"Swin: depths (={depths}) and num_heads (={num_heads}) must have one for each stage")
         check_rates("Swin", drop_path=drop_path)

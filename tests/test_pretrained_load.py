@@ -157,3 +157,19 @@ def test_save_needs_names():
     with pytest.raises(ValueError, match=r"save: model \(=Linear\) must have translations"):
         pretrained.torch_arrays(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
     assert jax.tree.leaves(pretrained.torch_arrays(make(rngs=nnx.Rngs(0))))
+
+
+def test_a_file_that_cannot_be_written_leaves_what_stood_there(tmp_path, monkeypatch):
+    safetensors = pytest.importorskip("safetensors.numpy", reason="safetensors is not installed")
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(b"before")
+
+    def fails(arrays, file, metadata):
+        file.write_bytes(b"half of it")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(safetensors, "save_file", fails)
+    with pytest.raises(OSError, match="no space left"):
+        pretrained.save(models.tiny(rngs=nnx.Rngs(0)), path)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert path.read_bytes() == b"before"

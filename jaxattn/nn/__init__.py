@@ -1,12 +1,12 @@
 """Layers as Flax nnx modules.
 
-What they take alike:
+All of them take
 
-    rank         how many axes the grid has
-    dtype        of the computation; None promotes the inputs' and the parameters' dtypes
-    param_dtype  of the parameters
-    precision    of every product, as in `jax.lax.dot_general`
-    rngs         `nnx.Rngs`; `params` is used
+- `rank`: how many axes the grid has;
+- `dtype`: of the computation; None promotes the inputs' and the parameters' dtypes;
+- `param_dtype`: of the parameters;
+- `precision`: of every product, as in `jax.lax.dot_general`;
+- `rngs`: `nnx.Rngs`, of which `params` is used.
 
 A size (window, block, kernel_size or grid) has an int for each axis of the grid; with `rank`, one int is every axis's:
 `NeighborhoodAttention(4, 32, window=7, rank=2)` looks at 7 × 7 tokens. An int without a rank is of one axis, and so is

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,9 @@ PREFIXES = ("module.", "_orig_mod.", "model.")
 def read_weights(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """The arrays of a file of weights, by name: `.safetensors`, or PyTorch's `.pth`, `.pt`, `.bin`.
 
-    A training checkpoint is unwrapped: the tensors are found under one of `HOLDERS`, an average of the weights before
-    the weights, and `module.` before every name is cut off. What else such a file holds is read as inert objects, so
-    nothing in it is imported or called.
+    A training checkpoint is unwrapped: the tensors are found under `state_dict`, `model` or the like, an average of the
+    weights before the weights, and `module.` before every name is cut off. What else such a file holds is read as inert
+    objects, so nothing in it is imported or called.
 
     Args:
       path: the file. Its ending says of which kind it is.
@@ -74,8 +75,13 @@ def _read_safetensors(path: str) -> dict[str, np.ndarray]:
 
 
 def write_safetensors(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> None:
-    """A file that PyTorch's side loads as it does its own."""
+    """Writes a file that PyTorch's side loads as it does its own: whole, or what stood there stays."""
     with needs_extra("pretrained"):
         from safetensors.numpy import save_file
-    # "pt" is what Hugging Face's loaders ask for
-    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path, {"format": "pt"})
+    whole, partial = Path(path), Path(f"{os.fspath(path)}.partial")
+    try:
+        # "pt" is what Hugging Face's loaders ask for
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial, {"format": "pt"})
+        partial.replace(whole)
+    finally:
+        partial.unlink(missing_ok=True)

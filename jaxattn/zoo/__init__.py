@@ -1,12 +1,15 @@
 """Each layer as a pure function of a few lines over `einsum` and `attention`; `table()` prints them all.
 
-What they take alike:
+All of them take
 
-    x               [*batch, *grid, features], real numbers, with any number of batch axes
-    params          arrays by name; those that may be missing are named as such, and what has a bias has it by its name
-    precision       of every product, as in `jax.lax.dot_general`
-    implementation  as in `jaxattn.attention`
-    axis_name       the mesh axis, inside `jax.shard_map`, over which the grid's first axis is split
+- `x`: `[*batch, *grid, features]`, real numbers, with any number of batch axes;
+- `params`: arrays by name; those that may be missing are named as such, and what has a bias has it by its name;
+- `precision`: of every product, as in `jax.lax.dot_general`;
+
+and most of them
+
+- `implementation`: as in `jaxattn.attention`;
+- `axis_name`: the mesh axis, inside `jax.shard_map`, over which the grid's first axis is split.
 
 How many axes the grid has is seen from the parameters, so that an int for a window, a stride or a dilation is every
 axis's. Arguments are checked before anything is computed (`jaxattn.checked`).

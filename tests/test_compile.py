@@ -108,7 +108,7 @@ def test_the_command(tmp_path, capsys):
 @pytest.mark.full
 def test_a_volume_is_split(capsys):
     """Windows in three dimensions: the halo goes round, and a split grid takes less memory."""
-    network = ["compile", "--model", "volume_small", "--mix", "attention", "--shift", "0", "--batch-size", "1"]
+    network = ["compile", "--model", "volume_small", "--mix", "attention", "--shift", "0", "--no-flip", "--batch-size", "1"]
     volume = ["--image-shape", "64", "16", "16", "1", "--classes", "3"]
     temporaries = {}
     for count in (1, 4):
@@ -151,7 +151,7 @@ def test_a_volume_is_split(capsys):
                 "8",
                 "1",
             ],
-            "shift (=1) must be 0 for volumes",
+            "shift (=1) and flip (=True) must be off for volumes",
         ),
     ],
 )

@@ -18,9 +18,9 @@ def build(config: Config, image_shape: tuple[int, ...], num_classes: int) -> nnx
     rank = 3 if config.model == "volume_small" else 2
     if len(grid) != rank:
         raise InputError(f"images (={image_shape}) must have {rank} axes and channels for model (={config.model!r})")
-    flat = [name for name in FLAT if getattr(config, name)]
+    flat = [f"{name} (={getattr(config, name)})" for name in FLAT if getattr(config, name)]
     if rank == 3 and flat:
-        raise InputError(f"{flat[0]} (={getattr(config, flat[0])}) must be 0 for volumes: it is for images of two axes")
+        raise InputError(f"{' and '.join(flat)} must be off for volumes, by 0 or False: images of two axes alone have it")
     settings = {
         "num_classes": num_classes,
         "in_features": channels,

@@ -16,7 +16,8 @@ except ImportError:  # Windows has no such locks: nobody is kept out there
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """The block has the folder to itself. The lock is the file `.NAME.lock` beside it, gone when the block ends.
+    """The block has the folder to itself. The lock is the file `.NAME.lock` beside it, gone when the block ends,
+    and so are the folders that were made for it, if they are empty then.
 
     A process that was killed leaves the file, and the system forgets the lock: whoever comes next takes it.
 
@@ -36,6 +37,7 @@ def locked(folder: Path) -> Iterator[None]:
         return
     folder = folder.resolve()
     path = folder.with_name(f".{folder.name}.lock")
+    made = [parent for parent in folder.parents if not parent.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:
@@ -55,6 +57,9 @@ def locked(folder: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # the folder around it may be gone
             path.unlink()
         os.close(handle)
+        with contextlib.suppress(OSError):  # not empty, or gone
+            for parent in made:
+                parent.rmdir()
 
 
 def _take(fcntl, handle: int, folder: Path):

@@ -9,13 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from jaxattn.bench.run import run as run_benchmark
 from jaxattn.errors import InputError, MissingExtra, needs_extra
 from jaxattn.files import path_of, reason
-from jaxattn.study.run import study as run_study
-from jaxattn.study.run import summary
 from jaxattn.train import session
-from jaxattn.train.compile import describe, plan_step, write_report
 from jaxattn.train.config import Config, Options
 from jaxattn.train.recipes import recipe
 from jaxattn.train.run import read_config, read_source
@@ -23,6 +19,8 @@ from jaxattn.train.run import read_config, read_source
 with needs_extra("train"):
     import tyro
     from tyro.conf import OmitArgPrefixes, Positional
+
+# A command imports what it needs: all of it would take seconds, at every start of every command.
 
 INTERRUPTED = 130  # 128 and SIGINT
 
@@ -110,6 +108,8 @@ def compile_command(arguments: Sequence[str]) -> Callable:
           classes: their number.
           json: a file for the same figures.
         """
+        from jaxattn.train.compile import describe, plan_step, write_report
+
         report = plan_step(config, topology, mesh, image_shape, classes)
         print(describe(report))
         if json is not None:
@@ -146,7 +146,9 @@ def bench(
       json: a file for everything that was measured; it grows with every case.
       out: a folder for the figures, which replace those of an earlier run.
     """
-    run_benchmark(what, quick, cases, path_of(out), path_of(json) if json else None)
+    from jaxattn.bench.run import run
+
+    run(what, quick, cases, path_of(out), path_of(json) if json else None)
 
 
 def study(
@@ -169,6 +171,8 @@ def study(
       out: a folder for report.html, report.json and verdicts.md.
       jobs: how many processes; by default as many as there are cores, and one on an accelerator.
     """
+    from jaxattn.study import run
+
     out = path_of(out)
-    print(summary(run_study(claims, profile, seeds, data, out, jobs)))
+    print(run.summary(run.study(claims, profile, seeds, data, out, jobs)))
     print(f"report: {out / 'report.html'}")

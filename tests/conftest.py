@@ -1,4 +1,4 @@
-"""Tests run with 64-bit types available, on the CPU unless told otherwise, with every shape annotation checked."""
+"""Tests run with 64-bit types available, on the CPU unless told otherwise."""
 
 import os
 
@@ -17,7 +17,6 @@ quick.quick()
 jax.config.update("jax_enable_x64", True)
 # The modules whose signatures carry shapes. The others take what users give them, and answer for themselves.
 CHECKED = ("kernels", "lowerings", "nn", "models", "train", "normalize", "position", "measure", "plots")
-install_import_hook([f"jaxattn.{name}" for name in CHECKED], "beartype.beartype")
 
 # Compilation makes the first example slow, so no deadline. Derandomised: CI tests the same examples every time;
 # HYPOTHESIS_PROFILE=explore draws new ones.
@@ -28,10 +27,13 @@ for name, examples in tiers.PROFILES.items():
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="all tests; by default the core, which leaves out many cases")
+    parser.addoption("--shapes", action="store_true", help="check every shape annotation, as --full does: a sixth more")
 
 
 def pytest_configure(config):
     tier = "full" if config.getoption("--full") else "core"
+    if config.getoption("--full") or config.getoption("--shapes"):
+        install_import_hook([f"jaxattn.{name}" for name in CHECKED], "beartype.beartype")
     hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", tier))
 
 

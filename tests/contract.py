@@ -108,8 +108,8 @@ GEOMETRIES = {
     "one token, wrap": ((1,), dict(size=5, boundary="wrap")),
     "as long as the grid": ((24,), dict(size=24)),
     "as long as the grid, causal": ((24,), dict(size=24, causal=True)),
-    "257 of 600": ((600,), dict(size=257)),
-    "257 of 600, causal, mask": ((600,), dict(size=257, causal=True, boundary="mask")),
+    "129 of 300": ((300,), dict(size=129)),
+    "129 of 300, causal, mask": ((300,), dict(size=129, causal=True, boundary="mask")),
     # two axes
     "5 x 3": ((23, 19), dict(size=(5, 3))),
     "5 x 5, mask": ((13, 12), dict(size=(5, 5), boundary="mask")),
@@ -153,17 +153,18 @@ GEOMETRIES = {
 
 
 def parts(implementation, geometry, arguments):
-    """What the core shows of all cases: each implementation with each argument, and every two properties of a window
-    that meet, since most faults need no more than two things (Kuhn, Wallace & Gallo 2004, IEEE TSE 30(6))."""
+    """What the core shows of all cases: each backend with each argument, and every two properties of a window that
+    meet, since most faults need no more than two things (Kuhn, Wallace & Gallo 2004, IEEE TSE 30(6))."""
     grid, given = GEOMETRIES[geometry]
+    backend = "xla" if implementation == SMALL else implementation
     if given is None:
-        return f"{implementation}, {arguments}", f"{implementation}, no window"
+        return f"{backend}, {arguments}", f"{implementation}, no window"
     spread = lambda name, default: np.broadcast_to(given.get(name, default), len(np.atleast_1d(given["size"])))
     properties = {"rank": len(grid), "boundary": sorted(set(spread("boundary", "shift").tolist()))}
     properties |= {name: bool((spread(name, 1) > 1).any()) for name in ("stride", "dilation", "block")}
     properties |= {"causal": bool(spread("causal", False).any()), "offset": "offset" in given}
     properties |= {"all of the grid": bool((spread("size", 1) >= grid).any()), "implementation": implementation}
-    return f"{implementation}, {arguments}", *itertools.combinations(properties.items(), 2)
+    return f"{backend}, {arguments}", *itertools.combinations(properties.items(), 2)
 
 
 @dataclasses.dataclass

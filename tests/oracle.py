@@ -1,12 +1,14 @@
 """Windows and attention as loops in NumPy float64, written from their definition. No JAX, and nothing of the
 library."""
 
+import functools
 import itertools
 import math
 
 import numpy as np
 
 
+@functools.cache  # many tests ask for the same windows
 def axis_slots(n, k, stride=1, dilation=1, block=1, causal=False, boundary="shift", offset=None):
     """For each query of an axis of n keys: where it stands, and its slots as (position, key or None, takes part)."""
     queries = (n - dilation * (k - 1) - 1) // stride + 1 if boundary == "valid" else math.ceil(n / stride)

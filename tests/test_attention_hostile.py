@@ -173,6 +173,7 @@ EMPTY = {
 }
 
 
+@pytest.mark.core(6)
 @pytest.mark.parametrize("implementation", ["xla", "reference", SMALL])
 @pytest.mark.parametrize("shapes", EMPTY.values(), ids=EMPTY)
 def test_empty_axes(shapes, implementation):

@@ -232,6 +232,7 @@ EMPTY = [
 ]
 
 
+@pytest.mark.core(3)
 @pytest.mark.parametrize(("equation", "sizes", "axes"), EMPTY, ids=lambda case: case if isinstance(case, str) else "")
 def test_an_empty_axis(equation, sizes, axes):
     """A sum over nothing is zero, and so is every gradient; both implementations agree on the shapes."""

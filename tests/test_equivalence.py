@@ -102,6 +102,7 @@ def test_every_size(rank, size):
     assert jnp.abs(attend(x, soft) - expected).max() <= bound * jnp.abs(x).max() + TOLERANCE
 
 
+@pytest.mark.core(5)
 @case
 def test_there_and_back(grid, window, features, out, options):
     x, kernel = make(grid, window, features, out, options)
@@ -113,6 +114,7 @@ def test_there_and_back(grid, window, features, out, options):
         np.testing.assert_allclose(zoo.conv(x, back, **found), expected, atol=TOLERANCE)
 
 
+@pytest.mark.core(4)
 @case
 def test_a_finite_alpha_is_within_its_bound(grid, window, features, out, options):
     alpha = 0.7

@@ -42,6 +42,7 @@ def output(module, x, **kwargs):
     return jax.eval_shape(lambda x: module(**kwargs, rngs=nnx.Rngs(0))(x), x).shape
 
 
+@pytest.mark.core(10)
 @pytest.mark.parametrize("module", SIZED, ids=named)
 def test_an_int_is_of_every_axis_where_the_rank_is_said(module):
     """And without it of one, whose input must not look like a grid: [1, 8, 8, 8] is refused."""
@@ -129,6 +130,7 @@ def refused_or_empty(call):
         return traceback.extract_tb(error.__traceback__)[-1].filename.startswith(HERE)
 
 
+@pytest.mark.core(10)
 @pytest.mark.parametrize("function", [f for f in ZOO if f not in EMPTY_EINSUM], ids=named)
 def test_an_empty_batch_and_an_empty_grid(function):
     """No images are no outputs. A grid without tokens is refused, or has as few."""

@@ -67,7 +67,7 @@ def drawn(module, *args, **kwargs):
     return graphdef, jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) / 2, p.dtype), params)
 
 
-@pytest.mark.core("each")
+@pytest.mark.core(5)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: dtype.__name__)
 @pytest.mark.parametrize("module", LAYERS, ids=lambda module: module.__name__)
 def test_a_training_step(module, dtype):
@@ -201,6 +201,7 @@ def test_a_named_attention_is_its_function(module, scale):
     np.testing.assert_allclose(layer(x), function(x, zoo_params(layer), **kwargs, scale=scale), atol=1e-12)
 
 
+@pytest.mark.core(3)
 @pytest.mark.parametrize("module", NAMED, ids=lambda module: module.__name__)
 def test_a_named_attention_has_what_attention_has(module):
     """A mask, grouped heads, dropout and weights."""

@@ -21,7 +21,7 @@ import pytest
 EVERY, STEPS = 5, 60
 # All that a resumed run has to remember: moments, a gradient half accumulated, a mean of the weights, random images.
 REMEMBERED = ["--accumulate", "2", "--ema", "0.9", "--mixup", "0.2", "--cutout", "2"]
-SETTINGS = ["--mix", "conv", "--epochs", "2", "--batch-size", "40", "--checkpoint-every", str(EVERY), *REMEMBERED]
+SETTINGS = ["--mix", "conv", "--epochs", "1", "--batch-size", "20", "--checkpoint-every", str(EVERY), *REMEMBERED]
 COMMAND = "from jaxattn.cli import main; main()"
 # A process may give itself less before it becomes the command.
 BEFORE = "import ctypes, os, resource, sys; {}; os.execv(sys.executable, [sys.executable, '-c', *sys.argv[1:]])"

@@ -15,7 +15,7 @@ from itertools import groupby
 import hypothesis
 import pytest
 
-PROFILES = {"core": 8, "full": 25, "explore": 300}  # examples that are drawn of a property
+PROFILES = {"core": 6, "full": 16, "explore": 300}  # examples that are drawn of a property
 
 
 def mark(items: Sequence[pytest.Item]):

@@ -23,8 +23,8 @@ import jaxattn
 from jaxattn import models
 
 HERE = str(pathlib.Path(jaxattn.__file__).parent)
-# They take operands by position, or hand their arguments to one that is here.
-ELSEWHERE = {"attention_plan", "einsum", "plan"}
+# They take operands by position; what else they take has a test beside them, in test_einsum.py.
+ELSEWHERE = {"einsum", "plan"}
 MENDED = [function for function in CALLS if function.__name__ not in ELSEWHERE]
 # Records that are returned, and a function without arguments.
 UNCALLED = {"Plan", "AttentionPlan", "Row", "QueryKeyMetric", "table"}
@@ -56,6 +56,8 @@ MEANS = {  # by the argument, or by "function.argument"
     "can_be_drawn.text": ("'3'",),
     "attention.bias": ("1.5", "nan", "inf", "no axes"),
     "attention.mask": ("no axes",),
+    "attention_plan.bias": ("None", "1.5", "nan", "inf"),
+    "attention_plan.mask": ("None",),
 }
 KEPT = ("implementation", "axis_name")  # names, which a constructor only keeps
 

@@ -85,6 +85,22 @@ def test_phone_photographs_stand_upright(tmp_path):
     assert (small[:, 1, 1] < 50).all()
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_a_png_says_how_it_was_held_before_or_after_its_pixels(tmp_path, late):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright = np.zeros((8, 16, 3), np.uint8)
+    upright[:4, :8] = 255
+    file = encoded(np.ascontiguousarray(np.rot90(upright)), "PNG", exif=exif)
+    start = file.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(file[start : start + 4], "big")
+    if late:
+        file = file[:start] + file[end:-12] + file[start:end] + file[-12:]  # before the part that ends it
+    write_folder(tmp_path, [file] * 12)
+    images, _ = load(f"folder:{tmp_path}").train.fetch(np.arange(2))
+    assert (images == upright).all()
+
+
 @pytest.mark.parametrize(
     "damage", [lambda b: b[:12], lambda b: b.replace(b"MM\0*", b"MM\0?"), lambda b: b[:-3] + b"\xff" * 3]
 )

@@ -2,6 +2,8 @@
 
 import collections
 import contextlib
+import os
+import struct
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +32,8 @@ TURN = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+PNG = b"\x89PNG\r\n\x1a\n"
+MOST_EXIF = 1 << 16  # bytes: what a JPEG file has room for
 LARGE = 1 << 25  # pixels; of larger images one at a time is decoded
 ONE_LARGE = threading.Lock()
 
@@ -115,13 +119,33 @@ def _header(file: Encoded) -> Header | str:
 
 def _orientation(image: Image.Image) -> int:
     """From 1, upright, to 8. EXIF that cannot be read says nothing."""
-    # a TIFF file is turned by Pillow itself; a PNG file would have to be decoded to look behind its pixels
-    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+    if image.format == "TIFF":  # Pillow turns it
         return 1
     with contextlib.suppress(Exception):
-        found = image.getexif().get(ORIENTATION, 1)
+        if image.format == "PNG" and "exif" not in image.info:
+            exif = Image.Exif()
+            exif.load(_behind_the_pixels(image.fp))
+        else:
+            exif = image.getexif()
+        found = exif.get(ORIENTATION, 1)
         return found if found in TURN else 1
     return 1
+
+
+def _behind_the_pixels(stream: Any) -> bytes:
+    """The EXIF of a PNG file that has it after its pixels, where Pillow finds it when it has decoded them: here the
+    parts of the file are skipped by their lengths."""
+    here = stream.tell()
+    try:
+        stream.seek(len(PNG))
+        while len(head := stream.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            if kind == b"eXIf":
+                return stream.read(min(length, MOST_EXIF))
+            stream.seek(length + 4, os.SEEK_CUR)  # and a check sum
+        return b""
+    finally:
+        stream.seek(here)
 
 
 def _wrong(header: Header | str, expected: tuple[int, int] | None) -> str | None:

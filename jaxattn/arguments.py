@@ -41,6 +41,7 @@ class Arrays(NamedTuple):
     segment_ids: Any = None
     extra_key: Any = None
     extra_value: Any = None
+    sink_logits: Any = None
     dropout_key: Any = None
 
 
@@ -130,6 +131,7 @@ def check(arrays: Arrays, settings: Settings) -> tuple[Operands, Options]:
         key_segments=key_segments,
         extra_key=extra_key,
         extra_value=extra_value,
+        sink=_sink(arrays.sink_logits, settings.normalize, geometry),
         dropout_key=dropout_key,
     )
     options = Options(
@@ -215,6 +217,21 @@ def _extra(
         if not jnp.issubdtype(x.dtype, jnp.floating) or x.shape != (*geometry.batch, n, geometry.key_heads, dim):
             _refuse(name, x, f"floating point, {(*geometry.batch, n, geometry.key_heads, dim)}")
     return key.astype(geometry.dtype), value.astype(geometry.dtype)
+
+
+def _sink(logits: Operand | None, normalize: Normalizer, geometry: _Geometry) -> Array | None:
+    if logits is None:
+        return None
+    logits = jnp.asarray(logits)
+    if logits.shape != (geometry.heads,) or not jnp.issubdtype(logits.dtype, jnp.floating):
+        _refuse("sink_logits", logits, f"floating point, {(geometry.heads,)}: one for each head of query")
+    if normalize is not NORMALIZERS["softmax"]:
+        named = next((repr(name) for name, ours in NORMALIZERS.items() if ours is normalize), "a function")
+        raise ValueError(
+            f"attention: sink_logits (={logits.dtype}{list(logits.shape)}) must be None with normalize={named}: only "
+            "'softmax' has a denominator that they can be added to"
+        )
+    return logits.astype(statistics_dtype(geometry.dtype))
 
 
 def _relative(name: str, table: Operand | None, geometry: _Geometry) -> Array | None:

@@ -418,6 +418,10 @@ def extra_tokens(p, n=2):
         p.operands[f"extra_{name}"] = p.rng.normal(size=(*p.batch, n, *p.operands[name].shape[-2:]))
 
 
+def sinks(p):
+    p.operands["sink_logits"] = p.rng.normal(size=p.heads)
+
+
 def scale(p):
     p.operands["scale"] = np.float64(0.7)
 
@@ -543,7 +547,7 @@ def with_(function, *arguments, **options):
 
 EVERYTHING = [
     *(bias, relative_bias, key_embedding, mask_of_keys, segments, extra_tokens),
-    *(soft_cap, scale, residuals),
+    *(soft_cap, scale, residuals, sinks),
 ]
 ARGUMENTS = {
     "plain": [],

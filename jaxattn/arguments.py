@@ -41,6 +41,7 @@ class Arrays(NamedTuple):
     segment_ids: Any = None
     extra_key: Any = None
     extra_value: Any = None
+    extra_positions: Any = None
     sink_logits: Any = None
     dropout_key: Any = None
 
@@ -131,6 +132,7 @@ def check(arrays: Arrays, settings: Settings) -> tuple[Operands, Options]:
         key_segments=key_segments,
         extra_key=extra_key,
         extra_value=extra_value,
+        extra_mask=_not_ahead(arrays.extra_positions, extra_key, geometry),
         sink=_sink(arrays.sink_logits, settings.normalize, geometry),
         dropout_key=dropout_key,
     )
@@ -217,6 +219,32 @@ def _extra(
         if not jnp.issubdtype(x.dtype, jnp.floating) or x.shape != (*geometry.batch, n, geometry.key_heads, dim):
             _refuse(name, x, f"floating point, {(*geometry.batch, n, geometry.key_heads, dim)}")
     return key.astype(geometry.dtype), value.astype(geometry.dtype)
+
+
+def _not_ahead(positions: Operand | None, extra_key: Array | None, geometry: _Geometry) -> Array | None:
+    """Whether each query sees each extra token, [*batch|1, *queries, extra]."""
+    if positions is None:
+        return None
+    positions, along = jnp.asarray(positions), () if geometry.window is None else geometry.window.along
+    given = f"attention: extra_positions (={positions.dtype}{list(positions.shape)}) must be"
+    if extra_key is None:
+        raise ValueError(f"{given} None without extra_key and extra_value, the tokens that stand there")
+    if not any(axis.causal for axis in along):
+        raise ValueError(
+            f"{given} None with window={geometry.window}, which is causal along no axis: over a whole sequence, "
+            "Window(tokens, causal=True)"
+        )
+    shape, n = (extra_key.shape[-3], len(along)), len(geometry.queries)
+    if positions.shape not in (shape, (*geometry.batch, *shape)) or not jnp.issubdtype(positions.dtype, jnp.integer):
+        _refuse("extra_positions", positions, f"integers {shape} or {(*geometry.batch, *shape)}")
+    positions = positions.reshape((1,) * (len(geometry.batch) + 2 - positions.ndim) + positions.shape)
+    seen = jnp.ones((*positions.shape[:-2], *geometry.queries, shape[0]), bool)
+    for a, axis in enumerate(along):
+        if axis.causal:
+            standing = axis.stride * jnp.arange(geometry.queries[a], dtype=jnp.int32)
+            token = jnp.expand_dims(positions[..., a].astype(jnp.int32), range(-n - 1, -1))
+            seen = seen & (token <= standing.reshape(-1, *[1] * (n - a)))
+    return seen
 
 
 def _sink(logits: Operand | None, normalize: Normalizer, geometry: _Geometry) -> Array | None:

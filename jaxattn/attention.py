@@ -36,6 +36,7 @@ def attention(
     segment_ids: Operand | Sequence[Operand] | None = None,
     extra_key: Operand | None = None,
     extra_value: Operand | None = None,
+    extra_positions: Operand | None = None,
     sink_logits: Operand | None = None,
     dropout_rate: float = 0.0,
     dropout_key: Operand | None = None,
@@ -84,7 +85,10 @@ def attention(
         segment_ids: integers [*batch, *grid], or a pair for query [*batch, *query_grid] and key; a query attends to
             keys of its own segment. From one array, a strided query takes the id of the key it stands on.
         extra_key, extra_value: [*batch, n, key_heads, head_dim] and [..., value_dim]: tokens that every query sees,
-            always, after its slots. They take no bias.
+            after its slots. They take no bias.
+        extra_positions: integers [n, rank] or [*batch, n, rank], where the extra tokens stand on the grid of the keys:
+            along the axes on which the window is causal, a query does not see those that are ahead of it. None: every
+            query sees them all. A token that is in the grid as well is seen twice, unless a mask of keys hides it.
         sink_logits: [heads], a logit that takes its share of the weights and has no value (gpt-oss): A_ij = exp(s_ij) /
             (exp(sink) + sum_j exp(s_ij)). Neither scale nor soft cap nor score_mod applies to it; -inf is none. softmax
             only. A query with nothing else to attend to gives zeros, and its lse is the sink's logit.
@@ -99,8 +103,8 @@ def attention(
         tile: queries per tile along each axis of the grid, multiples of the window's block, for "xla" (and "tpu", which
             rounds them up to whole registers); an int serves all axes. None chooses by a model of the cost, from shapes
             and backend. It changes speed and memory only.
-        return_residuals: also return lse, the log of the sum of exponentials of the final scores, the sink's logit among
-            them; softmax only.
+        return_residuals: also return lse, the log of the sum of exponentials of the final scores, and of the sink's
+            logit; softmax only.
 
     Returns:
         [*batch, *query_grid, heads, value_dim] in the promoted dtype of query, key and value (statistics in float32, or
@@ -147,6 +151,7 @@ def attention(
         segment_ids=segment_ids,
         extra_key=extra_key,
         extra_value=extra_value,
+        extra_positions=extra_positions,
         sink_logits=sink_logits,
         dropout_key=dropout_key,
     )

@@ -121,8 +121,8 @@ def attention(
 
     `geometry` holds Window's other arguments. bias and slot_mask are full: [batch, *queries, heads, *slots], where
     without a window there is a slot for each key. Of extra tokens with `extra_positions`, [batch, extra, rank], a query
-    sees those that are not ahead of it along a causal axis. `sink_logits`, [heads], have no value. `dropout`, [batch, *queries, heads, slots + extra], multiplies the
-    weights.
+    sees those that are not ahead of it along a causal axis. `sink_logits`, [heads], have no value. `dropout`, [batch,
+    *queries, heads, slots + extra], multiplies the weights.
     """
     batch, grid, heads, dim = query.shape[0], key.shape[1:-2], query.shape[-2], query.shape[-1]
     if size is None:

@@ -33,6 +33,7 @@ class Operands(NamedTuple):
     key_segments: Array | None = None  # [*batch, *keys]
     extra_key: Array | None = None  # [*batch, extra, key_heads, head_dim]
     extra_value: Array | None = None  # [*batch, extra, key_heads, value_dim]
+    extra_mask: Array | None = None  # [*batch|1, *queries, extra], None: every query sees them
     sink: Array | None = None  # [heads] or [*batch, *queries, heads]
     dropout_key: Array | None = None  # its bits, of the kind `Options.key_impl`
 

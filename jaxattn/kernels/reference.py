@@ -81,7 +81,10 @@ def masked_scores(
         extra = jnp.repeat(extra, scores.shape[-2] // extra.shape[-2], axis=-2)
         extra = soft_capped(_products(operands, extra, options), operands.soft_cap)
         scores = jnp.concatenate([scores, extra], -1)
-        mask = jnp.concatenate([mask, jnp.ones_like(extra, bool)], -1)
+        seen = jnp.ones_like(extra, bool)
+        if operands.extra_mask is not None:
+            seen = seen & jnp.expand_dims(_flat(operands.extra_mask, options, trailing=1), -2)
+        mask = jnp.concatenate([mask, seen], -1)
     return scores, mask
 
 

@@ -130,9 +130,10 @@ def grouped(operands: Operands, rank: int) -> Array:
     return jnp.moveaxis(query, -4, -2)
 
 
-def flat_grid(x: Array, rank: int) -> Array:
-    """[*batch, *grid, heads, head_dim] with one axis for the grid."""
-    return x.reshape(*x.shape[: -rank - 2], math.prod(x.shape[-rank - 2 : -2]), *x.shape[-2:])
+def flat_grid(x: Array, rank: int, trailing: int = 2) -> Array:
+    """[*batch, *grid, heads, head_dim], or what else follows the grid, with one axis for the grid."""
+    end = x.ndim - trailing
+    return x.reshape(*x.shape[: end - rank], math.prod(x.shape[end - rank : end]), *x.shape[end:])
 
 
 def product(equation: str, left: Array, right: Array, options: Options) -> Array:

@@ -17,10 +17,11 @@ from jaxtyping import Array, Shaped
 
 from jaxattn.checked import REFUSED, allowed_precision, shown
 from jaxattn.functions import Known, known
+from jaxattn.kernels import ragged
 from jaxattn.kernels.operands import Operands, Options, ScoreMod, hiding_score, statistics_dtype
 from jaxattn.normalize import NORMALIZERS, Normalizer
 from jaxattn.sizes import is_int
-from jaxattn.window import Axis, Window
+from jaxattn.window import FOLDING, Axis, Window
 
 # Loose on purpose: a wrong shape is a ValueError that says what was expected.
 Operand = Shaped[Array | np.ndarray, "..."]
@@ -39,6 +40,7 @@ class Arrays(NamedTuple):
     key_embedding: Any = None
     logits_soft_cap: Any = None
     segment_ids: Any = None
+    grid_sizes: Any = None
     extra_key: Any = None
     extra_value: Any = None
     extra_positions: Any = None
@@ -94,7 +96,8 @@ def read(
         raise ValueError(f"attention: return_residuals (={shown(return_residuals)}) must be True or False")
     if precision is not None and allowed_precision(precision) is REFUSED:
         raise ValueError(f"attention: precision (={shown(precision)}) must be None, a jax.lax.Precision, or its name")
-    as_arrays = (x if x is None else _converted(name, x) for name, x in arrays._asdict().items())
+    as_arrays = Arrays(*(x if x is None else _converted(name, x) for name, x in arrays._asdict().items()))
+    _check_sizes(as_arrays, 1 if window is None else window.rank)
     settings = Settings(
         window=window,
         score_mod=_function("score_mod", score_mod),
@@ -105,7 +108,7 @@ def read(
         implementation=implementation,
         return_residuals=bool(return_residuals),
     )
-    return Arrays(*as_arrays)._replace(dropout_key=key), settings
+    return as_arrays._replace(dropout_key=key), settings
 
 
 def check(arrays: Arrays, settings: Settings) -> tuple[Operands, Options]:
@@ -148,7 +151,8 @@ def check(arrays: Arrays, settings: Settings) -> tuple[Operands, Options]:
         residuals=settings.return_residuals,
         tile=_tile(settings.tile, geometry),
     )
-    return operands, options
+    sizes = _grid_sizes(arrays, settings, geometry)
+    return (operands, options) if sizes is None else ragged.fit(operands, options, sizes)
 
 
 class _Geometry(NamedTuple):
@@ -245,6 +249,32 @@ def _not_ahead(positions: Operand | None, extra_key: Array | None, geometry: _Ge
             token = jnp.expand_dims(positions[..., a].astype(jnp.int32), range(-n - 1, -1))
             seen = seen & (token <= standing.reshape(-1, *[1] * (n - a)))
     return seen
+
+
+def _grid_sizes(arrays: Arrays, settings: Settings, geometry: _Geometry) -> Array | None:
+    if arrays.grid_sizes is None:
+        return None
+    sizes, along = jnp.asarray(arrays.grid_sizes), () if geometry.window is None else geometry.window.along
+    if sizes.shape != (*geometry.batch, len(geometry.keys)) or not jnp.issubdtype(sizes.dtype, jnp.integer):
+        _refuse("grid_sizes", sizes, f"integers {(*geometry.batch, len(geometry.keys))}: a grid for each entry")
+
+    def refuse(where: str, instead: str) -> None:
+        given = f"{sizes.dtype}{list(sizes.shape)}"
+        raise ValueError(f"attention: grid_sizes (={given}) must be None {where}; {instead}")
+
+    for axis in along:
+        if axis.boundary in FOLDING:
+            refuse(f"with boundary {axis.boundary!r}", "'shift', 'mask', 'zero' and 'valid' work")
+        if axis.boundary == "zero" and arrays.segment_ids is not None:
+            refuse("with segment_ids and boundary 'zero'", "boundary 'mask' or 'shift', or a mask by slot, works")
+        if ragged.shifts(axis) and settings.normalize not in NORMALIZERS.values():
+            refuse(
+                "with a function to normalize and boundary 'shift'",
+                f"boundary 'mask' works, and so do {', '.join(map(repr, NORMALIZERS))}",
+            )
+    if geometry.window is None and geometry.queries != geometry.keys:
+        refuse(f"with {geometry.queries[0]} queries of {geometry.keys[0]} keys", "a mask says which of them attend")
+    return sizes
 
 
 def _sink(logits: Operand | None, normalize: Normalizer, geometry: _Geometry) -> Array | None:
@@ -462,6 +492,21 @@ def _converted(name: str, x: Any) -> Any:
     except (TypeError, ValueError):
         raise ValueError(f"attention: {name} (={x!r}) must be an array of numbers") from None
     return x
+
+
+def _check_sizes(arrays: Arrays, rank: int) -> None:
+    """Of grid sizes that are known: that the grid holds them."""
+    sizes, grid = arrays.grid_sizes, getattr(arrays.key, "shape", ())[-rank - 2 : -2]
+    traced = isinstance(sizes, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]
+    if traced or not isinstance(sizes, np.ndarray | jax.Array):
+        return
+    if sizes.shape[-1:] == (len(grid),) and jnp.issubdtype(sizes.dtype, jnp.integer):
+        beyond = (np.asarray(sizes) < 0) | (np.asarray(sizes) > np.array(grid))
+        if beyond.any():
+            found = np.asarray(sizes)[beyond.any(-1)][0].tolist()
+            raise ValueError(
+                f"attention: grid_sizes (={found}) must be from 0 to the grid that holds them, {list(grid)}"
+            )
 
 
 def _dropout_key(rate: Any, key: Any) -> Any:

@@ -34,6 +34,7 @@ def attention(
     logits_soft_cap: float | Operand | None = None,
     normalize: str | Normalizer = "softmax",
     segment_ids: Operand | Sequence[Operand] | None = None,
+    grid_sizes: Operand | None = None,
     extra_key: Operand | None = None,
     extra_value: Operand | None = None,
     extra_positions: Operand | None = None,
@@ -84,6 +85,12 @@ def attention(
             weights` over the last axis, which holds the whole window in order. What is masked is zeroed afterwards.
         segment_ids: integers [*batch, *grid], or a pair for query [*batch, *query_grid] and key; a query attends to
             keys of its own segment. From one array, a strided query takes the id of the key it stands on.
+        grid_sizes: integers [*batch, rank], perhaps traced: how much of the grid of the keys each entry of the batch
+            takes up, from its start on; the rest is padding (NaViT). Each is attended as if it were alone, its windows
+            shifted at its own border; one smaller than a window under "shift" as by the largest window that fits. A
+            query in the padding gives zeros, its lse is -inf, and what the padding holds reaches nothing. What is given
+            by slot is so by the entry's own slots. Boundaries "shift", "mask", "zero" and "valid". It costs 8·rank
+            bytes a query; and under "shift", unless causal, products as of a window of 2k-1 slots.
         extra_key, extra_value: [*batch, n, key_heads, head_dim] and [..., value_dim]: tokens that every query sees,
             after its slots. They take no bias.
         extra_positions: integers [n, rank] or [*batch, n, rank], where the extra tokens stand on the grid of the keys:
@@ -149,6 +156,7 @@ def attention(
         key_embedding=key_embedding,
         logits_soft_cap=logits_soft_cap,
         segment_ids=segment_ids,
+        grid_sizes=grid_sizes,
         extra_key=extra_key,
         extra_value=extra_value,
         extra_positions=extra_positions,

@@ -146,7 +146,7 @@ def _cut_queries(operands: Operands, options: Options, tables: Tables) -> dict[s
     rank = len(tables)
     batch, index = operands.query.ndim - rank - 2, [table.queries for table in tables]
     own = {"query": _cut(operands.query, index, batch)}
-    for name in ("query_segments", "extra_mask"):
+    for name in ("query_segments", "slot_ranges", "extra_mask"):
         x = getattr(operands, name)
         own |= {} if x is None else {name: _cut(x, index, batch)}
     for name in ("bias", "slot_mask"):

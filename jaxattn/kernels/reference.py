@@ -130,6 +130,12 @@ def _mask(operands: Operands, options: Options) -> Array:
     mask = mask.reshape(inside.shape)
     if operands.key_mask is not None:
         mask = mask & (jnp.expand_dims(_gather(operands.key_mask, options, trailing=0), -2) | ~inside)
+    if operands.slot_ranges is not None:
+        ranges = _flat(operands.slot_ranges, options)  # [*batch|1, n, rank, 2]
+        sizes = tuple(axis.size for axis in options.axes)
+        slot = jnp.indices(sizes, jnp.int32).reshape(len(sizes), -1)
+        seen = (ranges[..., :1] <= slot) & (slot < ranges[..., 1:])
+        mask = mask & jnp.expand_dims(seen.all(-2), -2)
     if operands.slot_mask is not None:
         mask = mask & _flat_slots(operands.slot_mask, options)
     if operands.query_segments is not None and operands.key_segments is not None:

@@ -43,7 +43,7 @@ Term = Float[Array, "#tiles #batch #heads #columns #rows"]  # what is added to t
 ByRow = Float[Array, "tiles batch heads 1 rows"]
 MATRICES = ("query", "key", "value", "extra_key", "extra_value")
 TERMS = ("unscaled", "bias", "relative_bias", "key_embedding")  # unscaled is the query, of which q·r is made
-MASKS = ("key_mask", "slot_mask", "key_segments")  # of slots
+MASKS = ("key_mask", "slot_mask", "key_segments", "slot_ranges")  # of slots
 
 
 class Role(NamedTuple):
@@ -447,6 +447,7 @@ def _roles(operands: Operands, loop: Loop) -> dict[str, Role]:
     by_name = {
         "query": QUERIES,
         "query_segments": QUERIES,
+        "slot_ranges": QUERIES,
         "extra_mask": QUERIES,
         "extra_key": ENTRIES,
         "extra_value": ENTRIES,

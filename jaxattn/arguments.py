@@ -497,8 +497,7 @@ def _converted(name: str, x: Any) -> Any:
 def _check_sizes(arrays: Arrays, rank: int) -> None:
     """Of grid sizes that are known: that the grid holds them."""
     sizes, grid = arrays.grid_sizes, getattr(arrays.key, "shape", ())[-rank - 2 : -2]
-    traced = isinstance(sizes, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]
-    if traced or not isinstance(sizes, np.ndarray | jax.Array):
+    if _is_traced(sizes) or not isinstance(sizes, np.ndarray | jax.Array):
         return
     if sizes.shape[-1:] == (len(grid),) and jnp.issubdtype(sizes.dtype, jnp.integer):
         beyond = (np.asarray(sizes) < 0) | (np.asarray(sizes) > np.array(grid))
@@ -523,6 +522,10 @@ def _dropout_key(rate: Any, key: Any) -> Any:
     return key if float(rate) > 0 else None
 
 
+def _is_traced(x: Any) -> bool:
+    return isinstance(x, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def _check_number(name: str, value: Any) -> None:
     kinds = (jnp.floating, jnp.integer)
     array = isinstance(value, np.ndarray | jax.Array) and any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
@@ -533,9 +536,8 @@ def _check_number(name: str, value: Any) -> None:
 
 
 def _check_soft_cap(value: Any) -> None:
-    traced = isinstance(value, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]
     number = isinstance(value, numbers.Real) or (isinstance(value, np.ndarray | jax.Array) and value.shape == ())
-    if number and not traced and not 0 < float(value) < math.inf:
+    if number and not _is_traced(value) and not 0 < float(value) < math.inf:
         raise ValueError(f"attention: logits_soft_cap (={value}) must be None or a finite number > 0")
     _check_number("logits_soft_cap", value)
 

@@ -250,10 +250,14 @@ def _axis(window: Window, axis: int, length: int) -> Axis:
     )
 
 
-def place(along: Along, x: Any, length: Any, xp: Any = np) -> tuple[Any, Any, Any]:
+def place(along: Along, x: Any, length: Any, xp: Any = np, fit: bool = False) -> tuple[Any, Any, Any]:
     """Where the windows of the queries at x start, and the slots that they see, from and to: the table in Window's
-    docstring, line by line. With `xp=jnp`, lengths and sizes may be traced, an axis each for many grids."""
+    docstring, line by line. With `xp=jnp` the length may be traced, and an array of many, to be broadcast against x.
+    `fit` takes the largest window that fits."""
     k, d, s = along.size, along.dilation, along.block
+    if fit:
+        k = xp.clip(length // d, 1, k)
+        s = xp.minimum(s, k)
     causal, boundary, offset = along.causal, along.boundary, along.offset
     j, g = x // d, x % d
     lead = j // s * s + (s - 1 if causal else s // 2)

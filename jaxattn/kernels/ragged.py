@@ -51,13 +51,14 @@ def fit(operands: Operands, options: Options, sizes: Int[Array, "*batch rank"]) 
     sizes = jnp.clip(sizes.astype(jnp.int32), 0, jnp.asarray(options.keys, jnp.int32))
     runs = [_run(options, a, sizes[..., a, None]) for a in range(rank)]
     queries = functools.reduce(operator.and_, (_along_grid(run.inside, a, rank) for a, run in enumerate(runs)))
-    keys = [
-        _along_grid(jnp.arange(n, dtype=jnp.int32) < sizes[..., a, None], a, rank) for a, n in enumerate(options.keys)
-    ]
+    index = [jnp.arange(n, dtype=jnp.int32) for n in options.keys]
+    keys = [_along_grid(i < sizes[..., a, None], a, rank) for a, i in enumerate(index)]
     within = functools.reduce(operator.and_, keys)
 
     blank = lambda x, inside: jnp.where(inside[..., None, None], x, jnp.zeros((), x.dtype))
-    fitted = {"query": blank(operands.query, queries)}  # what stands in the padding reaches no sum
+    fitted: dict[str, Array | None] = {
+        "query": blank(operands.query, queries)
+    }  # what stands in the padding reaches no sum
     fitted |= {name: blank(getattr(operands, name), within) for name in ("key", "value")}
     if operands.key_mask is not None and window is not None:  # a zero that stands outside is no key
         zeros = [~inside for inside, along in zip(keys, window.along, strict=True) if along.boundary == "zero"]
@@ -87,11 +88,8 @@ def _run(options: Options, axis: int, size: Int[Array, "*batch 1"]) -> Run:
     if options.window is None:
         return Run(*jnp.broadcast_arrays(queries < size, 0 * size, 0 * size, size))
     along = options.window.along[axis]
-    x, own = along.stride * queries, along
-    if along.boundary == "shift":  # a grid that is smaller than the window has the largest window that fits
-        k = jnp.clip(size // along.dilation, 1, along.size)
-        own = Along(**along._asdict() | {"size": k, "block": jnp.minimum(along.block, k)})
-    start, low, high = place(own, x, size, jnp)
+    x = along.stride * queries
+    start, low, high = place(along, x, size, jnp, fit=along.boundary == "shift")
     first = (start - place(_widened(along), x, options.keys[axis], jnp)[0]) // along.dilation
     inside = (x < size) & ((high == along.size) if along.boundary == "valid" else True)
     return Run(*jnp.broadcast_arrays(inside, first, first + low, first + high))

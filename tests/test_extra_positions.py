@@ -14,6 +14,7 @@ from contract import (
     positions_of_extra_tokens,
     problem,
     residuals,
+    score_mod,
     with_,
 )
 
@@ -24,16 +25,23 @@ X = np.random.default_rng(0).normal(size=(2, 12, 4, 8))
 
 
 @pytest.mark.core(1)
-@pytest.mark.parametrize("implementation", [SMALL, "reference", "xla"])
-@pytest.mark.parametrize("geometry", ["causal, mask, stride 2", "causal twice", "causal, block 3", "causal, valid"])
-def test_where_nothing_else_is_visible(geometry, implementation):
-    """The first queries see nothing, the others what stands behind them."""
-    check(
-        problem(geometry, [nothing_visible, with_(extra_tokens, 3), positions_of_extra_tokens, residuals]),
-        implementation,
-    )
+@pytest.mark.parametrize(
+    ("geometry", "implementation", "others"),
+    [
+        ("causal twice", SMALL, [score_mod]),
+        ("causal, block 3", "xla", [residuals]),
+        ("causal, valid", "reference", [residuals]),
+        ("causal, mask, stride 2", SMALL, [residuals]),
+    ],
+)
+def test_where_nothing_else_is_visible(geometry, implementation, others):
+    """The first queries see nothing, the others what stands behind them; a `score_mod` has tiles that JAX
+    differentiates."""
+    made = problem(geometry, [nothing_visible, with_(extra_tokens, 3), positions_of_extra_tokens, *others])
+    check(made, implementation)
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_the_first_tokens_for_every_later_one(implementation):
     """A decoder with a sliding window and tokens that all later ones see is dense attention under a mask."""

@@ -150,7 +150,9 @@ def expected(geometry, operands, sizes, told, cotangents):
 def run(window, implementation, operands, sizes, told):
     told = dict(told)
     mask = (told.pop("key_mask"), told.pop("slot_mask")) if "key_mask" in told else None
-    if implementation == SMALL:
+    if implementation == MODIFIED:
+        told["score_mod"] = lambda score, head, query, key: score
+    if implementation in (SMALL, MODIFIED):
         axes = (Axis.everything(*[operands["key"].shape[-3]] * 2),)
         axes = axes if window is None else window.axes(operands["key"].shape[-2 - window.rank : -2])
         told |= dict(implementation="xla", tile=small_tile(axes))
@@ -159,7 +161,8 @@ def run(window, implementation, operands, sizes, told):
     return attention(**operands, mask=mask, window=window, grid_sizes=sizes, return_residuals=True, **told)
 
 
-HOW = itertools.cycle([SMALL, "reference", SMALL, "xla"])
+MODIFIED = "in tiles that JAX differentiates"
+HOW = itertools.chain([SMALL, "xla", MODIFIED], itertools.cycle([SMALL, "reference", SMALL, "xla"]))
 
 
 @pytest.mark.core(1)

@@ -135,6 +135,9 @@ def attention(
         >>> x = jnp.ones((1, 8, 8, 2, 16))  # batch 1, grid 8 × 8, 2 heads of 16
         >>> attention(x, x, x, window=Window((3, 3))).shape
         (1, 8, 8, 2, 16)
+        >>> sizes = jnp.array([[5, 6]])  # an image of 5 × 6; what is outside is padding
+        >>> attention(x, x, x, window=Window((3, 3)), grid_sizes=sizes)[0, :, :, 0, 0].sum().item()
+        30.0
 
         Queries coarser than the keys are a stride. Queries finer than the keys are heads: those that stand on one key
         are folded into a group, which shares that key's window (and has a relative_bias for each of its members).

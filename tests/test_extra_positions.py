@@ -24,7 +24,7 @@ from jaxattn.window import Window
 X = np.random.default_rng(0).normal(size=(2, 12, 4, 8))
 
 
-@pytest.mark.core(1)
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("geometry", "implementation", "others"),
     [

@@ -200,6 +200,7 @@ def attend(x, sizes, **options):
     return attention(x, x, x, window=WINDOW, grid_sizes=sizes, **options)
 
 
+@pytest.mark.full
 def test_under_transformations():
     """vmap, jvp, remat, shard_map and bfloat16, of traced sizes in one program."""
     weights, tangent = np.cos(X), np.roll(X, 1, 2)
@@ -220,6 +221,7 @@ def test_under_transformations():
     np.testing.assert_allclose(half.astype(float), output, atol=0.03)
 
 
+@pytest.mark.full
 def test_memory_is_not_the_window_times_the_keys():
     """As without sizes: gathered keys of [2, 64, 64, 4, 32] at 7 × 7 would be 206 MB."""
     x, sizes = jax.ShapeDtypeStruct((2, 64, 64, 4, 32), jnp.float32), jax.ShapeDtypeStruct((2, 2), jnp.int32)

@@ -13,7 +13,7 @@ X = np.random.default_rng(0).normal(size=(2, 9, 4, 8))
 SINKS = np.array([0.3, -1.0, 2.0, -np.inf])
 
 
-@pytest.mark.core(1)
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("geometry", "arguments", "implementation"),
     [
@@ -26,6 +26,7 @@ def test_values_and_gradients(geometry, arguments, implementation):
     check(problem(geometry, arguments), implementation)
 
 
+@pytest.mark.full
 def test_bfloat16():
     check(problem("5 x 3", [sinks], head_dim=8, value_dim=8), SMALL, jnp.bfloat16)
 

@@ -211,6 +211,7 @@ class Attention(GridModule):
           inputs_k: what the keys are made of, `[*batch, *grid, in_kv_features]`; None means `inputs_q`.
           inputs_v: what the values are made of; None means `inputs_k`.
           mask, bias, segment_ids, grid_sizes: as in `jaxattn.attention`; numbers serve as a mask too, nonzero attends.
+            What is in the padding takes zeros to the output projection.
           deterministic: True drops nothing; None asks the constructor's argument.
           rngs: where dropout takes its key from, `nnx.Rngs` (its `dropout`) or a stream; None means the module's own.
           sow_weights: also stores the weights as `nnx.Intermediate` "attention_weights", for `nnx.capture`.

@@ -17,10 +17,11 @@ from jaxtyping import Array, Shaped
 
 from jaxattn.checked import REFUSED, allowed_precision, shown
 from jaxattn.functions import Known, known
+from jaxattn.kernels import ragged
 from jaxattn.kernels.operands import Operands, Options, ScoreMod, hiding_score, statistics_dtype
 from jaxattn.normalize import NORMALIZERS, Normalizer
 from jaxattn.sizes import is_int
-from jaxattn.window import Axis, Window
+from jaxattn.window import FOLDING, Axis, Window
 
 # Loose on purpose: a wrong shape is a ValueError that says what was expected.
 Operand = Shaped[Array | np.ndarray, "..."]
@@ -39,8 +40,11 @@ class Arrays(NamedTuple):
     key_embedding: Any = None
     logits_soft_cap: Any = None
     segment_ids: Any = None
+    grid_sizes: Any = None
     extra_key: Any = None
     extra_value: Any = None
+    extra_positions: Any = None
+    sink_logits: Any = None
     dropout_key: Any = None
 
 
@@ -92,7 +96,8 @@ def read(
         raise ValueError(f"attention: return_residuals (={shown(return_residuals)}) must be True or False")
     if precision is not None and allowed_precision(precision) is REFUSED:
         raise ValueError(f"attention: precision (={shown(precision)}) must be None, a jax.lax.Precision, or its name")
-    as_arrays = (x if x is None else _converted(name, x) for name, x in arrays._asdict().items())
+    as_arrays = Arrays(*(x if x is None else _converted(name, x) for name, x in arrays._asdict().items()))
+    _check_sizes(as_arrays, 1 if window is None else window.rank)
     settings = Settings(
         window=window,
         score_mod=_function("score_mod", score_mod),
@@ -103,7 +108,7 @@ def read(
         implementation=implementation,
         return_residuals=bool(return_residuals),
     )
-    return Arrays(*as_arrays)._replace(dropout_key=key), settings
+    return as_arrays._replace(dropout_key=key), settings
 
 
 def check(arrays: Arrays, settings: Settings) -> tuple[Operands, Options]:
@@ -130,6 +135,8 @@ def check(arrays: Arrays, settings: Settings) -> tuple[Operands, Options]:
         key_segments=key_segments,
         extra_key=extra_key,
         extra_value=extra_value,
+        extra_mask=_not_ahead(arrays.extra_positions, extra_key, geometry),
+        sink=_sink(arrays.sink_logits, settings.normalize, geometry),
         dropout_key=dropout_key,
     )
     options = Options(
@@ -144,7 +151,8 @@ def check(arrays: Arrays, settings: Settings) -> tuple[Operands, Options]:
         residuals=settings.return_residuals,
         tile=_tile(settings.tile, geometry),
     )
-    return operands, options
+    sizes = _grid_sizes(arrays, settings, geometry)
+    return (operands, options) if sizes is None else ragged.fit(operands, options, sizes)
 
 
 class _Geometry(NamedTuple):
@@ -215,6 +223,73 @@ def _extra(
         if not jnp.issubdtype(x.dtype, jnp.floating) or x.shape != (*geometry.batch, n, geometry.key_heads, dim):
             _refuse(name, x, f"floating point, {(*geometry.batch, n, geometry.key_heads, dim)}")
     return key.astype(geometry.dtype), value.astype(geometry.dtype)
+
+
+def _not_ahead(positions: Operand | None, extra_key: Array | None, geometry: _Geometry) -> Array | None:
+    """Whether each query sees each extra token, [*batch|1, *queries, extra]."""
+    if positions is None:
+        return None
+    positions, along = jnp.asarray(positions), () if geometry.window is None else geometry.window.along
+    given = f"attention: extra_positions (={positions.dtype}{list(positions.shape)}) must be"
+    if extra_key is None:
+        raise ValueError(f"{given} None without extra_key and extra_value, the tokens that stand there")
+    if not any(axis.causal for axis in along):
+        raise ValueError(
+            f"{given} None with window={geometry.window}, which is causal along no axis: over a whole sequence, "
+            "Window(tokens, causal=True)"
+        )
+    shape, n = (extra_key.shape[-3], len(along)), len(geometry.queries)
+    if positions.shape not in (shape, (*geometry.batch, *shape)) or not jnp.issubdtype(positions.dtype, jnp.integer):
+        _refuse("extra_positions", positions, f"integers {shape} or {(*geometry.batch, *shape)}")
+    positions = positions.reshape((1,) * (len(geometry.batch) + 2 - positions.ndim) + positions.shape)
+    seen = jnp.ones((*positions.shape[:-2], *geometry.queries, shape[0]), bool)
+    for a, axis in enumerate(along):
+        if axis.causal:
+            standing = axis.stride * jnp.arange(geometry.queries[a], dtype=jnp.int32)
+            token = jnp.expand_dims(positions[..., a].astype(jnp.int32), range(-n - 1, -1))
+            seen = seen & (token <= standing.reshape(-1, *[1] * (n - a)))
+    return seen
+
+
+def _grid_sizes(arrays: Arrays, settings: Settings, geometry: _Geometry) -> Array | None:
+    if arrays.grid_sizes is None:
+        return None
+    sizes, along = jnp.asarray(arrays.grid_sizes), () if geometry.window is None else geometry.window.along
+    if sizes.shape != (*geometry.batch, len(geometry.keys)) or not jnp.issubdtype(sizes.dtype, jnp.integer):
+        _refuse("grid_sizes", sizes, f"integers {(*geometry.batch, len(geometry.keys))}: a grid for each entry")
+
+    def refuse(where: str, instead: str) -> None:
+        given = f"{sizes.dtype}{list(sizes.shape)}"
+        raise ValueError(f"attention: grid_sizes (={given}) must be None {where}; {instead}")
+
+    for axis in along:
+        if axis.boundary in FOLDING:
+            refuse(f"with boundary {axis.boundary!r}", "'shift', 'mask', 'zero' and 'valid' work")
+        if axis.boundary == "zero" and arrays.segment_ids is not None:
+            refuse("with segment_ids and boundary 'zero'", "boundary 'mask' or 'shift', or a mask by slot, works")
+        if ragged.shifts(axis) and settings.normalize not in NORMALIZERS.values():
+            refuse(
+                "with a function to normalize and boundary 'shift'",
+                f"boundary 'mask' works, and so do {', '.join(map(repr, NORMALIZERS))}",
+            )
+    if geometry.window is None and geometry.queries != geometry.keys:
+        refuse(f"with {geometry.queries[0]} queries of {geometry.keys[0]} keys", "a mask says which of them attend")
+    return sizes
+
+
+def _sink(logits: Operand | None, normalize: Normalizer, geometry: _Geometry) -> Array | None:
+    if logits is None:
+        return None
+    logits = jnp.asarray(logits)
+    if logits.shape != (geometry.heads,) or not jnp.issubdtype(logits.dtype, jnp.floating):
+        _refuse("sink_logits", logits, f"floating point, {(geometry.heads,)}: one for each head of query")
+    if normalize is not NORMALIZERS["softmax"]:
+        named = next((repr(name) for name, ours in NORMALIZERS.items() if ours is normalize), "a function")
+        raise ValueError(
+            f"attention: sink_logits (={logits.dtype}{list(logits.shape)}) must be None with normalize={named}: only "
+            "'softmax' has a denominator that they can be added to"
+        )
+    return logits.astype(statistics_dtype(geometry.dtype))
 
 
 def _relative(name: str, table: Operand | None, geometry: _Geometry) -> Array | None:
@@ -419,6 +494,20 @@ def _converted(name: str, x: Any) -> Any:
     return x
 
 
+def _check_sizes(arrays: Arrays, rank: int) -> None:
+    """Of grid sizes that are known: that the grid holds them."""
+    sizes, grid = arrays.grid_sizes, getattr(arrays.key, "shape", ())[-rank - 2 : -2]
+    if _is_traced(sizes) or not isinstance(sizes, np.ndarray | jax.Array):
+        return
+    if sizes.shape[-1:] == (len(grid),) and jnp.issubdtype(sizes.dtype, jnp.integer):
+        beyond = (np.asarray(sizes) < 0) | (np.asarray(sizes) > np.array(grid))
+        if beyond.any():
+            found = np.asarray(sizes)[beyond.any(-1)][0].tolist()
+            raise ValueError(
+                f"attention: grid_sizes (={found}) must be from 0 to the grid that holds them, {list(grid)}"
+            )
+
+
 def _dropout_key(rate: Any, key: Any) -> Any:
     if not isinstance(rate, numbers.Real) or not 0 <= float(rate) < 1:
         raise ValueError(f"attention: dropout_rate (={rate!r}) must be a number >= 0 and < 1")
@@ -433,6 +522,10 @@ def _dropout_key(rate: Any, key: Any) -> Any:
     return key if float(rate) > 0 else None
 
 
+def _is_traced(x: Any) -> bool:
+    return isinstance(x, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def _check_number(name: str, value: Any) -> None:
     kinds = (jnp.floating, jnp.integer)
     array = isinstance(value, np.ndarray | jax.Array) and any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
@@ -443,9 +536,8 @@ def _check_number(name: str, value: Any) -> None:
 
 
 def _check_soft_cap(value: Any) -> None:
-    traced = isinstance(value, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]
     number = isinstance(value, numbers.Real) or (isinstance(value, np.ndarray | jax.Array) and value.shape == ())
-    if number and not traced and not 0 < float(value) < math.inf:
+    if number and not _is_traced(value) and not 0 < float(value) < math.inf:
         raise ValueError(f"attention: logits_soft_cap (={value}) must be None or a finite number > 0")
     _check_number("logits_soft_cap", value)
 

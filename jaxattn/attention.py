@@ -12,7 +12,7 @@ from jaxtyping import Array
 from jaxattn import arguments, machine
 from jaxattn.arguments import Arrays, Operand, Settings
 from jaxattn.checked import shown
-from jaxattn.kernels import backends, primitive
+from jaxattn.kernels import backends, sink
 from jaxattn.kernels.operands import ScoreMod
 from jaxattn.normalize import NORMALIZERS, Normalizer, logsumexp
 from jaxattn.promotion import broadcasting
@@ -34,8 +34,11 @@ def attention(
     logits_soft_cap: float | Operand | None = None,
     normalize: str | Normalizer = "softmax",
     segment_ids: Operand | Sequence[Operand] | None = None,
+    grid_sizes: Operand | None = None,
     extra_key: Operand | None = None,
     extra_value: Operand | None = None,
+    extra_positions: Operand | None = None,
+    sink_logits: Operand | None = None,
     dropout_rate: float = 0.0,
     dropout_key: Operand | None = None,
     precision: jax.lax.PrecisionLike = None,
@@ -82,8 +85,20 @@ def attention(
             weights` over the last axis, which holds the whole window in order. What is masked is zeroed afterwards.
         segment_ids: integers [*batch, *grid], or a pair for query [*batch, *query_grid] and key; a query attends to
             keys of its own segment. From one array, a strided query takes the id of the key it stands on.
+        grid_sizes: integers [*batch, rank], perhaps traced: how much of the grid of the keys each entry of the batch
+            takes up, from its start on; the rest is padding (NaViT). Each is attended as if it were alone, its windows
+            shifted at its own border; one smaller than a window under "shift" as by the largest window that fits. A
+            query in the padding gives zeros, its lse is -inf, and what the padding holds reaches nothing. What is given
+            by slot is so by the entry's own slots. Boundaries "shift", "mask", "zero" and "valid". It costs 8·rank
+            bytes a query; and under "shift", unless causal, products as of a window of 2k-1 slots.
         extra_key, extra_value: [*batch, n, key_heads, head_dim] and [..., value_dim]: tokens that every query sees,
-            always, after its slots. They take no bias.
+            after its slots. They take no bias.
+        extra_positions: integers [n, rank] or [*batch, n, rank], where the extra tokens stand on the grid of the keys:
+            along the axes on which the window is causal, a query does not see those that are ahead of it. None: every
+            query sees them all. A token that is in the grid as well is seen twice, unless a mask of keys hides it.
+        sink_logits: [heads], a logit that takes its share of the weights and has no value (gpt-oss): A_ij = exp(s_ij) /
+            (exp(sink) + sum_j exp(s_ij)). Neither scale nor soft cap nor score_mod applies to it; -inf is none. softmax
+            only. A query with nothing else to attend to gives zeros, and its lse is the sink's logit.
         dropout_rate: in [0, 1), of the normalised weights. The same `dropout_key` drops the same weights, in every
             implementation, forward and backward.
         dropout_key: a `jax.random.key`, needed where `dropout_rate` > 0.
@@ -95,7 +110,8 @@ def attention(
         tile: queries per tile along each axis of the grid, multiples of the window's block, for "xla" (and "tpu", which
             rounds them up to whole registers); an int serves all axes. None chooses by a model of the cost, from shapes
             and backend. It changes speed and memory only.
-        return_residuals: also return lse, the log of the sum of exponentials of the final scores; softmax only.
+        return_residuals: also return lse, the log of the sum of exponentials of the final scores, and of the sink's
+            logit; softmax only.
 
     Returns:
         [*batch, *query_grid, heads, value_dim] in the promoted dtype of query, key and value (statistics in float32, or
@@ -107,16 +123,21 @@ def attention(
     Raises:
         ValueError: before anything is compiled, naming the argument, what came and what is allowed.
 
-    Under `jit`, `vmap`, `grad`, `jvp`, `linear_transpose` in the values, `checkpoint`, `shard_map` it is what the
-    formula is. `jax.experimental.jet` has no rule for "xla": nest `jvp`, or take "reference".
+    Under `jit`, `vmap`, `grad`, `jvp`, `linear_transpose` in the values (not with `sink_logits`), `checkpoint`,
+    `shard_map` it is what the formula is. `jax.experimental.jet` has no rule for "xla": nest `jvp`, or take
+    "reference".
 
     References:
-        Vaswani et al. 2017 (arXiv 1706.03762); Ramachandran et al. 2019 (1906.05909); Hassani et al. 2023 (2204.07143).
+        Vaswani et al. 2017 (arXiv 1706.03762); Ramachandran et al. 2019 (1906.05909); Hassani et al. 2023 (2204.07143);
+        sinks: Xiao et al. 2023 (2309.17453), OpenAI 2025 (2508.10925).
 
     Example:
         >>> x = jnp.ones((1, 8, 8, 2, 16))  # batch 1, grid 8 × 8, 2 heads of 16
         >>> attention(x, x, x, window=Window((3, 3))).shape
         (1, 8, 8, 2, 16)
+        >>> sizes = jnp.array([[5, 6]])  # an image of 5 × 6; what is outside is padding
+        >>> attention(x, x, x, window=Window((3, 3)), grid_sizes=sizes)[0, :, :, 0, 0].sum().item()
+        30.0
 
         Queries coarser than the keys are a stride. Queries finer than the keys are heads: those that stand on one key
         are folded into a group, which shares that key's window (and has a relative_bias for each of its members).
@@ -138,8 +159,11 @@ def attention(
         key_embedding=key_embedding,
         logits_soft_cap=logits_soft_cap,
         segment_ids=segment_ids,
+        grid_sizes=grid_sizes,
         extra_key=extra_key,
         extra_value=extra_value,
+        extra_positions=extra_positions,
+        sink_logits=sink_logits,
         dropout_key=dropout_key,
     )
     arrays, settings = arguments.read(
@@ -165,7 +189,8 @@ def merge_attentions(outputs: Sequence[Operand], lses: Sequence[Operand], *, ret
 
     ``y = sum_n exp(lse_n - lse) y_n`` with ``lse = log sum_n exp(lse_n)``: what one attention over all the keys gives,
     for outputs [*batch, *grid, heads, value_dim] and lses [*batch, *grid, heads] as `attention(...,
-    return_residuals=True)` returns them. Where every part is empty (its lse is -inf) the result is zeros, with zero
+    return_residuals=True)` returns them. A sink is one more key, whose value is zero: give `sink_logits` to one part
+    alone, whichever it is. Where every part is empty (its lse is -inf) the result is zeros, with zero
     gradients. `return_residuals` also returns lse.
 
     >>> q, k, v = (jnp.full((4, 1, 2), 0.1 * n) for n in range(3))
@@ -210,7 +235,7 @@ def _attend(arrays: Arrays, settings: Settings, platform: str) -> tuple[Array, .
     del platform
     operands, options = arguments.check(arrays, settings)
     backend, _ = backends.choose(settings.implementation, operands, options)
-    attend = lambda operands, options: primitive.attend(operands, options, backend)
+    attend = lambda operands, options: sink.attend(operands, options, backend)
     return _under_mesh(attend, operands.query)(operands, options)
 
 

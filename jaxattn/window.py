@@ -230,41 +230,53 @@ class Axis(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def _axis(window: Window, axis: int, length: int) -> Axis:
-    """Place the windows along one axis: the table in Window's docstring, line by line."""
+    """Place the windows along one axis."""
     along = window.along[axis]
-    k, stride, d, s = along.size, along.stride, along.dilation, along.block
-    causal, boundary, offset = along.causal, along.boundary, along.offset
+    k, stride, d, boundary = along.size, along.stride, along.dilation, along.boundary
     _check_length(axis, length, k, d, boundary)
     queries = (length - d * (k - 1) - 1) // stride + 1 if boundary == "valid" else -(-length // stride)
     x = stride * np.arange(queries)
+    start, low, high = place(along, x, length)
+    return Axis(
+        size=k,
+        dilation=d,
+        length=length,
+        boundary=boundary,
+        block=along.block,
+        query=x,
+        start=start,
+        low=low,
+        high=np.maximum(low, high),
+    )
+
+
+def place(along: Along, x: Any, length: Any, xp: Any = np, fit: bool = False) -> tuple[Any, Any, Any]:
+    """Where the windows of the queries at x start, and the slots that they see, from and to: the table in Window's
+    docstring, line by line. With `xp=jnp` the length may be traced, and an array of many, to be broadcast against x.
+    `fit` takes the largest window that fits."""
+    k, d, s = along.size, along.dilation, along.block
+    if fit:
+        k = xp.clip(length // d, 1, k)
+        s = xp.minimum(s, k)
+    causal, boundary, offset = along.causal, along.boundary, along.offset
     j, g = x // d, x % d
     lead = j // s * s + (s - 1 if causal else s // 2)
     if boundary == "shift":
         members = -((g - length) // d)  # ceil((length - g) / d)
-        lead = np.minimum(lead, members - 1)
-        first = np.maximum(lead - k + 1, 0) if causal else np.clip(lead - k // 2, 0, members - k)
+        lead = xp.minimum(lead, members - 1)
+        first = xp.maximum(lead - k + 1, 0) if causal else xp.clip(lead - k // 2, 0, members - k)
         start = first * d + g
     elif boundary == "valid":
         start = x
     else:
         default = -(k - 1) * d if causal else -(k // 2) * d
         start = lead * d + g + (default if offset is None else offset)
-    low, high = np.zeros(queries, int), np.full(queries, k)
+    low, high = 0 * start, 0 * start + k
     if boundary in ("shift", "mask", "valid"):  # the grid ends: positions in [0, length)
-        low, high = np.clip(-(start // d), 0, k), np.clip(-((start - length) // d), 0, k)
+        low, high = xp.clip(-(start // d), 0, k), xp.clip(-((start - length) // d), 0, k)
     if causal:  # positions up to x
-        high = np.clip((x - start) // d + 1, 0, high)
-    return Axis(
-        size=k,
-        dilation=d,
-        length=length,
-        boundary=boundary,
-        block=s,
-        query=x,
-        start=start,
-        low=low,
-        high=np.maximum(low, high),
-    )
+        high = xp.clip((x - start) // d + 1, 0, high)
+    return start, low, high
 
 
 def outer(tables: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -419,6 +419,19 @@ def extra_tokens(p, n=2):
         p.operands[f"extra_{name}"] = p.rng.normal(size=(*p.batch, n, *p.operands[name].shape[-2:]))
 
 
+def positions_of_extra_tokens(p):
+    """Of those there are, where the window is causal: before the grid, in it and behind it."""
+    if p.window is not None and any(p.window.causal):
+        tokens = p.operands["extra_key"].shape[-3]
+        least, most = -1, np.array(p.grid) + 1
+        p.options["extra_positions"] = p.rng.integers(least, most, (*p.batch, tokens, len(p.grid)))
+        p.told["extra_positions"] = p.flat(p.options["extra_positions"])
+
+
+def sinks(p):
+    p.operands["sink_logits"] = p.rng.normal(size=p.heads)
+
+
 def scale(p):
     p.operands["scale"] = np.float64(0.7)
 
@@ -544,7 +557,7 @@ def with_(function, *arguments, **options):
 
 EVERYTHING = [
     *(bias, relative_bias, key_embedding, mask_of_keys, segments, extra_tokens),
-    *(soft_cap, scale, residuals),
+    *(soft_cap, scale, residuals, sinks, positions_of_extra_tokens),
 ]
 ARGUMENTS = {
     "plain": [],

@@ -115,13 +115,16 @@ def attention(
     segment_ids=None,
     extra_key=None,
     extra_value=None,
+    extra_positions=None,
+    sink_logits=None,
     dropout=None,
 ):
     """(output, lse) of batched operands [batch, *grid, heads, dim]; without `size`, a grid of one axis and no window.
 
     `geometry` holds Window's other arguments. bias and slot_mask are full: [batch, *queries, heads, *slots], where
-    without a window there is a slot for each key. `dropout`, [batch, *queries, heads, slots + extra], multiplies the
-    weights.
+    without a window there is a slot for each key. Of extra tokens with `extra_positions`, [batch, extra, rank], a query
+    sees those that are not ahead of it along a causal axis. `sink_logits`, [heads], have no value. `dropout`, [batch,
+    *queries, heads, slots + extra], multiplies the weights.
     """
     batch, grid, heads, dim = query.shape[0], key.shape[1:-2], query.shape[-2], query.shape[-1]
     if size is None:
@@ -161,15 +164,25 @@ def attention(
         for e in range(0 if extra_key is None else extra_key.shape[1]):
             score = scale * (q @ extra_key[b, e, shared])
             scores.append(score if logits_soft_cap is None else logits_soft_cap * math.tanh(score / logits_soft_cap))
-            mask.append(True)
+            ahead = extra_positions is not None and is_ahead(extra_positions[b][e], x, geometry["causal"])
+            mask.append(not ahead)
             values.append(extra_value[b, e, shared])
-        weights = normalized(normalize, np.array(scores), np.array(mask))
+        if sink_logits is not None:
+            scores.append(sink_logits[h])
+            mask.append(True)
+        weights = normalized(normalize, np.array(scores), np.array(mask))[: len(values)]
         if dropout is not None:
             weights = weights * dropout[b][i][h]
         output[b][i][h] = weights @ np.array(values)
         visible = np.array(scores)[mask]
         lse[b][i][h] = np.logaddexp.reduce(visible) if len(visible) else -math.inf
     return output, lse
+
+
+def is_ahead(position, x, causal):
+    """Whether a token stands after a query along an axis that is causal."""
+    causal = causal if isinstance(causal, tuple) else (causal,) * len(x)
+    return any(ordered and p > i for p, i, ordered in zip(position, x, causal, strict=True))
 
 
 def relative_entry(positions, x, size, dilation):

@@ -82,6 +82,8 @@ def attention(
     segment_ids=None,
     extra_key=None,
     extra_value=None,
+    extra_positions=None,
+    sink_logits=None,
     dropout=None,
 ):
     """(output, lse), and the gradients, by name, of (output · cotangents[0]).sum() + (lse · cotangents[1]).sum().
@@ -96,10 +98,12 @@ def attention(
     (n, w), extras = seen.key.shape, 0 if extra_key is None else extra_key.shape[1]
     scale = dim**-0.5 if scale is None else scale
     rows = lambda x: x.reshape(batch, n, heads, -1)
-    widen = lambda x: np.concatenate([x, np.zeros((*x.shape[:-1], extras), x.dtype)], -1)  # [..., w] to w + extras
+    more = extras + (sink_logits is not None)  # a sink comes last, with the key of zeros
+    widen = lambda x: np.concatenate([x, np.zeros((*x.shape[:-1], more), x.dtype)], -1)  # [..., w] to w + more
 
     # every key there is: the grid's, one of zeros for what stands outside, the extra tokens
-    reached = np.concatenate([seen.key, np.broadcast_to(math.prod(grid) + 1 + np.arange(extras), (n, extras))], 1)
+    others = [*range(math.prod(grid) + 1, math.prod(grid) + 1 + extras), *[math.prod(grid)] * (more - extras)]
+    reached = np.concatenate([seen.key, np.broadcast_to(np.array(others, int), (n, more))], 1)
     keys, values = (_table(x, extra, heads) for x, extra in ((key, extra_key), (value, extra_value)))
     k, v, q = keys[:, reached], values[:, reached], rows(query)  # [b, n, w, h, d]
     products = np.einsum("bnhd,bnwhd->bnhw", q, k)
@@ -114,7 +118,10 @@ def attention(
         scores = scores + widen(rows(bias))
 
     mask = _mask(seen, batch, heads, key_mask, slot_mask, segment_ids)
-    mask = np.concatenate([mask, np.ones((*mask.shape[:-1], extras), bool)], -1) & (scores != -math.inf)
+    always = np.ones((*mask.shape[:-1], more), bool)
+    if extra_positions is not None:
+        always[..., :extras] = ~_ahead(seen, extra_positions, geometry)[:, :, None]
+    mask = np.concatenate([mask, always], -1) & (scores != -math.inf)
     scores = plain = np.where(mask, scores, 0)
     if logits_soft_cap is not None:
         scores = logits_soft_cap * np.tanh(plain / logits_soft_cap)
@@ -126,10 +133,13 @@ def attention(
         scores = np.concatenate([modified, scores[..., w:]], -1)
         mask = mask & (scores != -math.inf)
         scores = np.where(mask, scores, 0)
+    if sink_logits is not None:
+        sinks = np.broadcast_to(sink_logits[:, None], (batch, n, heads, 1))
+        scores = np.concatenate([scores[..., :-1], sinks], -1)
 
     forward, backward = NORMALIZERS[normalize] if isinstance(normalize, str) else normalize
     weights = np.where(mask, forward(scores, mask), 0)
-    kept = 1.0 if dropout is None else rows(dropout)
+    kept = 1.0 if dropout is None else np.concatenate([rows(dropout), always[..., extras:]], -1)
     output = np.einsum("bnhw,bnwhv->bnhv", kept * weights, v)
     exponentials, largest = _exponentials(scores, mask)
     total = exponentials.sum(-1)
@@ -140,7 +150,7 @@ def attention(
     d_weights = np.where(mask, kept * np.einsum("bnhv,bnwhv->bnhw", d_output, v), 0)
     d_scores = backward(scores, mask, weights, d_weights) + softmax(scores, mask) * d_lse[..., None]
     d_scores = np.where(mask, d_scores, 0) * slope
-    gradients = {}
+    gradients = {} if sink_logits is None else {"sink_logits": d_scores[..., -1].sum((0, 1))}
     if logits_soft_cap is not None:
         tanh = np.tanh(plain / logits_soft_cap)
         gradients["logits_soft_cap"] = (d_scores * (tanh - plain / logits_soft_cap * (1 - tanh**2))).sum()
@@ -192,6 +202,15 @@ def _mask(seen, batch, heads, key_mask, slot_mask, segment_ids):
     if slot_mask is not None:
         mask = mask & slot_mask.reshape(batch, n, heads, w)
     return mask
+
+
+def _ahead(seen, positions, geometry):
+    """[b, n, extras]: which extra tokens stand after a query along an axis that is causal."""
+    rank = len(seen.query)
+    spread = lambda name, default: np.broadcast_to(geometry.get(name, default), rank)
+    standing = np.stack([i[:, 0] for i in seen.query], -1) * spread("stride", 1)
+    ahead = positions[:, None] > standing[None, :, None]
+    return (ahead & spread("causal", False)).any(-1)
 
 
 def _scattered(x, index, shape):

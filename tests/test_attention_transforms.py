@@ -16,7 +16,7 @@ few = dict(heads=2, key_heads=1)
 # Each operand of the problem that has everything, and the options that are arrays.
 MAPPED = [
     *("query", "key", "value", "bias", "relative_bias", "key_embedding", "extra_key", "extra_value"),
-    *("scale", "logits_soft_cap", "mask", "segment_ids", "dropout_key"),
+    *("scale", "logits_soft_cap", "sink_logits", "mask", "segment_ids", "dropout_key"),
 ]
 GEOMETRY = "dilation 3, mask"
 

@@ -268,6 +268,8 @@ def test_split_attention_mapped_and_in_other_dtypes(dtype):
         (8, 8, dict(window=Window(3), mask=(None, jnp.ones(3, bool))), r"mask\[1\] must be None over a split axis"),
         (8, 8, dict(score_mod=lambda *x: x[0]), "score_mod must be left out over the split axis 'space'"),
         (8, 8, dict(segment_ids=jnp.zeros(2, int)), "segment_ids must be left out"),
+        (8, 8, dict(grid_sizes=jnp.zeros((2, 1), int)), "grid_sizes must be left out"),
+        (8, 8, dict(extra_positions=jnp.zeros((1, 1), int)), "extra_positions must be left out"),
         (8, 8, dict(dropout_rate=0.1), "dropout_rate must be left out"),
     ],
 )

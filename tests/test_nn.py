@@ -434,6 +434,24 @@ def test_weights_make_the_output(normalize, window):
     assert_close(layer(x, mask=mask), expected, 1e-5)
 
 
+def test_sinks_and_grid_sizes_reach_the_primitive():
+    window = Window((3, 3), boundary="mask")
+    layer = Attention(2, 4, 6, window=window, sinks=True, out_projection=False, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(layer.sink_logits[...], 0)
+    layer = randomized(layer)
+    x, sizes = normal(7, 2, 5, 4, 4, dtype=jnp.float32), jnp.array([[3, 4], [5, 2]])
+    given = {"window": window, "sink_logits": layer.sink_logits[...]}
+    heads = lambda **call: attention(layer.query(x), layer.key(x), layer.value(x), **given, **call)
+    assert_close(layer(x, grid_sizes=sizes), heads(grid_sizes=sizes).reshape(2, 5, 4, 6), TOLERANCE["float32"])
+    row, column = np.moveaxis(np.maximum(window.indices((5, 4)), 0), -1, 0)
+    mixed = jnp.einsum(
+        "bijhrs,bijrshd->bijhd", layer.weights(x).reshape(2, 5, 4, 2, 3, 3), layer.value(x)[:, row, column]
+    )
+    assert_close(layer(x), mixed.reshape(2, 5, 4, 6), 1e-5)
+    with pytest.raises(ValueError, match=r"sinks \(=True\) must be False with normalize='relu'"):
+        Attention(2, 4, normalize="relu", sinks=True, rngs=nnx.Rngs(0))
+
+
 def test_sown_weights():
     layer, x = Attention(2, 4, window=(3, 3), rngs=nnx.Rngs(0)), normal(7, 2, 4, 4, 4, dtype=jnp.float32)
     y, sown = nnx.capture(layer, nnx.Intermediate)(x, sow_weights=True)

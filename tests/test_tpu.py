@@ -168,6 +168,7 @@ def test_on_several_devices_it_is_for_the_inside_of_shard_map():
         (dict(bias=np.zeros((7, 7), np.float32)), "its kernels do not take bias"),
         (dict(mask=np.ones((2, 16, 16), bool)), "its kernels do not take key_mask"),
         (dict(logits_soft_cap=30.0), "its kernels do not take soft_cap"),
+        (dict(grid_sizes=np.ones((2, 2), int)), "its kernels do not take slot_ranges"),
         (dict(dropout_rate=0.5, dropout_key=jax.random.key(0)), "its kernels do not take dropout_key"),
         (dict(shape=(2, 16, 16, 4, 512)), "its heads have at most 256 numbers, and these 512"),
         (dict(precision="high"), "its products have the precisions default and highest"),
@@ -181,6 +182,10 @@ def test_what_it_refuses_goes_to_xla(given, reason):
     assert made.backend == "xla"
     assert made.refused["tpu"].startswith(reason)
     assert f"not tpu: {reason}" in str(made)
+
+
+def test_a_sink_is_no_kernels_affair():
+    assert "tpu" not in plan_of(sink_logits=np.zeros(4, np.float32)).refused
 
 
 def test_a_plan_covers_every_key_of_every_query():

@@ -77,7 +77,10 @@ def _attend_tile(operands: Operands, options: Options, rows: Rows, tables: Table
     if operands.extra_key is not None:
         extra = soft_capped(_products(operands, operands.extra_key, options), operands.soft_cap)
         scores = jnp.concatenate([scores, extra], -1)
-        mask = jnp.concatenate([mask, jnp.ones_like(extra, bool)], -1)
+        seen = jnp.ones_like(extra, bool)
+        if operands.extra_mask is not None:
+            seen = seen & jnp.expand_dims(terms.flat_grid(operands.extra_mask, rank, trailing=1), (-3, -4))
+        mask = jnp.concatenate([mask, seen], -1)
     weights = apply_normalizer(options.normalize, scores, mask)
     lse = jnp.moveaxis(logsumexp(scores, mask), -1, -3)
     weights, extra = weights[..., :width].reshape(shape), weights[..., width:]
@@ -143,8 +146,9 @@ def _cut_queries(operands: Operands, options: Options, tables: Tables) -> dict[s
     rank = len(tables)
     batch, index = operands.query.ndim - rank - 2, [table.queries for table in tables]
     own = {"query": _cut(operands.query, index, batch)}
-    if operands.query_segments is not None:
-        own["query_segments"] = _cut(operands.query_segments, index, batch)
+    for name in ("query_segments", "slot_ranges", "extra_mask"):
+        x = getattr(operands, name)
+        own |= {} if x is None else {name: _cut(x, index, batch)}
     for name in ("bias", "slot_mask"):
         x = getattr(operands, name)
         if x is not None and math.prod(x.shape[batch : batch + rank]) > 1:

@@ -31,8 +31,11 @@ class Operands(NamedTuple):
     key_embedding: Array | None = None  # [heads|1, *(2k-1), head_dim], or a part for each axis [heads|1, Σ(2k-1), ...]
     query_segments: Array | None = None  # [*batch, *queries]
     key_segments: Array | None = None  # [*batch, *keys]
+    slot_ranges: Array | None = None  # [*batch|1, *queries, rank, 2], the slots seen along each axis, from and to
     extra_key: Array | None = None  # [*batch, extra, key_heads, head_dim]
     extra_value: Array | None = None  # [*batch, extra, key_heads, value_dim]
+    extra_mask: Array | None = None  # [*batch|1, *queries, extra], None: every query sees them
+    sink: Array | None = None  # [heads] or [*batch, *queries, heads]
     dropout_key: Array | None = None  # its bits, of the kind `Options.key_impl`
 
 

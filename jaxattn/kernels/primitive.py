@@ -149,7 +149,7 @@ def _merged(call: Call, arrays: list[Any], mapped: tuple[bool, ...], reverse: bo
     """The arguments with what is mapped as a batch axis; None where that would not be the same."""
     of = dict(zip(call.names, mapped, strict=False))
     batched = {"query", "key", "value", "extra_key", "extra_value"}
-    broadcast = {"bias", "slot_mask", "key_mask"}  # [*batch|1, ...]
+    broadcast = {"bias", "slot_mask", "key_mask", "slot_ranges", "extra_mask"}  # [*batch|1, ...]
     shared = set(call.names) - batched - broadcast - {"query_segments", "key_segments"}
     if call.vmaps or "dropout_key" in of or not all(of[name] for name in batched & set(of)):
         return None

@@ -81,7 +81,10 @@ def masked_scores(
         extra = jnp.repeat(extra, scores.shape[-2] // extra.shape[-2], axis=-2)
         extra = soft_capped(_products(operands, extra, options), operands.soft_cap)
         scores = jnp.concatenate([scores, extra], -1)
-        mask = jnp.concatenate([mask, jnp.ones_like(extra, bool)], -1)
+        seen = jnp.ones_like(extra, bool)
+        if operands.extra_mask is not None:
+            seen = seen & jnp.expand_dims(_flat(operands.extra_mask, options, trailing=1), -2)
+        mask = jnp.concatenate([mask, seen], -1)
     return scores, mask
 
 
@@ -127,6 +130,12 @@ def _mask(operands: Operands, options: Options) -> Array:
     mask = mask.reshape(inside.shape)
     if operands.key_mask is not None:
         mask = mask & (jnp.expand_dims(_gather(operands.key_mask, options, trailing=0), -2) | ~inside)
+    if operands.slot_ranges is not None:
+        ranges = _flat(operands.slot_ranges, options)  # [*batch|1, n, rank, 2]
+        sizes = tuple(axis.size for axis in options.axes)
+        slot = jnp.indices(sizes, jnp.int32).reshape(len(sizes), -1)
+        seen = (ranges[..., :1] <= slot) & (slot < ranges[..., 1:])
+        mask = mask & jnp.expand_dims(seen.all(-2), -2)
     if operands.slot_mask is not None:
         mask = mask & _flat_slots(operands.slot_mask, options)
     if operands.query_segments is not None and operands.key_segments is not None:

@@ -50,7 +50,13 @@ def visible(operands: Operands, options: Options, rows: Rows, tables: Tables) ->
     for axis, row in enumerate(rows):
         slot = np.arange(len(row.keys)) - row.shift[:, None]
         sees = (row.low[:, None] <= slot) & (slot < row.high[:, None])
-        mask = mask & sees.reshape(len(sees), *[1] * (rank - 1), -1, *[1] * (rank - axis - 1))
+        over_grids = (len(slot), *[1] * (rank - 1), -1, *[1] * (rank - axis - 1))
+        mask = mask & sees.reshape(over_grids)
+        if operands.slot_ranges is not None:
+            ranges = operands.slot_ranges[(..., axis, slice(None), *[None] * rank)]  # [..., *queries, 2, *1]
+            ranges = jnp.expand_dims(jnp.moveaxis(ranges, -rank - 1, 0), (-2 * rank - 1, -2 * rank - 2))
+            slot = slot.astype(np.int32).reshape(over_grids)
+            mask = mask & (ranges[0] <= slot) & (slot < ranges[1])
         inside = inside & along(row.keys >= 0, rank - axis - 1)
     if operands.key_mask is not None:
         of_keys = jnp.expand_dims(operands.key_mask, range(-2 * rank - 2, -rank))
@@ -130,9 +136,10 @@ def grouped(operands: Operands, rank: int) -> Array:
     return jnp.moveaxis(query, -4, -2)
 
 
-def flat_grid(x: Array, rank: int) -> Array:
-    """[*batch, *grid, heads, head_dim] with one axis for the grid."""
-    return x.reshape(*x.shape[: -rank - 2], math.prod(x.shape[-rank - 2 : -2]), *x.shape[-2:])
+def flat_grid(x: Array, rank: int, trailing: int = 2) -> Array:
+    """[*batch, *grid, heads, head_dim], or what else follows the grid, with one axis for the grid."""
+    end = x.ndim - trailing
+    return x.reshape(*x.shape[: end - rank], math.prod(x.shape[end - rank : end]), *x.shape[end:])
 
 
 def product(equation: str, left: Array, right: Array, options: Options) -> Array:

@@ -43,7 +43,7 @@ Term = Float[Array, "#tiles #batch #heads #columns #rows"]  # what is added to t
 ByRow = Float[Array, "tiles batch heads 1 rows"]
 MATRICES = ("query", "key", "value", "extra_key", "extra_value")
 TERMS = ("unscaled", "bias", "relative_bias", "key_embedding")  # unscaled is the query, of which q·r is made
-MASKS = ("key_mask", "slot_mask", "key_segments")
+MASKS = ("key_mask", "slot_mask", "key_segments", "slot_ranges")  # of slots
 
 
 class Role(NamedTuple):
@@ -249,7 +249,8 @@ def _sees_any(
 ) -> Bool[Array, "#tiles #batch #heads 1 #rows"] | None:
     """Which queries see anything; None where all do."""
     by_window = all(axis.someone for axis in tile.loop.axes)
-    if "extra_key" in tile.arrays or (by_window and additive is None and not set(MASKS) & set(tile.arrays)):
+    by_extra = "extra_key" in tile.arrays and "extra_mask" not in tile.arrays
+    if by_extra or (by_window and additive is None and not set(MASKS) & set(tile.arrays)):
         return None
     there = [term for term in (additive, hidden) if term is not None]
     return is_seen(sum(there[1:], there[0])).any(-2, keepdims=True)
@@ -293,6 +294,19 @@ def _additive(arrays: Arrays, tile: _Tile) -> Term | None:
 
 def _hidden(tile: _Tile, dtype: Any) -> Term | None:
     """0 where a query sees, else a score that hides."""
+    hidden, extra = _hidden_slots(tile, dtype), tile.arrays.get("extra_mask")
+    if extra is None:
+        return hidden
+    extra = extra.reshape(*extra.shape[:2], 1, 1, -1, extra.shape[-1])
+    extra = jnp.broadcast_to(extra, (*extra.shape[:3], tile.group, *extra.shape[4:]))
+    extra = jnp.swapaxes(extra.reshape(*extra.shape[:3], -1, extra.shape[-1]), -1, -2)  # [..., extra, rows]
+    before = math.prod(axis.columns for axis in tile.loop.axes)
+    of_extra = jnp.pad(jnp.where(extra, 0, hiding_score(dtype)).astype(dtype), [(0, 0)] * 3 + [(before, 0), (0, 0)])
+    return of_extra if hidden is None else of_extra + hidden
+
+
+def _hidden_slots(tile: _Tile, dtype: Any) -> Term | None:
+    """The same of the slots alone; extra tokens do not hide."""
     arrays, rank = tile.arrays, len(tile.loop.axes)
     if set(MASKS) & set(arrays):
         mask = lambda arrays, rows: terms.visible(_operands(arrays, tile), tile.options, rows, tile.loop.tables)
@@ -430,7 +444,14 @@ SHARED = Role(  # is one for all
 def _roles(operands: Operands, loop: Loop) -> dict[str, Role]:
     """The role of every array that `_prepare` makes."""
     columns = ALL_KEYS if loop.whole else KEYS
-    by_name = {"query": QUERIES, "query_segments": QUERIES, "extra_key": ENTRIES, "extra_value": ENTRIES}
+    by_name = {
+        "query": QUERIES,
+        "query_segments": QUERIES,
+        "slot_ranges": QUERIES,
+        "extra_mask": QUERIES,
+        "extra_key": ENTRIES,
+        "extra_value": ENTRIES,
+    }
     by_name |= {"key": columns, "value": columns, "key_mask": KEYS, "key_segments": KEYS}
     rank = len(loop.axes)
     batch = operands.query.ndim - rank - 2

@@ -69,6 +69,7 @@ class Attention(GridModule):
       bias_init, out_bias_init: the same for their biases.
       relative_init: initialiser of the relative tables; small, so that training starts near content alone. None is
         normal, of standard deviation head_dim ** -0.5.
+      sinks: learns `sink_logits`, `[num_heads]`, at first 0, as in `jaxattn.attention`. Needs softmax.
       use_bias: whether the projections have biases.
       out_projection: False leaves out W_O: the heads' outputs are concatenated.
       implementation: as `jaxattn.attention`.
@@ -118,6 +119,7 @@ class Attention(GridModule):
         bias_init: Callable[..., Any] = default_bias_init,
         out_bias_init: Callable[..., Any] | None = None,
         relative_init: Callable[..., Any] | None = small_init,
+        sinks: bool = False,
         use_bias: bool = True,
         out_projection: bool = True,
         implementation: str | None = None,
@@ -148,7 +150,7 @@ class Attention(GridModule):
         else:
             self.window, self.rank = None, rank or 1  # as nnx.MultiHeadAttention, with any batch axes
         self.normalize, self.logits_soft_cap, self.scale = normalize, logits_soft_cap, scale
-        _check(self, relative_bias, key_embedding, dropout_rate, out_projection)
+        _check(self, relative_bias, key_embedding, sinks, dropout_rate, out_projection)
         self.head_dim = self.qkv_features // num_heads
         self.dtype, self.precision, self.implementation = dtype, precision, implementation
         self.dropout_rate, self.deterministic = dropout_rate, deterministic
@@ -167,6 +169,7 @@ class Attention(GridModule):
             self.out = linear((num_heads, self.head_dim), self.out_features, axis=(-2, -1), **inits)
         relative_init = nnx.initializers.normal(self.head_dim**-0.5) if relative_init is None else relative_init
         self._make_tables(relative_bias, key_embedding, relative_init, param_dtype, rngs)
+        self.sink_logits = nnx.Param(jnp.zeros(num_heads, param_dtype)) if sinks else nnx.data(None)
         self.rngs = rngs.dropout.fork() if keep_rngs and dropout_rate > 0 else None
 
     def _make_tables(self, relative_bias: bool, key_embedding: bool | str, init: Callable[..., Any], dtype, rngs):
@@ -194,6 +197,7 @@ class Attention(GridModule):
         mask: Any = None,  # checked by `attention`, which takes a pair as well
         bias: Real[ArrayLike, "*bias"] | None = None,
         segment_ids: Any = None,
+        grid_sizes: Any = None,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | nnx.RngStream | None = None,
         sow_weights: bool = False,
@@ -206,7 +210,8 @@ class Attention(GridModule):
             then is the window's query grid.
           inputs_k: what the keys are made of, `[*batch, *grid, in_kv_features]`; None means `inputs_q`.
           inputs_v: what the values are made of; None means `inputs_k`.
-          mask, bias, segment_ids: as in `jaxattn.attention`; numbers serve as a mask too, nonzero attends.
+          mask, bias, segment_ids, grid_sizes: as in `jaxattn.attention`; numbers serve as a mask too, nonzero attends.
+            What is in the padding takes zeros to the output projection.
           deterministic: True drops nothing; None asks the constructor's argument.
           rngs: where dropout takes its key from, `nnx.Rngs` (its `dropout`) or a stream; None means the module's own.
           sow_weights: also stores the weights as `nnx.Intermediate` "attention_weights", for `nnx.capture`.
@@ -215,7 +220,7 @@ class Attention(GridModule):
           `[*batch, *query_grid, out_features]`.
         """
         query, key, value = self._project(inputs_q, inputs_k, inputs_v)
-        terms = self._terms(query.dtype, mask, bias, segment_ids)
+        terms = self._terms(query.dtype, mask, bias, segment_ids, grid_sizes)
         if sow_weights:
             self._check_whole("sow_weights")
             weights = self._weights(query, key, terms, jnp.shape(inputs_q))
@@ -313,7 +318,7 @@ class Attention(GridModule):
                 f"with grid (={self.grid})"
             )
 
-    def _terms(self, dtype, mask, bias, segment_ids) -> dict[str, Any]:
+    def _terms(self, dtype, mask, bias, segment_ids, grid_sizes=None) -> dict[str, Any]:
         """What `attention` and its weights depend on besides query, key and value."""
         embedding = self.key_embedding
         if isinstance(embedding, nnx.List):
@@ -325,6 +330,8 @@ class Attention(GridModule):
             "mask": _bools(mask),
             "bias": None if bias is None else jnp.asarray(bias, dtype),
             "segment_ids": segment_ids,
+            "grid_sizes": grid_sizes,
+            "sink_logits": None if self.sink_logits is None else self.sink_logits[...],
             "relative_bias": None if self.relative_bias is None else jnp.asarray(self.relative_bias[...], dtype),
             "key_embedding": embedding,
             "normalize": self.normalize,
@@ -337,11 +344,17 @@ class Attention(GridModule):
         seen, normalize = [], terms["normalize"]
         normalize = NORMALIZERS[normalize] if isinstance(normalize, str) else normalize
 
+        sink = terms["sink_logits"]
+
         def look(scores, mask):
-            seen.append(jnp.where(mask, normalize(scores, mask), 0))
+            slots = scores.shape[-1]
+            if sink is not None:  # one more key, which is not shown
+                scores = jnp.concatenate([scores, jnp.broadcast_to(sink[:, None], (*scores.shape[:-1], 1))], -1)
+                mask = jnp.concatenate([mask, jnp.ones_like(mask[..., :1])], -1)
+            seen.append(jnp.where(mask, normalize(scores, mask), 0)[..., :slots])
             return seen[-1]
 
-        looking: dict[str, Any] = {**terms, "normalize": look}
+        looking: dict[str, Any] = {**terms, "normalize": look, "sink_logits": None}
         attention(query, key, key, **looking, implementation="reference")
         before = query.shape[:-2] if self.window is not None else shape[:-1]
         return seen[0].reshape(*before, self.num_heads, -1)
@@ -374,7 +387,7 @@ def _bools(mask: Any) -> Any:
     return tuple(map(_bools, mask)) if isinstance(mask, tuple) else jnp.asarray(mask, bool)
 
 
-def _check(layer: Attention, relative_bias, key_embedding, dropout_rate, out_projection):
+def _check(layer: Attention, relative_bias, key_embedding, sinks, dropout_rate, out_projection):
     name = type(layer).__name__
     heads, kv_heads, features = layer.num_heads, layer.num_kv_heads, layer.qkv_features
     if features % heads:
@@ -395,6 +408,8 @@ def _check(layer: Attention, relative_bias, key_embedding, dropout_rate, out_pro
         )
     if isinstance(layer.normalize, str) and layer.normalize not in NORMALIZERS:
         raise ValueError(f"{name}: normalize (={layer.normalize!r}) must be one of {tuple(NORMALIZERS)}, or a function")
+    if sinks and layer.normalize != "softmax":
+        raise ValueError(f"{name}: sinks (=True) must be False with normalize={layer.normalize!r}: 'softmax' has them")
     if not 0 <= dropout_rate < 1:
         raise ValueError(f"{name}: dropout_rate (={dropout_rate}) must be in [0, 1)")
     if layer.logits_soft_cap is not None and layer.logits_soft_cap <= 0:

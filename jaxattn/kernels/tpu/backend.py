@@ -14,7 +14,7 @@ from jaxattn.kernels.tpu import arrange
 from jaxattn.kernels.tpu.plan import VMEM, Heads, Plan, chip, lanes_of, make_plan
 from jaxattn.normalize import softmax
 
-TAKEN = ("query", "key", "value", "scale", "relative_bias")
+TAKEN = ("query", "key", "value", "scale", "relative_bias", "sink")  # of which `sink` is no kernel's
 PRECISIONS = (None, jax.lax.Precision.DEFAULT, jax.lax.Precision.HIGHEST)
 
 

@@ -29,6 +29,7 @@ from .attention_plan import attention_plan as attention_plan
 from .einsum import Plan as Plan
 from .einsum import einsum as einsum
 from .einsum import plan as plan
+from .machine import traced_for as traced_for
 from .parts import attention_scores as attention_scores
 from .parts import attention_weights as attention_weights
 from .parts import mix as mix

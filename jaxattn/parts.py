@@ -45,8 +45,8 @@ def attention_scores(
 
     Returns:
         [*batch, *query_grid, heads, slots + extra tokens] in float32, or in float64 for float64; -inf where a slot
-        takes no part, with zero gradients. Slots are the window's, row-major (`Window.indices` says which key each holds);
-        without a window they are the keys.
+        takes no part, with zero gradients. Slots are the window's, row-major (`Window.indices` says which key each
+        holds); without a window they are the keys.
 
     Raises:
         ValueError: as `attention` does.

@@ -31,6 +31,7 @@ from jaxattn.kernels.operands import (
 )
 from jaxattn.kernels.terms import Rows, Tables
 from jaxattn.normalize import NORMALIZERS, logsumexp
+from jaxattn.sizes import Extent, planned
 
 Body = Callable[[Operands, Options, Rows, Tables], tuple[Array, ...]]  # arrays [*batch, *queries, ...] of one tile
 
@@ -59,7 +60,7 @@ def over_tiles(body: Body, operands: Operands, options: Options) -> tuple[Array,
         return body(operands._replace(**own), options, rows, tables)
 
     columns = math.prod(table.keys.shape[1] for table in tables)
-    held = math.prod(query.shape[:batch]) * heads * tiles.tile_numbers(math.prod(sizes), columns, dims)
+    held = planned(math.prod(query.shape[:batch])) * heads * tiles.tile_numbers(math.prod(sizes), columns, dims)
     at_once = tiles.tiles_per_step(math.prod(grid), max(1, tiles.step_budget(backend) // held))
     if math.prod(grid) == 1:  # nothing to loop over, and a static place
         found = jax.tree.map(lambda x: x[None], run({name: x[0] for name, x in own.items()}, [0] * len(axes)))
@@ -97,7 +98,7 @@ def weigh(operands: Operands, options: Options, rows: Rows, tables: Tables) -> t
 
 def score(
     operands: Operands, options: Options, rows: Rows, tables: Tables, in_slots: bool
-) -> tuple[tuple[Array, Array], tuple[int, ...]]:
+) -> tuple[tuple[Array, Array], tuple[Extent, ...]]:
     """The final scores of a tile and who takes part, [*batch, key_heads, group, queries, columns + extra tokens], or by
     slot; and the shape that those of the slots have before their axes are made one."""
     scores, mask = _scores(operands, options, rows, tables)

@@ -22,6 +22,7 @@ Every layer of this library is that line. They differ only in where the weights 
 `jaxattn.nn` as Flax modules, `jaxattn.models` networks made of them, and `jaxattn.train` trains those.
 """
 
+from .at import attention_at as attention_at
 from .attention import attention as attention
 from .attention import merge_attentions as merge_attentions
 from .attention_plan import AttentionPlan as AttentionPlan

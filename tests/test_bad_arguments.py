@@ -30,7 +30,7 @@ MENDED = [function for function in CALLS if function.__name__ not in ELSEWHERE]
 UNCALLED = {"Plan", "AttentionPlan", "Row", "QueryKeyMetric", "table"}
 POOLING = ("ResNet", "EfficientNet", "ViT", "ConvNeXt", "Swin", "NAT", "MaxViT", "CoAtNet")  # with no classes
 BAD = {"0": 0, "-1": -1, "1.5": 1.5, "'3'": "3", "None": None, "nan": math.nan, "inf": math.inf, "1j": 1j}
-ATTENTIONS = ("attention", "attention_scores", "attention_weights")
+ATTENTIONS = ("attention", "attention_at", "attention_scores", "attention_weights")
 MEANS = {  # by the argument, or by "function.argument"
     **dict.fromkeys(("scale", "query_scale", "gate", "locality_strength"), ("0", "-1", "1.5")),
     **dict.fromkeys(("halo", "shift", "dropout_rate", "drop_path", "dropout"), ("0",)),

@@ -22,6 +22,7 @@ Every layer of this library is that line. They differ only in where the weights 
 `jaxattn.nn` as Flax modules, `jaxattn.models` networks made of them, and `jaxattn.train` trains those.
 """
 
+from .at import attention_at as attention_at
 from .attention import attention as attention
 from .attention import merge_attentions as merge_attentions
 from .attention_plan import AttentionPlan as AttentionPlan
@@ -29,6 +30,10 @@ from .attention_plan import attention_plan as attention_plan
 from .einsum import Plan as Plan
 from .einsum import einsum as einsum
 from .einsum import plan as plan
+from .machine import traced_for as traced_for
+from .parts import attention_scores as attention_scores
+from .parts import attention_weights as attention_weights
+from .parts import mix as mix
 from .window import Window as Window
 from .zoo import conv as conv
 

@@ -20,7 +20,7 @@ from jaxattn.functions import Known, known
 from jaxattn.kernels import ragged
 from jaxattn.kernels.operands import Operands, Options, ScoreMod, hiding_score, statistics_dtype
 from jaxattn.normalize import NORMALIZERS, Normalizer
-from jaxattn.sizes import is_int
+from jaxattn.sizes import is_int, is_symbolic
 from jaxattn.window import FOLDING, Axis, Window
 
 # Loose on purpose: a wrong shape is a ValueError that says what was expected.
@@ -96,7 +96,7 @@ def read(
         raise ValueError(f"attention: return_residuals (={shown(return_residuals)}) must be True or False")
     if precision is not None and allowed_precision(precision) is REFUSED:
         raise ValueError(f"attention: precision (={shown(precision)}) must be None, a jax.lax.Precision, or its name")
-    as_arrays = Arrays(*(x if x is None else _converted(name, x) for name, x in arrays._asdict().items()))
+    as_arrays = Arrays(*(x if x is None else converted(name, x) for name, x in arrays._asdict().items()))
     _check_sizes(as_arrays, 1 if window is None else window.rank)
     settings = Settings(
         window=window,
@@ -111,10 +111,11 @@ def read(
     return as_arrays._replace(dropout_key=key), settings
 
 
-def check(arrays: Arrays, settings: Settings) -> tuple[Operands, Options]:
-    """What kernels are given: operands in one layout, and options. Depends on shapes and dtypes alone."""
+def check(arrays: Arrays, settings: Settings, anywhere: bool = False) -> tuple[Operands, Options]:
+    """What kernels are given: operands in one layout, and options. Depends on shapes and dtypes alone.
+    `anywhere`: queries are of one axis, and stand wherever something else says."""
     query, key, value = _floating(query=arrays.query, key=arrays.key, value=arrays.value)
-    geometry = _geometry(query, key, value, settings.window)
+    geometry = _geometry(query, key, value, settings.window, anywhere)
     extra_key, extra_value = _extra(arrays.extra_key, arrays.extra_value, key, value, geometry)
     key_mask, slot_mask = _masks(arrays.mask, geometry)
     query_segments, key_segments = _segments(arrays.segment_ids, geometry)
@@ -170,12 +171,15 @@ class _Geometry(NamedTuple):
     dtype: Any
 
 
-def _geometry(query: Array, key: Array, value: Array, window: Window | None) -> _Geometry:
+def _geometry(query: Array, key: Array, value: Array, window: Window | None, anywhere: bool) -> _Geometry:
     rank = 1 if window is None else window.rank
+    for_query = 1 if anywhere else rank
     for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.ndim < rank + 2:
+        if x.ndim < (for_query if name == "query" else rank) + 2:
             _refuse(name, x, f"[*batch, *grid, heads, head_dim] with a grid of rank {rank}: at least {rank + 2} axes")
-    batch = query.shape[: -rank - 2]
+        if any(map(is_symbolic, x.shape[-rank - 2 :])):
+            _refuse(name, x, "sizes that are known: symbolic (jax.export) may be the batch axes alone")
+    batch = query.shape[: -for_query - 2]
     queries, keys = query.shape[len(batch) : -2], key.shape[-rank - 2 : -2]
     if key.shape[: -rank - 2] != batch:
         _refuse("key", key, f"the batch axes of query, {batch}, before a grid of rank {rank}, heads and head_dim")
@@ -192,7 +196,7 @@ def _geometry(query: Array, key: Array, value: Array, window: Window | None) -> 
         axes = (Axis.everything(queries[0], keys[0]),)
     else:
         axes = window.axes(keys)
-        if queries != window.query_grid(keys):
+        if not anywhere and queries != window.query_grid(keys):
             made = window.query_grid(keys)
             raise ValueError(f"attention: query has the grid {queries}; of key's grid {keys}, {window} makes {made}")
     slots = tuple(axis.size for axis in axes)
@@ -477,12 +481,12 @@ def _refuse(name: str, x: Array | np.ndarray, expected: str) -> Any:
 TYPES = (jax.Array, np.ndarray, jax.ShapeDtypeStruct, numbers.Real)
 
 
-def _converted(name: str, x: Any) -> Any:
+def converted(name: str, x: Any) -> Any:
     """An array, or a tuple of arrays where several may be given."""
     if name == "mask" and isinstance(x, tuple) and any(part is None or hasattr(part, "shape") for part in x):
         if len(x) != 2:
             raise ValueError(f"attention: mask (={len(x)} arrays) must be one, or a pair: of keys, and by slot")
-        return tuple(part if part is None else _converted(f"mask[{n}]", part) for n, part in enumerate(x))
+        return tuple(part if part is None else converted(f"mask[{n}]", part) for n, part in enumerate(x))
     if name in ("segment_ids", "key_embedding") and isinstance(x, tuple | list):
         return tuple(part if isinstance(part, TYPES) else jnp.asarray(part) for part in x)
     if isinstance(x, jax.Array | jax.ShapeDtypeStruct):

@@ -236,13 +236,13 @@ def _attend(arrays: Arrays, settings: Settings, platform: str) -> tuple[Array, .
     operands, options = arguments.check(arrays, settings)
     backend, _ = backends.choose(settings.implementation, operands, options)
     attend = lambda operands, options: sink.attend(operands, options, backend)
-    return _under_mesh(attend, operands.query)(operands, options)
+    return under_mesh(attend, operands.query)(operands, options)
 
 
 _attend_compiled = jax.jit(_attend, static_argnums=(1, 2))
 
 
-def _under_mesh(attend: Callable, query: Array) -> Callable:
+def under_mesh(attend: Callable, query: Array) -> Callable:
     """Under Explicit mesh axes, let the compiler propagate shardings inside; the output is sharded as the query is."""
     sharding = jax.typeof(query).sharding
     if not sharding.mesh.explicit_axes:

@@ -85,16 +85,17 @@ class Plan:
 @functools.lru_cache(maxsize=4096)
 def _plan(equation, shapes, dtypes, dtype, padding, boundary, sizes, implementation, backend) -> Plan:
     resolved = resolve(equation, shapes, tuple(map(str, dtypes)), padding, boundary, dict(sizes))
-    problem = Problem(resolved, (*dtypes, dtype), backend)
+    known = resolved.planned()  # whose sizes can be compared
+    problem = Problem(known, (*dtypes, dtype), backend)
     lowering, match = first_match(IMPLEMENTATIONS[implementation], problem)
-    products = math.prod(resolved.sizes.values())
+    products = math.prod(known.sizes.values())
     summed = len(resolved.sizes) > len(axes_of(resolved.output)) or any(resolved.of_term(OUTPUT))
     flops = products * (max(len(shapes) - 1, 0) + int(summed))
     if lowering.flops is not None:
-        flops = lowering.flops(resolved, match)
-    moved = sum(math.prod(s) * d.itemsize for s, d in zip(shapes, dtypes, strict=True))
-    moved += math.prod(resolved.output_shape) * dtype.itemsize
-    temporaries = lowering.temporaries(resolved, match, max(d.itemsize for d in (dtype, *dtypes)))
+        flops = lowering.flops(known, match)
+    moved = sum(math.prod(s) * d.itemsize for s, d in zip(known.shapes, dtypes, strict=True))
+    moved += math.prod(known.output_shape) * dtype.itemsize
+    temporaries = lowering.temporaries(known, match, max(d.itemsize for d in (dtype, *dtypes)))
 
     # an eager call dispatches one program; in a program that is traced it stands as if there were no jit
     @functools.partial(jax.jit, static_argnums=1, inline=True)
@@ -102,7 +103,7 @@ def _plan(equation, shapes, dtypes, dtype, padding, boundary, sizes, implementat
     def run(operands: list[jax.Array], precision: lax.PrecisionLike) -> jax.Array:
         return evaluate(lowering, resolved, match, operands, precision, dtype)
 
-    detail = lowering.describe(resolved, match)
+    detail = lowering.describe(known, match)
     return Plan(resolved, dtypes, dtype, lowering.name, detail, flops, moved, temporaries, run)
 
 

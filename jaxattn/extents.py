@@ -21,7 +21,7 @@ from jaxattn.notation import (
     Token,
     parse,
 )
-from jaxattn.sizes import is_int
+from jaxattn.sizes import is_int, is_symbolic, planned
 
 OUTPUT = -1  # the output among the terms: the last
 Shapes = tuple[tuple[int, ...], ...]
@@ -90,6 +90,11 @@ class Resolved:
             scattered.get((len(self.operands), dim), math.prod(self.sizes[axis] for axis in token.axes))
             for dim, token in enumerate(self.output)
         )
+
+    def planned(self) -> "Resolved":
+        """The same with a few entries for what `jax.export` leaves open: by it the way to compute is chosen."""
+        shapes = tuple(tuple(map(planned, shape)) for shape in self.shapes)
+        return dataclasses.replace(self, shapes=shapes, sizes={a: planned(n) for a, n in self.sizes.items()})
 
     def of_term(self, term: int) -> dict[int, Affine]:
         """The affine tokens of one term, by dimension; `OUTPUT` is the output's."""
@@ -188,6 +193,12 @@ class _Resolver:
     def ready(self, token: Token, scattered: bool) -> bool:
         """Whether the index of an affine token can be told: its windows are known, and on the right its position."""
         return all(axis in self.sizes for axis in token.axes[not scattered :])
+
+    def refuse_symbolic(self, token: Token, length: int | None) -> None:
+        """Of a sum every index is told before the program is made."""
+        if any(map(is_symbolic, [*([] if length is None else [length]), *(self.sizes.get(a, 0) for a in token.axes)])):
+            message = f"'{token.text}' must have sizes that are known: symbolic may be an axis that stands by itself"
+            raise self.fail(ExtentError, message, token.columns())
 
     def infer(self, token: Token, length: int, pad: Padding) -> None:
         """The extent of an operand's affine position from its axis and padding, where nothing else gives it."""
@@ -339,6 +350,9 @@ def resolve(
     pads, edges = dict(zip(sums, padding, strict=True)), dict(zip(sums, boundary, strict=True))
     found: dict[tuple[int, int], Affine] = {}
 
+    for k, dim, token in places:
+        if token.affine:
+            state.refuse_symbolic(token, lengths[k][dim])
     composed = [place for place in places if len(place[2].axes) > 1 and not place[2].affine and place[0] < len(shapes)]
     waiting = [place for place in places if place[2].affine]
     while composed or waiting:

@@ -1,31 +1,53 @@
-"""The machine that a function is traced for: this one, unless it is compiled for another."""
+"""The machine that a function is traced for: this one, unless it is traced for another."""
 
-import contextlib
-import contextvars
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import jax
 
-_elsewhere: contextvars.ContextVar[tuple[str, int] | None] = contextvars.ContextVar("elsewhere", default=None)
+BACKENDS = ("cpu", "gpu", "tpu")
+PLATFORMS = {"cpu": "cpu", "cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}  # as JAX lowers for them
+# JAX looks at it before it takes a program that it has traced already.
+_elsewhere = jax.make_user_context(None)
 
 
 def backend() -> str:
     """ "cpu", "gpu" or "tpu"."""
-    elsewhere = _elsewhere.get()
-    return jax.default_backend() if elsewhere is None else elsewhere[0]
+    return _elsewhere.value[0] if _elsewhere.value else jax.default_backend()
 
 
 def device_count() -> int:
     """All its devices."""
-    elsewhere = _elsewhere.get()
-    return jax.device_count() if elsewhere is None else elsewhere[1]
+    return _elsewhere.value[1] if _elsewhere.value else jax.device_count()
 
 
-@contextlib.contextmanager
-def traced_for(backend: str, devices: int) -> Iterator[None]:
-    """In the block, functions are traced as they would be on a machine with so many devices of that kind."""
-    token = _elsewhere.set((backend, devices))
-    try:
-        yield
-    finally:
-        _elsewhere.reset(token)
+def traced_for(backend: str, devices: int = 1) -> AbstractContextManager[None]:
+    """A context in which functions are traced as they would be on a machine with so many devices of a kind.
+
+    What is exported from another machine has that machine's tiles, dtypes and ways to compute:
+
+    >>> from jax import export
+    >>> x = jax.ShapeDtypeStruct((1, 64, 2, 8), "float32")
+    >>> with jaxattn.traced_for("tpu"):
+    ...     exported = export.export(jax.jit(lambda x: jaxattn.attention(x, x, x)), platforms=["tpu"])(x)
+    >>> exported.platforms
+    ('tpu',)
+
+    `attention` alone, of several platforms and outside of such a context, is lowered for each as for its own machine.
+
+    Args:
+        backend: "cpu", "gpu" or "tpu".
+        devices: of all its processes.
+
+    Raises:
+        ValueError: one of them is none of these.
+    """
+    if not isinstance(backend, str) or backend not in BACKENDS:
+        raise ValueError(f"traced_for: backend (={backend!r}) must be one of {', '.join(map(repr, BACKENDS))}")
+    if not isinstance(devices, int) or isinstance(devices, bool) or devices < 1:
+        raise ValueError(f"traced_for: devices (={devices!r}) must be an int >= 1")
+    return _elsewhere((backend, devices))
+
+
+def lowered_for(platform: str) -> AbstractContextManager[None]:
+    """The context of a platform that JAX lowers for, unless it is told otherwise by `traced_for`."""
+    return _elsewhere(_elsewhere.value or (PLATFORMS[platform], jax.device_count()))

@@ -8,6 +8,8 @@ import numpy as np
 
 # >= 1, but where another annotation of it says from where on, Annotated[Size, 0]
 Size = Annotated[int | np.integer | np.ndarray | Sequence[int | np.integer], 1]
+Extent = Any  # of a batch: an int, or one that `jax.export` leaves open
+A_FEW = 8  # entries of a batch
 
 
 def is_int(value: Any) -> bool:
@@ -19,6 +21,16 @@ def is_int(value: Any) -> bool:
     if isinstance(value, np.ndarray):
         return value.ndim == 0 and value.dtype.kind in "iu"
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def is_symbolic(size: Any) -> bool:
+    """Whether a size is one that `jax.export` leaves open, as of `symbolic_shape("batch, 28, 28")`."""
+    return not isinstance(size, int | np.integer)
+
+
+def planned(size: Any) -> int:
+    """The size that plans are made for: of one that is left open, a few."""
+    return A_FEW if is_symbolic(size) else size
 
 
 def is_sequence(value: Any) -> bool:

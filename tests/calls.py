@@ -184,6 +184,22 @@ OWN: dict[Any, dict[str, Any]] = {
         "bias": draw(8, 2, 3), "scale": 0.5, "relative_bias": draw(2, 5), "logits_soft_cap": 5.0, "tile": 4,
         "dropout_rate": 0.0,
     },
+    jaxattn.attention_scores: {
+        "query": draw(1, 8, 2, 4), "key": draw(1, 8, 2, 4), "window": Window(3), "bias": draw(8, 2, 3), "scale": 0.5,
+        "relative_bias": draw(2, 5), "logits_soft_cap": 5.0,
+    },
+    jaxattn.attention_weights: {
+        "query": draw(1, 8, 2, 4), "key": draw(1, 8, 2, 4), "window": Window(3), "bias": draw(8, 2, 3), "scale": 0.5,
+        "relative_bias": draw(2, 5), "logits_soft_cap": 5.0, "dropout_rate": 0.0,
+    },
+    jaxattn.attention_at: {
+        "query": draw(1, 5, 2, 4), "positions": draw(1, 5, 1), "key": draw(1, 8, 2, 4), "value": draw(1, 8, 2, 4),
+        "window": Window(3), "bias": draw(5, 2, 3), "scale": 0.5, "relative_bias": draw(2, 5), "logits_soft_cap": 5.0,
+    },
+    jaxattn.traced_for: {"backend": "tpu", "devices": 2},
+    jaxattn.mix: {
+        "weights": draw(1, 8, 2, 5), "value": draw(1, 8, 2, 4), "window": Window(3), "extra_value": draw(1, 2, 2, 4)
+    },
     jaxattn.attention_plan: {"query": draw(1, 8, 2, 4), "key": draw(1, 8, 2, 4), "value": draw(1, 8, 2, 4)},
     jaxattn.merge_attentions: {"outputs": [draw(4, 2, 3)], "lses": [draw(4, 2)]},
     jaxattn.einsum: {"equation": "i+r c, r c o -> i o", "operands": (draw(5, 2), draw(3, 2, 4)), "padding": "SAME"},

@@ -30,6 +30,7 @@ MENDED = [function for function in CALLS if function.__name__ not in ELSEWHERE]
 UNCALLED = {"Plan", "AttentionPlan", "Row", "QueryKeyMetric", "table"}
 POOLING = ("ResNet", "EfficientNet", "ViT", "ConvNeXt", "Swin", "NAT", "MaxViT", "CoAtNet")  # with no classes
 BAD = {"0": 0, "-1": -1, "1.5": 1.5, "'3'": "3", "None": None, "nan": math.nan, "inf": math.inf, "1j": 1j}
+ATTENTIONS = ("attention", "attention_at", "attention_scores", "attention_weights")
 MEANS = {  # by the argument, or by "function.argument"
     **dict.fromkeys(("scale", "query_scale", "gate", "locality_strength"), ("0", "-1", "1.5")),
     **dict.fromkeys(("halo", "shift", "dropout_rate", "drop_path", "dropout"), ("0",)),
@@ -43,7 +44,7 @@ MEANS = {  # by the argument, or by "function.argument"
     "logits_soft_cap": ("1.5",),
     "axis": ("0",),
     "weights": ("an axis more",),  # of a batch
-    "attention_maps.weights": (),
+    **dict.fromkeys(("attention_maps.weights", "mix.weights"), ()),
     "mask": ("no axes", "an axis more"),  # what broadcasts
     **dict.fromkeys(("Conv.mask", "nearest_conv.mask"), ("no axes",)),
     "inline_svg.name": ("'3'",),
@@ -54,8 +55,8 @@ MEANS = {  # by the argument, or by "function.argument"
     "ViT.epsilon": ("1.5",),
     "plain.text": ("'3'",),
     "can_be_drawn.text": ("'3'",),
-    "attention.bias": ("1.5", "nan", "inf", "no axes"),
-    "attention.mask": ("no axes",),
+    **{f"{name}.bias": ("1.5", "nan", "inf", "no axes") for name in ATTENTIONS},
+    **{f"{name}.mask": ("no axes",) for name in ATTENTIONS},
     "attention_plan.bias": ("None", "1.5", "nan", "inf"),
     "attention_plan.mask": ("None",),
 }

@@ -108,8 +108,8 @@ def test_the_command(tmp_path, capsys):
 @pytest.mark.full
 def test_a_volume_is_split(capsys):
     """Windows in three dimensions: the halo goes round, and a split grid takes less memory."""
-    network = ["compile", "--model", "volume_small", "--mix", "attention", "--shift", "0", "--no-flip", "--batch-size", "1"]
-    volume = ["--image-shape", "64", "16", "16", "1", "--classes", "3"]
+    network = ["compile", "--model", "volume_small", "--mix", "attention", "--batch-size", "1"]
+    volume = ["--shift", "0", "--no-flip", "--image-shape", "64", "16", "16", "1", "--classes", "3"]
     temporaries = {}
     for count in (1, 4):
         cli.main([*network, *volume, "--topology", f"cpu:{count}", "--mesh", f"space={count}"])

@@ -31,6 +31,8 @@ FLOOR = {
     "attention": 4,
     "attention_plan": 5,
     "halo": 5,
+    "parts": 5,
+    "at": 5,
     "measure": 5,
     "zoo": 6,
     "nn": 7,

@@ -17,7 +17,7 @@ from jaxattn.kernels.tpu.backend import INTERPRETED, TPU
 from jaxattn.machine import traced_for
 
 CORE = ["5 x 5, mask", "strided"]
-# an interpreted kernel takes ten seconds, so not every geometry of the contract: each property of one, and where two meet
+# an interpreted kernel takes ten seconds, so not all geometries of the contract: each property, and some that meet
 WINDOWED = [
     *CORE,
     *("shift", "zero", "reflect", "wrap", "longer than the grid, mask", "dilation 3, wrap", "stride 2, dilation 3"),

@@ -9,7 +9,7 @@ Within a tile, scores are [*batch, key_heads, group, *queries, *columns].
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -31,13 +31,21 @@ from jaxattn.kernels.operands import (
 )
 from jaxattn.kernels.terms import Rows, Tables
 from jaxattn.normalize import NORMALIZERS, logsumexp
+from jaxattn.sizes import Extent, planned
+
+Body = Callable[[Operands, Options, Rows, Tables], tuple[Array, ...]]  # arrays [*batch, *queries, ...] of one tile
 
 
 def attend(operands: Operands, options: Options) -> tuple[Array, ...]:
     """The output [*batch, *queries, heads, value_dim]; with `options.residuals` also lse [*batch, *queries, heads]."""
-    query, axes = operands.query, options.axes
-    if 0 in query.shape[:-1]:
+    if 0 in operands.query.shape[:-1]:
         return empty_result(operands, options)
+    return over_tiles(_attend_tile, operands, options)[: 1 + options.residuals]
+
+
+def over_tiles(body: Body, operands: Operands, options: Options) -> tuple[Array, ...]:
+    """What `body` makes of every tile, put together: [*batch, *queries, ...]."""
+    query, axes = operands.query, options.axes
     batch, heads, dims = query.ndim - len(axes) - 2, query.shape[-2], (query.shape[-1], operands.value.shape[-1])
     backend = machine.backend()
     sizes = options.tile or tiles.best_sizes(axes, heads, dims, backend)
@@ -46,54 +54,75 @@ def attend(operands: Operands, options: Options) -> tuple[Array, ...]:
     tile = np.unravel_index(np.arange(math.prod(grid)), grid)
     own = _cut_queries(operands, options, tables)
 
-    def run(own: dict[str, Array], tile: Sequence[Any]) -> tuple[Array, Array]:
+    def run(own: dict[str, Array], tile: Sequence[Any]) -> tuple[Array, ...]:
         rows = tuple(tiles.rows_of(table, t, axis) for table, t, axis in zip(tables, tile, axes, strict=True))
         own = own | _take_keys(operands, rows, tables)
-        return _attend_tile(operands._replace(**own), options, rows, tables)
+        return body(operands._replace(**own), options, rows, tables)
 
     columns = math.prod(table.keys.shape[1] for table in tables)
-    held = math.prod(query.shape[:batch]) * heads * tiles.tile_numbers(math.prod(sizes), columns, dims)
+    held = planned(math.prod(query.shape[:batch])) * heads * tiles.tile_numbers(math.prod(sizes), columns, dims)
     at_once = tiles.tiles_per_step(math.prod(grid), max(1, tiles.step_budget(backend) // held))
     if math.prod(grid) == 1:  # nothing to loop over, and a static place
-        output, lse = jax.tree.map(lambda x: x[None], run({name: x[0] for name, x in own.items()}, [0] * len(axes)))
+        found = jax.tree.map(lambda x: x[None], run({name: x[0] for name, x in own.items()}, [0] * len(axes)))
     elif at_once == math.prod(grid):
-        output, lse = jax.vmap(run)(own, tuple(map(jnp.asarray, tile)))
+        found = jax.vmap(run)(own, tuple(map(jnp.asarray, tile)))
     else:
         each = (own, tuple(map(jnp.asarray, tile)))
-        output, lse = jax.lax.map(lambda one: jax.checkpoint(run)(*one), each, batch_size=at_once)
-    return tuple(_restore(x, tables, batch) for x in (output, lse)[: 1 + options.residuals])
+        found = jax.lax.map(lambda one: jax.checkpoint(run)(*one), each, batch_size=at_once)
+    return tuple(_restore(x, tables, batch) for x in found)
 
 
 def _attend_tile(operands: Operands, options: Options, rows: Rows, tables: Tables) -> tuple[Array, Array]:
     """One tile, whose queries and columns are the grids of `operands`: [*batch, *queries, heads, ...]."""
+    weights, extra, lse = weigh(operands, options, rows, tables)
+    return mix(weights, extra, operands, options), lse.reshape(operands.query.shape[:-1])
+
+
+def weigh(operands: Operands, options: Options, rows: Rows, tables: Tables) -> tuple[Array, Array, Array]:
+    """The weights of a tile's slots, [*batch, key_heads, group, *queries, *columns], those of the extra tokens,
+    [*batch, key_heads, group, queries, extra], and lse, [*batch, queries, key_heads, group]."""
     rank = len(rows)
-    scores, mask = _scores(operands, options, rows, tables)
     in_slots = options.normalize not in NORMALIZERS.values()  # a function of the caller's sees a window in order
-    if in_slots:
-        scores, mask = (_to_slots(x, options, rows, tables) for x in (scores, mask))
-    shape = scores.shape  # [*batch, key_heads, group, *queries, *columns or *slots]
-    scores, mask = _flat(scores, rank), _flat(mask, rank)
-    width = scores.shape[-1]
-    if operands.extra_key is not None:
-        extra = soft_capped(_products(operands, operands.extra_key, options), operands.soft_cap)
-        scores = jnp.concatenate([scores, extra], -1)
-        seen = jnp.ones_like(extra, bool)
-        if operands.extra_mask is not None:
-            seen = seen & jnp.expand_dims(terms.flat_grid(operands.extra_mask, rank, trailing=1), (-3, -4))
-        mask = jnp.concatenate([mask, seen], -1)
+    (scores, mask), shape = score(operands, options, rows, tables, in_slots)
     weights = apply_normalizer(options.normalize, scores, mask)
     lse = jnp.moveaxis(logsumexp(scores, mask), -1, -3)
+    width = math.prod(shape[-rank:])
     weights, extra = weights[..., :width].reshape(shape), weights[..., width:]
     if in_slots:
         weights = terms.to_columns(weights, options, rows, tables)
     if options.dropout_rate > 0:
         kept, kept_extra = terms.dropout(operands, options, rows, tables)
         weights, extra = weights * kept, extra * kept_extra
-    output = _mix(_flat(weights, rank), terms.flat_grid(operands.value, rank), options)
+    return weights, extra, lse
+
+
+def score(
+    operands: Operands, options: Options, rows: Rows, tables: Tables, in_slots: bool
+) -> tuple[tuple[Array, Array], tuple[Extent, ...]]:
+    """The final scores of a tile and who takes part, [*batch, key_heads, group, queries, columns + extra tokens], or by
+    slot; and the shape that those of the slots have before their axes are made one."""
+    scores, mask = _scores(operands, options, rows, tables)
+    if in_slots:
+        scores, mask = (to_slots(x, options, rows, tables) for x in (scores, mask))
+    shape = scores.shape  # [*batch, key_heads, group, *queries, *columns or *slots]
+    scores, mask = flat(scores, len(rows)), flat(mask, len(rows))
+    if operands.extra_key is not None:
+        extra = soft_capped(_products(operands, operands.extra_key, options), operands.soft_cap)
+        scores = jnp.concatenate([scores, extra], -1)
+        seen = jnp.ones_like(extra, bool)
+        if operands.extra_mask is not None:
+            seen = seen & jnp.expand_dims(terms.flat_grid(operands.extra_mask, len(rows), trailing=1), (-3, -4))
+        mask = jnp.concatenate([mask, seen], -1)
+    return (scores, mask), shape
+
+
+def mix(weights: Array, extra: Array, operands: Operands, options: Options) -> Array:
+    """sum_j A_ij v_j of a tile, [*batch, *queries, heads, value_dim], of weights as `weigh` has them."""
+    rank = len(options.axes)
+    output = _mix(flat(weights, rank), terms.flat_grid(operands.value, rank), options)
     if operands.extra_value is not None:
         output = output + _mix(extra, operands.extra_value, options)
-    grid = operands.query.shape[:-1]
-    return output.reshape(*grid, output.shape[-1]).astype(operands.value.dtype), lse.reshape(grid)
+    return output.reshape(*operands.query.shape[:-1], output.shape[-1]).astype(operands.value.dtype)
 
 
 def _scores(operands: Operands, options: Options, rows: Rows, tables: Tables) -> tuple[Array, Array]:
@@ -118,7 +147,7 @@ def _scores(operands: Operands, options: Options, rows: Rows, tables: Tables) ->
     return without_hidden(scores, mask)
 
 
-def _to_slots(x: Array, options: Options, rows: Rows, tables: Tables) -> Array:
+def to_slots(x: Array, options: Options, rows: Rows, tables: Tables) -> Array:
     """[..., *queries, *columns] by slot; zero, or False, where a slot has no column."""
     for axis, (row, table) in enumerate(zip(rows, tables, strict=True)):
         x = terms.shear(x, row.shift, table.shift, options.axes[axis].size, len(rows), axis)
@@ -136,7 +165,7 @@ def _mix(weights: Array, value: Array, options: Options) -> Array:
     return terms.product("...kgqw,...wkd->...qkgd", weights.astype(value.dtype), value, options)
 
 
-def _flat(x: Array, rank: int) -> Array:
+def flat(x: Array, rank: int) -> Array:
     """[..., *queries, *columns] with one axis for each."""
     return x.reshape(*x.shape[: -2 * rank], math.prod(x.shape[-2 * rank : -rank]), math.prod(x.shape[-rank:]))
 

@@ -22,6 +22,7 @@ from jaxattn.kernels import tiles
 from jaxattn.kernels.layout import AxisLayout, lay_out
 from jaxattn.kernels.operands import Operands, Options
 from jaxattn.kernels.tiles import AxisTiles
+from jaxattn.sizes import Extent, is_symbolic, planned
 
 Rows = tuple[AxisTiles, ...]  # an axis each, with a row for each tile of a step
 
@@ -74,23 +75,25 @@ def plan_loop(operands: Operands, options: Options) -> Loop:
 
 
 @functools.lru_cache(maxsize=128)
-def _plan(options: Options, batch: int, heads: int, dims: tuple[int, int], backend: str, devices: int) -> Loop:
+def _plan(options: Options, batch: Extent, heads: int, dims: tuple[int, int], backend: str, devices: int) -> Loop:
     axes = options.axes
     sizes = options.tile or tiles.best_sizes(axes, heads, dims, backend)
     held = heads * tiles.tile_numbers(
         math.prod(sizes), math.prod(tiles.reach(a, t) for a, t in zip(axes, sizes, strict=True)), dims
     )
     room = max(1, tiles.step_budget(backend) // held)
-    least = math.gcd(batch, devices)  # so that a batch that is cut over devices stays where it is
-    if options.dropout_rate > 0:
-        least = batch  # its bits are drawn for the whole batch at once
-    entries = max(n for n in range(least, batch + 1, least) if batch % n == 0 and n <= max(room, least))
+    if is_symbolic(batch) or options.dropout_rate > 0:  # which has no divisors; whose bits are drawn at once
+        entries, chunks = planned(batch), 1
+    else:
+        least = math.gcd(batch, devices)  # so that a batch that is cut over devices stays where it is
+        entries = max(n for n in range(least, batch + 1, least) if batch % n == 0 and n <= max(room, least))
+        chunks = batch // entries
     room, runs = max(1, room // entries), []
     for axis, t in zip(reversed(axes), reversed(sizes), strict=True):
         runs.insert(0, tiles.tiles_per_step(tiles.tile_count(axis, t), room))
         room = max(1, room // runs[0])
     layouts = tuple(lay_out(axis, t, run) for axis, t, run in zip(axes, sizes, runs, strict=True))
-    return Loop(layouts, batch // entries)
+    return Loop(layouts, chunks)
 
 
 # Arrangement

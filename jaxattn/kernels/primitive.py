@@ -20,6 +20,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
+from jaxattn import machine
 from jaxattn.kernels import differentiable
 from jaxattn.kernels.backend import Backend
 from jaxattn.kernels.operands import Operands, Options, statistics_dtype
@@ -122,7 +123,9 @@ def _primitive(name: str, function: Callable, shapes: Callable) -> Primitive:
     primitive.multiple_results = True
     run = lambda *arrays, call: _vmapped(function, call)(*arrays)
     primitive.def_impl(lambda *arrays, call: jax.jit(run, static_argnames="call")(*arrays, call=call))
-    mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=True))
+    lower = mlir.lower_fun(run, multiple_results=True)
+    for platform in machine.PLATFORMS:  # of a program for several, each its own tiles and dtypes
+        mlir.register_lowering(primitive, functools.partial(_lower, lower, platform), platform=platform)
     batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)
 
     @functools.lru_cache(maxsize=1024)
@@ -132,6 +135,11 @@ def _primitive(name: str, function: Callable, shapes: Callable) -> Primitive:
     # the mesh is in what comes out
     primitive.def_abstract_eval(lambda *avals, call: known(jax.sharding.get_abstract_mesh(), avals, call))
     return primitive
+
+
+def _lower(lower: Callable, platform: str, *arguments: Any, **params: Any) -> Any:
+    with machine.lowered_for(platform):
+        return lower(*arguments, **params)
 
 
 def _batch(primitive: Primitive, arrays: Sequence[Any], dims: Sequence[int | None], *, call: Call) -> tuple[Any, Any]:

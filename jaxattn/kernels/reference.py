@@ -47,12 +47,6 @@ def attend(operands: Operands, options: Options) -> tuple[Array, ...]:
     return (output, logsumexp(scores, mask).reshape(grid)) if options.residuals else (output,)
 
 
-def weights(operands: Operands, options: Options) -> Float[Array, "*batch_and_queries heads slots"]:
-    """The weights of slots and then extra tokens: normalised, dropout applied."""
-    weight = _weights(*masked_scores(operands, options), operands, options)
-    return weight.reshape(*operands.query.shape[:-1], weight.shape[-1])
-
-
 def _weights(scores: Array, mask: Array, operands: Operands, options: Options) -> Array:
     weight = apply_normalizer(options.normalize, scores, mask)
     if options.dropout_rate > 0:

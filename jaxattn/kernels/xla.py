@@ -78,7 +78,9 @@ def backward(operands: Operands, cotangents: tuple[Array, ...], options: Options
     loop = loops.plan_loop(operands, options)
     roles = _roles(operands, loop)
     mine = {name: getattr(operands, name) for name in wanted}
-    work, pull = jax.vjp(lambda mine: _prepare(operands._replace(**mine), options, loop, roles), mine)
+    prepare = lambda mine: _prepare_apart(operands._replace(**mine), options, loop, roles)
+    floating, pull, rest = jax.vjp(prepare, mine, has_aux=True)
+    work = floating | rest
     given = [loops.arrange_queries(x, operands, loop) for x in cotangents]
     needed = [name for name in (*MATRICES, *TERMS, "soft_cap") if name in work and _sources(name) & set(wanted)]
     total = {name: _zeros(work[name].shape, _sum_dtype(work[name], roles[name], loop), operands) for name in needed}
@@ -89,7 +91,7 @@ def backward(operands: Operands, cotangents: tuple[Array, ...], options: Options
         return {name: roles[name].add(x, found[name].astype(x.dtype), loop, step) for name, x in total.items()}
 
     total = loops.take_steps(body, total, loop)
-    found = {name: total[name].astype(x.dtype) if name in total else _zero_cotangent(x) for name, x in work.items()}
+    found = {n: total[n].astype(x.dtype) if n in total else jnp.zeros_like(x) for n, x in floating.items()}
     return pull(found)[0]
 
 
@@ -471,6 +473,13 @@ def _prepare(operands: Operands, options: Options, loop: Loop, roles: dict[str, 
     return {name: role.arrange(arrays[name], operands, options, loop) for name, role in roles.items()}
 
 
+def _prepare_apart(*arguments: Any) -> tuple[Arrays, Arrays]:
+    """What it prepares that has a derivative, and what has none."""
+    found = _prepare(*arguments)
+    floating = {name: x for name, x in found.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+    return floating, {name: x for name, x in found.items() if name not in floating}
+
+
 def _taken(work: Arrays, roles: dict[str, Role], loop: Loop, step: Step) -> Arrays:
     """What a step takes of every array: [tiles, entries, *queries or *columns, ...], [entries, ...], or all; of keys
     that are the same in every step, [1, entries, key_heads, columns, ...]."""
@@ -486,12 +495,6 @@ def _sum_dtype(x: Array, role: Role, loop: Loop) -> Any:
     """What several steps add to is held in float32 at least."""
     once = role is QUERIES and not _shared(x, loop)
     return x.dtype if once else statistics_dtype(x.dtype)
-
-
-def _zero_cotangent(x: Array) -> Array | np.ndarray:
-    """A cotangent of zero."""
-    floating = jnp.issubdtype(x.dtype, jnp.floating)
-    return jnp.zeros_like(x) if floating else np.zeros(x.shape, jax.dtypes.float0)
 
 
 def _zeros(shape: tuple[int, ...], dtype: Any, operands: Operands) -> Array:

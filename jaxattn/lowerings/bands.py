@@ -27,6 +27,7 @@ from jaxtyping import Array
 
 from jaxattn import machine
 from jaxattn.lowerings.trilinear import others, trilinear
+from jaxattn.sizes import Extent, is_symbolic, planned
 
 # Queries of a tile: more of them waste more of the matrix, fewer leave less to a product.
 QUERIES = 16
@@ -141,9 +142,11 @@ def matrix_elements(axes: Sequence[BandAxis]) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def _tile(axes: tuple[BandAxis, ...], n: int, m: int, devices: int) -> _Tiling:
+def _tile(axes: tuple[BandAxis, ...], n: Extent, m: Extent, devices: int) -> _Tiling:
+    if is_symbolic(n):
+        return _Tiling(axes, tile_sizes(axes), n, 1)
     least = math.gcd(n, devices)  # so that what is cut over devices stays where it is
-    room = STEP // (m * matrix_elements(axes))
+    room = STEP // (planned(m) * matrix_elements(axes))
     entries = max(e for e in range(least, n + 1, least) if n % e == 0 and e <= max(room, least))
     return _Tiling(axes, tile_sizes(axes), entries, n // entries)
 

@@ -147,7 +147,11 @@ def _run(resolved: Resolved, steps: list[Step], operands, precision, accumulate)
         for pair, lowering, match in steps:
             mine = [left[k] for k in pair.places]
             left = [x for k, x in enumerate(left) if k not in pair.places]
-            left.append(evaluate(lowering, pair.resolved, match, mine, precision, accumulate))
+            sizes = {
+                name: resolved.sizes.get(name, n) for name, n in pair.resolved.sizes.items()
+            }  # and what is left open
+            mended = dataclasses.replace(pair.resolved, sizes=sizes, shapes=tuple(x.shape for x in mine))
+            left.append(evaluate(lowering, mended, match, mine, precision, accumulate))
     return left[0]
 
 

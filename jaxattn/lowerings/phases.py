@@ -64,7 +64,8 @@ def _by_phase(conv: Convolution, resolved: Resolved, x, w, y_at: list[int], prec
         y = lax.collapse(y, dim, dim + 2)
     starts = [axis.low % axis.stride for axis in axes]
     stops = [start + axis.length for start, axis in zip(starts, axes, strict=True)]
-    y = lax.slice(y, [0, *starts, 0], [len(y), *stops, features])
+    for dim, (start, stop) in enumerate(zip(starts, stops, strict=True), 1):
+        y = lax.slice_in_dim(y, start, stop, axis=dim)
     return y.transpose(sorted(range(y.ndim), key=lambda g: y_at[g]))
 
 

@@ -12,12 +12,12 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float, Real
 
-from jaxattn.attention import attention
 from jaxattn.checked import checked
 from jaxattn.halo import shard_count, split_attention
 from jaxattn.nn.grid import GridModule
 from jaxattn.nn.layer import Normalize, default_bias_init, default_kernel_init, small_init
 from jaxattn.normalize import NORMALIZERS
+from jaxattn.parts import attention_weights
 from jaxattn.sizes import Size
 from jaxattn.window import Window
 
@@ -340,24 +340,13 @@ class Attention(GridModule):
         }
 
     def _weights(self, query: Array, key: Array, terms: dict[str, Any], shape: tuple[int, ...]) -> Array:
-        """[*batch, *query_grid, heads, slots]: `attention` returns no weights, but its normaliser makes them."""
-        seen, normalize = [], terms["normalize"]
-        normalize = NORMALIZERS[normalize] if isinstance(normalize, str) else normalize
-
-        sink = terms["sink_logits"]
-
-        def look(scores, mask):
-            slots = scores.shape[-1]
-            if sink is not None:  # one more key, which is not shown
-                scores = jnp.concatenate([scores, jnp.broadcast_to(sink[:, None], (*scores.shape[:-1], 1))], -1)
-                mask = jnp.concatenate([mask, jnp.ones_like(mask[..., :1])], -1)
-            seen.append(jnp.where(mask, normalize(scores, mask), 0)[..., :slots])
-            return seen[-1]
-
-        looking: dict[str, Any] = {**terms, "normalize": look, "sink_logits": None}
-        attention(query, key, key, **looking, implementation="reference")
+        """[*batch, *query_grid, heads, slots]."""
+        terms = dict(terms)
+        if terms.pop("grid_sizes") is not None:
+            raise ValueError(f"{type(self).__name__}: grid_sizes must be None where the weights are asked for")
+        weights = attention_weights(query, key, **terms, precision=self.precision)
         before = query.shape[:-2] if self.window is not None else shape[:-1]
-        return seen[0].reshape(*before, self.num_heads, -1)
+        return weights.reshape(*before, self.num_heads, -1)
 
     def _dropout_key(self, deterministic: bool | None, rngs: nnx.Rngs | nnx.RngStream | None):
         deterministic = self.deterministic if deterministic is None else deterministic

@@ -20,7 +20,7 @@ def build(config: Config, image_shape: tuple[int, ...], num_classes: int) -> nnx
         raise InputError(f"images (={image_shape}) must have {rank} axes and channels for model (={config.model!r})")
     flat = [f"{name} (={getattr(config, name)})" for name in FLAT if getattr(config, name)]
     if rank == 3 and flat:
-        raise InputError(f"{' and '.join(flat)} must be off for volumes, by 0 or False: images of two axes alone have it")
+        raise InputError(f"{' and '.join(flat)} must be off for volumes, by 0 or False: they need two axes")
     settings = {
         "num_classes": num_classes,
         "in_features": channels,

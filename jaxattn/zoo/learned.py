@@ -13,7 +13,7 @@ from jaxtyping import ArrayLike, Real
 from jaxattn.attention import attention
 from jaxattn.checked import MeshAxis
 from jaxattn.halo import shard_count, split_attention
-from jaxattn.sizes import Size, per_axis
+from jaxattn.sizes import Size, is_symbolic, per_axis
 from jaxattn.window import Window
 from jaxattn.zoo.heads import join
 from jaxattn.zoo.parameters import affine, parameters
@@ -125,7 +125,11 @@ def parameter_key_attention(
     heads, width = params["key"].shape[-2:]
     query = jnp.broadcast_to(x[..., None, :], (*x.shape[:-1], heads, x.shape[-1]))
     query = affine("... c, c h d -> ... h d", x, params, "query", precision) if "query" in params else query
-    tokens = query.reshape(math.prod(x.shape[:-1]), heads, width)  # all in one sequence: they don't see each other
     how: dict[str, Any] = {"scale": scale, "normalize": normalize, "precision": precision}
-    y = attention(tokens, params["key"], params["value"], **how)
+    attend = lambda tokens: attention(tokens, params["key"], params["value"], **how)
+    batch = [n for n in x.shape[:-1] if is_symbolic(n)]
+    for _ in batch:  # which no sequence can take in
+        attend = jax.vmap(attend)
+    # the others in one sequence: tokens don't see each other
+    y = attend(query.reshape(*batch, math.prod(x.shape[len(batch) : -1]), heads, width))
     return join(y.reshape(*x.shape[:-1], *y.shape[-2:]), params, precision)

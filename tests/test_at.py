@@ -1,0 +1,196 @@
+"""Attention of queries at given places: against loops in NumPy, and the grid's own at the grid's own places."""
+
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from contract import close, problem, quicker
+
+from jaxattn import attention_at
+from jaxattn.window import Window
+
+CASES = {
+    "shift": ((7,), dict(size=4)),
+    "zero and wrap, dilated": ((6, 5), dict(size=(3, 2), boundary=("zero", "wrap"), dilation=(2, 1))),
+    "reflect, mask": ((4, 5), dict(size=(3, 5), boundary=("reflect", "mask"), offset=(0, -1))),
+    "causal": ((8,), dict(size=3, causal=True, boundary="mask")),
+    "edge, blocks": ((5, 6), dict(size=(2, 3), block=(1, 3), boundary=("edge", "shift"))),
+    "valid, one token": ((6, 1), dict(size=(3, 1), boundary="valid")),
+}
+
+
+def interpolated(table, entry):
+    """A table at a place between its entries; beyond the last of an axis, that one. Complex numbers pass through."""
+    value = 0.0
+    for corner in itertools.product((0, 1), repeat=len(entry)):
+        weight, index = 1.0, []
+        for e, side, n in zip(entry, corner, table.shape, strict=False):
+            low = math.floor(np.real(e))
+            weight = weight * ((e - low) if side else 1 - (e - low))
+            index.append(min(max(low + side, 0), n - 1))
+        value = value + weight * table[tuple(index)]
+    return value
+
+
+def nearest_rows(x, grid, sizes, geometry):
+    """By axis: where the slots of the nearest token are, as (position, key, takes part), and the dilation."""
+    rows = []
+    for a, (n, k) in enumerate(zip(grid, sizes, strict=True)):
+        here = {name: value[a] if isinstance(value, tuple) else value for name, value in geometry.items()}
+        here["stride"] = 1
+        table = oracle.axis_slots(n, k, **here)
+        place = np.real(x[a])
+        token = math.floor(place) if here["causal"] else math.floor(place + 0.5)
+        turns = token // n if here["boundary"] == "wrap" else 0
+        token = token - turns * n if here["boundary"] == "wrap" else min(max(token, 0), len(table) - 1)
+        rows.append(([(p + turns * n, j, part) for p, j, part in table[token][1]], here["dilation"]))
+    return rows
+
+
+def loops(query, positions, key, value, relative_bias, key_embedding, bias, *, grid, sizes, geometry, key_mask, ids):
+    batch, n, heads, dim = query.shape
+    output = np.zeros((*query.shape[:-1], value.shape[-1]), complex)
+    for b, i, h in np.ndindex(batch, n, heads):
+        x, shared = positions[b, i], h // (heads // key.shape[-2])
+        axes = nearest_rows(x, grid, sizes, geometry)
+        scores, values = [], []
+        for slot in itertools.product(*map(range, sizes)):
+            picked = [row[u] for (row, _), u in zip(axes, slot, strict=True)]
+            j = None if any(key_ is None for _, key_, _ in picked) else tuple(key_ for _, key_, _ in picked)
+            if not all(part for _, _, part in picked):
+                continue
+            if j is not None and not (key_mask[b][j] and ids[0][b, i] == ids[1][b][j]):
+                continue
+            entry = [k - 1 + (p - at) / d for (p, _, _), at, k, (_, d) in zip(picked, x, sizes, axes, strict=True)]
+            score = interpolated(relative_bias[h], entry) + query[b, i, h] @ interpolated(key_embedding[h], entry)
+            score = score + bias[b, i, h][slot] + (0 if j is None else query[b, i, h] @ key[b][j][shared] * dim**-0.5)
+            scores.append(score)
+            values.append(np.zeros(value.shape[-1]) if j is None else value[b][j][shared])
+        if scores:
+            weights = np.exp(np.array(scores) - np.max(np.real(scores)))
+            output[b, i, h] = weights @ np.array(values) / weights.sum()
+    return output
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.full] * (k != 1)) for k, n in enumerate(CASES)])
+def test_against_loops(name):
+    """Values, and the gradient of every operand, positions too: along a direction, by a complex step, which is exact.
+    Queries on the grid and off it, between tokens."""
+    grid, given = CASES[name]
+    window, rng = Window(**given), np.random.default_rng(len(name))
+    n, heads, key_heads, dim = 5, 2, 1, 3
+    tables = tuple(2 * k - 1 for k in window.sizes)
+    operands = {
+        "query": rng.normal(size=(1, n, heads, dim)),
+        "positions": rng.uniform(-2, max(grid) + 1, size=(1, n, len(grid))),
+        "key": rng.normal(size=(1, *grid, key_heads, dim)),
+        "value": rng.normal(size=(1, *grid, key_heads, 2)),
+        "relative_bias": rng.normal(size=(heads, *tables)),
+        "key_embedding": rng.normal(size=(heads, *tables, dim)),
+        "bias": rng.normal(size=(1, n, heads, *window.sizes)),
+    }
+    mask = rng.random((1, *grid)) < 0.8
+    ids = rng.integers(0, 2, (1, n)), rng.integers(0, 2, (1, *grid))
+    direction = {name: rng.normal(size=x.shape) for name, x in operands.items()}
+    attend = lambda operands: attention_at(**operands, window=window, mask=(mask, None), segment_ids=ids)
+
+    @functools.partial(jax.jit, compiler_options=quicker)
+    def run(operands):
+        output, tangent = jax.jvp(attend, (operands,), (direction,))
+        return output, tangent, jax.vjp(jax.checkpoint(attend), operands)[1](tangent)[0]
+
+    with jax.numpy_dtype_promotion("strict"):
+        output, tangent, cotangents = run(operands)
+    geometry = {name: getattr(window, name) for name in ("dilation", "block", "causal", "boundary", "offset")}
+    told = dict(grid=grid, sizes=window.sizes, geometry=geometry, key_mask=mask, ids=ids)
+    close(output, np.real(loops(**operands, **told)), jnp.float64, "output")
+    for part in operands:
+        step = loops(**operands | {part: operands[part] + 1e-30j * direction[part]}, **told).imag / 1e-30
+        sent = (np.asarray(tangent) * step).sum()
+        np.testing.assert_allclose((cotangents[part] * direction[part]).sum(), sent, rtol=1e-9, atol=1e-9, err_msg=part)
+    moved = loops(**{part: x + 1e-30j * direction[part] for part, x in operands.items()}, **told).imag / 1e-30
+    close(tangent, moved, jnp.float64, "tangent")
+
+
+OWN = ["stride 2, dilation 3", "offset behind, wrap", "causal, block 3", "Swin, ragged", "3-D, all at once", "reflect"]
+
+
+@pytest.mark.parametrize("geometry", [pytest.param(g, marks=[pytest.mark.full] * (g != OWN[0])) for g in OWN])
+def test_at_the_grids_own_places_it_is_the_grids_own(geometry):
+    """Of the contract, whose oracle knows only the grid; with integers, and with numbers that are whole."""
+    made = problem(geometry, "everything, embedded by axis")
+    stride = np.array(made.window.stride)
+    places = np.indices(made.queries).reshape(len(made.queries), -1).T * stride
+    expected = made.expected(made.cotangents())[0]
+    options = dict(made.options)
+    given, n = dict(made.operands), len(places)
+    given["key_embedding"] = (
+        tuple(given.pop(name) for name in sorted(given) if name.startswith("key_embedding_")) or None
+    )
+    given["query"] = given["query"].reshape(*made.batch, n, *given["query"].shape[-2:])
+    if "bias" in given:
+        given["bias"] = given["bias"].reshape(*made.batch, n, made.heads, *made.window.sizes)
+    query_ids, key_ids = options["segment_ids"]
+    options["segment_ids"] = (query_ids.reshape(*made.batch, n), key_ids)
+    attend = functools.partial(attention_at, window=made.window, **options)
+
+    @functools.partial(jax.jit, compiler_options=quicker)
+    def run(given):
+        places_ = jnp.broadcast_to(places, (*made.batch, *places.shape))
+        whole = attend(positions=places_, **given)
+        return whole, attend(positions=places_.astype(float), **given)
+
+    for output, lse in run(given):
+        close(output.reshape(expected[0].shape), expected[0], jnp.float64, "output")
+        np.testing.assert_allclose(lse.reshape(expected[1].shape), expected[1], rtol=1e-10)
+
+
+@pytest.mark.full
+def test_vmap_and_bfloat16():
+    rng = np.random.default_rng(0)
+    key, places = rng.normal(size=(3, 6, 5, 2, 4)), rng.uniform(0, 5, (3, 8, 2))
+    query, table = rng.normal(size=(3, 8, 2, 4)), rng.normal(size=(2, 5, 5))
+    attend = functools.partial(attention_at, window=Window((3, 3)), relative_bias=table)
+
+    @functools.partial(jax.jit, compiler_options=quicker)
+    def run(query, places, key):
+        half = [x.astype(jnp.bfloat16) for x in (query, key)]
+        low = attention_at(half[0], places, half[1], half[1], window=Window((3, 3)), relative_bias=table)
+        each = jax.vmap(lambda q, p, k: attend(q, p, k, k))(query, places, key)
+        return attend(query, places, key, key), each, low
+
+    whole, each, low = run(query, places, key)
+    np.testing.assert_allclose(each, whole, rtol=1e-12)
+    assert low.dtype == jnp.bfloat16
+    np.testing.assert_allclose(low, whole, atol=3e-2)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"positions": jnp.zeros((4, 2))}, r"attention_at: positions \(=float\d+\[4, 2\]\) must be .* = \[5, 2\]"),
+        ({"positions": jnp.zeros((5, 2), bool)}, r"attention_at: positions \(=bool\[5, 2\]\) must be integers or"),
+        ({"window": None}, r"attention_at: window \(=None\) must be a jaxattn.Window"),
+        ({"window": Window((9, 3))}, r"Window: the grid .* size .=9"),
+        ({"window": Window(3)}, r"attention_at: positions .* = \[5, 1\]"),
+        ({"query": jnp.zeros((1, 5, 2, 4))}, r"attention_at: positions .* = \[1, 5, 2\]"),
+        ({"key": jnp.zeros((6, 7, 2, 3))}, r"attention_at: (value|key) "),
+        ({"bias": jnp.zeros((4, 2, 3, 3))}, r"attention_at: bias .* \(5, 2, 3, 3\)"),
+        ({"segment_ids": jnp.zeros((5,), int)}, r"attention_at: segment_ids"),
+        ({"relative_bias": jnp.zeros((2, 5, 4))}, r"attention_at: relative_bias"),
+        (
+            {"window": Window((3, 3), boundary="mask", offset=5), "relative_bias": jnp.zeros((2, 5, 5))},
+            r"Window: offset",
+        ),
+    ],
+)
+def test_refusals(changed, message):
+    given = {"query": jnp.zeros((5, 2, 4)), "positions": jnp.zeros((5, 2))}
+    given |= {"key": jnp.zeros((6, 7, 2, 4)), "value": jnp.zeros((6, 7, 2, 4)), "window": Window((3, 3))} | changed
+    with pytest.raises(ValueError, match=message):
+        attention_at(**given)

@@ -61,8 +61,9 @@ def embedding(params, h, delta, size):
     return sum(rows) if len(rows[0]) == params["query"].shape[-1] else np.concatenate(rows)
 
 
-def bias(params, h, delta, size, dilation=1):
-    return params["relative_bias"][(h, *(k - 1 + d // dilation for d, k in zip(delta, size, strict=True)))]
+def bias(params, h, delta, size, dilation=None):
+    steps = zip(delta, size, dilation or (1,) * len(size), strict=True)
+    return params["relative_bias"][(h, *(k - 1 + d // step for d, k, step in steps))]
 
 
 def everywhere(grid):
@@ -70,11 +71,12 @@ def everywhere(grid):
 
 
 def standing(ranges, grid, zeros):
-    """The places of a box; outside the grid zeros stand, or nothing."""
+    """The places of a box; outside the grid zeros stand, or nothing, on each axis or on some."""
     for j in itertools.product(*ranges):
-        inside = all(0 <= p < n for p, n in zip(j, grid, strict=True))
-        if inside or zeros:
-            yield j, inside
+        there = [0 <= p < n for p, n in zip(j, grid, strict=True)]
+        filled = zeros if isinstance(zeros, tuple) else (zeros,) * len(grid)
+        if all(map(max, there, filled)):
+            yield j, all(there)
 
 
 def usual(scale, params):
@@ -126,16 +128,18 @@ def nearest(i, n, k, dilation):
     return min((run for run in runs if run[-1] < n), key=lambda run: abs(run[k // 2] - i))
 
 
-def neighborhood_attention(x, params, size, dilation=1, stride=1, scale=None):
+def neighborhood_attention(x, params, size, dilation=1, stride=1, scale=None, sees=None):
+    """`sees`: how many tokens along each axis, where there are not as many as `size`."""
     grid, scale = x.shape[:-1], usual(scale, params)
+    dilation, stride = (v if isinstance(v, tuple) else (v,) * len(grid) for v in (dilation, stride))
 
     def neighbours(i):
-        runs = [nearest(a, n, k, dilation) for a, n, k in zip(i, grid, size, strict=True)]
+        runs = [nearest(*along) for along in zip(i, grid, size if sees is None else sees, dilation, strict=True)]
         return [(j, True) for j in itertools.product(*runs)]
 
     learned = lambda h, delta: bias(params, h, delta, size, dilation) if "relative_bias" in params else 0.0
     y = attend(x, params, neighbours, lambda h, q, k, delta: scale * q @ k + learned(h, delta))
-    return y[tuple(slice(None, None, stride) for _ in grid)]
+    return y[tuple(slice(None, None, step) for step in stride)]
 
 
 def shifted_window_attention(x, params, size, shift, scale=None):

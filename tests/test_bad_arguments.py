@@ -27,7 +27,7 @@ HERE = str(pathlib.Path(jaxattn.__file__).parent)
 ELSEWHERE = {"attention_plan", "einsum", "plan"}
 MENDED = [function for function in CALLS if function.__name__ not in ELSEWHERE]
 # Records that are returned, and a function without arguments.
-UNCALLED = {"Plan", "AttentionPlan", "Row", "QueryKeyMetric", "table"}
+UNCALLED = {"Plan", "AttentionPlan", "Row", "QueryKeyMetric", "table", "Rotary"}
 POOLING = ("ResNet", "EfficientNet", "ViT", "ConvNeXt", "Swin", "NAT", "MaxViT", "CoAtNet")  # with no classes
 BAD = {"0": 0, "-1": -1, "1.5": 1.5, "'3'": "3", "None": None, "nan": math.nan, "inf": math.inf, "1j": 1j}
 MEANS = {  # by the argument, or by "function.argument"
@@ -56,6 +56,9 @@ MEANS = {  # by the argument, or by "function.argument"
     "can_be_drawn.text": ("'3'",),
     "attention.bias": ("1.5", "nan", "inf", "no axes"),
     "attention.mask": ("no axes",),
+    **dict.fromkeys(("base", "stretch", "slower"), ("1.5",)),
+    "rotary.offset": ("0", "-1", "1.5"),
+    "rotary_at.positions": ("an axis more",),
 }
 KEPT = ("implementation", "axis_name")  # names, which a constructor only keeps
 

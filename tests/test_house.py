@@ -22,7 +22,7 @@ FLOOR = {
     "extents": 1,
     "window": 1,
     "normalize": 1,
-    "position": 1,
+    "position": 2,
     "kernels": 2,
     "plots": 2,
     "lowerings": 2,

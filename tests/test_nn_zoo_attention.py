@@ -1,5 +1,6 @@
 """The modules of the zoo's attention layers: each is its formula, trains, and begins where its paper begins."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import jax
@@ -216,3 +217,54 @@ def test_a_named_attention_has_what_attention_has(module):
     seen = layer.weights(x, mask=mask)
     assert (seen == 0).sum() > (weights == 0).sum()
     assert abs(layer(x, mask=mask, deterministic=True) - whole).max() > 0
+
+
+CLIPPED = {  # a layer whose window is larger than its grid, and the loops that it is, with the same parameters
+    "nearest, dilated": (
+        nn.NeighborhoodAttention,
+        {"window": Window((7, 5), dilation=(1, 2), stride=(2, 1))},
+        lambda x, p: oracle.neighborhood_attention(x, p, (7, 5), (1, 2), (2, 1), sees=(4, 3)),
+    ),
+    "dilated by more than there is": (
+        nn.NeighborhoodAttention,
+        {"window": Window((3, 5), dilation=(9, 1))},
+        lambda x, p: oracle.neighborhood_attention(x, p, (3, 5), (4, 1), sees=(1, 5)),
+    ),
+    "cut off at the border": (
+        nn.SASA,
+        {"window": Window((9, 6), boundary="mask", stride=2), "scale": 0.5},
+        lambda x, p: oracle.sasa(x, p, (9, 6), scale=0.5, stride=2),
+    ),
+    "zeros outside": (
+        nn.SASA,
+        {"window": Window((5, 9), boundary=("zero", "mask"))},
+        lambda x, p: oracle.sasa(x, p, (5, 9), zeros=(True, False)),
+    ),
+}
+
+
+@pytest.mark.core(1)
+@pytest.mark.parametrize("name", CLIPPED)
+def test_a_window_larger_than_the_grid_is_cut(name):
+    """Values, and the derivative along a direction of every parameter; what no query reads of a table gets none."""
+    module, kwargs, loop = CLIPPED[name]
+    graphdef, params = drawn(module, 2, 8, 8, **kwargs, clip=True, param_dtype=jnp.float64)
+    x = np.random.default_rng(1).normal(size=(4, 7 if "dilated" in name else 3, 8))
+    with pytest.raises(ValueError, match="must have .* tokens or more") if module is not nn.SASA else nullcontext():
+        module(2, 8, **kwargs, rngs=nnx.Rngs(0))(jnp.asarray(x, jnp.float32))
+
+    @jax.jit
+    def run(params, x):
+        y, pull = jax.vjp(lambda params: nnx.merge(graphdef, params)(x), params)
+        return y, pull(jnp.cos(y))[0], nnx.merge(graphdef, params).weights(x).sum(-1)
+
+    y, gradients, sums = run(params, x)
+    arrays, slopes = (zoo_params(nnx.merge(graphdef, p)) for p in (params, gradients))
+    expected = loop(x, arrays)
+    np.testing.assert_allclose(y, expected, atol=1e-10)
+    np.testing.assert_allclose(sums, 1, atol=1e-12)
+    for n, (operand, array) in enumerate(arrays.items()):
+        direction = np.random.default_rng(n).normal(size=array.shape)
+        along = lambda moved, operand=operand: (np.cos(expected) * loop(x, {**arrays, operand: moved})).sum()
+        slope = oracle.directional(along, array, direction)
+        np.testing.assert_allclose((slopes[operand] * direction).sum(), slope, atol=1e-10 * max(1, abs(slope)))

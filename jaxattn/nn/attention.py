@@ -202,6 +202,11 @@ class Attention(GridModule):
         else:
             self.key_embedding = nnx.data(None)
 
+    @property
+    def keys_axis_name(self) -> str | None:
+        """The mesh axis over which the keys that a query sees may be split."""
+        return self.axis_name
+
     @checked
     def __call__(
         self,
@@ -244,7 +249,7 @@ class Attention(GridModule):
             key,
             value,
             **terms,
-            axis_name=self.axis_name,
+            axis_name=self.keys_axis_name,
             dropout_rate=0.0 if dropout_key is None else self.dropout_rate,
             dropout_key=dropout_key,
             precision=self.precision,

@@ -27,6 +27,7 @@ FLOOR = {
     "plots": 2,
     "lowerings": 2,
     "arguments": 3,
+    "head_groups": 3,
     "einsum": 3,
     "attention": 4,
     "attention_plan": 5,

@@ -270,6 +270,7 @@ def test_padded_images_documents_and_shared_heads(monkeypatch):
             np.testing.assert_allclose(y[n], expected, atol=1e-10, err_msg=module.__name__)
 
 
+@pytest.mark.full
 def test_what_is_by_slot_turns_with_the_grid():
     """On a torus, Swin's shift is a roll: of the input, and of a bias and a mask of each token's slots."""
     rng, make = np.random.default_rng(0), partial(nn.ShiftedWindowAttention, 2, 4, window=(2, 3), boundary="wrap")

@@ -176,6 +176,7 @@ class Doubled(nnx.Module):
         return query * self.gain[...], key
 
 
+@pytest.mark.full
 def test_transformations_of_a_rotary_layer():
     """vmap, remat, forward against reverse mode, bfloat16, and a grid that is split over devices."""
     kwargs = {"window": Window((3, 3), boundary="mask"), "rotary": "mixed"}

@@ -126,11 +126,9 @@ class ShiftedWindowAttention(Attention):
                 return tuple(map(segments, ids))
             turned = there(np.zeros(shape, np.int32) if ids is None else ids, 0)
             wide = turned.astype(jnp.promote_types(turned.dtype, jnp.int32))
-            return (
-                wide
-                if regions is None
-                else jnp.broadcast_to(regions, wide.shape).astype(wide.dtype) + 3**self.rank * wide
-            )
+            if regions is None:
+                return wide
+            return jnp.broadcast_to(regions, wide.shape).astype(wide.dtype) + 3**self.rank * wide
 
         moved = {"mask": masks, "bias": lambda x: there(x, slots)}
         options |= {name: move(options[name]) for name, move in moved.items() if options.get(name) is not None}

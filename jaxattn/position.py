@@ -99,8 +99,8 @@ def rotary(
     elif axes is not None or scaling == "base":
         other = "scaling (='base')" if axes is None else f"axes (={axes})"
         raise ValueError(f"rotary: {other} must be left out where frequencies say it all")
-    pairs = np.shape(frequencies)[-2]
-    if 2 * pairs > head_dim:
+    _check_frequencies("rotary", np.shape(frequencies), rank)
+    if 2 * (pairs := np.shape(frequencies)[-2]) > head_dim:
         raise ValueError(f"rotary: frequencies (of {pairs} pairs) must be of at most half of head_dim (={head_dim})")
     if scaling == "base":
         stretches = (1.0,) * rank
@@ -128,11 +128,7 @@ def rotary_at(
     (2, 1, 2)
     """
     rank, shape = np.shape(positions)[-1], np.shape(frequencies)
-    if len(shape) not in (2, 3) or shape[-1] != rank:
-        raise ValueError(
-            f"rotary_at: frequencies (={list(shape)}) must be [pairs, axes] or [heads, pairs, axes], with the {rank} "
-            "axes of positions"
-        )
+    _check_frequencies("rotary_at", shape, rank)
     positions = jnp.asarray(positions)
     dtype = jnp.float64 if positions.dtype == jnp.float64 else jnp.float32
     positions, frequencies = positions.astype(dtype), jnp.asarray(frequencies).astype(dtype)
@@ -322,6 +318,14 @@ def crop(table: Any, window: Window, clipped: Window) -> Any:
     if several:
         return tuple(part[:, cut] for part, cut in zip(parts, cuts, strict=True))
     return table[(slice(None), *cuts)]
+
+
+def _check_frequencies(where: str, shape: tuple[int, ...], rank: int) -> None:
+    if len(shape) not in (2, 3) or shape[-1] != rank:
+        raise ValueError(
+            f"{where}: frequencies (={list(shape)}) must be [pairs, axes] or [heads, pairs, axes], with the {rank} "
+            "axes of positions"
+        )
 
 
 def _each(where: str, name: str, value: Any, rank: int) -> tuple[Any, ...]:

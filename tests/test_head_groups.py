@@ -1,6 +1,7 @@
 """A window for each group of heads, against the loops of each group: values, lse, gradients, and transformations."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,8 @@ from jaxattn.halo import split_attention
 from jaxattn.window import Window
 
 GRID = (5, 6)
-GEOMETRIES = [{"boundary": "mask"}, {"dilation": (1, 2), "boundary": "shift"}, {"boundary": ("shift", "wrap")}]
-SIZES = [(3, 3), (5, 2), (2, 4)]
+GEOMETRIES = [{"boundary": "mask"}, {"dilation": (1, 2), "boundary": ("shift", "wrap")}]
+SIZES = [(3, 3), (5, 2)]
 WINDOWS = [Window(size, **geometry) for size, geometry in zip(SIZES, GEOMETRIES, strict=True)]
 close = partial(np.testing.assert_allclose, rtol=0, atol=1e-10)
 
@@ -25,18 +26,18 @@ def draw(seed, *shape):
 
 
 @pytest.mark.core(1)
-@pytest.mark.parametrize("key_heads", [3, 1])
+@pytest.mark.parametrize("key_heads", [2, 1])
 def test_each_group_is_attention_in_its_window(key_heads):
     """Of its own key heads, or of one that all groups share; with all that comes by group, and all that serves each."""
     operands = {
-        "query": draw(0, 2, *GRID, 6, 4), "key": draw(1, 2, *GRID, key_heads, 4),
+        "query": draw(0, 2, *GRID, 4, 4), "key": draw(1, 2, *GRID, key_heads, 4),
         "value": draw(2, 2, *GRID, key_heads, 3), "extra_key": draw(3, 2, 1, key_heads, 4),
         "extra_value": draw(4, 2, 1, key_heads, 3),
     }  # fmt: skip
     tables = [draw(5 + n, 2, 2 * a - 1, 2 * b - 1) for n, (a, b) in enumerate(SIZES)]
-    embeddings = [None, draw(8, 1, 9, 3, 4), None]
+    embeddings = [None, draw(8, 1, 9, 3, 4)]
     there, ids = draw(9, 2, *GRID) < 1, (draw(10, 2, *GRID) < 1).astype(np.int32)
-    cotangent = draw(11, 2, *GRID, 6, 3)
+    cotangent = draw(11, 2, *GRID, 4, 3)
     lean = lambda score, head, query, key: score + 0.1 * head
 
     @jax.jit
@@ -44,18 +45,17 @@ def test_each_group_is_attention_in_its_window(key_heads):
         def attend(operands, tables):
             return attention(
                 **operands, window=WINDOWS, relative_bias=tables, key_embedding=embeddings, mask=(there, None),
-                segment_ids=ids, score_mod=lean, return_residuals=True,
+                segment_ids=ids, score_mod=lean, return_residuals=True, implementation="reference",
             )  # fmt: skip
 
         y, pull, lse = jax.vjp(attend, operands, tables, has_aux=True)
         return y, lse, pull(cotangent)
 
     y, lse, (by_operand, by_table) = run(operands, tables)
-    per = max(key_heads // 3, 1)
     summed = {name: np.zeros_like(x) for name, x in operands.items()}
     for n, (size, geometry) in enumerate(zip(SIZES, GEOMETRIES, strict=True)):
-        first = n if key_heads == 3 else 0
-        of = {name: (..., slice(first, first + per), slice(None)) for name in operands} | {
+        first = n % key_heads
+        of: dict[str, Any] = {name: (..., slice(first, first + 1), slice(None)) for name in operands} | {
             "query": (..., slice(2 * n, 2 * n + 2), slice(None))
         }
         own = {name: x[of[name]] for name, x in operands.items()} | {"relative_bias": tables[n]}

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from jaxattn import arguments, machine
+from jaxattn import arguments, head_groups, machine
 from jaxattn.arguments import Arrays, Operand, Settings
 from jaxattn.checked import shown
 from jaxattn.kernels import backends, sink
@@ -26,7 +26,7 @@ def attention(
     bias: Operand | None = None,
     mask: Operand | tuple[Operand | None, Operand | None] | None = None,
     *,
-    window: Window | None = None,
+    window: Window | Sequence[Window] | None = None,
     scale: float | Operand | None = None,
     relative_bias: Operand | None = None,
     key_embedding: Operand | Sequence[Operand] | None = None,
@@ -68,7 +68,9 @@ def attention(
         window: which keys a query sees; None: all of them, of one axis of tokens: a grid of two axes is then a batch of
             rows, and all of it sees itself reshaped, or in ``Window(grid)``. A slot outside the grid under boundary
             "zero" is a zero key and a zero value: its score is its bias terms, and neither a mask of keys nor segments
-            apply to it.
+            apply to it. A list of windows, of one query grid, is one for each of as many equal groups of heads, and
+            each costs what it costs alone: `relative_bias` and `key_embedding` are then lists as well, of the groups'
+            heads, and so may be `bias` and `mask`; what is no list serves every group.
         scale: None is head_dim ** -0.5.
         relative_bias: [heads, *(2k-1)], indexed by k - 1 + (key - stride·query) / dilation per axis, where `key` is the
             position of the slot before any folding at the boundary.
@@ -148,6 +150,8 @@ def attention(
         >>> output.reshape(4, 2, 2, 16).swapaxes(1, 2).reshape(8, 2, 16).shape
         (8, 2, 16)
     """
+    if isinstance(window, list | tuple):
+        return head_groups.attend(attention, window, locals())  # the arguments, for nothing else is here yet
     arrays = Arrays(
         query=query,
         key=key,

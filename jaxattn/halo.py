@@ -5,7 +5,7 @@ For use inside `jax.shard_map`. Every shard holds as many tokens as the others, 
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxattn import head_groups
 from jaxattn.attention import attention
 from jaxattn.boundary import BOUNDARIES, fold
 from jaxattn.window import FOLDING, Axis, Window
@@ -163,7 +164,7 @@ def split_attention(
     mask=None,
     *,
     axis_name: str | None,
-    window: Window | None = None,
+    window: Window | Sequence[Window] | None = None,
     relative_bias=None,
     key_embedding=None,
     **options: Any,
@@ -198,6 +199,9 @@ def split_attention(
     (8, 2, 4)
     """
     tables = {"relative_bias": relative_bias, "key_embedding": key_embedding}
+    if window is not None and not isinstance(window, Window):
+        given = {"query": query, "key": key, "value": value, "bias": bias, "mask": mask, "axis_name": axis_name}
+        return head_groups.attend(split_attention, window, {**given, **tables, **options})
     if axis_name is None:
         return attention(query, key, value, bias, mask, window=window, **tables, **options)
     _check_options(options, axis_name)

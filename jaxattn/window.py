@@ -126,11 +126,14 @@ class Window:
 
     def axes(self, shape: Sequence[int]) -> tuple["Axis", ...]:
         """The slots of every query along each axis of a grid of keys."""
+        return tuple(_axis(self, axis, length) for axis, length in enumerate(self._lengths(shape)))
+
+    def _lengths(self, shape: Size) -> tuple[int, ...]:
         lengths: Any = shape if is_sequence(shape) else (shape,)
         shape = tuple(_integer("grid", axis, n, "an integer") for axis, n in enumerate(lengths))
         if len(shape) != self.rank:
             raise ValueError(f"Window: {_rank_advice(self.sizes, shape)}")
-        return tuple(_axis(self, axis, length) for axis, length in enumerate(shape))
+        return shape
 
     def query_grid(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The grid of queries that a grid of keys gives.
@@ -139,6 +142,28 @@ class Window:
         (4, 4)
         """
         return tuple(len(axis.start) for axis in self.axes(shape))
+
+    def clipped(self, shape: Size) -> "Window":
+        """The largest window, no larger than this one, that fits a grid of keys: itself, where it fits.
+
+        Along an axis of n keys, in steps of d = dilation:
+
+            shift    d at most n, size at most n // d, and block at most size. Where d is 1, a query then sees all that
+                     there is to see; otherwise as many tokens of its residue class as every class has.
+            valid    size at most m = ceil(n / d): the windows that leave at least one query.
+            mask     fits any grid. Slots that no query sees are left out, which changes no value: size at most 2m - 1,
+                     or m where causal. With a block or an offset it stays as it is.
+            others   fit any grid, and stay as they are: each slot outside takes part.
+
+        `position.crop` cuts relative tables to match.
+
+        >>> Window((7, 7)).clipped((4, 14)).sizes
+        (4, 7)
+        >>> Window(7, dilation=3).clipped(8).sizes
+        (2,)
+        """
+        clipped = [_clipped(*pair) for pair in zip(self.along, self._lengths(shape), strict=True)]
+        return Window(**{name: tuple(getattr(along, name) for along in clipped) for name in Along._fields})
 
     def indices(self, shape: Sequence[int]) -> np.ndarray:
         """The key in each slot, int [*query_grid, *size, rank]; -1 throughout where the slot is outside the grid.
@@ -277,6 +302,20 @@ def place(along: Along, x: Any, length: Any, xp: Any = np, fit: bool = False) ->
     if causal:  # positions up to x
         high = xp.clip((x - start) // d + 1, 0, high)
     return start, low, high
+
+
+def _clipped(along: Along, length: int) -> Along:
+    """What is left of a window along one axis of so many keys: the table in `Window.clipped`, line by line."""
+    size, dilation = along.size, along.dilation
+    members = max(-(-length // dilation), 1)  # of the largest residue class
+    if along.boundary == "shift":
+        dilation = min(dilation, max(length, 1))
+        size = min(size, max(length // dilation, 1))
+    elif along.boundary == "valid":
+        size = min(size, members)
+    elif along.boundary == "mask" and along.block == 1 and along.offset is None:
+        size = min(size, members if along.causal else 2 * members - 1)
+    return along._replace(size=size, dilation=dilation, block=min(along.block, size))
 
 
 def outer(tables: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -8,10 +8,10 @@ import numpy as np
 from flax import nnx
 
 import jaxattn
-from jaxattn import equivalence, measure, models, nn, plots, zoo
+from jaxattn import equivalence, measure, models, nn, plots, position, zoo
 from jaxattn.window import Window
 
-PACKAGES = (jaxattn, zoo, nn, equivalence, measure, models, plots)
+PACKAGES = (jaxattn, zoo, nn, equivalence, measure, models, plots, position)
 GRID = (4, 6)
 
 
@@ -176,6 +176,16 @@ PLOTS: dict[Any, dict[str, Any]] = {
     plots.plain: {"text": "a", "most": 24},
     plots.can_be_drawn: {"text": "a"},
 }  # fmt: skip
+POSITION: dict[Any, dict[str, Any]] = {
+    position.rotary: {"grid": GRID, "head_dim": 8},
+    position.rotary_at: {"positions": draw(5, 2), "frequencies": draw(4, 2), "pairing": "halves"},
+    position.rotate: {"x": draw(5, 3, 8), "tables": position.rotary(5, 8)},
+    position.axial_frequencies: {"head_dim": 8, "rank": 2},
+    position.mixed_frequencies: {"key": jax.random.key(0), "num_heads": 2, "head_dim": 8, "rank": 2},
+    position.alibi: {"window": (3, 3), "num_heads": 2},
+    position.alibi_slopes: {"num_heads": 3},
+    position.crop: {"table": draw(2, 5, 5), "window": Window((3, 3)), "clipped": Window((2, 3))},
+}
 OWN: dict[Any, dict[str, Any]] = {
     zoo.Slide: {"size": (3, 3), "strides": 1, "padding": "SAME", "dilation": 1, "boundary": "zero"},
     Window: {"size": (3, 3), "stride": 1, "dilation": 1, "block": 1, "causal": False, "boundary": "shift"},
@@ -208,5 +218,5 @@ OWN: dict[Any, dict[str, Any]] = {
 CALLS = {
     **{f: {"x": X, **kwargs} for f, kwargs in ZOO.items()},
     **{f: {**kwargs, "rngs": nnx.Rngs(0)} for f, kwargs in (NN | MODELS).items()},
-    **MEASURE, **EQUIVALENCE, **PLOTS, **OWN,
+    **MEASURE, **EQUIVALENCE, **PLOTS, **POSITION, **OWN,
 }  # fmt: skip

@@ -21,6 +21,8 @@ def attend(x, params, neighbours, score, value=None, weights=None):
     for i in np.ndindex(*grid):
         for h in range(v.shape[-2]):
             js = list(neighbours(i))
+            if not js:  # all of them masked
+                continue
             scores, values = [], []
             for j, inside in js:
                 delta = tuple(b - a for a, b in zip(i, j, strict=True))
@@ -61,8 +63,9 @@ def embedding(params, h, delta, size):
     return sum(rows) if len(rows[0]) == params["query"].shape[-1] else np.concatenate(rows)
 
 
-def bias(params, h, delta, size, dilation=1):
-    return params["relative_bias"][(h, *(k - 1 + d // dilation for d, k in zip(delta, size, strict=True)))]
+def bias(params, h, delta, size, dilation=None):
+    steps = zip(delta, size, dilation or (1,) * len(size), strict=True)
+    return params["relative_bias"][(h, *(k - 1 + d // step for d, k, step in steps))]
 
 
 def everywhere(grid):
@@ -70,11 +73,12 @@ def everywhere(grid):
 
 
 def standing(ranges, grid, zeros):
-    """The places of a box; outside the grid zeros stand, or nothing."""
+    """The places of a box; outside the grid zeros stand, or nothing, on each axis or on some."""
     for j in itertools.product(*ranges):
-        inside = all(0 <= p < n for p, n in zip(j, grid, strict=True))
-        if inside or zeros:
-            yield j, inside
+        there = [0 <= p < n for p, n in zip(j, grid, strict=True)]
+        filled = zeros if isinstance(zeros, tuple) else (zeros,) * len(grid)
+        if all(map(max, there, filled)):
+            yield j, all(there)
 
 
 def usual(scale, params):
@@ -100,7 +104,7 @@ def botnet_attention(x, params, query_scale=None):
 learned_relative_attention = botnet_attention  # without a key, k is zeros
 
 
-def sasa(x, params, size, zeros=False, scale=1.0, stride=1):
+def sasa(x, params, size, zeros: bool | tuple = False, scale=1.0, stride=1):
     """Windows of `size` around each token, or every stride-th one; at the border cut off, or filled with zeros."""
     grid = x.shape[:-1]
     ranges = lambda i: [range(a - k // 2, a - k // 2 + k) for a, k in zip(i, size, strict=True)]
@@ -126,20 +130,28 @@ def nearest(i, n, k, dilation):
     return min((run for run in runs if run[-1] < n), key=lambda run: abs(run[k // 2] - i))
 
 
-def neighborhood_attention(x, params, size, dilation=1, stride=1, scale=None):
+def neighborhood_attention(x, params, size, dilation: int | tuple = 1, stride: int | tuple = 1, scale=None, sees=None):
+    """`sees`: how many tokens along each axis, where there are not as many as `size`."""
     grid, scale = x.shape[:-1], usual(scale, params)
+    dilation, stride = (v if isinstance(v, tuple) else (v,) * len(grid) for v in (dilation, stride))
 
     def neighbours(i):
-        runs = [nearest(a, n, k, dilation) for a, n, k in zip(i, grid, size, strict=True)]
+        runs = [nearest(*along) for along in zip(i, grid, size if sees is None else sees, dilation, strict=True)]
         return [(j, True) for j in itertools.product(*runs)]
 
     learned = lambda h, delta: bias(params, h, delta, size, dilation) if "relative_bias" in params else 0.0
     y = attend(x, params, neighbours, lambda h, q, k, delta: scale * q @ k + learned(h, delta))
-    return y[tuple(slice(None, None, stride) for _ in grid)]
+    return y[tuple(slice(None, None, step) for step in stride)]
 
 
-def shifted_window_attention(x, params, size, shift, scale=None):
-    """Tokens of one window of the grid that begins at `shift`, and goes on before it."""
+def shifted_window_attention(x, params, size, shift, scale=None, wrap=None):
+    """Tokens of one window of the grid that begins at `shift`, and goes on before it. An axis that wraps is a ring,
+    which may begin anywhere: at `shift`."""
+    if wrap is not None:
+        turn = [s * w for s, w in zip(shift, wrap, strict=True)]
+        axes, still = range(len(size)), [s * (not w) for s, w in zip(shift, wrap, strict=True)]
+        y = shifted_window_attention(np.roll(x, [-s for s in turn], axes), params, size, still, scale)
+        return np.roll(y, turn, axes)
     grid, scale = x.shape[:-1], usual(scale, params)
     window = lambda i: tuple((a - s) // k for a, s, k in zip(i, shift, size, strict=True))
     neighbours = lambda i: [(j, True) for j in np.ndindex(*grid) if window(j) == window(i)]

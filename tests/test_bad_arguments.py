@@ -27,7 +27,7 @@ HERE = str(pathlib.Path(jaxattn.__file__).parent)
 ELSEWHERE = {"einsum", "plan"}
 MENDED = [function for function in CALLS if function.__name__ not in ELSEWHERE]
 # Records that are returned, and a function without arguments.
-UNCALLED = {"Plan", "AttentionPlan", "Row", "QueryKeyMetric", "table"}
+UNCALLED = {"Plan", "AttentionPlan", "Row", "QueryKeyMetric", "table", "Rotary"}
 POOLING = ("ResNet", "EfficientNet", "ViT", "ConvNeXt", "Swin", "NAT", "MaxViT", "CoAtNet")  # with no classes
 BAD = {"0": 0, "-1": -1, "1.5": 1.5, "'3'": "3", "None": None, "nan": math.nan, "inf": math.inf, "1j": 1j}
 ATTENTIONS = ("attention", "attention_at", "attention_scores", "attention_weights")
@@ -59,6 +59,9 @@ MEANS = {  # by the argument, or by "function.argument"
     **{f"{name}.mask": ("no axes",) for name in ATTENTIONS},
     "attention_plan.bias": ("None", "1.5", "nan", "inf"),
     "attention_plan.mask": ("None",),
+    **dict.fromkeys(("base", "stretch", "slower"), ("1.5",)),
+    "rotary.offset": ("0", "-1", "1.5"),
+    "rotary_at.positions": ("an axis more",),
 }
 KEPT = ("implementation", "axis_name")  # names, which a constructor only keeps
 

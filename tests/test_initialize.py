@@ -198,6 +198,7 @@ def attention(**kwargs):
             {"rngs": nnx.Rngs(0)},
             r"normalize_qk \(=True\) must be",
         ),
+        (lambda: attention(rotary=True), "mimetic", {"rngs": nnx.Rngs(0)}, "rotary must be left out with"),
     ],
 )
 def test_refuses(make, how, kwargs, message):

@@ -1,5 +1,6 @@
 """The modules of the zoo's attention layers: each is its formula, trains, and begins where its paper begins."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import jax
@@ -56,6 +57,7 @@ LAYERS = {
         oracle.learned_relative_attention,
     ),
 }
+compiled = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # each is run once or twice
 # The rounding of a few products of numbers near one, of the largest entry.
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 5e-2}
 
@@ -76,7 +78,7 @@ def test_a_training_step(module, dtype):
     graphdef, params = drawn(module, *args, **kwargs, dtype=dtype)
     x = jnp.asarray(np.random.default_rng(9).normal(size=(1, *grid, args[1])), dtype)
 
-    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # run twice
+    @compiled
     def step(params, x):
         def loss_of(params):
             y = nnx.merge(graphdef, params)(x)
@@ -182,6 +184,7 @@ NAMED = {  # module: its function, and what both take
     nn.SASA: (zoo.sasa, {"window": Window((3, 3), boundary="zero", stride=2)}),
     nn.HaloAttention: (zoo.halo_attention, {"block": (2, 3), "halo": 1, "boundary": "mask"}),
     nn.NeighborhoodAttention: (zoo.neighborhood_attention, {"window": (3, 2)}),
+    nn.ShiftedWindowAttention: (zoo.shifted_window_attention, {"window": (2, 4), "shift": 1}),
     nn.CoAtNetAttention: (zoo.coatnet_attention, {}),
 }
 
@@ -192,13 +195,13 @@ def test_a_named_attention_is_its_function(module, scale):
     """To the rounding of float64, with biases and an output projection, and a scale that is the same in both."""
     function, kwargs = NAMED[module]
     own = {"grid": (4, 6)} if module is nn.CoAtNetAttention else {}
-    projections = {} if function in (zoo.global_attention, zoo.neighborhood_attention, zoo.coatnet_attention) else {
-        "use_bias": True, "out_projection": True
-    }  # fmt: skip
+    bare = module in (nn.SASA, nn.HaloAttention)
+    projections = {"use_bias": True, "out_projection": True} if bare else {}
     graphdef, params = drawn(module, 2, 6, 8, 5, **kwargs, **own, **projections, scale=scale, param_dtype=jnp.float64)
     layer = nnx.merge(graphdef, params)
     x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 4, 6, 6)))
-    np.testing.assert_allclose(layer(x), function(x, zoo_params(layer), **kwargs, scale=scale), atol=1e-12)
+    both = compiled(lambda x: (layer(x), function(x, zoo_params(layer), **kwargs, scale=scale)))
+    np.testing.assert_allclose(*both(x), atol=1e-12)
 
 
 @pytest.mark.core(3)
@@ -209,11 +212,134 @@ def test_a_named_attention_has_what_attention_has(module):
     layer = module(4, 8, **NAMED[module][1], **own, num_kv_heads=2, dropout_rate=0.5, rngs=nnx.Rngs(0))
     assert layer.key.kernel.shape == (8, 2, 2)
     x = jnp.asarray(np.random.default_rng(1).normal(size=(1, 4, 6, 8)), jnp.float32)
-    whole = layer(x, deterministic=True)
-    assert abs(layer(x, deterministic=False) - whole).max() > 0
-    weights = layer.weights(x)
-    assert weights.shape[:-2] == whole.shape[:-1]
     mask = jnp.arange(24) > 0 if module is nn.GlobalAttention else ((jnp.arange(24) > 0).reshape(1, 4, 6), None)
-    seen = layer.weights(x, mask=mask)
+
+    @compiled
+    def run(x):
+        dropped = layer(x, deterministic=False, rngs=nnx.Rngs(dropout=0))
+        masked = layer(x, mask=mask, deterministic=True)
+        return layer(x, deterministic=True), dropped, masked, layer.weights(x), layer.weights(x, mask=mask)
+
+    whole, dropped, masked, weights, seen = run(x)
+    assert abs(dropped - whole).max() > 0
+    assert weights.shape[:-2] == whole.shape[:-1]
     assert (seen == 0).sum() > (weights == 0).sum()
-    assert abs(layer(x, mask=mask, deterministic=True) - whole).max() > 0
+    assert abs(masked - whole).max() > 0
+
+
+SEEING = {  # a layer, and the loops that it is
+    nn.NeighborhoodAttention: ({"window": (3, 2)}, partial(oracle.neighborhood_attention, size=(3, 2))),
+    nn.SASA: ({"window": Window((3, 2), boundary="mask")}, partial(oracle.sasa, size=(3, 2))),
+    nn.HaloAttention: ({"block": (2, 2), "halo": 1}, partial(oracle.halo_attention, block=(2, 2), halo=(1, 1))),
+    nn.ShiftedWindowAttention: (
+        {"window": (2, 4), "shift": 1, "boundary": ("wrap", "mask")},
+        partial(oracle.shifted_window_attention, size=(2, 4), shift=(1, 1), wrap=(True, False)),
+    ),
+}
+
+
+def test_padded_images_documents_and_shared_heads(monkeypatch):
+    """A mask of keys and segments, other for each entry, with key heads that queries share: weights too."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 4, 6, 8))
+    there, ids = rng.random((2, 4, 6)) < 0.8, rng.integers(0, 2, (2, 4, 6)) + 7
+    layers = {}
+    for module, (kwargs, _) in SEEING.items():
+        layers[module] = drawn(module, 4, 8, num_kv_heads=2, **kwargs, scale=0.5, param_dtype=jnp.float64)
+
+    @compiled
+    def run(x):
+        merged = [nnx.merge(*parts) for parts in layers.values()]
+        return [f(x, **given) for f in merged], merged[-1].weights(x, **given).sum(-1)
+
+    given, attend = {"mask": (there, None), "segment_ids": ids}, oracle.attend
+    outputs, sums = run(x)
+    assert abs(sums - np.round(sums)).max() < 1e-12
+    for (module, (_, loop)), y in zip(SEEING.items(), outputs, strict=True):
+        params = zoo_params(nnx.merge(*layers[module]))
+        turned = partial(np.roll, shift=-1 if module is nn.ShiftedWindowAttention else 0, axis=1)  # as its loop is
+        shared = {n: np.repeat(p, 2, -2) for n, p in params.items() if n.startswith(("key", "value"))}
+        for n in range(2):
+            seen, own = turned(there)[n], turned(ids)[n]
+            sees = lambda i, j, seen=seen, own=own: seen[j] and own[i] == own[j]
+
+            def masked(x, params, neighbours, score, sees=sees):
+                of = lambda i: [(j, inside) for j, inside in neighbours(i) if not inside or sees(i, j)]
+                return attend(x, params, of, score)
+
+            monkeypatch.setattr(oracle, "attend", masked)
+            expected = loop(x[n], params | shared, scale=0.5)
+            np.testing.assert_allclose(y[n], expected, atol=1e-10, err_msg=module.__name__)
+
+
+@pytest.mark.full
+def test_what_is_by_slot_turns_with_the_grid():
+    """On a torus, Swin's shift is a roll: of the input, and of a bias and a mask of each token's slots."""
+    rng, make = np.random.default_rng(0), partial(nn.ShiftedWindowAttention, 2, 4, window=(2, 3), boundary="wrap")
+    shifted, still = (make(shift=shift, param_dtype=jnp.float64, rngs=nnx.Rngs(0)) for shift in ((1, 2), 0))
+    x, bias, mask = rng.normal(size=(2, 4, 6, 4)), rng.normal(size=(4, 6, 2, 2, 3)), rng.random((4, 6, 1, 2, 3)) < 0.8
+
+    @compiled
+    def run(x, bias, mask):
+        given, rolled = {"bias": bias, "mask": (None, mask)}, lambda a, first, by: jnp.roll(a, by, (first, first + 1))
+        back = {"bias": rolled(bias, 0, (-1, -2)), "mask": (None, rolled(mask, 0, (-1, -2)))}
+        of = lambda layer, x, given: (layer(x, **given), layer.weights(x, **given), layer(x, bias=bias[0, 0]))
+        return of(shifted, x, given), [rolled(y, 1, (1, 2)) for y in of(still, rolled(x, 1, (-1, -2)), back)]
+
+    for found, expected in zip(*run(x, bias, mask), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-12)
+    with pytest.raises(
+        ValueError, match=r"ShiftedWindowAttention: inputs_k .* must have the batch and the grid of inp"
+    ):
+        still(x, x[:1])
+
+
+CLIPPED = {  # a layer whose window is larger than its grid, and the loops that it is, with the same parameters
+    "nearest, dilated": (
+        nn.NeighborhoodAttention,
+        {"window": Window((7, 5), dilation=(1, 2), stride=(2, 1))},
+        lambda x, p: oracle.neighborhood_attention(x, p, (7, 5), (1, 2), (2, 1), sees=(4, 3)),
+    ),
+    "dilated by more than there is": (
+        nn.NeighborhoodAttention,
+        {"window": Window((3, 5), dilation=(9, 1))},
+        lambda x, p: oracle.neighborhood_attention(x, p, (3, 5), (4, 1), sees=(1, 5)),
+    ),
+    "cut off at the border": (
+        nn.SASA,
+        {"window": Window((9, 6), boundary="mask", stride=2), "scale": 0.5},
+        lambda x, p: oracle.sasa(x, p, (9, 6), scale=0.5, stride=2),
+    ),
+    "zeros outside": (
+        nn.SASA,
+        {"window": Window((5, 9), boundary=("zero", "mask"))},
+        lambda x, p: oracle.sasa(x, p, (5, 9), zeros=(True, False)),
+    ),
+}
+
+
+@pytest.mark.core(1)
+@pytest.mark.parametrize("name", CLIPPED)
+def test_a_window_larger_than_the_grid_is_cut(name):
+    """Values, and the derivative along a direction of every parameter; what no query reads of a table gets none."""
+    module, kwargs, loop = CLIPPED[name]
+    graphdef, params = drawn(module, 2, 8, 8, **kwargs, clip=True, param_dtype=jnp.float64)
+    x = np.random.default_rng(1).normal(size=(4, 7 if "dilated" in name else 3, 8))
+    with pytest.raises(ValueError, match=r"must have .* tokens or more") if module is not nn.SASA else nullcontext():
+        module(2, 8, **kwargs, rngs=nnx.Rngs(0))(jnp.asarray(x, jnp.float32))
+
+    @jax.jit
+    def run(params, x):
+        y, pull = jax.vjp(lambda params: nnx.merge(graphdef, params)(x), params)
+        return y, pull(jnp.cos(y))[0], nnx.merge(graphdef, params).weights(x).sum(-1)
+
+    y, gradients, sums = run(params, x)
+    arrays, slopes = (zoo_params(nnx.merge(graphdef, p)) for p in (params, gradients))
+    expected = loop(x, arrays)
+    np.testing.assert_allclose(y, expected, atol=1e-10)
+    np.testing.assert_allclose(sums, 1, atol=1e-12)
+    for n, (operand, array) in enumerate(arrays.items()):
+        direction = np.random.default_rng(n).normal(size=array.shape)
+        along = lambda moved, operand=operand: (np.cos(expected) * loop(x, {**arrays, operand: moved})).sum()
+        slope = oracle.directional(along, array, direction)
+        np.testing.assert_allclose((slopes[operand] * direction).sum(), slope, atol=1e-10 * max(1, abs(slope)))

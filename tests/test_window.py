@@ -1,6 +1,7 @@
 """Window against loops; its errors by their messages."""
 
 import dataclasses
+import itertools
 import re
 
 import hypothesis
@@ -9,7 +10,7 @@ import oracle
 import pytest
 from windows import grids
 
-from jaxattn.window import Window
+from jaxattn.window import BOUNDARIES, Window
 
 
 @hypothesis.settings(max_examples=300)
@@ -41,6 +42,49 @@ def test_folding_is_numpys_padding(mode, length, size):
     padded = np.pad(np.arange(length), (size // 2, size - 1 - size // 2), mode=mode)
     expected = np.lib.stride_tricks.sliding_window_view(padded, size)
     np.testing.assert_array_equal(window.indices((length,))[..., 0], expected)
+
+
+def test_clipped_is_the_largest_that_fits():
+    """By trying every size, and what each query sees by loops: what fits sees the same after as before."""
+    fitting = lambda n, **arguments: _raises(lambda: Window(**arguments).indices((n,))) is None
+    for n, k, d, causal in itertools.product(range(1, 6), (1, 2, 5, 6), (1, 2, 7), (False, True)):
+        for boundary, block, stride in itertools.product(BOUNDARIES, (1, min(k, 2)), (1, 2)):
+            arguments = {"size": k, "dilation": d, "causal": causal, "boundary": boundary, "block": block}
+            arguments["stride"] = stride
+            if _raises(lambda a=arguments: Window(**a)):
+                continue
+            window, clipped = Window(**arguments), Window(**arguments).clipped((n,))
+            assert clipped.clipped(n) == clipped
+            if boundary == "mask":
+                np.testing.assert_array_equal(_seen(clipped, n), _seen(window, n))
+                assert block > 1 or clipped.sizes[0] <= 2 * n - 1
+                continue
+            if boundary not in ("shift", "valid") or fitting(n, **arguments):
+                assert clipped == window
+                continue
+            one = {**arguments, "dilation": min(d, n) if boundary == "shift" else d}
+            sizes = [size for size in range(1, k + 1) if fitting(n, **{**one, "size": size, "block": 1})]
+            assert clipped == Window(**{**one, "size": max(sizes), "block": min(block, max(sizes))})
+            if boundary == "shift" and d == 1 and stride == 1 and block == 1:  # all that there is
+                np.testing.assert_array_equal(_seen(clipped, n), np.tri(n) if causal else np.ones((n, n)))
+    assert Window((7, 7)).clipped((3, 9)) == Window((3, 7))
+    with pytest.raises(ValueError, match=r"Window: size \(=\(7, 7\)\) must have as many axes as the grid \(=\(3,\)\)"):
+        Window((7, 7)).clipped(3)
+    with pytest.raises(ValueError, match=r"Window: grid \(=1.5\) must be an integer on axis 0"):
+        Window(7).clipped(1.5)  # pyright: ignore[reportArgumentType]
+
+
+def _seen(window, n):
+    """How often each query sees each key."""
+    keys, mask = window.indices((n,))[..., 0], window.mask((n,))
+    return np.array([np.bincount(row[seen], minlength=n) for row, seen in zip(keys, mask, strict=True)])
+
+
+def _raises(function):
+    try:
+        function()
+    except ValueError as error:
+        return error
 
 
 def test_block_of_the_size_is_a_partition():

@@ -160,6 +160,13 @@ CASES = {
         {"size": (3, 2), "shift": (2, 0)},
         (4, 3),
     ),
+    "swin on a cylinder": (
+        "shifted_window_attention",
+        projections() | biases((2, 3)),
+        {"window": (2, 3), "shift": (1, 2), "boundary": ("wrap", "mask")},
+        {"size": (2, 3), "shift": (1, 2), "wrap": (True, False)},
+        (4, 5),
+    ),
     "swin 3d": (
         "shifted_window_attention",
         projections() | biases((1, 2, 2)),
@@ -316,6 +323,20 @@ def test_a_shift_of_nothing_and_of_a_whole_partition():
     np.testing.assert_allclose(moved[2:6, 2:6], zoo.coatnet_attention(x[2:6, 2:6], params), atol=1e-12)
     corner = {**params, "relative_bias": params["relative_bias"][:, 2:-2, 2:-2]}
     np.testing.assert_allclose(moved[6:, 6:], zoo.coatnet_attention(x[6:, 6:], corner), atol=1e-12)
+
+
+def test_a_cyclic_axis_has_no_seam():
+    """What turns by a window along it turns the output; a token at the seam attends to those on its other side."""
+    params, x = projections() | biases((2, 3)), draw(9, 4, 6, FEATURES)
+    kwargs = {"window": (2, 3), "shift": (1, 2), "boundary": ("mask", "wrap")}
+    run = jax.jit(lambda x: zoo.shifted_window_attention(x, params, **kwargs))
+    np.testing.assert_allclose(run(np.roll(x, 3, 1)), np.roll(run(x), 3, 1), atol=1e-12)
+    seen = np.asarray(jax.jit(jax.grad(lambda x: run(x)[2, 0].sum()))(x)).any(-1)  # a row and a column
+    np.testing.assert_array_equal(np.argwhere(seen), [[a, b] for a in (1, 2) for b in (0, 1, 5)])
+    with pytest.raises(ValueError, match=r"boundary \(='wrap'\) must be 'mask' on axis 1, or window .* divide its 6"):
+        zoo.shifted_window_attention(x, projections() | biases((2, 4)), **{**kwargs, "window": (2, 4)})
+    with pytest.raises(ValueError, match=r"boundary \(='edge'\) must be 'mask' or 'wrap', or one of these for each"):
+        zoo.shifted_window_attention(x, params, **{**kwargs, "boundary": "edge"})
 
 
 @pytest.mark.parametrize("offset", [(0, 0), (1, -1)])

@@ -203,6 +203,9 @@ def _heads(attention: Any, how: str) -> tuple[Any, Any]:
         raise ValueError(
             f"init_as_cnn: normalize_qk (=True) must be False with how={how!r}: it would undo the products"
         )
+    for name in ("rotary", "transform_qk"):
+        if getattr(attention, name, None) is not None:
+            raise ValueError(f"init_as_cnn: {name} must be left out with how={how!r}: it would undo the products")
     return query, key
 
 

@@ -26,8 +26,8 @@ from jaxattn.kernels.operands import (
     statistics_dtype,
     without_hidden,
 )
+from jaxattn.kernels.tables import by_slot, spread
 from jaxattn.normalize import logsumexp
-from jaxattn.position import by_slot, spread
 from jaxattn.window import outer
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -12,16 +12,19 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float, Real
 
+from jaxattn import position
 from jaxattn.checked import checked
 from jaxattn.halo import shard_count, split_attention
 from jaxattn.nn.grid import GridModule
 from jaxattn.nn.layer import Normalize, default_bias_init, default_kernel_init, small_init
+from jaxattn.nn.rotary import learned_frequencies, rotated
 from jaxattn.normalize import NORMALIZERS
 from jaxattn.parts import attention_weights
 from jaxattn.sizes import Size
 from jaxattn.window import Window
 
 KEY_EMBEDDINGS = (False, True, "shared", "factorized", "decomposed")
+TABLES = ("relative_bias", "key_embedding")
 
 
 class Attention(GridModule):
@@ -59,6 +62,13 @@ class Attention(GridModule):
       normalize: as `jaxattn.attention`: "softmax", "relu", "sigmoid", "sparsemax", "none", or a callable.
       logits_soft_cap: scores become cap · tanh(score / cap).
       scale: of q·k alone; None means head_dim ** -0.5.
+      rotary: turns queries and keys by where they stand, along every axis of the grid. True: `position.rotary`. Or a
+        function that is called as it is: `functools.partial(position.rotary, base=100.0)`. "mixed": with learned
+        frequencies, [num_kv_heads, head_dim / 2, rank] (Heo et al. 2024, arXiv 2403.13298).
+      transform_qk: ``transform_qk(query, key, offset) -> (query, key)``, a function or a module, which has the last
+        word on the projected queries and keys, `[*batch, *grid, heads, head_dim]` (`[*batch, tokens, heads, head_dim]`
+        without a window). `offset` is where the first of them stands along each axis: 0, but on a shard of a grid.
+      clip: where the grid is smaller than the window, it and its tables are cut to what fits (`Window.clipped`).
       normalize_qk: a LayerNorm without bias on each query and key (Dehghani et al. 2023, arXiv 2302.05442).
       dtype: of the computation. None promotes the inputs' and the parameters' dtypes.
       param_dtype: of the parameters.
@@ -109,6 +119,9 @@ class Attention(GridModule):
         logits_soft_cap: float | None = None,
         scale: float | None = None,
         normalize_qk: bool = False,
+        rotary: bool | Literal["mixed"] | Callable[..., position.Rotary] = False,
+        transform_qk: Callable[..., Any] | None = None,
+        clip: bool = False,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         dropout_rate: float = 0.0,
@@ -150,6 +163,8 @@ class Attention(GridModule):
         else:
             self.window, self.rank = None, rank or 1  # as nnx.MultiHeadAttention, with any batch axes
         self.normalize, self.logits_soft_cap, self.scale = normalize, logits_soft_cap, scale
+        self.clip, self.transform_qk = clip, transform_qk
+        self.rotary = rotary if callable(rotary) else position.rotary if rotary else None
         _check(self, relative_bias, key_embedding, sinks, dropout_rate, out_projection)
         self.head_dim = self.qkv_features // num_heads
         self.dtype, self.precision, self.implementation = dtype, precision, implementation
@@ -170,6 +185,9 @@ class Attention(GridModule):
         relative_init = nnx.initializers.normal(self.head_dim**-0.5) if relative_init is None else relative_init
         self._make_tables(relative_bias, key_embedding, relative_init, param_dtype, rngs)
         self.sink_logits = nnx.Param(jnp.zeros(num_heads, param_dtype)) if sinks else nnx.data(None)
+        self.rotary_frequencies = learned_frequencies(
+            rotary, self.num_kv_heads, self.head_dim, self.rank, rngs, param_dtype
+        )
         self.rngs = rngs.dropout.fork() if keep_rngs and dropout_rate > 0 else None
 
     def _make_tables(self, relative_bias: bool, key_embedding: bool | str, init: Callable[..., Any], dtype, rngs):
@@ -186,6 +204,11 @@ class Attention(GridModule):
             self.key_embedding = table(heads, *offsets, self.head_dim)
         else:
             self.key_embedding = nnx.data(None)
+
+    @property
+    def keys_axis_name(self) -> str | None:
+        """The mesh axis over which the keys that a query sees may be split."""
+        return self.axis_name
 
     @checked
     def __call__(
@@ -220,7 +243,7 @@ class Attention(GridModule):
           `[*batch, *query_grid, out_features]`.
         """
         query, key, value = self._project(inputs_q, inputs_k, inputs_v)
-        terms = self._terms(query.dtype, mask, bias, segment_ids, grid_sizes)
+        terms = self._clipped(self._terms(query.dtype, mask, bias, segment_ids, grid_sizes), key)
         if sow_weights:
             self._check_whole("sow_weights")
             weights = self._weights(query, key, terms, jnp.shape(inputs_q))
@@ -231,7 +254,7 @@ class Attention(GridModule):
             key,
             value,
             **terms,
-            axis_name=self.axis_name,
+            axis_name=self.keys_axis_name,
             dropout_rate=0.0 if dropout_key is None else self.dropout_rate,
             dropout_key=dropout_key,
             precision=self.precision,
@@ -256,7 +279,8 @@ class Attention(GridModule):
         """
         self._check_whole("weights")
         query, key, _ = self._project(inputs_q, inputs_k, None)
-        return self._weights(query, key, self._terms(query.dtype, mask, bias, segment_ids), jnp.shape(inputs_q))
+        terms = self._clipped(self._terms(query.dtype, mask, bias, segment_ids), key)
+        return self._weights(query, key, terms, jnp.shape(inputs_q))
 
     def set_view(self, deterministic: bool | None = None):
         """For `nnx.view`.
@@ -285,11 +309,26 @@ class Attention(GridModule):
             ("inputs_v", inputs_v, self.in_kv_features),
         ):
             self._check_input(name, x, features)
+        grids = [jnp.shape(x)[-1 - self.rank : -1] for x in (queries, inputs_k)]
         queries, inputs_k, inputs_v = map(self._in_a_row, (queries, inputs_k, inputs_v))
         query, key, value = self.query(queries), self.key(inputs_k), self.value(inputs_v)
         if self.query_ln is not None and self.key_ln is not None:
             query, key = self.query_ln(query), self.key_ln(key)
-        return dtypes.promote_dtype((query, key, value), dtype=self.dtype)
+        query, key, value = dtypes.promote_dtype((query, key, value), dtype=self.dtype)
+        return *self._placed(query, key, grids), value
+
+    def _placed(self, query, key, grids):
+        """Queries and keys with what depends on where they stand."""
+        offset: list[Any] = [0] * self.rank
+        if self.axis_name is not None:
+            offset[0] = lax.axis_index(self.axis_name) * grids[1][0]
+        if self.rotary is not None:
+            learned, still = self.rotary_frequencies, (1,) * self.rank
+            frequencies = None if learned is None else learned[...]
+            stride: Any = still if self.window is None else self.window.stride
+            query = rotated(query, self.rotary, frequencies, grids[0], stride, offset)
+            key = rotated(key, self.rotary, frequencies, grids[1], still, offset)
+        return (query, key) if self.transform_qk is None else self.transform_qk(query, key, tuple(offset))
 
     def _in_a_row(self, x):
         """Without a window, the tokens of a grid one after the other."""
@@ -303,16 +342,21 @@ class Attention(GridModule):
         if self.window is None or self.grid is not None or jnp.ndim(x) < self.rank + 1:
             return x
         x = jnp.asarray(x)
-        first, *others = x.shape[-1 - self.rank : -1]
-        queries, *grid = self.window.query_grid((first * shard_count(self.axis_name), *others))
+        whole = self._whole(x.shape[-1 - self.rank : -1])
+        queries, *grid = (self.window.clipped(whole) if self.clip else self.window).query_grid(whole)
         grid = (queries // shard_count(self.axis_name), *grid)
         strides: Any = self.window.stride
         steps = (slice(0, n * s, s) for n, s in zip(grid, strides, strict=True))
         return x[(..., *steps, slice(None))]
 
+    def _whole(self, grid) -> tuple[int, ...]:
+        """The grid of which this one is a shard."""
+        first, *others = grid
+        return (first * shard_count(self.axis_name), *others)
+
     def _check_input(self, name: str, x, features: int):
-        first, *others = self.check_input(name, x, features)
-        if self.grid is not None and (first * shard_count(self.axis_name), *others) != self.grid:
+        grid = self.check_input(name, x, features)
+        if self.grid is not None and self._whole(grid) != self.grid:
             raise ValueError(
                 f"{type(self).__name__}: {name} (={list(jnp.shape(x))}) must be [*batch, *grid, {features} features] "
                 f"with grid (={self.grid})"
@@ -338,6 +382,14 @@ class Attention(GridModule):
             "logits_soft_cap": self.logits_soft_cap,
             "scale": self.scale,
         }
+
+    def _clipped(self, terms: dict[str, Any], key) -> dict[str, Any]:
+        """The terms on this grid of keys, whose window and tables `clip` makes no larger than the grid."""
+        if not self.clip or self.window is None:
+            return terms
+        window = self.window.clipped(self._whole(key.shape[-2 - self.rank : -2]))
+        cut = {n: position.crop(terms[n], self.window, window) for n in TABLES if terms[n] is not None}
+        return {**terms, **cut, "window": window}
 
     def _weights(self, query: Array, key: Array, terms: dict[str, Any], shape: tuple[int, ...]) -> Array:
         """[*batch, *query_grid, heads, slots]."""
@@ -390,6 +442,8 @@ def _check(layer: Attention, relative_bias, key_embedding, sinks, dropout_rate, 
             f"{name}: relative_bias (={relative_bias}) and key_embedding (={key_embedding!r}) need a window; "
             "for a global layer, give the grid"
         )
+    if layer.clip and (layer.window is None or layer.grid is not None):
+        raise ValueError(f"{name}: clip (=True) must be False without a window that may be larger than a grid")
     if layer.window is not None and key_embedding == "factorized" and features // heads % layer.window.rank:
         raise ValueError(
             f"{name}: with key_embedding='factorized', the window's {layer.window.rank} axes must divide "

@@ -1,7 +1,7 @@
 """Swin: windows that part the grid, moved by a cyclic shift in every other layer."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ def shifted_window_attention(
     window: Size,
     shift: Annotated[Size, 0] = 0,
     shift_whole: bool = False,
+    boundary: str | Sequence[str] = "mask",
     scale: float | None = None,
     precision: lax.PrecisionLike = None,
     implementation: str | None = None,
@@ -43,7 +44,8 @@ def shifted_window_attention(
         N(i) = {j of the grid: ⌊(j - shift) / k⌋ = ⌊(i - shift) / k⌋ along each axis}.
 
     (Liu et al. 2021, Swin, arXiv 2103.14030.) The windows that a shift cuts in two at the border are computed as one,
-    by rolling the grid, whose parts do not attend to each other: `segment_ids` where the paper has a mask.
+    by rolling the grid, whose parts do not attend to each other: `segment_ids` where the paper has a mask. Along a
+    cyclic axis nothing is cut: its last window goes on at its first token.
 
     Args:
       x: `[*batch, *grid, features]`, with any number of batch axes. A grid that is no multiple of the window is padded
@@ -55,6 +57,8 @@ def shifted_window_attention(
       window: k, an int, or one for each axis of the grid.
       shift: from 0 to k - 1; an int, or one for each axis. The paper's layers alternate between 0 and k // 2.
       shift_whole: whether to shift along an axis that one window covers too; the published networks do not.
+      boundary: "mask", or "wrap" for a cyclic axis, as longitude is, whose tokens the window divides; one, or one for
+        each axis.
       scale: None means head_dim ** -0.5.
       axis_name: the mesh axis, inside `jax.shard_map`, over which the grid's first axis is split; the window must
         divide a shard's tokens.
@@ -71,21 +75,12 @@ def shifted_window_attention(
     >>> shifted_window_attention(jnp.ones((1, 8, 8, 8)), params | bias, window=(4, 4), shift=2).shape
     (1, 8, 8, 8)
     """
-    sizes = every_axis("shifted_window_attention", "window", window, bias_rank(params))
-    rank = len(sizes)
-    shifts = shifts_below("shifted_window_attention", shift, sizes)
-    whole = whole_grid("shifted_window_attention", x, rank, axis_name)
-    if not shift_whole:
-        shifts = tuple(s if k < n else 0 for s, k, n in zip(shifts, sizes, whole, strict=True))
-    p, x, grid = parameters("shifted_window_attention", x, params, rank, offsets=offsets(sizes))
-    if axis_name is not None and grid[0] % sizes[0]:
-        raise ValueError(
-            f"shifted_window_attention: window (={window!r}) must divide the {grid[0]} tokens of a shard of the grid's "
-            f"first axis, which is split over {axis_name!r}"
-        )
-    pads = [(0, 0)] * (x.ndim - 1 - rank) + [(0, -n % k) for n, k in zip(grid, sizes, strict=True)] + [(0, 0)]
-    rolled = _rolled(jnp.pad(x, pads), [-s for s in shifts], x.ndim - 1 - rank, axis_name)
-    query, key, value = project(rolled, p, precision)
+    where = "shifted_window_attention"
+    sizes = every_axis(where, "window", window, bias_rank(params))
+    turn = Turn.of(where, x, sizes, shifts_below(where, shift, sizes), shift_whole, boundary, axis_name)
+    p, x, _ = parameters(where, x, params, len(sizes), offsets=offsets(sizes))
+    query, key, value = project(turn.there(x, 1), p, precision)
+    parts = turn.regions()
     y = attention(
         query,
         key,
@@ -93,23 +88,68 @@ def shifted_window_attention(
         window=Window(sizes, block=sizes),
         scale=scale,
         relative_bias=p["relative_bias"],
-        segment_ids=_segments(rolled, _regions(whole, sizes, shifts), axis_name),
+        segment_ids=None if parts is None else jnp.broadcast_to(parts, query.shape[:-2]),
         precision=precision,
         implementation=implementation,
     )
-    y = _rolled(y, shifts, x.ndim - 1 - rank, axis_name)
-    return join(y[(..., *(slice(n) for n in grid), slice(None), slice(None))], p, precision)
+    return join(turn.back(y, 2), p, precision)
 
 
-def _segments(rolled: jax.Array, regions: np.ndarray, axis_name: str | None) -> jax.Array | None:
-    """The region of each token of a shard, for every entry of the batch; None where all are of one."""
-    if not regions.any():
-        return None
-    grid = rolled.shape[-1 - regions.ndim : -1]
-    here = jnp.asarray(regions)
-    if axis_name is not None:
-        here = lax.dynamic_slice_in_dim(here, lax.axis_index(axis_name) * grid[0], grid[0])
-    return jnp.broadcast_to(here.reshape((1,) * (rolled.ndim - 1 - len(grid)) + grid), rolled.shape[:-1])
+class Turn(NamedTuple):
+    """A grid, or a shard of it, that is padded to whole windows and rolled by the shift; and back."""
+
+    grid: tuple[int, ...]
+    whole: tuple[int, ...]
+    window: tuple[int, ...]
+    shifts: tuple[int, ...]
+    cyclic: tuple[bool, ...]
+    axis_name: str | None
+
+    @classmethod
+    def of(
+        cls, where: str, x: Any, window: tuple[int, ...], shifts: tuple[int, ...], shift_whole: bool,
+        boundary: str | Sequence[str], axis_name: str | None,
+    ) -> "Turn":  # fmt: skip
+        """Of an input [*batch, *grid, features]."""
+        rank, cyclic = len(window), cyclic_axes(where, boundary, len(window))
+        whole, grid = whole_grid(where, x, rank, axis_name), np.shape(x)[-1 - rank : -1]
+        if not shift_whole:
+            shifts = tuple(s if k < n else 0 for s, k, n in zip(shifts, window, whole, strict=True))
+        if axis_name is not None and grid[0] % window[0]:
+            raise ValueError(
+                f"{where}: window (={window}) must divide the {grid[0]} tokens of a shard of the grid's first axis, "
+                f"which is split over {axis_name!r}"
+            )
+        for axis, (around, n, k) in enumerate(zip(cyclic, whole, window, strict=True)):
+            if around and n % k:
+                raise ValueError(
+                    f"{where}: boundary (='wrap') must be 'mask' on axis {axis}, or window (={window}) divide its {n} "
+                    "tokens, so that the last window goes on at the first token"
+                )
+        return cls(grid, whole, window, shifts, cyclic, axis_name)
+
+    def there(self, x: jax.Array, after: int) -> jax.Array:
+        """The padded and rolled x, which has so many axes after the grid's; an axis that broadcasts stays."""
+        first = x.ndim - after - len(self.grid)
+        along = list(zip(x.shape[first:], self.grid, self.window, self.shifts, strict=False))
+        pads = [(0, -n % k) if m == n else (0, 0) for m, n, k, _ in along]
+        shifts = [-s if m == n else 0 for m, n, _, s in along]
+        return _rolled(jnp.pad(x, [(0, 0)] * first + pads + [(0, 0)] * after), shifts, first, self.axis_name)
+
+    def back(self, y: jax.Array, after: int) -> jax.Array:
+        """What `there` was made of."""
+        y = _rolled(y, self.shifts, y.ndim - after - len(self.grid), self.axis_name)
+        return y[(..., *(slice(n) for n in self.grid), *[slice(None)] * after)]
+
+    def regions(self) -> jax.Array | None:
+        """The region of each token that `there` makes; None where all are of one."""
+        parts = _regions(self.whole, self.window, self.shifts, self.cyclic)
+        if not parts.any():
+            return None
+        if self.axis_name is None:
+            return jnp.asarray(parts)
+        rows = self.grid[0]
+        return lax.dynamic_slice_in_dim(jnp.asarray(parts), lax.axis_index(self.axis_name) * rows, rows)
 
 
 def _rolled(x: jax.Array, shifts: Sequence[int], first: int, axis_name: str | None) -> jax.Array:
@@ -120,18 +160,32 @@ def _rolled(x: jax.Array, shifts: Sequence[int], first: int, axis_name: str | No
     return jnp.roll(x, shifts, range(first, first + len(shifts)))
 
 
-def _regions(grid: Sequence[int], window: Sequence[int], shifts: Sequence[int]) -> np.ndarray:
+def _regions(grid: Sequence[int], window: Sequence[int], shifts: Sequence[int], cyclic: Sequence[bool]) -> np.ndarray:
     """A number for each token of the padded and rolled grid; those with the same one came from the same side of a cut.
 
-    >>> _regions((5,), (3,), (1,))  # tokens 1 .. 4, the padding, and 0, which the roll brought here
+    >>> _regions((5,), (3,), (1,), (False,))  # tokens 1 .. 4, the padding, and 0, which the roll brought here
     array([0, 0, 0, 0, 2, 1], dtype=int32)
     """
-    regions = np.zeros((), np.int32)
-    for n, k, s in zip(grid, window, shifts, strict=True):
+    found = np.zeros((), np.int32)
+    for n, k, s, around in zip(grid, window, shifts, cyclic, strict=True):
         token = np.roll(np.arange(n + -n % k), -s)
-        part = np.where(token >= n, 2, token < s).astype(np.int32)
-        regions = 3 * regions[..., None] + part
-    return regions
+        part = np.where(token >= n, 2, (token < s) & (not around)).astype(np.int32)
+        found = 3 * found[..., None] + part
+    return found
+
+
+def cyclic_axes(where: str, boundary: str | Sequence[str], rank: int) -> tuple[bool, ...]:
+    """Which axes have no seam.
+
+    >>> cyclic_axes("layer", ("wrap", "mask"), 2)
+    (True, False)
+    """
+    each = (boundary,) * rank if isinstance(boundary, str) else tuple(boundary)
+    if len(each) != rank or not all(b in ("mask", "wrap") for b in each):
+        raise ValueError(
+            f"{where}: boundary (={boundary!r}) must be 'mask' or 'wrap', or one of these for each of the {rank} axes"
+        )
+    return tuple(b == "wrap" for b in each)
 
 
 def shifts_below(where: str, shift: Size, window: Sequence[int]) -> tuple[int, ...]:

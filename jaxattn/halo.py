@@ -182,7 +182,8 @@ def split_attention(
       axis_name: the mesh axis over which the first axis is split; None computes `attention` itself.
       window: every boundary along the split axis but "valid", whose shards would differ in length.
       relative_bias, key_embedding: as in `attention`.
-      **options: the rest of `attention`'s, but score_mod, segment_ids and dropout, which need the whole grid.
+      **options: the rest of `attention`'s, but score_mod, segment_ids, query_offset and dropout, which need the whole
+        grid.
 
     Returns:
       As `attention`, for the shard's own queries.
@@ -210,7 +211,7 @@ def split_attention(
 
 
 def _check_options(options: dict[str, Any], axis_name: str) -> None:
-    given = [name for name in ("score_mod", "segment_ids") if options.pop(name, None) is not None]
+    given = [name for name in ("score_mod", "segment_ids", "query_offset") if options.pop(name, None) is not None]
     options.pop("dropout_key", None)
     given += ["dropout_rate"] if options.pop("dropout_rate", 0.0) != 0 else []
     if given:

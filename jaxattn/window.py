@@ -6,6 +6,7 @@ import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxattn.boundary import fold
@@ -194,6 +195,12 @@ class Axis(NamedTuple):
             high=np.full(queries, keys),
         )
 
+    def rows(self, first: int, count: int) -> "Axis":
+        """The slots of `count` queries from `first` on."""
+        ours = slice(first, first + count)
+        cut = {name: getattr(self, name)[ours] for name in ("query", "start", "low", "high")}
+        return self._replace(**cut)
+
     def positions(self) -> np.ndarray:
         """[queries, size]"""
         return self.start[:, None] + self.dilation * np.arange(self.size)
@@ -230,41 +237,49 @@ class Axis(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def _axis(window: Window, axis: int, length: int) -> Axis:
-    """Place the windows along one axis: the table in Window's docstring, line by line."""
+    """Place the windows along one axis."""
     along = window.along[axis]
-    k, stride, d, s = along.size, along.stride, along.dilation, along.block
-    causal, boundary, offset = along.causal, along.boundary, along.offset
-    _check_length(axis, length, k, d, boundary)
-    queries = (length - d * (k - 1) - 1) // stride + 1 if boundary == "valid" else -(-length // stride)
-    x = stride * np.arange(queries)
-    j, g = x // d, x % d
-    lead = j // s * s + (s - 1 if causal else s // 2)
-    if boundary == "shift":
-        members = -((g - length) // d)  # ceil((length - g) / d)
-        lead = np.minimum(lead, members - 1)
-        first = np.maximum(lead - k + 1, 0) if causal else np.clip(lead - k // 2, 0, members - k)
-        start = first * d + g
-    elif boundary == "valid":
-        start = x
-    else:
-        default = -(k - 1) * d if causal else -(k // 2) * d
-        start = lead * d + g + (default if offset is None else offset)
-    low, high = np.zeros(queries, int), np.full(queries, k)
-    if boundary in ("shift", "mask", "valid"):  # the grid ends: positions in [0, length)
-        low, high = np.clip(-(start // d), 0, k), np.clip(-((start - length) // d), 0, k)
-    if causal:  # positions up to x
-        high = np.clip((x - start) // d + 1, 0, high)
+    _check_length(axis, length, along.size, along.dilation, along.boundary)
+    span = along.dilation * (along.size - 1) + 1
+    queries = (length - span) // along.stride + 1 if along.boundary == "valid" else -(-length // along.stride)
+    x = along.stride * np.arange(queries)
+    start, low, high = place(along, x, length)
     return Axis(
-        size=k,
-        dilation=d,
+        size=along.size,
+        dilation=along.dilation,
         length=length,
-        boundary=boundary,
-        block=s,
+        boundary=along.boundary,
+        block=along.block,
         query=x,
         start=start,
         low=low,
-        high=np.maximum(low, high),
+        high=high,
     )
+
+
+def place(along: Along, x: Any, length: int) -> tuple[Any, Any, Any]:
+    """Where the windows of queries at positions x start, and the run of slots that each sees: the table in Window's
+    docstring, line by line. An array of NumPy's gives such, a traced one traced ones."""
+    xp: Any = np if isinstance(x, np.ndarray) else jnp
+    k, d, s = along.size, along.dilation, along.block
+    j, g = x // d, x % d
+    lead = j // s * s + (s - 1 if along.causal else s // 2)
+    if along.boundary == "shift":
+        members = -((g - length) // d)  # ceil((length - g) / d)
+        lead = xp.minimum(lead, members - 1)
+        first = xp.maximum(lead - k + 1, 0) if along.causal else xp.clip(lead - k // 2, 0, members - k)
+        start = first * d + g
+    elif along.boundary == "valid":
+        start = x
+    else:
+        default = -(k - 1) * d if along.causal else -(k // 2) * d
+        start = lead * d + g + (default if along.offset is None else along.offset)
+    low, high = xp.zeros_like(x), xp.full_like(x, k)
+    if along.boundary in ("shift", "mask", "valid"):  # the grid ends: positions in [0, length)
+        low, high = xp.clip(-(start // d), 0, k), xp.clip(-((start - length) // d), 0, k)
+    if along.causal:  # positions up to x
+        high = xp.clip((x - start) // d + 1, 0, high)
+    return start, low, xp.maximum(low, high)
 
 
 def outer(tables: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -45,7 +45,7 @@ MEANS = {  # by the argument, or by "function.argument"
     "weights": ("an axis more",),  # of a batch
     "attention_maps.weights": (),
     "mask": ("no axes", "an axis more"),  # what broadcasts
-    **dict.fromkeys(("Conv.mask", "nearest_conv.mask"), ("no axes",)),
+    **dict.fromkeys(("Conv.mask", "ConvTranspose.mask", "nearest_conv.mask"), ("no axes",)),
     "inline_svg.name": ("'3'",),
     **{f"{network}.num_classes": ("0",) for network in POOLING},
     "ViT.registers": ("0",),
@@ -56,6 +56,7 @@ MEANS = {  # by the argument, or by "function.argument"
     "can_be_drawn.text": ("'3'",),
     "attention.bias": ("1.5", "nan", "inf", "no axes"),
     "attention.mask": ("no axes",),
+    "attention.query_offset": ("0",),
 }
 KEPT = ("implementation", "axis_name")  # names, which a constructor only keeps
 

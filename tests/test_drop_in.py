@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contract import quicker
 from flax import nnx
 
 from jaxattn.nn import Attention, Conv, ConvTranspose
@@ -41,7 +42,7 @@ def assert_same(pairs, x, calls=None, **tolerance):
         params = jax.tree.map(lambda p: drawn(p.shape, p.dtype), params)
         split.append((graph, nnx.graphdef(theirs), params, rest))
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=quicker)
     def run_all(x, every):
         found = []
         for (mine, other, _, rest), params, call in zip(split, every, calls, strict=True):
@@ -58,13 +59,9 @@ def assert_same(pairs, x, calls=None, **tolerance):
 
 
 def test_conv_transpose_is_that_of_flax():
-    """Over paddings, strides, both kernels, masks and dtypes; what is written goes around the torus once and twice."""
+    """Over strides, both kernels, masks and dtypes; what is written goes around the torus once and twice."""
     made, mask = [], np.tril(np.ones((5, 2, 3, 4)))
-    settings = [
-        *itertools.product(["CIRCULAR"], [None, (2, 3)], [False, True]),
-        ("VALID", (2, 3), False),
-        ((4, 2), 1, True),
-    ]
+    settings = itertools.product(["CIRCULAR"], [None, (2, 3)], [False, True])  # test_convolution.py has the others
     for n, (padding, strides, transposed) in enumerate(settings):
         given = {"padding": padding, "transpose_kernel": transposed, "kernel_dilation": [None, (2, 3)][n % 2]}
         given |= {"use_bias": n % 3 > 0, "mask": None if transposed or n % 2 else mask, "param_dtype": jnp.float64}
@@ -113,9 +110,8 @@ def test_attention_is_that_of_flax():
     mask = jnp.asarray(np.random.default_rng(0).random((2, 1, 5, 5)) < 0.6) | jnp.eye(5, dtype=bool)
     always = {"param_dtype": jnp.float64, "dropout_rate": 0.5, "deterministic": True, "keep_rngs": False}
     settings = [
-        ({"num_kv_heads": 2}, {"is_causal": True}),
         ({"attention_fn": attend, "broadcast_dropout": False}, {"mask": mask, "is_causal": True}),
-        ({"qkv_dot_general": multiply, "out_dot_general_cls": lambda: multiply}, {"mask": mask}),
+        ({"num_kv_heads": 2, "qkv_dot_general": multiply, "out_dot_general_cls": lambda: multiply}, {"mask": mask}),
         ({"normalize_qk": True, "ln_promote_dtype": nnx.nn.dtypes.promote_dtype}, {"is_causal": True, "mask": mask}),
     ]
     pairs = [
@@ -142,13 +138,18 @@ def test_weights_are_sown_and_metadata_is_kept_as_flax_does():
     notes = lambda layer: [(path, x.get_metadata().get("note")) for path, x in nnx.to_flat_state(nnx.state(layer))]
     assert notes(ours) == notes(theirs)
     x = drawn((2, 5, 8), jnp.float32)
-    look = lambda layer: nnx.capture(layer, nnx.Intermediate)(x, sow_weights=True, decode=False)
-    found, expected = map(look, (ours, theirs))
-    np.testing.assert_allclose(found[0], expected[0], atol=1e-6)
-    (found,), (expected,) = (sown["attention_weights"].get_value() for _, sown in (found, expected))
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+    graphs, states = zip(*map(nnx.split, (ours, theirs)), strict=True)
+
+    def look(states):
+        layers = map(nnx.merge, graphs, states)
+        seen = [nnx.capture(layer, nnx.Intermediate)(x, sow_weights=True, decode=False) for layer in layers]
+        return [(y, sown["attention_weights"].get_value()[0]) for y, sown in seen]
+
+    found, expected = jax.jit(look, compiler_options=quicker)(states)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), found, expected)
 
 
+@pytest.mark.full
 def test_dropout_may_be_the_same_everywhere():
     """Of the batch and of the heads, as flax draws it: with equal rows and heads, equal results."""
     layer = Attention(2, 4, dropout_rate=0.5, broadcast_dropout=True, out_projection=False, rngs=nnx.Rngs(0))

@@ -82,7 +82,7 @@ CASES += [
 CASES += [("5 x 3", arguments, "traced") for arguments in ARGUMENTS]
 
 
-@pytest.mark.core(3)
+@pytest.mark.core(1)
 @pytest.mark.parametrize(("geometry", "arguments", "how"), dict.fromkeys(CASES))
 def test_a_part_of_the_queries(geometry, arguments, how):
     check(geometry, arguments, how)
@@ -101,22 +101,21 @@ def test_one_program_for_all_places():
     def slope(query, place):
         return jax.jvp(lambda query: jax.checkpoint(attend)(query, place), (query,), (query,))[1]
 
-    places = (5, 37)
-    known = jax.jit(lambda query: [(attend(query, n), slope(query, n)) for n in places])(query)
-    traced = jax.jit(lambda query, n: (attend(query, n), slope(query, n)))
+    places, jit = (5, 37), functools.partial(jax.jit, compiler_options=quicker)
+    known = jit(lambda query: [(attend(query, 5), slope(query, 5)), (attend(query, "end"),)])(query)
+    traced = jit(lambda query, n: (attend(query, n), slope(query, n)))
     for n, expected in zip(places, known, strict=True):
-        jax.tree.map(partial_close, traced(query, n), expected)
+        jax.tree.map(near, traced(query, n)[: len(expected)], expected)
     assert traced._cache_size() == 1
-    at_once = jax.jit(jax.vmap(attend, (None, 0)))(query, jnp.asarray(places))
-    partial_close(at_once, jnp.stack([y for y, _ in known]))
-    half = attend(query.astype(jnp.bfloat16), jnp.asarray(5), key.astype(jnp.bfloat16))
+    at_once = jit(jax.vmap(attend, (None, 0)))(query, jnp.asarray(places))
+    near(at_once, jnp.stack([y for y, *_ in known]))
+    half = jit(attend)(query.astype(jnp.bfloat16), jnp.asarray(5), key.astype(jnp.bfloat16))
     assert half.dtype == jnp.bfloat16
     close(half, np.asarray(known[0][0]), jnp.bfloat16, "bfloat16")
-    np.testing.assert_array_equal(attend(query, "end"), attend(query, 37))
-    partial_close(traced(query, 99)[0], known[1][0])  # moved onto the grid
+    near(traced(query, 99)[0], known[1][0])  # moved onto the grid
 
 
-def partial_close(ours, theirs):
+def near(ours, theirs):
     np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-10)
 
 

@@ -46,6 +46,7 @@ class Arrays(NamedTuple):
     extra_positions: Any = None
     sink_logits: Any = None
     dropout_key: Any = None
+    query_offset: Any = None
 
 
 class Settings(NamedTuple):
@@ -59,6 +60,8 @@ class Settings(NamedTuple):
     tile: int | tuple[int, ...] | None
     implementation: str | None
     return_residuals: bool
+    broadcast_dropout: bool
+    query_offset: tuple[int, ...] | str | None
 
     @property
     def has_functions(self) -> bool:
@@ -78,6 +81,7 @@ def read(
     tile: Any,
     implementation: Any,
     return_residuals: Any,
+    broadcast_dropout: Any,
 ) -> tuple[Arrays, Settings]:
     """The arguments with all that depends on values checked."""
     if window is not None and not isinstance(window, Window):
@@ -94,6 +98,9 @@ def read(
             raise ValueError(f"attention: {name} (=None) must be an array of numbers")
     if not isinstance(return_residuals, bool | np.bool_):
         raise ValueError(f"attention: return_residuals (={shown(return_residuals)}) must be True or False")
+    if not isinstance(broadcast_dropout, bool | np.bool_):
+        raise ValueError(f"attention: broadcast_dropout (={shown(broadcast_dropout)}) must be True or False")
+    arrays, query_offset = _query_offset(arrays, window, normalize)
     if precision is not None and allowed_precision(precision) is REFUSED:
         raise ValueError(f"attention: precision (={shown(precision)}) must be None, a jax.lax.Precision, or its name")
     as_arrays = Arrays(*(x if x is None else converted(name, x) for name, x in arrays._asdict().items()))
@@ -107,6 +114,8 @@ def read(
         tile=_integers(tile),
         implementation=implementation,
         return_residuals=bool(return_residuals),
+        broadcast_dropout=bool(broadcast_dropout),
+        query_offset=query_offset,
     )
     return as_arrays._replace(dropout_key=key), settings
 
@@ -115,7 +124,7 @@ def check(arrays: Arrays, settings: Settings, anywhere: bool = False) -> tuple[O
     """What kernels are given: operands in one layout, and options. Depends on shapes and dtypes alone.
     `anywhere`: queries are of one axis, and stand wherever something else says."""
     query, key, value = _floating(query=arrays.query, key=arrays.key, value=arrays.value)
-    geometry = _geometry(query, key, value, settings.window, anywhere)
+    geometry = _geometry(query, key, value, settings.window, anywhere, settings.query_offset, arrays.query_offset)
     extra_key, extra_value = _extra(arrays.extra_key, arrays.extra_value, key, value, geometry)
     key_mask, slot_mask = _masks(arrays.mask, geometry)
     query_segments, key_segments = _segments(arrays.segment_ids, geometry)
@@ -151,6 +160,8 @@ def check(arrays: Arrays, settings: Settings, anywhere: bool = False) -> tuple[O
         precision=settings.precision,
         residuals=settings.return_residuals,
         tile=_tile(settings.tile, geometry),
+        offset=geometry.offset,
+        broadcast_dropout=settings.broadcast_dropout,
     )
     sizes = _grid_sizes(arrays, settings, geometry)
     return (operands, options) if sizes is None else ragged.fit(operands, options, sizes)
@@ -169,9 +180,28 @@ class _Geometry(NamedTuple):
     key_heads: int
     head_dim: int
     dtype: Any
+    offset: tuple[int, ...] | None
+    traced_offset: Any
+
+    def standing(self, axis: int) -> Array:
+        """The indices of the queries along an axis, on the window's query grid."""
+        count = self.queries[axis]
+        first: Any = 0 if self.offset is None else self.offset[axis]
+        if self.traced_offset is not None and self.window is not None:
+            last = self.window.query_grid(self.keys)[axis] - count
+            first = jnp.clip(jnp.asarray(self.traced_offset[axis], jnp.int32), 0, last)
+        return first + jnp.arange(count, dtype=jnp.int32)
 
 
-def _geometry(query: Array, key: Array, value: Array, window: Window | None, anywhere: bool) -> _Geometry:
+def _geometry(
+    query: Array,
+    key: Array,
+    value: Array,
+    window: Window | None,
+    anywhere: bool,
+    offset: Any = None,
+    traced: Any = None,
+) -> _Geometry:
     rank = 1 if window is None else window.rank
     for_query = 1 if anywhere else rank
     for name, x in (("query", query), ("key", key), ("value", value)):
@@ -196,11 +226,23 @@ def _geometry(query: Array, key: Array, value: Array, window: Window | None, any
         axes = (Axis.everything(queries[0], keys[0]),)
     else:
         axes = window.axes(keys)
-        if not anywhere and queries != window.query_grid(keys):
-            made = window.query_grid(keys)
+        made = tuple(len(axis.start) for axis in axes)
+        if traced is not None:  # of which any may be meant
+            offset = (0,) * rank
+        elif offset == "end":
+            offset = tuple(n - m for n, m in zip(made, queries, strict=True))
+        if not anywhere and offset is None and queries != made:
             raise ValueError(f"attention: query has the grid {queries}; of key's grid {keys}, {window} makes {made}")
+        if offset is not None:
+            if any(o < 0 or o + m > n for o, m, n in zip(offset, queries, made, strict=True)):
+                raise ValueError(
+                    f"attention: query_offset (={offset}) must leave query's grid {queries} within the {made} queries "
+                    f"that {window} makes of key's grid {keys}"
+                )
+            axes = tuple(axis.rows(*part) for axis, *part in zip(axes, offset, queries, strict=True))
     slots = tuple(axis.size for axis in axes)
-    return _Geometry(window, axes, batch, queries, keys, slots, heads, key_heads, query.shape[-1], query.dtype)
+    heads_and_dim = heads, key_heads, query.shape[-1]
+    return _Geometry(window, axes, batch, queries, keys, slots, *heads_and_dim, query.dtype, offset, traced)
 
 
 def _floating(**operands: Operand) -> list[Array]:
@@ -249,7 +291,7 @@ def _not_ahead(positions: Operand | None, extra_key: Array | None, geometry: _Ge
     seen = jnp.ones((*positions.shape[:-2], *geometry.queries, shape[0]), bool)
     for a, axis in enumerate(along):
         if axis.causal:
-            standing = axis.stride * jnp.arange(geometry.queries[a], dtype=jnp.int32)
+            standing = axis.stride * geometry.standing(a)
             token = jnp.expand_dims(positions[..., a].astype(jnp.int32), range(-n - 1, -1))
             seen = seen & (token <= standing.reshape(-1, *[1] * (n - a)))
     return seen
@@ -276,6 +318,8 @@ def _grid_sizes(arrays: Arrays, settings: Settings, geometry: _Geometry) -> Arra
                 "with a function to normalize and boundary 'shift'",
                 f"boundary 'mask' works, and so do {', '.join(map(repr, NORMALIZERS))}",
             )
+    if geometry.offset is not None:
+        refuse("with query_offset", "queries of the whole grid, or an entry of the batch at a time, work")
     if geometry.window is None and geometry.queries != geometry.keys:
         refuse(f"with {geometry.queries[0]} queries of {geometry.keys[0]} keys", "a mask says which of them attend")
     return sizes
@@ -442,9 +486,15 @@ def _segments(ids: Operand | Sequence[Operand] | None, geometry: _Geometry) -> t
     else:
         query = key = jnp.asarray(ids)
         if key.shape == of_keys and (geometry.window is not None or of_queries == of_keys):
-            for axis, along in enumerate(geometry.axes, len(geometry.batch)):
+            axes = geometry.axes
+            if geometry.window is not None and geometry.traced_offset is not None:
+                axes = geometry.window.axes(geometry.keys)
+            for axis, along in enumerate(axes, len(geometry.batch)):
                 if not np.array_equal(along.query, np.arange(along.length)):
                     query = jnp.take(query, along.query, axis=axis)  # the id of the key that the query stands on
+            if geometry.traced_offset is not None:
+                starts = [0] * len(geometry.batch) + list(geometry.traced_offset)
+                query = jax.lax.dynamic_slice(query, starts, of_queries)
     for x, shape in ((query, of_queries), (key, of_keys)):
         if x.shape != shape or not jnp.issubdtype(x.dtype, jnp.integer):
             _refuse(
@@ -487,7 +537,7 @@ def converted(name: str, x: Any) -> Any:
         if len(x) != 2:
             raise ValueError(f"attention: mask (={len(x)} arrays) must be one, or a pair: of keys, and by slot")
         return tuple(part if part is None else converted(f"mask[{n}]", part) for n, part in enumerate(x))
-    if name in ("segment_ids", "key_embedding") and isinstance(x, tuple | list):
+    if name in ("segment_ids", "key_embedding", "query_offset") and isinstance(x, tuple | list):
         return tuple(part if isinstance(part, TYPES) else jnp.asarray(part) for part in x)
     if isinstance(x, jax.Array | jax.ShapeDtypeStruct):
         return x
@@ -528,6 +578,37 @@ def _dropout_key(rate: Any, key: Any) -> Any:
 
 def _is_traced(x: Any) -> bool:
     return isinstance(x, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _query_offset(arrays: Arrays, window: Window | None, normalize: Any) -> tuple[Arrays, Any]:
+    """The arguments with a traced `query_offset` as one array [rank]; and one that is static, a tuple or "end"."""
+    given = arrays.query_offset
+    if given is None:
+        return arrays, None
+    if window is None:
+        raise ValueError(
+            f"attention: query_offset (={shown(given)}) must be None without a window, which alone asks where a query "
+            "stands: for causal attention over all n keys, Window(n, causal=True)"
+        )
+    if isinstance(given, str) and given == "end":
+        return arrays._replace(query_offset=None), given
+    several = isinstance(given, tuple | list) or (isinstance(given, jax.Array) and given.ndim == 1)
+    parts: list[Any] = list(given) if several else [given]
+    one = lambda x: isinstance(x, jax.Array | jax.ShapeDtypeStruct) and x.shape == ()
+    fits = [(is_int(x) and x >= 0) or (one(x) and jnp.issubdtype(x.dtype, jnp.integer)) for x in parts]
+    if len(parts) != window.rank or not all(fits):
+        raise ValueError(
+            f"attention: query_offset (={shown(given)}) must be None, 'end', or an int >= 0 for each of the window's "
+            f"axes ({window.rank}), which may be traced"
+        )
+    if all(map(is_int, parts)):
+        return arrays._replace(query_offset=None), tuple(map(int, parts))
+    if callable(normalize) and normalize not in NORMALIZERS.values():
+        raise ValueError(
+            f"attention: normalize (={normalize!r}) must be one of {', '.join(map(repr, NORMALIZERS))} where "
+            "query_offset is traced, for a function would not see a window in order; with an int it does"
+        )
+    return arrays._replace(query_offset=tuple(parts)), None
 
 
 def _check_number(name: str, value: Any) -> None:

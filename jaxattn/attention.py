@@ -12,8 +12,8 @@ from jaxtyping import Array
 from jaxattn import arguments, head_groups, machine
 from jaxattn.arguments import Arrays, Operand, Settings
 from jaxattn.checked import shown
-from jaxattn.kernels import backends, sink
-from jaxattn.kernels.operands import ScoreMod
+from jaxattn.kernels import backends, placed, sink
+from jaxattn.kernels.operands import Operands, Options, ScoreMod
 from jaxattn.normalize import NORMALIZERS, Normalizer, logsumexp
 from jaxattn.promotion import broadcasting
 from jaxattn.window import Window
@@ -39,8 +39,10 @@ def attention(
     extra_value: Operand | None = None,
     extra_positions: Operand | None = None,
     sink_logits: Operand | None = None,
+    query_offset: int | Sequence[int] | str | Operand | None = None,
     dropout_rate: float = 0.0,
     dropout_key: Operand | None = None,
+    broadcast_dropout: bool = False,
     precision: jax.lax.PrecisionLike = None,
     implementation: str | None = None,
     tile: int | Sequence[int] | None = None,
@@ -101,9 +103,17 @@ def attention(
         sink_logits: [heads], a logit that takes its share of the weights and has no value (gpt-oss): A_ij = exp(s_ij) /
             (exp(sink) + sum_j exp(s_ij)). Neither scale nor soft cap nor score_mod applies to it; -inf is none. softmax
             only. A query with nothing else to attend to gives zeros, and its lse is the sink's logit.
+        query_offset: the queries are those of index offset, offset + 1, ... of the window's query grid, on which there
+            may be fewer of them than the keys make: an int for each axis (one, of one axis), or "end", the last ones.
+            What is given for queries (bias, mask, segments) is given for these, and `score_mod` is told their index on
+            the whole query grid. It may be traced, `jax.Array` integers, also in a tuple: one program for all places,
+            which computes a dense product with the keys around the queries, for few queries (a token of a decoder);
+            it is then moved so that all queries stand on the grid, and `normalize` is no function. Not without a
+            window, of which it says where it stands: causal attention over n keys is ``Window(n, causal=True)``.
         dropout_rate: in [0, 1), of the normalised weights. The same `dropout_key` drops the same weights, in every
             implementation, forward and backward.
         dropout_key: a `jax.random.key`, needed where `dropout_rate` > 0.
+        broadcast_dropout: drop the same in every entry of the batch and every head.
         precision: as in `jax.lax.dot_general`.
         implementation: None chooses; "reference" is the readable one, which gathers `N × window` keys; "xla" tiles, and
             is slower with a function of yours (`score_mod`, `normalize`), which may close over what is differentiated;
@@ -149,6 +159,12 @@ def attention(
         >>> output = attention(folded, keys, keys, window=Window(3))
         >>> output.reshape(4, 2, 2, 16).swapaxes(1, 2).reshape(8, 2, 16).shape
         (8, 2, 16)
+
+        Tokens that are added to 8 that are there see those, and each other:
+
+        >>> new, all_keys = jnp.ones((2, 2, 16)), jnp.ones((10, 2, 16))
+        >>> attention(new, all_keys, all_keys, window=Window(4, causal=True), query_offset="end").shape
+        (2, 2, 16)
     """
     if isinstance(window, list | tuple):
         return head_groups.attend(attention, window, locals())  # the arguments, for nothing else is here yet
@@ -169,6 +185,7 @@ def attention(
         extra_positions=extra_positions,
         sink_logits=sink_logits,
         dropout_key=dropout_key,
+        query_offset=query_offset,
     )
     arrays, settings = arguments.read(
         arrays,
@@ -180,6 +197,7 @@ def attention(
         tile=tile,
         implementation=implementation,
         return_residuals=return_residuals,
+        broadcast_dropout=broadcast_dropout,
     )
     # a function of the caller's may hold what changes, which a cache would freeze
     attend = _attend if settings.has_functions else _attend_compiled
@@ -238,8 +256,14 @@ def _attend(arrays: Arrays, settings: Settings, platform: str) -> tuple[Array, .
     """Check, choose, call. A compiled call is found by its platform too, for a backend may support one alone."""
     del platform
     operands, options = arguments.check(arrays, settings)
-    backend, _ = backends.choose(settings.implementation, operands, options)
-    attend = lambda operands, options: sink.attend(operands, options, backend)
+
+    def attend(operands: Operands, options: Options) -> tuple[Array, ...]:
+        whole = placed.whole(operands, options, arrays.query_offset)
+        backend, _ = backends.choose(settings.implementation, *whole)
+        output, *lse = sink.attend(*whole, backend)
+        grid = operands.query.shape[:-1]
+        return output.reshape(*grid, output.shape[-1]), *(x.reshape(grid) for x in lse)
+
     return under_mesh(attend, operands.query)(operands, options)
 
 

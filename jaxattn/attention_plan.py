@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxattn import arguments, units
 from jaxattn.arguments import Arrays
 from jaxattn.attention import attention
-from jaxattn.kernels import backends
+from jaxattn.kernels import backends, placed
 from jaxattn.kernels.backend import Cost
 from jaxattn.kernels.operands import Operands, Options
 
@@ -89,7 +89,7 @@ def attention_plan(
     found = []
 
     def check(arrays: Arrays) -> Operands:
-        operands, checked = arguments.check(arrays, settings)
+        operands, checked = placed.whole(*arguments.check(arrays, settings), arrays.query_offset)
         found.append(checked)
         return operands
 

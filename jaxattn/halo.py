@@ -183,8 +183,8 @@ def split_attention(
       axis_name: the mesh axis over which the first axis is split; None computes `attention` itself.
       window: every boundary along the split axis but "valid", whose shards would differ in length.
       relative_bias, key_embedding: as in `attention`.
-      **options: the rest of `attention`'s, but score_mod, segment_ids, grid_sizes, extra_positions and dropout, which
-        need the whole grid.
+      **options: the rest of `attention`'s, but score_mod, segment_ids, grid_sizes, extra_positions, query_offset and
+        dropout, which need the whole grid.
 
     Returns:
       As `attention`, for the shard's own queries.
@@ -214,7 +214,8 @@ def split_attention(
     return split(query, key, value, bias, mask, place, tables, options)
 
 
-WHOLE = ("score_mod", "segment_ids", "grid_sizes", "extra_positions")  # they count from the start of the whole grid
+# they count from the start of the whole grid
+WHOLE = ("score_mod", "segment_ids", "grid_sizes", "extra_positions", "query_offset")
 
 
 def _check_options(options: dict[str, Any], axis_name: str) -> None:

@@ -173,7 +173,7 @@ def mix(
 def _call(name: str, part: Callable, arrays: Arrays, window: Any, options: dict[str, Any]) -> Array:
     """A part of attention, of arguments that `attention` checks."""
     try:
-        rest = {"tile": None, "implementation": None, "return_residuals": False}
+        rest = {"tile": None, "implementation": None, "return_residuals": False, "broadcast_dropout": False}
         arrays, settings = arguments.read(arrays, window=window, **options, **rest)
         # a function of the caller's may hold what changes, which a cache would freeze
         evaluate = _evaluate if settings.has_functions else _evaluate_compiled

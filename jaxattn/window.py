@@ -219,6 +219,12 @@ class Axis(NamedTuple):
             high=np.full(queries, keys),
         )
 
+    def rows(self, first: int, count: int) -> "Axis":
+        """The slots of `count` queries from `first` on."""
+        ours = slice(first, first + count)
+        cut = {name: getattr(self, name)[ours] for name in ("query", "start", "low", "high")}
+        return self._replace(**cut)
+
     def positions(self) -> np.ndarray:
         """[queries, size]"""
         return self.start[:, None] + self.dilation * np.arange(self.size)

@@ -46,7 +46,7 @@ MEANS = {  # by the argument, or by "function.argument"
     "weights": ("an axis more",),  # of a batch
     **dict.fromkeys(("attention_maps.weights", "mix.weights"), ()),
     "mask": ("no axes", "an axis more"),  # what broadcasts
-    **dict.fromkeys(("Conv.mask", "nearest_conv.mask"), ("no axes",)),
+    **dict.fromkeys(("Conv.mask", "ConvTranspose.mask", "nearest_conv.mask"), ("no axes",)),
     "inline_svg.name": ("'3'",),
     **{f"{network}.num_classes": ("0",) for network in POOLING},
     "ViT.registers": ("0",),
@@ -57,6 +57,7 @@ MEANS = {  # by the argument, or by "function.argument"
     "can_be_drawn.text": ("'3'",),
     **{f"{name}.bias": ("1.5", "nan", "inf", "no axes") for name in ATTENTIONS},
     **{f"{name}.mask": ("no axes",) for name in ATTENTIONS},
+    "attention.query_offset": ("0",),
     "attention_plan.bias": ("None", "1.5", "nan", "inf"),
     "attention_plan.mask": ("None",),
     **dict.fromkeys(("base", "stretch", "slower"), ("1.5",)),

@@ -181,8 +181,6 @@ def test_conv_arguments_reach_their_place():
     assert layer(jnp.ones((1, 5, 2))).shape == (1, 5, 3)
     assert promoted == [jnp.float32]
     assert "HIGHEST" in jax.jit(layer).lower(jnp.ones((1, 5, 2))).as_text()
-    with pytest.raises(ValueError, match="Conv: conv_general_dilated must be left at its default"):
-        Conv(2, 3, 3, conv_general_dilated=lambda *args, **kwargs: None, rngs=nnx.Rngs(0))
 
 
 def test_conv_in_linen():

@@ -410,9 +410,9 @@ def test_remat_keeps_a_blocks_input_alone(name):
 def test_weights_are_sown_by_every_attention(remat):
     images = normal(0, 5, 6, 8, 2)
     for setting, shapes in {
-        "global": [(5, 13, 4, 13)] * 2,
-        "mean": [(5, 12, 4, 12), (5, 3, 4, 4, 9)],
-        "convit": [(5, 13, 4, 13)],
+        "global": [(5, 4, 13, 13)] * 2,
+        "mean": [(5, 4, 12, 12), (5, 3, 4, 4, 9)],
+        "convit": [(5, 4, 13, 13)],
     }.items():
         model = small(setting, remat=remat)
         look = lambda model, images: nnx.capture(model, nnx.Intermediate)(images, sow_weights=True)[1]

@@ -53,6 +53,8 @@ class Options:
     precision: jax.lax.PrecisionLike = None
     residuals: bool = False  # whether lse is wanted
     tile: tuple[int, ...] | None = None  # queries per tile along each axis
+    offset: tuple[int, ...] | None = None  # the first of the window's queries along each axis; None: they are all here
+    broadcast_dropout: bool = False
 
     @property
     def has_functions(self) -> bool:
@@ -64,7 +66,10 @@ class Options:
         """The slots of every query along each axis of the grid."""
         if self.window is None:
             return (Axis.everything(self.queries[0], self.keys[0]),)
-        return self.window.axes(self.keys)
+        axes = self.window.axes(self.keys)
+        if self.offset is None:
+            return axes
+        return tuple(axis.rows(*part) for axis, *part in zip(axes, self.offset, self.queries, strict=True))
 
 
 def statistics_dtype(dtype: DTypeLike) -> jnp.dtype:
@@ -148,11 +153,12 @@ def dropout_factors(
     slots].
 
     One stream of bits for each query: so the bits, `N × window` of them, never exist at once, and do not depend on how
-    queries are tiled.
+    queries are tiled. With `broadcast_dropout`, one for all entries of the batch and all heads.
     """
     if operands.dropout_key is None:
         raise ValueError(f"attention: dropout_key (=None) must be a key, for dropout_rate is {options.dropout_rate}")
     key = jax.random.wrap_key_data(operands.dropout_key, impl=options.key_impl)
     key = jax.random.fold_in(key, query)
-    keep = jax.random.bernoulli(key, jnp.float32(1 - options.dropout_rate), shape)
-    return keep.astype(dtype) / (1 - options.dropout_rate)
+    drawn = shape[-1:] if options.broadcast_dropout else shape
+    keep = jax.random.bernoulli(key, jnp.float32(1 - options.dropout_rate), drawn)
+    return jnp.broadcast_to(keep, shape).astype(dtype) / (1 - options.dropout_rate)

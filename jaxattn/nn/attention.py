@@ -1,20 +1,23 @@
 """Attention as a Flax module: projections around `jaxattn.attention`, with tables for its relative terms."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
 from jax import lax
+from jax.sharding import PartitionSpec, Sharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float, Real
 
 from jaxattn import position
-from jaxattn.checked import checked
+from jaxattn.checked import checked, shown
 from jaxattn.halo import shard_count, split_attention
+from jaxattn.nn import decode as decoding
 from jaxattn.nn.grid import GridModule
 from jaxattn.nn.layer import Normalize, default_bias_init, default_kernel_init, small_init
 from jaxattn.nn.rotary import learned_frequencies, rotated
@@ -35,8 +38,9 @@ class Attention(GridModule):
 
     with r (`key_embedding`) and b (`relative_bias`) learned if asked for. Without a window and those two it computes
     what `flax.nnx.MultiHeadAttention` computes from the same parameters, which have the same names, shapes and initial
-    values. One difference: a query that the mask leaves nothing takes zeros to the output projection, not the mean of
-    all values.
+    values, and it takes the same arguments. Differences: a query that the mask leaves nothing takes zeros to the output
+    projection, not the mean of all values; and dropout is drawn for each entry of the batch and each head, unless
+    `broadcast_dropout` is True, as it is in flax without being said.
     (Vaswani et al. 2017, arXiv 1706.03762; with a window and r, Ramachandran et al. 2019, arXiv 1906.05909.)
 
     Args:
@@ -67,7 +71,8 @@ class Attention(GridModule):
         frequencies, [num_kv_heads, head_dim / 2, rank] (Heo et al. 2024, arXiv 2403.13298).
       transform_qk: ``transform_qk(query, key, offset) -> (query, key)``, a function or a module, which has the last
         word on the projected queries and keys, `[*batch, *grid, heads, head_dim]` (`[*batch, tokens, heads, head_dim]`
-        without a window). `offset` is where the first of them stands along each axis: 0, but on a shard of a grid.
+        without a window). `offset` is where the first of them stands along each axis: 0, but on a shard of a grid and
+        for a token that follows others (`decode`).
       clip: where the grid is smaller than the window, it and its tables are cut to what fits (`Window.clipped`).
       normalize_qk: a LayerNorm without bias on each query and key (Dehghani et al. 2023, arXiv 2302.05442).
       dtype: of the computation. None promotes the inputs' and the parameters' dtypes.
@@ -83,6 +88,18 @@ class Attention(GridModule):
       use_bias: whether the projections have biases.
       out_projection: False leaves out W_O: the heads' outputs are concatenated.
       implementation: as `jaxattn.attention`.
+      broadcast_dropout: drops the same weights in every entry of the batch and every head.
+      attention_fn: what attends in place of `jaxattn.attention`, without a window, called as flax calls it:
+        `attention_fn(query, key, value, mask=, dropout_rng=, dropout_rate=, broadcast_dropout=, deterministic=, dtype=,
+        precision=, module=, is_causal=)`.
+      decode: True takes one token at each call, and keeps the keys and values of those before in a cache, which
+        `init_cache` makes. Without a window, or with one of one axis that is causal.
+      qkv_promote_dtype, out_promote_dtype, ln_promote_dtype, qkv_dot_general, out_dot_general, qkv_dot_general_cls,
+        out_dot_general_cls: as `nnx.LinearGeneral` and `nnx.LayerNorm` take them, of the projections and of
+        `normalize_qk`.
+      kernel_metadata, out_kernel_metadata, bias_metadata, out_bias_metadata, query_ln_scale_metadata,
+        key_ln_scale_metadata: metadata of the parameters, such as their sharding; those of `out` that are empty are
+        those of the other projections.
       rngs: `nnx.Rngs`; `params` is used, and `dropout` if there is any.
       keep_rngs: False leaves no random stream in the module; each call that drops must bring its own.
       axis_name: the mesh axis, inside `jax.shard_map`, over which the grid's first axis is split, as in
@@ -136,8 +153,24 @@ class Attention(GridModule):
         use_bias: bool = True,
         out_projection: bool = True,
         implementation: str | None = None,
+        broadcast_dropout: bool = False,
+        attention_fn: Callable[..., Any] | None = None,
+        decode: bool | None = None,
+        qkv_promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
+        out_promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
+        ln_promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
+        qkv_dot_general: Callable[..., Any] | None = None,
+        out_dot_general: Callable[..., Any] | None = None,
+        qkv_dot_general_cls: Callable[..., Any] | None = None,
+        out_dot_general_cls: Callable[..., Any] | None = None,
         rngs: nnx.Rngs,
         keep_rngs: bool = True,
+        kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
+        out_kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+        out_bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+        query_ln_scale_metadata: Mapping[str, Any] = MappingProxyType({}),
+        key_ln_scale_metadata: Mapping[str, Any] = MappingProxyType({}),
         axis_name: str | None = None,
     ):
         self.axis_name = axis_name
@@ -169,18 +202,30 @@ class Attention(GridModule):
         self.head_dim = self.qkv_features // num_heads
         self.dtype, self.precision, self.implementation = dtype, precision, implementation
         self.dropout_rate, self.deterministic = dropout_rate, deterministic
+        self.broadcast_dropout, self.attention_fn, self.decode = broadcast_dropout, attention_fn, decode
+        _check_attention_fn(self)
+        if decode:
+            decoding.check(self)
 
         kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         linear = partial(nnx.LinearGeneral, use_bias=use_bias, precision=precision, **kwargs)
-        inner = partial(linear, kernel_init=kernel_init, bias_init=bias_init)
+        inner = partial(
+            linear, kernel_init=kernel_init, bias_init=bias_init, promote_dtype=qkv_promote_dtype,
+            dot_general=qkv_dot_general, dot_general_cls=qkv_dot_general_cls,
+            kernel_metadata=kernel_metadata, bias_metadata=bias_metadata,
+        )  # fmt: skip
         self.query = inner(in_features, (num_heads, self.head_dim))
         self.key = inner(self.in_kv_features, (self.num_kv_heads, self.head_dim))
         self.value = inner(self.in_kv_features, (self.num_kv_heads, self.head_dim))
-        self.query_ln = nnx.LayerNorm(self.head_dim, use_bias=False, **kwargs) if normalize_qk else nnx.data(None)
-        self.key_ln = nnx.LayerNorm(self.head_dim, use_bias=False, **kwargs) if normalize_qk else nnx.data(None)
+        norm = partial(nnx.LayerNorm, self.head_dim, use_bias=False, promote_dtype=ln_promote_dtype, **kwargs)
+        self.query_ln = norm(scale_metadata=query_ln_scale_metadata) if normalize_qk else nnx.data(None)
+        self.key_ln = norm(scale_metadata=key_ln_scale_metadata) if normalize_qk else nnx.data(None)
         self.out = nnx.data(None)
         if out_projection:
             inits = {"kernel_init": out_kernel_init or kernel_init, "bias_init": out_bias_init or bias_init}
+            inits |= {"kernel_metadata": out_kernel_metadata or kernel_metadata, "promote_dtype": out_promote_dtype}
+            inits |= {"bias_metadata": out_bias_metadata or bias_metadata, "dot_general": out_dot_general}
+            inits |= {"dot_general_cls": out_dot_general_cls}
             self.out = linear((num_heads, self.head_dim), self.out_features, axis=(-2, -1), **inits)
         relative_init = nnx.initializers.normal(self.head_dim**-0.5) if relative_init is None else relative_init
         self._make_tables(relative_bias, key_embedding, relative_init, param_dtype, rngs)
@@ -189,6 +234,7 @@ class Attention(GridModule):
             rotary, self.num_kv_heads, self.head_dim, self.rank, rngs, param_dtype
         )
         self.rngs = rngs.dropout.fork() if keep_rngs and dropout_rate > 0 else None
+        self.cached_key = self.cached_value = self.cache_index = nnx.data(None)
 
     def _make_tables(self, relative_bias: bool, key_embedding: bool | str, init: Callable[..., Any], dtype, rngs):
         def table(*shape):
@@ -224,6 +270,11 @@ class Attention(GridModule):
         deterministic: bool | None = None,
         rngs: nnx.Rngs | nnx.RngStream | None = None,
         sow_weights: bool = False,
+        decode: bool | None = None,
+        is_causal: bool = False,
+        input_positions: ArrayLike | None = None,
+        out_sharding: PartitionSpec | Sharding | None = None,
+        qkv_sharding: PartitionSpec | Sharding | None = None,
     ) -> Float[Array, "*batch_and_query_grid out_features"]:
         """Attends.
 
@@ -237,31 +288,98 @@ class Attention(GridModule):
             What is in the padding takes zeros to the output projection.
           deterministic: True drops nothing; None asks the constructor's argument.
           rngs: where dropout takes its key from, `nnx.Rngs` (its `dropout`) or a stream; None means the module's own.
-          sow_weights: also stores the weights as `nnx.Intermediate` "attention_weights", for `nnx.capture`.
+          sow_weights: also stores the weights as `nnx.Intermediate` "attention_weights", for `nnx.capture`: as
+            `weights` gives them, or without a window [*batch, num_heads, T, S], as flax stores them.
+          decode: whether this is a token that follows those of earlier calls, [*batch, 1, in_features]; None asks the
+            constructor's argument. A mask is then of the cached tokens, [..., 1, max_length], or with a window of its
+            slots, as a bias is; there are no segments.
+          is_causal: also masks what comes after a query, the first query standing on the first key; without a window,
+            which says so itself (`Window(size, causal=True)`). A token that follows others sees no more in any case.
+          input_positions: handed to `attention_fn`.
+          out_sharding, qkv_sharding: those of the results of the projections, under a mesh with explicit axes.
 
         Returns:
           `[*batch, *query_grid, out_features]`.
         """
-        query, key, value = self._project(inputs_q, inputs_k, inputs_v)
-        terms = self._clipped(self._terms(query.dtype, mask, bias, segment_ids, grid_sizes), key)
-        if sow_weights:
-            self._check_whole("sow_weights")
-            weights = self._weights(query, key, terms, jnp.shape(inputs_q))
-            self.sow(nnx.Intermediate, "attention_weights", weights)
+        first = None
+        if decode := bool(self.decode if decode is None else decode):
+            inputs_k = inputs_q if inputs_k is None else inputs_k  # one token, which is no grid
+            first = None if self.cache_index is None else self.cache_index[...]
+        query, key, value = self._project(inputs_q, inputs_k, inputs_v, qkv_sharding, first)
+        place = {}
+        if decode:
+            key, value, mask, place = decoding.follow(self, key, value, mask, segment_ids, sow_weights)
+        elif is_causal and self.attention_fn is None:
+            mask = decoding.causal(self, query, key, mask)
         dropout_key = self._dropout_key(deterministic, rngs)
-        y = split_attention(
-            query,
-            key,
-            value,
-            **terms,
-            axis_name=self.keys_axis_name,
-            dropout_rate=0.0 if dropout_key is None else self.dropout_rate,
-            dropout_key=dropout_key,
-            precision=self.precision,
-            implementation=self.implementation,
-        )
-        y = y.reshape(*y.shape[:-2], self.qkv_features) if self.out is None else self.out(y)
+        if out_sharding is not None and self.out is None:
+            raise ValueError(
+                f"{type(self).__name__}: out_sharding (={out_sharding}) must be None without an output projection"
+            )
+        if self.attention_fn is not None:
+            _refuse_with_attention_fn(self, bias=bias, segment_ids=segment_ids, grid_sizes=grid_sizes)
+            y = self.attention_fn(
+                query,
+                key,
+                value,
+                mask=mask,
+                dropout_rng=dropout_key,
+                dropout_rate=self.dropout_rate,
+                broadcast_dropout=self.broadcast_dropout,
+                deterministic=dropout_key is None,
+                dtype=self.dtype,
+                precision=self.precision,
+                module=self if sow_weights else None,
+                is_causal=is_causal and not decode,
+                **({} if input_positions is None else {"input_positions": input_positions}),
+            )
+        else:
+            if input_positions is not None:
+                raise ValueError(f"{type(self).__name__}: input_positions must be None without an attention_fn")
+            terms = self._terms(query.dtype, mask, bias, segment_ids, grid_sizes)
+            terms = terms | place if decode else self._clipped(terms, key)
+            if sow_weights:
+                self._check_whole("sow_weights")
+                weights = self._weights(query, key, terms, jnp.shape(inputs_q))
+                if self.window is None:
+                    weights = jnp.swapaxes(weights.reshape(*query.shape[:-1], -1), -2, -3)
+                self.sow(nnx.Intermediate, "attention_weights", weights)
+            y = split_attention(
+                query,
+                key,
+                value,
+                **terms,
+                axis_name=self.keys_axis_name,
+                dropout_rate=0.0 if dropout_key is None else self.dropout_rate,
+                dropout_key=dropout_key,
+                broadcast_dropout=self.broadcast_dropout,
+                precision=self.precision,
+                implementation=self.implementation,
+            )
+        out = None if self.out is None else partial(self.out, out_sharding=out_sharding)
+        y = y.reshape(*y.shape[:-2], self.qkv_features) if out is None else out(y)
         return y if self.window is not None else y.reshape(*jnp.shape(inputs_q)[:-1], self.out_features)
+
+    @checked
+    def init_cache(self, input_shape: Sequence[int], dtype: DTypeLike = jnp.float32):
+        """Makes an empty cache, for calls with `decode`, as `nnx.MultiHeadAttention` does.
+
+        Under a window it holds the tokens that a window reaches and no more, a ring that is written over, so that any
+        number may follow one another in the same memory.
+
+        Args:
+          input_shape: `[*batch, max_length, in_features]`, of all tokens together.
+          dtype: of keys and values.
+
+        >>> from flax import nnx
+        >>> import jax.numpy as jnp
+        >>> from jaxattn.window import Window
+        >>> layer = Attention(4, 32, window=Window(64, causal=True), decode=True, rngs=nnx.Rngs(0))
+        >>> layer.init_cache((2, 2000, 32))
+        >>> layer(jnp.ones((2, 1, 32))).shape, layer.cached_key.shape
+        ((2, 1, 32), (2, 64, 4, 8))
+        """
+        decoding.init_cache(self, tuple(input_shape[:-1]), dtype)
 
     @checked
     def weights(
@@ -282,14 +400,33 @@ class Attention(GridModule):
         terms = self._clipped(self._terms(query.dtype, mask, bias, segment_ids), key)
         return self._weights(query, key, terms, jnp.shape(inputs_q))
 
-    def set_view(self, deterministic: bool | None = None):
+    def set_view(
+        self,
+        deterministic: bool | None = None,
+        decode: bool | None = None,
+        batch_size: int | Sequence[int] | None = None,
+        max_length: int | None = None,
+    ):
         """For `nnx.view`.
 
         Args:
           deterministic: if True, drops nothing.
+          decode: whether calls take one token after another.
+          batch_size: the batch axes of the cache, where there is none yet.
+          max_length: the tokens that may follow one another.
         """
         if deterministic is not None:
             self.deterministic = deterministic
+        if decode is not None:
+            self.decode = decode
+            if decode and self.cached_key is None:
+                batch = (batch_size,) if isinstance(batch_size, int) else batch_size
+                if batch is None or max_length is None:
+                    raise ValueError(
+                        f"{type(self).__name__}: batch_size (={batch_size}) and max_length (={max_length}) must be "
+                        "given where decode (=True) makes a cache"
+                    )
+                decoding.init_cache(self, (*batch, max_length), self.dtype or jnp.float32)
 
     def _check_whole(self, what: str):
         if self.axis_name is not None:
@@ -297,7 +434,7 @@ class Attention(GridModule):
                 f"{type(self).__name__}: {what} needs the whole grid, and it is split over {self.axis_name!r}"
             )
 
-    def _project(self, inputs_q, inputs_k, inputs_v):
+    def _project(self, inputs_q, inputs_k, inputs_v, sharding=None, first=None):
         if inputs_k is None and inputs_v is not None:
             raise ValueError(f"{type(self).__name__}: inputs_v is given without inputs_k; give inputs_k alone for both")
         queries = self._standing(inputs_q) if inputs_k is None else inputs_q
@@ -311,15 +448,16 @@ class Attention(GridModule):
             self._check_input(name, x, features)
         grids = [jnp.shape(x)[-1 - self.rank : -1] for x in (queries, inputs_k)]
         queries, inputs_k, inputs_v = map(self._in_a_row, (queries, inputs_k, inputs_v))
-        query, key, value = self.query(queries), self.key(inputs_k), self.value(inputs_v)
+        pairs = (self.query, queries), (self.key, inputs_k), (self.value, inputs_v)
+        query, key, value = (project(x, out_sharding=sharding) for project, x in pairs)
         if self.query_ln is not None and self.key_ln is not None:
             query, key = self.query_ln(query), self.key_ln(key)
         query, key, value = dtypes.promote_dtype((query, key, value), dtype=self.dtype)
-        return *self._placed(query, key, grids), value
+        return *self._placed(query, key, grids, first), value
 
-    def _placed(self, query, key, grids):
-        """Queries and keys with what depends on where they stand."""
-        offset: list[Any] = [0] * self.rank
+    def _placed(self, query, key, grids, first):
+        """Queries and keys with what depends on where they stand: along the first axis, from `first` on."""
+        offset: list[Any] = [0 if first is None else first, *[0] * (self.rank - 1)]
         if self.axis_name is not None:
             offset[0] = lax.axis_index(self.axis_name) * grids[1][0]
         if self.rotary is not None:
@@ -462,3 +600,20 @@ def _check(layer: Attention, relative_bias, key_embedding, sinks, dropout_rate, 
             f"{name}: without an output projection, out_features (={layer.out_features}) "
             f"must be qkv_features (={features})"
         )
+
+
+def _check_attention_fn(layer: Attention):
+    """What is `jaxattn.attention`'s alone needs it."""
+    plain = {"normalize": "softmax"}
+    names = ("window", "logits_soft_cap", "scale", "implementation", "axis_name")
+    ours = {name: getattr(layer, name) for name in (*names, *plain)}
+    _refuse_with_attention_fn(layer, **{name: x for name, x in ours.items() if x != plain.get(name)})
+
+
+def _refuse_with_attention_fn(layer: Attention, **given: Any):
+    for name, value in given.items():
+        if layer.attention_fn is not None and value is not None:
+            raise ValueError(
+                f"{type(layer).__name__}: {name} (={shown(value)}) must be left out with an attention_fn "
+                f"(={layer.attention_fn!r}), which does not know it"
+            )

@@ -53,7 +53,8 @@ class Conv(GridModule):
       precision: `lax.Precision` or its name.
       kernel_init: initialiser of `kernel`, `[*kernel_size, in_features / groups, out_features]`.
       bias_init: initialiser of `bias`, `[out_features]`.
-      conv_general_dilated: here for `nnx.Conv`'s sake; only its default is possible.
+      conv_general_dilated: what convolves; another than its default is called as `nnx.Conv` calls it, and then
+        `implementation` and `axis_name` are None.
       promote_dtype: maps `(input, kernel, bias)` and the keyword `dtype` to arrays of one dtype.
       preferred_element_type: the dtype to accumulate in and return.
       rngs: `nnx.Rngs`; `params` is used.
@@ -125,7 +126,8 @@ class Conv(GridModule):
             raise ValueError(
                 f"Conv: padding (={padding!r}) must be another where kernel_size has {self.rank} axes, not 1"
             )
-        self.use_bias, self.mask, self.implementation = use_bias, mask, implementation
+        self.use_bias, self.implementation = use_bias, implementation
+        self.conv_general_dilated = conv_general_dilated
         self.dtype, self.param_dtype, self.promote_dtype = dtype, param_dtype, promote_dtype
         self.precision, self.preferred_element_type = precision, preferred_element_type
         if isinstance(self.padding, str) and self.padding != "VALID" and any(d != 1 for d in self.input_dilation):
@@ -135,12 +137,11 @@ class Conv(GridModule):
             )
         _check_groups(groups, in_features=in_features, out_features=out_features)
         self.kernel_shape = (*self.kernel_size, in_features // groups, out_features)
-        if mask is not None and jnp.shape(mask) != self.kernel_shape:
-            raise ValueError(f"Conv: mask (of shape {jnp.shape(mask)}) must have the kernel's, {self.kernel_shape}")
-        if conv_general_dilated is not lax.conv_general_dilated:
+        self.mask = kernel_mask("Conv", mask, self.kernel_shape)
+        if conv_general_dilated is not lax.conv_general_dilated and (implementation, axis_name) != (None, None):
             raise ValueError(
-                "Conv: conv_general_dilated must be left at its default, since the layer computes jaxattn.zoo.conv; "
-                f"got {conv_general_dilated!r}, which flax.nnx.Conv can use"
+                f"Conv: conv_general_dilated (={conv_general_dilated!r}) must be left at its default where "
+                f"implementation (={implementation!r}) or axis_name (={axis_name!r}) is given, which are jaxattn's own"
             )
         self.kernel = nnx.Param(kernel_init(rngs.params(), self.kernel_shape, param_dtype), **kernel_metadata)
         self.bias = nnx.data(None)
@@ -166,6 +167,9 @@ class Conv(GridModule):
         kernel = self.kernel[...] if self.mask is None else self.kernel[...] * self.mask
         bias = None if self.bias is None else self.bias[...]
         x, kernel, bias = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
+        if self.conv_general_dilated is not lax.conv_general_dilated:
+            y = self._by_the_given(x, kernel, out_sharding)
+            return y if bias is None else biased(y, {"bias": bias})
         if any(d != 1 for d in self.input_dilation):
             axes = [f"i{n}" for n in range(rank)]
             dilated = [f"{d}*{axis}" for d, axis in zip(self.input_dilation, axes, strict=True)]
@@ -187,6 +191,35 @@ class Conv(GridModule):
         )
         y = y if bias is None else biased(y, {"bias": bias})
         return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
+
+    def _by_the_given(self, x: Array, kernel: Array, out_sharding) -> Array:
+        """What the caller's `conv_general_dilated` gives, called as `nnx.Conv` calls it: with one batch axis."""
+        batch, spatial = x.shape[: -1 - self.rank], x.shape[-1 - self.rank :]
+        x = x.reshape(-1, *spatial)
+        padding: Any = self.padding
+        if padding in ("CIRCULAR", "REFLECT", "CAUSAL"):
+            pads, boundary = self._pads(spatial[:-1])
+            x = jnp.pad(x, [(0, 0), *pads, (0, 0)], mode={"zero": "constant"}.get(boundary, boundary))
+            padding = "VALID"
+        last = x.ndim - 1
+        lhs = (0, last, *range(1, last))
+        preferred = (
+            {} if self.preferred_element_type is None else {"preferred_element_type": self.preferred_element_type}
+        )
+        y = self.conv_general_dilated(
+            x,
+            kernel,
+            self.strides,
+            padding,
+            lhs_dilation=self.input_dilation,
+            rhs_dilation=self.kernel_dilation,
+            dimension_numbers=lax.ConvDimensionNumbers(lhs, (last, last - 1, *range(last - 1)), lhs),
+            feature_group_count=self.feature_group_count,
+            precision=self.precision,
+            out_sharding=out_sharding,
+            **preferred,
+        )
+        return y.reshape(*batch, *y.shape[1:])
 
     def _with_neighbours(self, x: Array, axis_name: str) -> tuple[Array, Any]:
         """A shard's input with what it sees of its neighbours', and the pads of the axes that are whole."""
@@ -210,6 +243,13 @@ class Conv(GridModule):
             boundary = "wrap" if self.padding == "CIRCULAR" else "reflect"
             return [(span // 2, span - span // 2) for span in spans], boundary
         return pads(self.padding, spatial, self.kernel_size, self.strides, self.kernel_dilation), "zero"
+
+
+def kernel_mask(where: str, mask: Any, shape: tuple[int, ...]) -> Any:
+    """The mask, which has the kernel's shape."""
+    if mask is not None and jnp.shape(mask) != shape:
+        raise ValueError(f"{where}: mask (of shape {jnp.shape(mask)}) must have the kernel's, {shape}")
+    return mask
 
 
 def _check_groups(groups: int, **features: int):

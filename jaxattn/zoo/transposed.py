@@ -6,12 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import ArrayLike, Num
 
 from jaxattn.einsum import einsum
 from jaxattn.sizes import Size, per_axis
 from jaxattn.zoo.equations import Padding, read_padding, sliding
 from jaxattn.zoo.registry import row
+
+PADDINGS = ("SAME", "VALID", "CIRCULAR")
 
 
 @row(
@@ -27,6 +30,7 @@ def conv_transpose(
     dilation: Size = 1,
     transpose_kernel: bool = False,
     precision: lax.PrecisionLike = None,
+    preferred_element_type: DTypeLike | None = None,
 ) -> jax.Array:
     """Transposed convolution in any rank: one call of `einsum`, with the sum of axes in its output.
 
@@ -46,11 +50,14 @@ def conv_transpose(
       x: `[*batch, *grid, features]`, with any number of batch axes.
       kernel: as above; its rank less two is the grid's.
       strides: how far apart neighbours of the input are written, an int or one for each axis.
-      padding: "SAME", an output of strides · n; "VALID", all that is written, at least strides · n; or an int, or an
-        int or a pair `(low, high)` for each axis: the pads of the correlation over the input with zeros between, under
-        which dilation · (k - 1) on each side is all that is written, and less crops.
+      padding: "SAME", an output of strides · n; "VALID", all that is written, at least strides · n; "CIRCULAR", an
+        output of strides · n that is a torus, around which what is written outside goes, as in
+        `flax.nnx.ConvTranspose`; or an int, or an int or a pair `(low, high)` for each axis: the pads of the
+        correlation over the input with zeros between, under which dilation · (k - 1) on each side is all that is
+        written, and less crops.
       dilation: the step between the taps, an int or one for each axis.
       transpose_kernel: which kernel is given.
+      precision, preferred_element_type: as in `einsum`.
 
     Returns:
       `[*batch, *positions, out_features]`, in the promoted dtype of x and kernel.
@@ -77,15 +84,25 @@ def conv_transpose(
     sums, window, position = sliding(strides, dilation)
     taps = f"{window} o c" if transpose_kernel else f"{window} c o"
     spans = [d * (k - 1) for k, d in zip(np.shape(kernel)[:rank], dilation, strict=True)]
-    crop = _crop(read_padding("conv_transpose", padding, rank), spans, strides)
-    return einsum(f"... {position} c, {taps} -> ... {sums} o", x, kernel, padding=crop, precision=precision)
+    padding = read_padding("conv_transpose", padding, rank, PADDINGS)
+    return einsum(
+        f"... {position} c, {taps} -> ... {sums} o",
+        x,
+        kernel,
+        padding=_crop(padding, spans, strides, transpose_kernel),
+        boundary="wrap" if padding == "CIRCULAR" else None,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+    )
 
 
-def _crop(padding, spans: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int]]:
+def _crop(padding, spans: Sequence[int], strides: Sequence[int], transpose_kernel: bool) -> list[tuple[int, int]]:
     """What to crop of all that is written, (low, high) for each axis; negative appends zeros."""
+    totals = [span + 1 - s for span, s in zip(spans, strides, strict=True)]  # leave strides · n
     if padding == "VALID":
-        return [(0, min(0, span + 1 - s)) for span, s in zip(spans, strides, strict=True)]
-    if padding == "SAME":
-        totals = [span + 1 - s for span, s in zip(spans, strides, strict=True)]
-        return [(max(total, 0) // 2, total - max(total, 0) // 2) for total in totals]
+        return [(0, min(0, total)) for total in totals]
+    if padding in ("SAME", "CIRCULAR"):
+        # of an odd number, flax's torus has the larger half before where the kernel is that of the adjoint
+        lows = [(max(total, 0) + (transpose_kernel and padding == "CIRCULAR")) // 2 for total in totals]
+        return [(low, total - low) for low, total in zip(lows, totals, strict=True)]
     return [(span - low, span - high) for span, (low, high) in zip(spans, padding, strict=True)]

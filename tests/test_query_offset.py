@@ -1,0 +1,159 @@
+"""Queries from some place of the grid on, static and traced, give what the loops give for all queries, cut."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from contract import GEOMETRIES, SMALL, close, problem, quicker
+
+from jaxattn.attention import attention
+from jaxattn.attention_plan import attention_plan
+from jaxattn.window import Window
+
+WINDOWED = [name for name, (_, given) in GEOMETRIES.items() if given is not None]
+# what says something of queries, of keys, of places, and of nothing
+ARGUMENTS = ["everything", "everything by slot, kept", "one array of segments", "score_mod that masks", "sigmoid"]
+
+
+def drawn(geometry, arguments):
+    if arguments == "everything by slot, kept":  # dropout is drawn by the number of a query among those given
+        import contract
+
+        added = [add for add in contract.ARGUMENTS["everything by slot"] if add is not contract.dropout]
+        return problem(geometry, added, batch=(2,))
+    return problem(geometry, arguments, batch=(2,))
+
+
+def places(made, seed):
+    """A first query along each axis, and how many."""
+    rng = np.random.default_rng(seed)
+    count = tuple(int(rng.integers(1, min(n, 7) + 1)) for n in made.queries)
+    return tuple(int(rng.integers(0, n - m + 1)) for n, m in zip(made.queries, count, strict=True)), count
+
+
+def check(geometry, arguments, how):
+    made = drawn(geometry, arguments)
+    first, count = places(made, len(geometry) + len(arguments))
+    lead = len(made.batch)
+    ours = (slice(None),) * lead + tuple(slice(f, f + m) for f, m in zip(first, count, strict=True))
+    cotangents = [np.zeros_like(x) for x in made.cotangents()]
+    for x, full in zip(cotangents, made.cotangents(), strict=True):
+        x[ours] = full[ours]
+    (output, lse), expected = made.expected(cotangents)
+    by_query = {name for name in ("query", "bias") if name in made.operands}
+    operands = {name: x[ours] if name in by_query else x for name, x in made.operands.items()}
+    options = dict(made.options)
+    if np.shape(options.get("mask")) == made.full:
+        options["mask"] = options["mask"][ours]
+    if isinstance(options.get("segment_ids"), tuple):
+        options["segment_ids"] = (options["segment_ids"][0][ours], options["segment_ids"][1])
+    if how == SMALL:
+        options["tile"] = tuple(axis.block for axis in made.window.axes(made.grid))
+    residuals = "return_residuals" in made.options
+
+    @functools.partial(jax.jit, compiler_options=quicker)
+    def run(operands, traced):
+        def call(operands):
+            place = traced if how == "traced" else first
+            named = {"implementation": None if how == "traced" else "reference" if how == "reference" else "xla"}
+            return attention(**operands, **options, window=made.window, query_offset=place, **named)
+
+        result, pull = jax.vjp(call, operands)
+        seeds = tuple(jnp.asarray(x[ours]) for x in cotangents)
+        return result, pull(seeds if residuals else seeds[0])[0]
+
+    with jax.numpy_dtype_promotion("strict"):
+        result, gradients = run(operands, jnp.asarray(first))
+    found, lse_is = result if residuals else (result, lse[ours])
+    close(found, output[ours], jnp.float64, "output")
+    np.testing.assert_array_equal(np.isfinite(lse_is), np.isfinite(lse[ours]))
+    close(np.nan_to_num(lse_is, neginf=0), np.nan_to_num(lse[ours], neginf=0), jnp.float64, "lse")
+    for name in operands:
+        close(gradients[name], expected[name][ours] if name in by_query else expected[name], jnp.float64, name)
+
+
+LIGHT = [name for name in WINDOWED if name not in ("21 x 21 of 24 x 24", "257 of 600")]
+CASES = [(geometry, "everything", "traced") for geometry in LIGHT[1::3]]
+CASES += [
+    (geometry, "everything", how) for geometry, how in zip(LIGHT[::9], (SMALL, "xla", "reference") * 2, strict=False)
+]
+CASES += [("5 x 3", arguments, "traced") for arguments in ARGUMENTS]
+
+
+@pytest.mark.core(1)
+@pytest.mark.parametrize(("geometry", "arguments", "how"), dict.fromkeys(CASES))
+def test_a_part_of_the_queries(geometry, arguments, how):
+    check(geometry, arguments, how)
+
+
+def test_one_program_for_all_places():
+    """Traced under jit; under vmap a place for each entry; jvp, remat and bfloat16 give what they give for a place that
+    is known. "end" is the last place."""
+    draw = lambda seed, *shape: jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+    query, key, table = draw(0, 2, 3, 4, 8), draw(1, 2, 40, 2, 8), draw(2, 4, 13)
+    window = Window(7, causal=True, dilation=2)
+
+    def attend(query, place, key=key):
+        return attention(query, key, key, window=window, relative_bias=table.astype(key.dtype), query_offset=place)
+
+    def slope(query, place):
+        return jax.jvp(lambda query: jax.checkpoint(attend)(query, place), (query,), (query,))[1]
+
+    places, jit = (5, 37), functools.partial(jax.jit, compiler_options=quicker)
+    known = jit(lambda query: [(attend(query, 5), slope(query, 5)), (attend(query, "end"),)])(query)
+    traced = jit(lambda query, n: (attend(query, n), slope(query, n)))
+    for n, expected in zip(places, known, strict=True):
+        jax.tree.map(near, traced(query, n)[: len(expected)], expected)
+    assert traced._cache_size() == 1
+    at_once = jit(jax.vmap(attend, (None, 0)))(query, jnp.asarray(places))
+    near(at_once, jnp.stack([y for y, *_ in known]))
+    half = jit(attend)(query.astype(jnp.bfloat16), jnp.asarray(5), key.astype(jnp.bfloat16))
+    assert half.dtype == jnp.bfloat16
+    close(half, np.asarray(known[0][0]), jnp.bfloat16, "bfloat16")
+    near(traced(query, 99)[0], known[1][0])  # moved onto the grid
+
+
+def near(ours, theirs):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_a_token_costs_what_its_window_holds():
+    """Wherever it stands: no table of places, and no key beyond the window."""
+    x = jax.ShapeDtypeStruct((1, 131072, 2, 16), jnp.float32)
+    token = jax.ShapeDtypeStruct((1, 1, 2, 16), jnp.float32)
+    attend = lambda q, k, n: attention(q, k, k, window=Window(64, causal=True), query_offset=n)
+    lowered = jax.jit(attend).lower(token, x, jax.ShapeDtypeStruct((), jnp.int32))
+    assert len(lowered.as_text()) < 50_000
+    memory = lowered.compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 10 * 64 * 2 * 16 * 4
+    made = attention_plan(token, x, x, window=Window(64, causal=True), query_offset=jnp.asarray(3))
+    assert (made.cost.columns, made.operands.key.shape) == (64, (1, 64, 2, 16))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"query_offset": -1},
+            r"query_offset \(=-1\) must be None, 'end', or an int >= 0 for each of the window's axes",
+        ),
+        ({"query_offset": 1.0}, r"query_offset \(=1.0\) must be None, 'end', or an int"),
+        ({"query_offset": "last"}, r"query_offset \(='last'\) must be"),
+        ({"query_offset": jnp.ones(3, int)}, r"query_offset \(=int64\[3\]\) must be .* axes \(1\)"),
+        ({"query_offset": 7}, r"query_offset \(=\(7,\)\) must leave query's grid \(4,\) within the \(10,\) queries"),
+        (
+            {"query_offset": 3, "window": None},
+            r"query_offset \(=3\) must be None without a window, .* Window\(n, causal",
+        ),
+        (
+            {"query_offset": jnp.asarray(3), "normalize": lambda scores, mask: scores},
+            r"normalize \(=.*\) must be one of .* where query_offset is traced, .* with an int it does",
+        ),
+    ],
+)
+def test_errors(given, message):
+    query, key = jnp.ones((4, 2, 8)), jnp.ones((10, 2, 8))
+    with pytest.raises(ValueError, match="attention: " + message):
+        attention(query, key, key, **{"window": Window(3, boundary="mask"), **given})

@@ -149,7 +149,7 @@ def _row(axis: Axis, causal: bool, position: Array) -> _Row:
 def _attend(arrays: Arrays, positions: Any, settings: Settings, platform: str) -> Any:
     """Gather each query's keys, and attend to them without a window: a sequence of one query each."""
     del platform  # by which a compiled call is found
-    window: Any = settings.window  # there always is one here
+    window: Any = settings.window
     rank = window.rank
     positions = jnp.asarray(positions)
     wanted = (*jnp.shape(arrays.query)[:-2], rank)

@@ -79,7 +79,7 @@ def loops(query, positions, key, value, relative_bias, key_embedding, bias, *, g
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.full] * (k != 1)) for k, n in enumerate(CASES)])
 def test_against_loops(name):
-    """Values, and the gradient of every operand, positions too: along a direction, by a complex step, which is exact.
+    """Values, and the gradient of every operand, positions too, along a direction: by a complex step, which is exact.
     Queries on the grid and off it, between tokens."""
     grid, given = CASES[name]
     window, rng = Window(**given), np.random.default_rng(len(name))

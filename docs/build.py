@@ -1,4 +1,5 @@
-"""The API reference, from the docstrings: `python docs/build.py` writes build/docs, a warning is an error.
+"""The API reference, from the docstrings, and the recipes: `python docs/build.py` writes build/docs, a warning is an
+error.
 
 pdoc does the work. What is done here: the modules that are shown, in their order; packages show the names that they
 export; and signatures are shown as they are written, `Float[Array, "*batch grid"]` and not what that evaluates to.
@@ -129,7 +130,7 @@ def main():
             write_signatures(module)
     pdoc.render.configure(docformat="google", include_undocumented=False, template_directory=HERE)
     warnings.simplefilter("error")
-    pdoc.pdoc(*only(MODULES), output_directory=OUT)
+    pdoc.pdoc(*only(MODULES), HERE / "recipes.py", output_directory=OUT)
     print(OUT / "index.html")
 
 

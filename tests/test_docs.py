@@ -50,6 +50,16 @@ def test_readme(capsys):
         assert output in shown, "the README shows another plan than the one that is printed"
 
 
+def test_recipes():
+    """Each block asserts what it says."""
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "recipes.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 9
+    scope = {}
+    with jax.enable_x64(False):
+        for block in blocks:
+            exec(block, scope)
+
+
 def test_readme_shows_the_table_of_layers(capsys):
     zoo.table()
     assert capsys.readouterr().out in (ROOT / "README.md").read_text()

@@ -1,0 +1,4 @@
+"""What other libraries have a function for, in ours.
+
+.. include:: recipes.md
+"""

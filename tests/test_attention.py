@@ -34,6 +34,7 @@ MASKS = [[], [mask_by_slot], [mask_of_keys]]
 NORMALIZERS = [*(with_(normalize, name) for name in ("relu", "sigmoid", "none", "sparsemax")), a_function_normalizes]
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @examples(0.8, phases=[hypothesis.Phase.generate])
 @hypothesis.given(data=st.data())

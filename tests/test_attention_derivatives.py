@@ -21,7 +21,7 @@ def inner(a, b):
     return sum(jax.tree.leaves(jax.tree.map(lambda x, y: (x * y).sum(), a, b)))
 
 
-@pytest.mark.core(4)
+@pytest.mark.core(2)
 @pytest.mark.parametrize(
     ("implementation", "geometry", "arguments"),
     [
@@ -47,7 +47,7 @@ def test_forward_mode_is_a_difference(implementation, geometry, arguments):
         assert np.linalg.norm(tangent - numeric) <= 1e-8 * np.linalg.norm(numeric)
 
 
-@pytest.mark.core(2)
+@pytest.mark.core(1)
 @pytest.mark.parametrize(
     ("implementation", "geometry", "arguments"),
     [

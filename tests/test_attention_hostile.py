@@ -78,6 +78,7 @@ def test_a_nan_bias_is_no_mask(implementation):
         assert found.sum() == 1
 
 
+@pytest.mark.core(2)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_the_least_number_of_a_bias_hides(implementation, dtype):
@@ -173,7 +174,7 @@ EMPTY = {
 }
 
 
-@pytest.mark.core(6)
+@pytest.mark.core(3)
 @pytest.mark.parametrize("implementation", ["xla", "reference", SMALL])
 @pytest.mark.parametrize("shapes", EMPTY.values(), ids=EMPTY)
 def test_empty_axes(shapes, implementation):

@@ -64,7 +64,7 @@ def gradients_of(call, made, cotangents):
     return run
 
 
-@pytest.mark.core(5)
+@pytest.mark.core(2)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize(
     ("implementation", "geometry", "over", "arguments"),

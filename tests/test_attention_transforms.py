@@ -48,7 +48,7 @@ def two_of(name, x):
     return np.stack([x, ~x if x.dtype == bool else 0.7 * x[..., ::-1] if x.ndim else 1.3 * x])
 
 
-@pytest.mark.core(3)
+@pytest.mark.core(1)
 @pytest.mark.parametrize("name", MAPPED)
 def test_vmap_over_one_argument_alone(name):
     """Values and gradients; and the gradient of a vmap, in which what is not mapped adds up."""
@@ -60,7 +60,7 @@ def test_vmap_over_one_argument_alone(name):
     agree(together, jax.tree.map(lambda *x: np.stack(x), *apart), f"vmap over {name}")
 
 
-@pytest.mark.core(1)
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["query", "key", "relative_bias"])
 def test_the_gradient_of_a_vmap(name):
     """What is not mapped over adds up."""

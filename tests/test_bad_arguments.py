@@ -133,7 +133,7 @@ def means(function: Callable, name: str) -> tuple[str, ...]:
     return kept + MEANS.get(f"{function.__name__}.{name}", MEANS.get(name, ()))
 
 
-@pytest.mark.core(8)
+@pytest.mark.core(4)
 @pytest.mark.parametrize("function", MENDED, ids=lambda function: function.__name__)
 def test_a_bad_argument_is_refused_by_name(function):
     kwargs = CALLS[function]

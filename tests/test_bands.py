@@ -262,7 +262,7 @@ def test_mixed_dtypes_and_a_wider_result():
     assert run(s.astype("bfloat16"), k.astype("float32")).dtype == "float32"
 
 
-@pytest.mark.core(2)
+@pytest.mark.core(1)
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
 @pytest.mark.parametrize("name", ["scores", "mix"])
 @pytest.mark.parametrize("kind", ["auto", "explicit", "manual"])

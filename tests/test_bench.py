@@ -422,6 +422,7 @@ def test_the_load_of_others_is_told():
     assert f"the load was {9.0 * machine.threads():.1f}" in busy
 
 
+@pytest.mark.full
 def test_the_command(tmp_path):
     """The real one, in a process of its own."""
     out, file = tmp_path / "figures", tmp_path / "bench.json"

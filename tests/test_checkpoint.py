@@ -342,6 +342,7 @@ with Checkpoints(Path(sys.argv[1])) as checkpoints:
 """
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("moment", [1, 4, 9])
 def test_a_kill_leaves_what_was_saved(tmp_path, moment):
     """A process that does nothing but save is killed at no particular moment: all that it said was saved is there."""

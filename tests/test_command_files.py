@@ -63,7 +63,7 @@ def test_the_command_trains_on_every_kind_of_file(tmp_path, environment, kind):
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.core(2)
+@pytest.mark.core(1)
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

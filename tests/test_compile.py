@@ -151,7 +151,7 @@ def test_a_volume_is_split(capsys):
                 "8",
                 "1",
             ],
-            "shift (=1) and flip (=True) must be off for volumes",
+            "shift (=1) must be off for volumes",
         ),
     ],
 )

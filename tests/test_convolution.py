@@ -52,7 +52,7 @@ def convolutions(draw):
     return spatial, window, strides, dilation, groups, padding
 
 
-@hypothesis.settings(max_examples=40)
+@tiers.examples(2)
 @hypothesis.given(convolutions())
 def test_conv_is_lax_conv(drawn):
     spatial, window, strides, dilation, groups, padding = drawn
@@ -106,6 +106,7 @@ def padded_anyhow(draw):
     return spatial, window, strides, dilation, groups, padding
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @tiers.examples(1)
 @hypothesis.given(drawn=padded_anyhow())

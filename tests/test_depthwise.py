@@ -64,7 +64,7 @@ def close(mine, theirs, tolerance=1e-12):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * max(float(abs(b).max()), 1))
 
 
-@pytest.mark.core(3)
+@pytest.mark.core(2)
 @pytest.mark.parametrize("box", [depthwise.BOX, 4, 1])
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_value_and_gradients_are_those_of_lax(name, box, monkeypatch):

@@ -64,6 +64,7 @@ def check(equation, arrays, options, run):
         np.testing.assert_allclose(mine, grad, rtol=1e-12, atol=1e-12 * max(abs(grad).max(initial=0), 1))
 
 
+@pytest.mark.core(30)
 @pytest.mark.parametrize("implementation", [None, "reference", "xla"])
 @pytest.mark.parametrize("name", TABLE)
 def test_table_of_the_notation(name, implementation):

@@ -54,7 +54,7 @@ def test_the_cases_are_one_for_each_lowering():
     assert lowerings == ["plain", "convolution", *of_a_cpu, "slices", "convolution", "pairs", "gather"]
 
 
-@pytest.mark.core(16)
+@pytest.mark.core(8)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("implementation", [None, "reference"])
 def test_dtypes_under_strict_promotion(case, dtype, implementation):

@@ -85,7 +85,7 @@ def lax_padding(options, grid, window):
     return tuple(pairs)
 
 
-@pytest.mark.core(4)
+@pytest.mark.core(2)
 @pytest.mark.parametrize("size", range(1, 8))
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_every_size(rank, size):
@@ -129,6 +129,7 @@ def test_a_finite_alpha_is_within_its_bound(grid, window, features, out, options
     assert bound <= 2 * error_bound(alpha, len(window)) * jnp.abs(kernel).sum(range(kernel.ndim - 1)).max()
 
 
+@pytest.mark.core(2)
 @pytest.mark.parametrize(
     ("window", "alpha", "options"),
     [
@@ -282,6 +283,7 @@ def test_one_head_is_a_gaussian_blur():
     np.testing.assert_allclose(y, lax_conv(x, kernel), atol=TOLERANCE)
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("groups", [1, 2])
 def test_head_dim(groups):
     """A kernel whose taps have rank 2 takes heads of 2, and no fewer."""
@@ -318,6 +320,7 @@ def test_transformations(implementation):
         np.testing.assert_allclose(a, b, atol=TOLERANCE)
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
 def test_narrow_types(dtype, tolerance):
     x, kernel = normal(22, 6, 5, 4).astype(dtype), normal(23, 3, 3, 4, 4).astype(dtype)

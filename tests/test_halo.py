@@ -168,7 +168,7 @@ def operands_of(grid, window, heads=2, head_dim=3):
     }
 
 
-@pytest.mark.core(4)
+@pytest.mark.core(2)
 @pytest.mark.parametrize("name", WINDOWS)
 def test_split_attention(name):
     grid, window = WINDOWS[name]

@@ -24,6 +24,7 @@ def without_a_square():
     return layer
 
 
+@pytest.mark.core(3)
 @pytest.mark.parametrize("alpha", [8.0, 16.0])
 @pytest.mark.parametrize(("grid", "heads"), [((7,), 5), ((5, 4), 9), ((4, 4), 4), ((3, 2, 3), 8)])
 def test_gpsa_is_a_convolution(grid, heads, alpha):
@@ -132,6 +133,7 @@ def test_mimetic(kind, heads):
     assert heads == 1 or np.abs(heads_apart[0] - heads_apart[1]).max() > 0.1  # each its own noise
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize(
     ("how", "dtype"), [("gpsa", jnp.bfloat16), ("impulse", jnp.float32), ("mimetic", jnp.bfloat16)]
 )

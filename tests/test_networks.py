@@ -111,6 +111,7 @@ def swin(image_size, **kwargs):
     return models.Swin((2, 2), 8, (2, 2), window=4, image_size=image_size, num_classes=5, **kwargs, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.full
 def test_remix_keeps_every_weight():
     """A window that is the whole grid is everyone's neighbourhood; else another network, which can be trained."""
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 16, 3)), jnp.float32)
@@ -152,7 +153,7 @@ MESHED = {
 }
 
 
-@pytest.mark.core(2)
+@pytest.mark.full
 @pytest.mark.parametrize("name", MESHED)
 def test_a_grid_that_is_split(name):
     """Over two devices, as over one."""

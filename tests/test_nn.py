@@ -10,10 +10,11 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 from jax.test_util import check_grads
+from tiers import examples
 
 from jaxattn.attention import attention
 from jaxattn.nn import Attention, Conv
@@ -101,7 +102,7 @@ def convolutions(draw):
     )
 
 
-@settings(max_examples=20)
+@examples(1)
 @given(convolutions())
 def test_conv_is_nnx_conv(case):
     shape, args, kwargs = case
@@ -343,7 +344,7 @@ def attention_loop(layer, x):
 MASKED = Window((3, 2), boundary="mask")
 
 
-@pytest.mark.core(5)
+@pytest.mark.core(3)
 @pytest.mark.parametrize(
     ("window", "grid", "relative_bias", "key_embedding"),
     [

@@ -69,7 +69,7 @@ def drawn(module, *args, **kwargs):
     return graphdef, jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) / 2, p.dtype), params)
 
 
-@pytest.mark.core(5)
+@pytest.mark.core(3)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: dtype.__name__)
 @pytest.mark.parametrize("module", LAYERS, ids=lambda module: module.__name__)
 def test_a_training_step(module, dtype):
@@ -204,7 +204,7 @@ def test_a_named_attention_is_its_function(module, scale):
     np.testing.assert_allclose(*both(x), atol=1e-12)
 
 
-@pytest.mark.core(3)
+@pytest.mark.core(1)
 @pytest.mark.parametrize("module", NAMED, ids=lambda module: module.__name__)
 def test_a_named_attention_has_what_attention_has(module):
     """A mask, grouped heads, dropout and weights."""

@@ -99,7 +99,7 @@ def drawn(state, seed=0):
     return jax.tree.map(lambda p: p + jnp.asarray(rng.normal(size=p.shape) / 4, p.dtype), state)
 
 
-@pytest.mark.core(6)
+@pytest.mark.core(3)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: dtype.__name__)
 @pytest.mark.parametrize("module", LAYERS, ids=lambda module: module.__name__)
 def test_a_training_step(module, dtype):

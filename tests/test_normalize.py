@@ -16,6 +16,7 @@ def rows(seed=0, scale=1.0, dtype=np.float64, slots=9):
     return (scale * rng.normal(size=(20, slots))).astype(dtype), mask
 
 
+@pytest.mark.core(15)
 @pytest.mark.parametrize("name", NORMALIZERS)
 @pytest.mark.parametrize("scale", [0.3, 3.0])
 @pytest.mark.parametrize("slots", [1, 9, FEW, FEW + 1])

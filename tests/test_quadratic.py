@@ -65,7 +65,7 @@ SLIDES = [
 ]
 
 
-@pytest.mark.core(14)
+@pytest.mark.core(7)
 @pytest.mark.parametrize("boundary", ["zero", "mask", "edge", "wrap", "reflect"])
 @pytest.mark.parametrize(("grid", "size", "strides", "dilation", "pads"), SLIDES)
 def test_values_in_a_sliding_window(grid, size, strides, dilation, pads, boundary):

@@ -154,7 +154,7 @@ def test_ten_kills_at_random_moments_leave_no_trace(uninterrupted, environment, 
     assert_same_end(out, uninterrupted)
 
 
-@pytest.mark.core(1)
+@pytest.mark.full
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_is_told_by_the_exit_status(uninterrupted, copy, environment, number, code):
     before = newest(copy)

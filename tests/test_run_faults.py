@@ -19,6 +19,7 @@ from flax import nnx
 
 from jaxattn import cli, models
 from jaxattn.errors import InputError
+from jaxattn.train import compile as compiling
 from jaxattn.train import loop, session
 from jaxattn.train.checkpoint import Checkpoints
 from jaxattn.train.config import Config
@@ -372,8 +373,8 @@ def test_few_open_files_are_told_before_anything_is_made(small, monkeypatch):
 def test_bare_compile_is_of_something_that_compiles(monkeypatch):
     """All but the topology, whose compiler need not be here, is the command's own."""
     seen = []
-    monkeypatch.setattr(cli, "plan_step", lambda *given: seen.append(given))
-    monkeypatch.setattr(cli, "describe", str)
+    monkeypatch.setattr(compiling, "plan_step", lambda *given: seen.append(given))
+    monkeypatch.setattr(compiling, "describe", str)
     cli.main(["compile"])
     ((config, topology, mesh, image_shape, classes),) = seen
     config.check()

@@ -245,6 +245,7 @@ def test_each_seed_knows_other_examples_and_is_tested_on_the_same():
             assert {image.tobytes() for image in two.images} <= everything
 
 
+@pytest.mark.full
 def test_a_small_set_is_learned_by_heart():
     """Few images are learned by heart, batch statistics included, and the test images are counted one by one."""
     known, _ = examples(load("digits"), 0, 40)

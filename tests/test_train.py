@@ -322,7 +322,7 @@ SMALLER = {
 }
 
 
-@pytest.mark.core(1)
+@pytest.mark.full
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_trains(name, monkeypatch, tmp_path):
     recipe = RECIPES[name]

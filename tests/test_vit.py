@@ -244,7 +244,7 @@ def loss_and_gradients(model, images, labels, key=None):
     return loss, gradients, rest
 
 
-@pytest.mark.core(2)
+@pytest.mark.core(1)
 @pytest.mark.parametrize(
     ("setting", "dtype"), [("global", None), *((s, jnp.bfloat16) for s in ("global", "local", "quadratic", "convit"))]
 )
@@ -369,7 +369,7 @@ REMAT = {
 }
 
 
-@pytest.mark.core(1)
+@pytest.mark.full
 @pytest.mark.parametrize("name", REMAT)
 def test_remat_changes_no_number(name):
     """The same loss, gradients, and running statistics, what is random included."""

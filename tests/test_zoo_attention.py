@@ -208,7 +208,7 @@ CASES |= {
 }
 
 
-@pytest.mark.core(15)
+@pytest.mark.core(9)
 @pytest.mark.parametrize("name", CASES)
 def test_a_layer_is_its_formula(name):
     """Values, and the derivative of a random projection of them along a random direction of each input and parameter.

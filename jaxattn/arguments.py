@@ -120,11 +120,13 @@ def read(
     return as_arrays._replace(dropout_key=key), settings
 
 
-def check(arrays: Arrays, settings: Settings, anywhere: bool = False) -> tuple[Operands, Options]:
+def check(arrays: Arrays, settings: Settings, places: Array | None = None) -> tuple[Operands, Options]:
     """What kernels are given: operands in one layout, and options. Depends on shapes and dtypes alone.
-    `anywhere`: queries are of one axis, and stand wherever something else says."""
+    With `places`, [*batch, n, rank], there are n queries on one axis, and those say where they stand."""
     query, key, value = _floating(query=arrays.query, key=arrays.key, value=arrays.value)
-    geometry = _geometry(query, key, value, settings.window, anywhere, settings.query_offset, arrays.query_offset)
+    geometry = _geometry(
+        query, key, value, settings.window, places is not None, settings.query_offset, arrays.query_offset
+    )
     extra_key, extra_value = _extra(arrays.extra_key, arrays.extra_value, key, value, geometry)
     key_mask, slot_mask = _masks(arrays.mask, geometry)
     query_segments, key_segments = _segments(arrays.segment_ids, geometry)
@@ -145,7 +147,7 @@ def check(arrays: Arrays, settings: Settings, anywhere: bool = False) -> tuple[O
         key_segments=key_segments,
         extra_key=extra_key,
         extra_value=extra_value,
-        extra_mask=_not_ahead(arrays.extra_positions, extra_key, geometry),
+        extra_mask=_not_ahead(arrays.extra_positions, extra_key, geometry, places),
         sink=_sink(arrays.sink_logits, settings.normalize, geometry),
         dropout_key=dropout_key,
     )
@@ -271,7 +273,9 @@ def _extra(
     return key.astype(geometry.dtype), value.astype(geometry.dtype)
 
 
-def _not_ahead(positions: Operand | None, extra_key: Array | None, geometry: _Geometry) -> Array | None:
+def _not_ahead(
+    positions: Operand | None, extra_key: Array | None, geometry: _Geometry, places: Array | None
+) -> Array | None:
     """Whether each query sees each extra token, [*batch|1, *queries, extra]."""
     if positions is None:
         return None
@@ -291,9 +295,12 @@ def _not_ahead(positions: Operand | None, extra_key: Array | None, geometry: _Ge
     seen = jnp.ones((*positions.shape[:-2], *geometry.queries, shape[0]), bool)
     for a, axis in enumerate(along):
         if axis.causal:
-            standing = axis.stride * geometry.standing(a)
+            if places is None:
+                standing = (axis.stride * geometry.standing(a)).reshape(-1, *[1] * (n - a))
+            else:
+                standing = places[..., a, None]
             token = jnp.expand_dims(positions[..., a].astype(jnp.int32), range(-n - 1, -1))
-            seen = seen & (token <= standing.reshape(-1, *[1] * (n - a)))
+            seen = seen & (token <= standing)
     return seen
 
 

@@ -36,6 +36,7 @@ def attention_at(
     segment_ids: Operand | Sequence[Operand] | None = None,
     extra_key: Operand | None = None,
     extra_value: Operand | None = None,
+    extra_positions: Operand | None = None,
     sink_logits: Operand | None = None,
     precision: jax.lax.PrecisionLike = None,
     return_residuals: bool = False,
@@ -60,8 +61,8 @@ def attention_at(
         window: its stride is not looked at: the positions say where queries stand.
         segment_ids: integers [*batch, *grid], where a query takes that of its nearest token; or a pair for query
             [*batch, n] and key.
-        scale, relative_bias, key_embedding, logits_soft_cap, normalize, extra_key, extra_value, sink_logits, precision,
-            return_residuals: as in `attention`.
+        scale, relative_bias, key_embedding, logits_soft_cap, normalize, extra_key, extra_value, extra_positions,
+            sink_logits, precision, return_residuals: as in `attention`.
 
     Returns:
         [*batch, n, heads, value_dim], and lse [*batch, n, heads] with `return_residuals`, as `attention` does. It
@@ -94,6 +95,7 @@ def attention_at(
         segment_ids=segment_ids,
         extra_key=extra_key,
         extra_value=extra_value,
+        extra_positions=extra_positions,
         sink_logits=sink_logits,
     )
     if not isinstance(window, Window):
@@ -165,7 +167,7 @@ def _attend(arrays: Arrays, positions: Any, settings: Settings, platform: str) -
     axes = window.axes(grid) if len(grid) == rank else ()
     rows = [_row(axis, window.along[a].causal, positions[..., a]) for a, axis in enumerate(axes)]
     arrays = arrays._replace(segment_ids=_of_tokens(arrays.segment_ids, rows, grid))
-    operands, options = arguments.check(arrays, settings, anywhere=True)
+    operands, options = arguments.check(arrays, settings, places=positions)
     index, inside, sees = _outer(rows, grid)
     batch = operands.query.shape[:-3]
     mask = sees[..., None, :]
@@ -173,16 +175,26 @@ def _attend(arrays: Arrays, positions: Any, settings: Settings, platform: str) -
         mask = mask & (of_keys | ~inside)[..., None, :]
     if operands.slot_mask is not None:
         mask = mask & _flat(operands.slot_mask, options)
+    keys, values = (_gathered(x, index, inside) for x in (operands.key, operands.value))
+    extra_keys, extra_values = (_each(x, index) for x in (operands.extra_key, operands.extra_value))
+    bias = _terms(operands, options, rows)
+    if operands.extra_mask is not None:  # tokens that not every query sees are slots without terms
+        seen = jnp.broadcast_to(operands.extra_mask, (*index.shape[:-1], operands.extra_mask.shape[-1]))[..., None, :]
+        mask = jnp.concatenate([jnp.broadcast_to(mask, (*index.shape[:-1], *mask.shape[-2:])), _like(seen, mask)], -1)
+        bias = None if bias is None else jnp.pad(bias, [*[(0, 0)] * (bias.ndim - 1), (0, seen.shape[-1])])
+        keys, values = (jnp.concatenate(x, -3) for x in ((keys, extra_keys), (values, extra_values)))
+        extra_keys = extra_values = None
     found = attention(
         operands.query[..., None, :, :],
-        *(_gathered(x, index, inside) for x in (operands.key, operands.value)),
-        bias=_terms(operands, options, rows),
+        keys,
+        values,
+        bias=bias,
         mask=mask[..., None, :],
         scale=operands.scale,
         logits_soft_cap=operands.soft_cap,
         normalize="softmax" if settings.return_residuals else settings.normalize,
-        extra_key=_each(operands.extra_key, index),
-        extra_value=_each(operands.extra_value, index),
+        extra_key=extra_keys,
+        extra_value=extra_values,
         sink_logits=operands.sink,
         precision=settings.precision,
         return_residuals=settings.return_residuals,
@@ -191,6 +203,11 @@ def _attend(arrays: Arrays, positions: Any, settings: Settings, platform: str) -
 
 
 _attend_compiled = jax.jit(_attend, static_argnums=(2, 3))
+
+
+def _like(x: Array, mask: Array) -> Array:
+    """[*batch, n, 1, extra] for as many heads as a mask has."""
+    return jnp.broadcast_to(x, (*x.shape[:-2], mask.shape[-2], x.shape[-1]))
 
 
 def _outer(rows: Sequence[_Row], grid: Sequence[int]) -> tuple[Array, Array, Array]:

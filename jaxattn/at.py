@@ -178,9 +178,8 @@ def _attend(arrays: Arrays, positions: Any, settings: Settings, platform: str) -
     keys, values = (_gathered(x, index, inside) for x in (operands.key, operands.value))
     extra_keys, extra_values = _each(operands.extra_key, index), _each(operands.extra_value, index)
     bias = _terms(operands, options, rows)
-    if (
-        operands.extra_mask is not None and extra_keys is not None and extra_values is not None
-    ):  # tokens that not every query sees are slots without terms
+    # tokens that not every query sees are slots without terms
+    if operands.extra_mask is not None and extra_keys is not None and extra_values is not None:
         seen = jnp.broadcast_to(operands.extra_mask, (*index.shape[:-1], operands.extra_mask.shape[-1]))[..., None, :]
         mask = jnp.concatenate([jnp.broadcast_to(mask, (*index.shape[:-1], *mask.shape[-2:])), _like(seen, mask)], -1)
         bias = None if bias is None else jnp.pad(bias, [*[(0, 0)] * (bias.ndim - 1), (0, seen.shape[-1])])

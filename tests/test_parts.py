@@ -39,8 +39,11 @@ class InParts(Problem):
         value, extra = given.pop("value"), given.pop("extra_value", None)
         weights = attention_weights(**given)
         output = mix(weights, value, window=self.window, extra_value=extra, precision=given.get("precision"))
-        drop = ("normalize", "dropout_rate", "dropout_key")
+        drop = ("normalize", "dropout_rate", "dropout_key", "sink_logits")
         scores = attention_scores(**{name: x for name, x in given.items() if name not in drop})
+        if "sink_logits" in given:
+            sink = jnp.broadcast_to(given["sink_logits"][:, None], (*scores.shape[:-1], 1))
+            scores = jnp.concatenate([scores, sink], -1)
         return (output, jax.nn.logsumexp(scores, -1)) if residuals else output
 
 

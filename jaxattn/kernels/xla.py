@@ -36,7 +36,7 @@ from jaxattn.kernels.operands import (
 from jaxattn.kernels.terms import Rows
 from jaxattn.normalize import softmax
 
-TABLE = 2**16  # numbers of a table that a program may hold
+TABLE = 2**18  # bytes of a table that a program may hold
 Arrays = dict[str, Array]
 Scores = Float[Array, "tiles batch heads columns rows"]  # heads are the key's, rows the queries that share one
 Term = Float[Array, "#tiles #batch #heads #columns #rows"]  # what is added to them
@@ -324,7 +324,8 @@ def _hidden_by_geometry(tile: _Tile, dtype: Any) -> Term:
     """The same, of the window alone: a table of what its tiles look like, where they are few and small."""
     axes, rank = tile.loop.axes, len(tile.loop.axes)
     number = [loops.of_tiles(axis.pattern, tile.loop, tile.step, a) for a, axis in enumerate(axes)]
-    if tile.group * math.prod(axis.ranges[..., 0].size * axis.columns for axis in axes) <= TABLE:
+    size = tile.group * math.prod(axis.ranges[..., 0].size * axis.columns for axis in axes)
+    if size * jnp.dtype(dtype).itemsize <= TABLE:
         table, combined = np.ones((1,) * (1 + 2 * rank), bool), 0
         for a, (axis, n) in enumerate(zip(axes, number, strict=True)):
             seen = _seen(axis.ranges, axis.columns, a, rank)
@@ -342,8 +343,8 @@ def _hidden_by_geometry(tile: _Tile, dtype: Any) -> Term:
 
 
 def _rows_of(table: np.ndarray, index: Any) -> Any:
-    """The rows of a table; in a loop, the step decides which."""
-    if isinstance(index, np.ndarray):
+    """The rows of a table; in a loop, the step decides which. Many tiles may have one row: the program holds it once."""
+    if isinstance(index, np.ndarray) and index.size * table[0].nbytes <= TABLE:
         return table[index]
     return jnp.asarray(table)[index]
 

@@ -126,7 +126,7 @@ class ShiftedWindowAttention(Attention):
                 return None
             if isinstance(ids, tuple | list):
                 return tuple(map(segments, ids))
-            turned = there(np.zeros(shape, np.int32) if ids is None else ids, 0)
+            turned = there(jnp.zeros(shape, jnp.int32) if ids is None else ids, 0)  # a batch may be symbolic
             wide = turned.astype(jnp.promote_types(turned.dtype, jnp.int32))
             if regions is None:
                 return wide

@@ -343,7 +343,7 @@ def _hidden_by_geometry(tile: _Tile, dtype: Any) -> Term:
 
 
 def _rows_of(table: np.ndarray, index: Any) -> Any:
-    """The rows of a table; in a loop, the step decides which. Many tiles may have one row: the program holds it once."""
+    """The rows of a table; in a loop, the step decides which. What many tiles share a program holds once."""
     if isinstance(index, np.ndarray) and index.size * table[0].nbytes <= TABLE:
         return table[index]
     return jnp.asarray(table)[index]

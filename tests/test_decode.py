@@ -132,3 +132,15 @@ def test_errors(layer, call, message):
 
     with pytest.raises(ValueError, match="Attention: " + message):
         decode()
+
+
+def test_a_mask_of_keys_is_refused_and_not_passed_over():
+    x, of_keys = jnp.ones((2, 6, 8)), (jnp.ones((2, 6), bool), None)
+    layer = Attention(2, 8, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="mask of keys must be None with is_causal: give one by slot"):
+        layer(x, mask=of_keys, is_causal=True)
+    layer.init_cache(x.shape, x.dtype)
+    with pytest.raises(ValueError, match="mask of keys must be None with decode"):
+        layer(x[:, :1], mask=of_keys, decode=True)
+    with pytest.raises(ValueError, match=r"sinks \(=True\) must be left out with an attention_fn"):
+        Attention(2, 8, sinks=True, attention_fn=nnx.dot_product_attention, rngs=nnx.Rngs(0))

@@ -203,7 +203,7 @@ class Attention(GridModule):
         self.dtype, self.precision, self.implementation = dtype, precision, implementation
         self.dropout_rate, self.deterministic = dropout_rate, deterministic
         self.broadcast_dropout, self.attention_fn, self.decode = broadcast_dropout, attention_fn, decode
-        _check_attention_fn(self)
+        _check_attention_fn(self, sinks)
         if decode:
             decoding.check(self)
 
@@ -602,12 +602,13 @@ def _check(layer: Attention, relative_bias, key_embedding, sinks, dropout_rate, 
         )
 
 
-def _check_attention_fn(layer: Attention):
+def _check_attention_fn(layer: Attention, sinks: bool):
     """What is `jaxattn.attention`'s alone needs it."""
     plain = {"normalize": "softmax"}
     names = ("window", "logits_soft_cap", "scale", "implementation", "axis_name")
     ours = {name: getattr(layer, name) for name in (*names, *plain)}
-    _refuse_with_attention_fn(layer, **{name: x for name, x in ours.items() if x != plain.get(name)})
+    given = {name: x for name, x in ours.items() if x != plain.get(name)}
+    _refuse_with_attention_fn(layer, **given, sinks=sinks or None)
 
 
 def _refuse_with_attention_fn(layer: Attention, **given: Any):

@@ -71,6 +71,8 @@ def follow(
         raise ValueError(f"{where}: segment_ids must be None with decode, whose cache does not keep them: give a mask")
     if sow_weights and window is not None:
         raise ValueError(f"{where}: sow_weights (=True) must be False with decode and a window, whose keys are a ring")
+    if isinstance(mask, tuple) and mask[0] is not None:
+        raise ValueError(f"{where}: mask of keys must be None with decode: of the cached tokens, give a mask by slot")
     index = layer.cache_index[...]
     place = index % length if window is not None and length == _reach(window) else index
     for cache, new in ((layer.cached_key, key), (layer.cached_value, value)):
@@ -97,6 +99,10 @@ def causal(layer: Any, query: jax.Array, key: jax.Array, mask: Any) -> Any:
         raise ValueError(
             f"{type(layer).__name__}: is_causal (=True) must be False with a window, which says so itself: "
             f"Window({layer.window.size}, causal=True)"
+        )
+    if isinstance(mask, tuple) and mask[0] is not None:
+        raise ValueError(
+            f"{type(layer).__name__}: mask of keys must be None with is_causal: give one by slot, [..., 1, 1, tokens]"
         )
     past = jnp.tril(jnp.ones((query.shape[-3], key.shape[-3]), bool))
     by_slot = mask[1] if isinstance(mask, tuple) else mask

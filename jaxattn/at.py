@@ -216,7 +216,7 @@ def _outer(rows: Sequence[_Row], grid: Sequence[int]) -> tuple[Array, Array, Arr
     window has it take part."""
     index, inside, sees, lead = jnp.zeros((), jnp.int32), jnp.ones((), bool), jnp.ones((), bool), rows[0].token.shape
     for a, (row, length) in enumerate(zip(rows, grid, strict=True)):
-        spread = lambda x, a=a: x.reshape(*lead, *(-1 if b == a else 1 for b in range(len(rows))))
+        spread = lambda x, a=a: x.reshape(*lead, *(x.shape[-1] if b == a else 1 for b in range(len(rows))))
         index = index * length + spread(jnp.maximum(row.key, 0))
         inside, sees = inside & spread(row.key >= 0), sees & spread(row.sees)
     shape = (*lead, *(row.key.shape[-1] for row in rows))
@@ -229,7 +229,7 @@ def _taken(x: Array, index: Array, batch: tuple[int, ...], trailing: int) -> Arr
     x = jnp.broadcast_to(x, (*batch, *x.shape[len(batch) :]))
     rest = x.shape[x.ndim - trailing :]
     x = x.reshape(*batch, math.prod(x.shape[len(batch) : x.ndim - trailing]), *rest)
-    flat = index.reshape(*batch, -1, *[1] * trailing)
+    flat = index.reshape(*batch, math.prod(index.shape[len(batch) :]), *[1] * trailing)
     return jnp.take_along_axis(x, flat, axis=len(batch)).reshape(*index.shape, *rest)
 
 
@@ -298,7 +298,7 @@ def _between(table: Array, row: _Row, a: int, rank: int) -> Array:
     """A table [*batch|1, n|1, heads, *offsets or slots] at every query's slots along axis a of the window."""
     first, slot = row.first, jnp.arange(row.key.shape[-1], dtype=jnp.int32)
     whole = jnp.floor(first).astype(jnp.int32)
-    spread = lambda x: x.reshape(*first.shape, *[1] * (1 + a), -1, *[1] * (rank - 1 - a))
+    spread = lambda x: x.reshape(*first.shape, *[1] * (1 + a), x.shape[-1], *[1] * (rank - 1 - a))
     entry = lambda u: spread(jnp.clip(whole[..., None] + u, 0, table.shape[a - rank] - 1))
     at = lambda u: jnp.take_along_axis(table, entry(u), axis=a - rank)
     if not jnp.issubdtype(first.dtype, jnp.floating):

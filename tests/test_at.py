@@ -194,3 +194,13 @@ def test_refusals(changed, message):
     given |= {"key": jnp.zeros((6, 7, 2, 4)), "value": jnp.zeros((6, 7, 2, 4)), "window": Window((3, 3))} | changed
     with pytest.raises(ValueError, match=message):
         attention_at(**given)
+
+
+def test_no_queries_and_no_batch():
+    x, table = jnp.ones((2, 5, 6, 2, 3)), jnp.ones((2, 5, 5))
+    given = {"window": Window((3, 3)), "relative_bias": table}
+    for dtype in (int, float):
+        for batch, n in ((2, 0), (0, 4)):
+            places = jnp.zeros((batch, n, 2), dtype)
+            found = attention_at(jnp.ones((batch, n, 2, 3)), places, x[:batch], x[:batch], **given)
+            assert found.shape == (batch, n, 2, 3)

@@ -268,3 +268,10 @@ def _corner(loop: Loop, step: Step) -> tuple[tuple, list[int]]:
     """The first place of a step, and the queries of a tile, along each axis."""
     sizes = [axis.tiles.queries.shape[1] for axis in loop.axes]
     return tuple(s * run * t for s, run, t in zip(step.axes, loop.runs, sizes, strict=True)), sizes
+
+
+def zeros(shape: tuple[int, ...], dtype: Any, operands: Operands) -> Array:
+    """Zeros that vary over the mesh axes that the operands vary over, as a loop under shard_map must be given."""
+    zeros = jnp.zeros(shape, dtype)
+    varying = tuple(jax.typeof(operands.query).manual_axis_type.varying)
+    return lax.pcast(zeros, varying, to="varying") if varying else zeros

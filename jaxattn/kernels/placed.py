@@ -29,7 +29,7 @@ class _Columns(NamedTuple):
     begin: Any  # where the slice begins, if it is one of the keys in order; 0: all of them
     slot: Int[Array, "t s"]  # of the query; clipped, where it is none
     entry: Int[Array, "t s"]  # of a table over the offsets; clipped
-    seen: Bool[Array, "t s"]
+    seen: Bool[Array, "t s"] | None  # None: all by all
 
     def take(self, x: Array, axis: int) -> Array:
         """What stands at these keys; zeros, or False, where none does."""
@@ -47,19 +47,21 @@ def whole(operands: Operands, options: Options, offset: Sequence[Any] | None) ->
     columns = [_columns(along, axis, jnp.asarray(first), count) for along, axis, first, count in places]
     rank, sizes = len(columns), window.sizes
     batch = operands.query.ndim - rank - 2
-    seen = functools.reduce(_pairs(jnp.logical_and), [c.seen for c in columns])
     slot = _flat_index([c.slot for c in columns], sizes)
     taken = functools.partial(_taken, columns=columns, batch=batch)
     inside = functools.reduce(_pairs(jnp.logical_and), [(c.key >= 0)[None] for c in columns])[0]  # [S]
-    mask = seen[:, None]  # [T, heads|1, S], perhaps after batch axes
+    masks: list[Array] = []  # [T, heads|1, S], perhaps after batch axes
+    if any(c.seen is not None for c in columns):
+        seen = [jnp.ones_like(c.slot, bool) if c.seen is None else c.seen for c in columns]
+        masks.append(functools.reduce(_pairs(jnp.logical_and), seen)[:, None])
     if operands.key_mask is not None:
-        mask = mask & (taken(operands.key_mask) | ~inside)[..., None, None, :]
+        masks.append((taken(operands.key_mask) | ~inside)[..., None, None, :])
     if operands.query_segments is not None and operands.key_segments is not None:
         own = operands.query_segments.reshape(*operands.query_segments.shape[:batch], -1)
         same = own[..., None] == taken(operands.key_segments)[..., None, :]
-        mask = mask & (same | ~inside)[..., None, :]
+        masks.append((same | ~inside)[..., None, :])
     if operands.slot_mask is not None:
-        mask = mask & _by_column(operands.slot_mask, options, slot)
+        masks.append(_by_column(operands.slot_mask, options, slot))
     lift = lambda x: jnp.expand_dims(x, range(batch + 3 - x.ndim))
     bias = _bias(operands, options, columns, slot)
     dense = Operands(
@@ -69,7 +71,7 @@ def whole(operands: Operands, options: Options, offset: Sequence[Any] | None) ->
         scale=operands.scale,
         soft_cap=operands.soft_cap,
         bias=None if bias is None else lift(bias),
-        slot_mask=lift(mask),
+        slot_mask=lift(functools.reduce(jnp.logical_and, masks)) if masks else None,
         extra_key=operands.extra_key,
         extra_value=operands.extra_value,
         extra_mask=None if operands.extra_mask is None else _rows(operands.extra_mask, rank),
@@ -112,6 +114,7 @@ def _columns(along: Along, axis: Axis, first: Array, count: int) -> _Columns:
     key = axis.fold(position)
     slot, rest = jnp.divmod(position - start[:, None], d)
     entry = (position - x[:, None]) // d + k - 1
+    around = along.boundary == "wrap" and d == 1 and k == n  # once, and all see all
     return _Columns(
         query=query,
         key=key,
@@ -119,7 +122,7 @@ def _columns(along: Along, axis: Axis, first: Array, count: int) -> _Columns:
         begin=begin,
         slot=jnp.clip(slot, 0, k - 1),
         entry=jnp.clip(entry, 0, 2 * k - 2),
-        seen=(rest == 0) & (low[:, None] <= slot) & (slot < high[:, None]),
+        seen=None if around else (rest == 0) & (low[:, None] <= slot) & (slot < high[:, None]),
     )
 
 

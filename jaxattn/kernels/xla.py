@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Shaped
 
 from jaxattn import machine
 from jaxattn.kernels import loop as loops
-from jaxattn.kernels import terms, tiles
+from jaxattn.kernels import single, terms, tiles
 from jaxattn.kernels.backend import Backend, Cost
 from jaxattn.kernels.loop import Loop, Step
 from jaxattn.kernels.operands import (
@@ -58,13 +58,15 @@ class Role(NamedTuple):
 
 def forward(operands: Operands, options: Options) -> tuple[Array, ...]:
     """The output [*batch, *queries, heads, value_dim]; with `options.residuals` also lse [*batch, *queries, heads]."""
+    if single.fits(operands, options):
+        return single.forward(operands, options)
     loop = loops.plan_loop(operands, options)
     roles = _roles(operands, loop)
     work = _prepare(operands, options, loop, roles)
     shape, dtype = work["query"].shape[:-1], operands.query.dtype
-    output = [_zeros((*shape, operands.value.shape[-1]), dtype, operands)]
+    output = [loops.zeros((*shape, operands.value.shape[-1]), dtype, operands)]
     if options.residuals:
-        output.append(_zeros(shape, statistics_dtype(dtype), operands))
+        output.append(loops.zeros(shape, statistics_dtype(dtype), operands))
 
     def body(step: Step, output: list[Array]) -> list[Array]:
         tile = _attend(_Tile(_taken(work, roles, loop, step), roles, options, loop, step))
@@ -83,7 +85,9 @@ def backward(operands: Operands, cotangents: tuple[Array, ...], options: Options
     work = floating | rest
     given = [loops.arrange_queries(x, operands, loop) for x in cotangents]
     needed = [name for name in (*MATRICES, *TERMS, "soft_cap") if name in work and _sources(name) & set(wanted)]
-    total = {name: _zeros(work[name].shape, _sum_dtype(work[name], roles[name], loop), operands) for name in needed}
+    total = {
+        name: loops.zeros(work[name].shape, _sum_dtype(work[name], roles[name], loop), operands) for name in needed
+    }
 
     def body(step: Step, total: Arrays) -> Arrays:
         tile = _Tile(_taken(work, roles, loop, step), roles, options, loop, step)
@@ -498,15 +502,10 @@ def _sum_dtype(x: Array, role: Role, loop: Loop) -> Any:
     return x.dtype if once else statistics_dtype(x.dtype)
 
 
-def _zeros(shape: tuple[int, ...], dtype: Any, operands: Operands) -> Array:
-    """Zeros that vary over the mesh axes that the operands vary over, as a loop under shard_map must be given."""
-    zeros = jnp.zeros(shape, dtype)
-    varying = tuple(jax.typeof(operands.query).manual_axis_type.varying)
-    return lax.pcast(zeros, varying, to="varying") if varying else zeros
-
-
 def _cost(operands: Operands, options: Options) -> Cost:
     """The loop's tiles; a step holds what they need in the dtype of the sums."""
+    if single.fits(operands, options):
+        return single.cost(operands)
     loop, query = loops.plan_loop(operands, options), operands.query
     heads, dims = query.shape[-2], (query.shape[-1], operands.value.shape[-1])
     extra = 0 if operands.extra_key is None else operands.extra_key.shape[-3]

@@ -210,7 +210,7 @@ def relative_bias(table, first: list[np.ndarray], case: AttentionCase):
 
 def dense_bytes(case: AttentionCase) -> int:
     """The scores of every query and key, in float32."""
-    return 4 * case.shape[0] * case.shape[-2] * case.tokens**2
+    return 4 * case.shape[0] * case.shape[-2] * case.tokens * (case.queries or case.tokens)
 
 
 def window_bytes(case: AttentionCase) -> int:

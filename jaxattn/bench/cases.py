@@ -15,7 +15,8 @@ from jaxattn.window import Window
 
 @dataclasses.dataclass(frozen=True)
 class AttentionCase:
-    """One attention: query, key and value [batch, *grid, heads, head_dim] and, with `bias`, a relative bias."""
+    """One attention: query, key and value [batch, *grid, heads, head_dim] and, with `bias`, a relative bias. With
+    `queries`, so many queries of all keys, as decoding has them."""
 
     name: str
     shape: tuple[int, ...]
@@ -23,6 +24,7 @@ class AttentionCase:
     dtype: str = "float32"
     bias: bool = False
     series: str = ""  # the axis of a scaling plot that it is a point of
+    queries: int | None = None
 
     kind = "attention"
 
@@ -47,15 +49,19 @@ class AttentionCase:
     def visible(self) -> int:
         """The pairs of a query and a key that it sees, of one batch entry and head."""
         if self.window is None:
-            return self.tokens**2
+            return self.tokens * (self.queries or self.tokens)
         return math.prod(int(axis.visible().sum()) for axis in self.window.axes(self.grid))
+
+    @property
+    def query_shape(self) -> tuple[int, ...]:
+        return self.shape if self.queries is None else (self.shape[0], self.queries, *self.shape[-2:])
 
     def operands(self) -> tuple[list[np.ndarray], np.ndarray]:
         """The inputs and the cotangent of the output."""
-        shapes = [self.shape] * 3
+        shapes = [self.query_shape, self.shape, self.shape]
         if self.bias and self.window is not None:
             shapes.append((self.shape[-2], *(2 * k - 1 for k in self.window.sizes)))
-        *inputs, cotangent = normal([*shapes, self.shape], self.dtype)
+        *inputs, cotangent = normal([*shapes, self.query_shape], self.dtype)
         return inputs, cotangent
 
     def flops(self, mode: str) -> int:
@@ -65,8 +71,8 @@ class AttentionCase:
 
     def bytes(self, mode: str) -> int:
         """Every input read and every output written, once: q, k, v, o, and backward do, dq, dk, dv."""
-        arrays = {"forward": 4, "both": 8}[mode]
-        return arrays * math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
+        once = {"forward": 1, "both": 2}[mode]
+        return once * 2 * (math.prod(self.query_shape) + math.prod(self.shape)) * jnp.dtype(self.dtype).itemsize
 
     def thin(self) -> tuple["AttentionCase", int]:
         """One head of one batch entry, and how many of them the case is."""
@@ -76,7 +82,7 @@ class AttentionCase:
     def __str__(self) -> str:
         text = f"{self.dtype}[{','.join(map(str, self.shape))}]"
         if self.window is None:
-            return f"{text}, every key"
+            return f"{text}, every key" if self.queries is None else f"{text}, {self.queries} query of every key"
         default, options = Window(self.window.sizes), []
         for name in ("stride", "dilation", "block", "causal", "boundary", "offset"):
             value = getattr(self.window, name)
@@ -178,6 +184,7 @@ def attention_cases(quick: bool) -> list[AttentionCase]:
             AttentionCase("1d-causal-whole", (1, 64, 2, 8), Window(64, causal=True)),
             AttentionCase("swin", (1, 16, 16, 2, 8), Window((8, 8), block=8)),
             AttentionCase("global", (1, 128, 2, 8), None),
+            AttentionCase("decode", (1, 128, 2, 8), None, queries=1),
         ]
     grid, seven = (4, 56, 56, 4, 32), Window((7, 7), boundary="mask")
     return [
@@ -193,6 +200,8 @@ def attention_cases(quick: bool) -> list[AttentionCase]:
         AttentionCase("2d-bias", grid, seven, bias=True),
         AttentionCase("swin", (4, 64, 64, 4, 32), Window((8, 8), block=8)),
         AttentionCase("global", (1, 4096, 4, 64), None),
+        AttentionCase("decode", (1, 4096, 8, 64), None, queries=1),
+        AttentionCase("decode-batch", (8, 1024, 8, 64), None, queries=1),
     ]
 
 

@@ -22,7 +22,7 @@ def heads_first(case: AttentionCase) -> list[Layout]:
     batch, heads, head_dim = case.shape[0], case.shape[-2], case.shape[-1]
     layout = Layout(
         lambda x: x.reshape(batch, -1, heads, head_dim).transpose(1, 2).contiguous(),
-        lambda x: x.transpose(1, 2).reshape(case.shape),
+        lambda x: x.transpose(1, 2).reshape(case.query_shape if x.shape[2] == case.queries else case.shape),
     )
     return [layout, layout, layout, *([Layout()] if case.bias else []), layout]
 

@@ -1,5 +1,6 @@
 """CIFAR's two published forms, written here as their authors did, and what a pickle may not do."""
 
+import gzip
 import io
 import pickle
 import tarfile
@@ -188,3 +189,13 @@ def test_every_truncation_of_a_pickle_is_refused():
     for stop in range(len(whole)):
         with pytest.raises(ValueError, match=r".+"):
             read_pickle(whole[:stop])
+
+
+def test_a_member_larger_than_all_that_may_be_unpacked_is_refused_by_its_header(tmp_path):
+    """Whether it is wanted or not: to pass over it, it would be unpacked."""
+    member = tarfile.TarInfo("junk")
+    member.size = 1 << 40
+    path = tmp_path / "cifar10.tar.gz"
+    path.write_bytes(gzip.compress(member.tobuf()))
+    with pytest.raises(ValueError, match=r"junk would unfold a file of .* bytes to 1,099,511,62"):
+        load(f"cifar10:{path}")

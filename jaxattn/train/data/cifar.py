@@ -102,12 +102,12 @@ def _unpacked(path: Path, wanted: set[str], limit: int | None) -> dict[str, byte
         with tarfile.open(fileobj=Unfolded(stream, room, "its content"), mode="r|") as archive:
             for member in archive:
                 name = PurePosixPath(member.name).name
+                if member.size > room.left and not member.issparse():  # before a gibibyte of it is unpacked
+                    room.take(member.size, name)
                 if name not in wanted or not member.isreg():
                     continue
                 if member.issparse():
                     raise InputError(f"{path}: {name} is a file with holes; expected a plain one")
-                if member.size > room.left:
-                    room.take(member.size, name)
                 content = archive.extractfile(member)
                 contents[name] = content.read() if content else b""
     return contents

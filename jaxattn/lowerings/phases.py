@@ -10,15 +10,19 @@ import dataclasses
 import functools
 import itertools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from jaxattn.extents import Resolved
-from jaxattn.lowerings.convolution import Convolution, Sizes, by_lax, convolve, described, match, trimmed
+from jaxattn.lowerings.convolution import Convolution, Sizes, convolve, described, match, trimmed
 from jaxattn.lowerings.lowering import Lowering, Problem
 from jaxattn.lowerings.taps import TapAxis, trim
+
+TAPS = 64  # products that a program may write out
 
 
 def _match(problem: Problem) -> Convolution | None:
@@ -70,13 +74,50 @@ def _by_phase(conv: Convolution, resolved: Resolved, x, w, y_at: list[int], prec
 
 
 def _padded(conv: Convolution, resolved: Resolved, x, w, y_at: list[int], precision) -> jax.Array:
-    """`by_lax`, of an input with its zeros around it. Where lax pads, and the result is longer than the input, XLA:CPU
-    takes twenty times as long for the gradient of the kernel."""
-    (x, x_at), pads = x, [(0, 0, 0)] * x[0].ndim
-    for s, dim in zip(conv.spatial, x_at[1:-1], strict=True):
-        pads[dim] = (*s.padding, 0)
-    x = lax.pad(x, jnp.zeros((), x.dtype), pads)
-    return by_lax(conv, resolved, (x, x_at), w, y_at, precision, padding=[(0, 0)] * len(conv.spatial))
+    """`by_lax`, of an input with its zeros around it, and with a derivative by the kernel of its own."""
+    (x, _), (w, _), pads = x, w, [(0, 0), *(s.padding for s in conv.spatial), (0, 0)]
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(*pad, 0) for pad in pads])
+    return _convolved(x, w, tuple(s.trim.axis.dilation for s in conv.spatial), precision)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _convolved(x: jax.Array, w: jax.Array, dilation: tuple[int, ...], precision: Any) -> jax.Array:
+    """y[t] = Σ_q x[t + d·(k-1-q)]·w[q], for x [n, *tokens, c] and w [*taps, c, o]."""
+    rank = len(dilation)
+    last, dims = rank + 1, tuple(range(1, rank + 1))
+    layout = lax.ConvDimensionNumbers((0, last, *dims), (last, rank, *range(rank)), (0, last, *dims))
+    w, ones = lax.rev(w, range(rank)), (1,) * rank
+    return lax.conv_general_dilated(
+        x, w, ones, "VALID", rhs_dilation=dilation, dimension_numbers=layout, precision=precision
+    )
+
+
+@functools.partial(_convolved.defjvp, symbolic_zeros=True)
+def _tangent(dilation: tuple[int, ...], precision: Any, primals, tangents) -> tuple[jax.Array, Any]:
+    """By the kernel a product for each tap. What JAX makes of it is a convolution with a kernel as large as the image,
+    which XLA:CPU takes several times as long for."""
+    (x, w), (of_x, of_w) = primals, tangents
+    y, parts = _convolved(x, w, dilation, precision), []
+    if type(of_x) is not SymbolicZero:
+        parts.append(_convolved(of_x, w, dilation, precision))
+    if type(of_w) is not SymbolicZero:
+        few = math.prod(w.shape[:-2]) <= TAPS
+        parts.append((_by_tap if few else _convolved)(x, of_w, dilation, precision))
+    return y, functools.reduce(jnp.add, parts) if parts else jnp.zeros_like(y)
+
+
+def _by_tap(x: jax.Array, w: jax.Array, dilation: tuple[int, ...], precision: Any) -> jax.Array:
+    """The same, as a sum of products of matrices."""
+    taps = w.shape[:-2]
+    lengths = [n - d * (k - 1) for n, d, k in zip(x.shape[1:-1], dilation, taps, strict=True)]
+    total = jnp.zeros((), x.dtype)
+    for tap in itertools.product(*map(range, taps)):
+        part = x
+        for dim, (q, k, d, length) in enumerate(zip(tap, taps, dilation, lengths, strict=True), 1):
+            start = d * (k - 1 - q)
+            part = lax.slice_in_dim(part, start, start + length, axis=dim)
+        total = total + jnp.matmul(part, w[tap], precision=precision)
+    return total
 
 
 def phases(resolved: Resolved, conv: Convolution, operands, precision, accumulate) -> jax.Array:

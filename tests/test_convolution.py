@@ -13,6 +13,7 @@ import tiers
 from jax import lax
 
 import jaxattn
+from jaxattn.lowerings import phases
 
 SPATIAL = ["i", "j", "k"]
 WINDOW = ["r", "s", "t"]
@@ -174,8 +175,11 @@ def test_transposed_is_lax_conv_transpose(drawn):
     np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
 
 
-def test_phases_of_strides():
-    """With taps that the strides divide and do not, cropped, and where one dimension has no stride."""
+@pytest.mark.parametrize("least", [phases.WORK, 0], ids=["at once", "apart"])
+def test_phases_of_strides(monkeypatch, least):
+    """With taps that the strides divide and do not, cropped, and where one dimension has no stride. Where they do not,
+    phases are convolved apart from some size on."""
+    monkeypatch.setattr(phases, "WORK", least)
     cases = [
         ("n i c, r c o -> n 3*i+r o", [(2, 5, 3), (7, 3, 4)], {}),
         ("n i c, r c o -> n 4*i+r o", [(2, 5, 3), (2, 3, 4)], {"padding": (3, -2)}),

@@ -22,7 +22,8 @@ from jaxattn.lowerings.convolution import Convolution, Sizes, convolve, describe
 from jaxattn.lowerings.lowering import Lowering, Problem
 from jaxattn.lowerings.taps import TapAxis, trim
 
-TAPS = 64  # products that a program may write out
+# Products, and convolutions of phases, that a program may write out, and the products that the latter must have
+TAPS, PHASES_APART, WORK = 64, 16, 2**22
 
 
 def _match(problem: Problem) -> Convolution | None:
@@ -60,7 +61,7 @@ def _by_phase(conv: Convolution, resolved: Resolved, x, w, y_at: list[int], prec
     features = w.shape[-1]
     w = w.reshape(*w.shape[: rank + 1], -1)  # [*taps, c, (*phases o)]
     one, straight = dataclasses.replace(conv, spatial=tuple(spatial)), list(range(rank + 2))
-    run = functools.partial(_padded, precision=precision)
+    run = functools.partial(_padded, phases=[_taps_of_phases(axis) for axis in axes], precision=precision)
     y = trimmed(run, one, resolved, (x, straight), (w, straight), straight)
     y = y.reshape(*y.shape[:-1], *strides, features)
     y = y.transpose(0, *itertools.chain(*((1 + a, 1 + rank + a) for a in range(rank))), 1 + 2 * rank)
@@ -73,11 +74,29 @@ def _by_phase(conv: Convolution, resolved: Resolved, x, w, y_at: list[int], prec
     return y.transpose(sorted(range(y.ndim), key=lambda g: y_at[g]))
 
 
-def _padded(conv: Convolution, resolved: Resolved, x, w, y_at: list[int], precision) -> jax.Array:
-    """`by_lax`, of an input with its zeros around it, and with a derivative by the kernel of its own."""
+def _taps_of_phases(axis: TapAxis) -> list[int]:
+    """Of each phase, its taps: fewer in the last ones, where the stride does not divide the kernel."""
+    return [-((f - axis.taps) // axis.stride) for f in range(axis.stride)]
+
+
+def _padded(conv: Convolution, resolved: Resolved, x, w, y_at: list[int], phases, precision) -> jax.Array:
+    """`by_lax`, of an input with its zeros around it, with a derivative by the kernel of its own. Phases that lack
+    taps are convolved apart from the others, if they are few."""
     (x, _), (w, _), pads = x, w, [(0, 0), *(s.padding for s in conv.spatial), (0, 0)]
     x = lax.pad(x, jnp.zeros((), x.dtype), [(*pad, 0) for pad in pads])
-    return _convolved(x, w, tuple(s.trim.axis.dilation for s in conv.spatial), precision)
+    dilation, parts = tuple(s.trim.axis.dilation for s in conv.spatial), []
+    phases = [
+        [min(n, s.trim.taps[1]) - s.trim.taps[0] for n in each] for s, each in zip(conv.spatial, phases, strict=True)
+    ]
+    numbers = list(itertools.product(*phases))
+    small = math.prod(x.shape[:-1]) * w.size < WORK
+    if small or len(numbers) > PHASES_APART or len(set(numbers)) == 1 or min(map(min, numbers)) < 1:
+        return _convolved(x, w, dilation, precision)
+    for taps, kernel in zip(numbers, jnp.split(w, len(numbers), -1), strict=True):
+        starts = [d * (k - n) for d, k, n in zip(dilation, w.shape, taps, strict=False)]
+        seen = lax.slice(x, (0, *starts, 0), x.shape)
+        parts.append(_convolved(seen, kernel[tuple(slice(n) for n in taps)], dilation, precision))
+    return jnp.concatenate(parts, -1)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))

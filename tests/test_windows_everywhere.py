@@ -109,3 +109,40 @@ def test_under_a_mesh_with_explicit_axes(name):
         y = jax.eval_shape(CALLS[name], *given)
         gradient = jax.eval_shape(jax.grad(lambda *x: (CALLS[name](*x) ** 2).sum()), *given)
     assert y.sharding.spec[0] == gradient.sharding.spec[0] == "data"
+
+
+def test_no_batch_and_no_queries():
+    """Of the right shapes, with gradients of zeros; beside no keys a sink is all there is."""
+    none, some = jnp.zeros((2, 0, 4, 4)), jnp.asarray(X[:2])
+    offset = {"window": WINDOW, "return_residuals": True}
+    without_queries = {
+        "known": lambda k: attention(none, k, k, query_offset=7, **offset),
+        "the last": lambda k: attention(none, k, k, query_offset="end", sink_logits=SINKS, **offset),
+        "traced": lambda k: attention(none, k, k, query_offset=jnp.asarray(3), **offset),
+        "groups": lambda k: attention(none, k, k, query_offset=0, window=[WINDOW] * 2),
+        "scores": lambda k: attention_scores(none, k),
+        "weights": lambda k: attention_weights(none, k, sink_logits=SINKS),
+        "the mix": lambda k: mix(jnp.zeros((2, 0, 4, 7)), k),
+        "places": lambda k: attention_at(none, jnp.zeros((2, 0, 1)), k, k, window=WINDOW, relative_bias=TABLE),
+    }
+
+    @functools.partial(jax.jit, compiler_options=quicker)
+    def run(k):
+        found, pulled = {}, {}
+        for name, call in without_queries.items():
+            found[name], pull = jax.vjp(call, k)
+            pulled[name] = pull(jax.tree.map(jnp.ones_like, found[name]))[0]
+        alone = attention(k, none, none, sink_logits=SINKS, return_residuals=True)
+        return found, pulled, alone
+
+    for call in CALLS.values():
+        whole, empty = (jax.eval_shape(call, *given) for given in (GIVEN, (X[:0], GIVEN[1], PLACES[:0], SIZES[:0])))
+        assert empty.shape == (0, *whole.shape[1:])
+    found, pulled, (y, lse) = run(some)
+    output, of_slots = (2, 0, 4, 4), (2, 0, 4, 7)
+    shapes = {"known": output, "the last": output, "traced": output, "groups": output, "the mix": output}
+    shapes |= {"places": output, "scores": of_slots, "weights": of_slots}
+    assert {name: jax.tree.leaves(found[name])[0].shape for name in without_queries} == shapes
+    assert not any(gradient.any() for gradient in pulled.values())
+    assert not y.any()
+    np.testing.assert_allclose(lse, np.broadcast_to(SINKS, lse.shape))

@@ -111,6 +111,7 @@ def test_under_a_mesh_with_explicit_axes(name):
     assert y.sharding.spec[0] == gradient.sharding.spec[0] == "data"
 
 
+@pytest.mark.full
 def test_no_batch_and_no_queries():
     """Of the right shapes, with gradients of zeros; beside no keys a sink is all there is."""
     none, some = jnp.zeros((2, 0, 4, 4)), jnp.asarray(X[:2])

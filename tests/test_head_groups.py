@@ -3,14 +3,17 @@
 from functools import partial
 from typing import Any
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle_gradients
 import pytest
-from contract import quicker
+from contract import problem, quicker, residuals
 from flax import nnx
 from jax.sharding import PartitionSpec as P
+from tiers import examples
 
 from jaxattn import attention, attention_plan
 from jaxattn.halo import split_attention
@@ -75,6 +78,41 @@ def test_each_group_is_attention_in_its_window(key_heads):
             summed[name][of[name]] += gradients[name]
     for name in operands:
         close(by_operand[name], summed[name], err_msg=name)
+
+
+@st.composite
+def several(draw):
+    """A grid, and the arguments of two windows on it, whatever its size."""
+    grid = tuple(draw(st.lists(st.integers(1, 6), min_size=1, max_size=2)))
+    each = lambda strategy: tuple(draw(strategy) for _ in grid)
+    beyond = st.sampled_from(["mask", "zero", "edge", "reflect", "wrap"])
+    given = lambda: {"size": each(st.integers(1, 4)), "dilation": each(st.integers(1, 2)), "boundary": each(beyond)}
+    return grid, (given(), given())
+
+
+@pytest.mark.full
+@examples(0.25, phases=[hypothesis.Phase.generate])
+@hypothesis.given(drawn=several(), seed=st.integers(0, 99))
+def test_drawn(drawn, seed):
+    """Values, lse and gradients, by the contract's oracle of each group."""
+    grid, windows = drawn
+    parts = [problem((grid, w), [residuals], heads=2, key_heads=1, seed=seed + n) for n, w in enumerate(windows)]
+    operands = {name: np.concatenate([part.operands[name] for part in parts], -2) for name in parts[0].operands}
+    sent = [part.cotangents() for part in parts]
+    cotangents = [np.concatenate(x, axis) for x, axis in zip(zip(*sent, strict=True), (-2, -1), strict=True)]
+
+    @partial(jax.jit, compiler_options=quicker)
+    def run(operands):
+        attend = lambda x: attention(**x, window=[part.window for part in parts], return_residuals=True)
+        result, pull = jax.vjp(attend, operands)
+        return result, pull(tuple(cotangents))[0]
+
+    (y, lse), gradients = run(operands)
+    expected = [part.expected(x) for part, x in zip(parts, sent, strict=True)]
+    close(y, np.concatenate([result[0] for result, _ in expected], -2))
+    close(lse, np.concatenate([result[1] for result, _ in expected], -1))
+    for name in operands:
+        close(gradients[name], np.concatenate([of[name] for _, of in expected], -2), err_msg=name)
 
 
 @pytest.mark.full

@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from jaxattn import arguments, machine
 from jaxattn.arguments import Arrays, Operand, Settings
-from jaxattn.attention import attention
+from jaxattn.attention import attention, under_mesh
 from jaxattn.checked import shown
 from jaxattn.kernels.operands import Operands, Options, embedding_parts, statistics_dtype
 from jaxattn.normalize import Normalizer
@@ -149,8 +149,17 @@ def _row(axis: Axis, causal: bool, position: Array) -> _Row:
 
 @broadcasting
 def _attend(arrays: Arrays, positions: Any, settings: Settings, platform: str) -> Any:
-    """Gather each query's keys, and attend to them without a window: a sequence of one query each."""
     del platform  # by which a compiled call is found
+    attend = lambda arrays, positions: _gather(arrays, positions, settings)
+    found = under_mesh(attend, jnp.asarray(arrays.query), 1 + settings.return_residuals)(arrays, positions)
+    return found if settings.return_residuals else found[0]
+
+
+_attend_compiled = jax.jit(_attend, static_argnums=(2, 3))
+
+
+def _gather(arrays: Arrays, positions: Any, settings: Settings) -> tuple[Array, ...]:
+    """Gather each query's keys, and attend to them without a window: a sequence of one query each."""
     window: Any = settings.window
     rank = window.rank
     positions = jnp.asarray(positions)
@@ -200,10 +209,8 @@ def _attend(arrays: Arrays, positions: Any, settings: Settings, platform: str) -
         precision=settings.precision,
         return_residuals=settings.return_residuals,
     )
-    return jax.tree.map(lambda x: jnp.squeeze(x, len(batch) + 1), found)
-
-
-_attend_compiled = jax.jit(_attend, static_argnums=(2, 3))
+    found = found if settings.return_residuals else (found,)
+    return tuple(jnp.squeeze(x, len(batch) + 1) for x in found)
 
 
 def _like(x: Array, mask: Array) -> Array:

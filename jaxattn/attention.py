@@ -13,7 +13,7 @@ from jaxattn import arguments, head_groups, machine
 from jaxattn.arguments import Arrays, Operand, Settings
 from jaxattn.checked import shown
 from jaxattn.kernels import backends, placed, sink
-from jaxattn.kernels.operands import Operands, Options, ScoreMod
+from jaxattn.kernels.operands import Operands, ScoreMod
 from jaxattn.normalize import NORMALIZERS, Normalizer, logsumexp
 from jaxattn.promotion import broadcasting
 from jaxattn.window import Window
@@ -135,9 +135,9 @@ def attention(
     Raises:
         ValueError: before anything is compiled, naming the argument, what came and what is allowed.
 
-    Under `jit`, `vmap`, `grad`, `jvp`, `linear_transpose` in the values (not with `sink_logits`), `checkpoint`,
-    `shard_map` it is what the formula is. `jax.experimental.jet` has no rule for "xla": nest `jvp`, or take
-    "reference".
+    Under `jit`, `vmap`, `grad`, `jvp`, `linear_transpose` in the values, `checkpoint` and `shard_map` it is what the
+    formula is.
+    `jax.experimental.jet` has no rule for "xla": nest `jvp`, or take "reference".
 
     References:
         Vaswani et al. 2017 (arXiv 1706.03762); Ramachandran et al. 2019 (1906.05909); Hassani et al. 2023 (2204.07143);
@@ -257,27 +257,23 @@ def _attend(arrays: Arrays, settings: Settings, platform: str) -> tuple[Array, .
     del platform
     operands, options = arguments.check(arrays, settings)
 
-    def attend(operands: Operands, options: Options) -> tuple[Array, ...]:
-        whole = placed.whole(operands, options, arrays.query_offset)
+    def attend(operands: Operands, offset: Any) -> tuple[Array, ...]:
+        whole = placed.whole(operands, options, offset)
         backend, _ = backends.choose(settings.implementation, *whole)
         output, *lse = sink.attend(*whole, backend)
         grid = operands.query.shape[:-1]
         return output.reshape(*grid, output.shape[-1]), *(x.reshape(grid) for x in lse)
 
-    return under_mesh(attend, operands.query)(operands, options)
+    return under_mesh(attend, operands.query, 1 + options.residuals)(operands, arrays.query_offset)
 
 
 _attend_compiled = jax.jit(_attend, static_argnums=(1, 2))
 
 
-def under_mesh(attend: Callable, query: Array) -> Callable:
-    """Under Explicit mesh axes, let the compiler propagate shardings inside; the output is sharded as the query is."""
+def under_mesh(attend: Callable, query: Array, outputs: int = 1) -> Callable:
+    """Under Explicit mesh axes, let the compiler propagate shardings inside; outputs are sharded as the query is."""
     sharding = jax.typeof(query).sharding
     if not sharding.mesh.explicit_axes:
         return attend
-    specs = (PartitionSpec(*sharding.spec[:-1]),)
-    return lambda operands, options: jax.sharding.auto_axes(
-        lambda operands: attend(operands, options),
-        axes=sharding.mesh.explicit_axes,
-        out_sharding=specs * (1 + options.residuals),
-    )(operands)
+    spec = PartitionSpec(*sharding.spec[:-1])
+    return jax.sharding.auto_axes(attend, axes=sharding.mesh.explicit_axes, out_sharding=(spec,) * outputs)

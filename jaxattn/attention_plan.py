@@ -3,18 +3,19 @@
 import dataclasses
 import inspect
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
 
-from jaxattn import arguments, units
+from jaxattn import arguments, head_groups, units
 from jaxattn.arguments import Arrays
 from jaxattn.attention import attention
 from jaxattn.kernels import backends, placed
 from jaxattn.kernels.backend import Cost
 from jaxattn.kernels.operands import Operands, Options
+from jaxattn.window import Window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,14 +55,27 @@ class AttentionPlan:
         return units.rows("attention", rows)
 
 
+@overload
 def attention_plan(
-    query: Any, key: Any, value: Any, bias: Any = None, mask: Any = None, **options: Any
-) -> AttentionPlan:
+    query: Any, key: Any, value: Any, bias: Any = ..., mask: Any = ..., *, window: Window | None = ..., **options: Any
+) -> AttentionPlan: ...
+
+
+@overload
+def attention_plan(
+    query: Any, key: Any, value: Any, bias: Any = ..., mask: Any = ..., *, window: Sequence[Window], **options: Any
+) -> tuple[AttentionPlan, ...]: ...
+
+
+def attention_plan(
+    query: Any, key: Any, value: Any, bias: Any = None, mask: Any = None, *, window: Any = None, **options: Any
+) -> AttentionPlan | tuple[AttentionPlan, ...]:
     """What `attention` does with these arguments: backend, tiles and cost, without computing anything.
 
     Args:
         query, key, value: arrays, anything with a shape and a dtype, or shapes (tuples of ints, taken as float32).
         bias, mask, **options: as for `attention`; arrays may be `jax.ShapeDtypeStruct`s, numbers and keys are given.
+        window: as for `attention`. Of several, one for each group of heads, it returns a tuple of each group's plan.
 
     Raises:
         ValueError: as `attention` does.
@@ -82,8 +96,10 @@ def attention_plan(
     described = (
         jax.ShapeDtypeStruct(x, jnp.float32) if isinstance(x, tuple | list) else x for x in (query, key, value)
     )
-    call = inspect.signature(attention).bind(*described, bias=bias, mask=mask, **options)
+    call = inspect.signature(attention).bind(*described, bias=bias, mask=mask, window=window, **options)
     call.apply_defaults()
+    if isinstance(window, list | tuple):
+        return tuple(attention_plan(**given) for given in head_groups.split(window, call.arguments))
     traced = {name: call.arguments.pop(name) for name in Arrays._fields}
     arrays, settings = arguments.read(Arrays(**traced), **call.arguments)
     found = []

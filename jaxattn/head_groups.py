@@ -17,6 +17,17 @@ MAYBE_BY_GROUP = ("bias", "mask")  # a list is one for each group, and anything 
 
 def attend(call: Callable[..., Any], windows: Sequence[Any], arguments: Mapping[str, Any]) -> Any:
     """What `call` (`attention`, or what takes its arguments) makes of each group of heads in its own window, joined."""
+    found = [call(**given) for given in split(windows, arguments)]
+    if len(found) == 1:
+        return found[0]
+    if not arguments.get("return_residuals"):
+        return jnp.concatenate(found, axis=-2)
+    outputs, lses = zip(*found, strict=True)
+    return jnp.concatenate(outputs, axis=-2), jnp.concatenate(lses, axis=-1)
+
+
+def split(windows: Sequence[Any], arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The arguments of each group of heads in its own window; those that are checked after this may be of no shape."""
     if not isinstance(windows, list | tuple) or not windows or not all(isinstance(w, Window) for w in windows):
         raise ValueError(
             f"attention: window (={windows!r}) must be None, a jaxattn.Window, or a sequence of them, one for each "
@@ -32,8 +43,8 @@ def attend(call: Callable[..., Any], windows: Sequence[Any], arguments: Mapping[
                 f"{'; what serves every group is no list' if name in MAYBE_BY_GROUP else ''}"
             )
     heads, key_heads = (np.shape(arguments[name])[-2:-1] for name in ("query", "key"))
-    if not heads or not key_heads:  # too few axes: `call` refuses them
-        return call(**{**arguments, "window": windows[0]})
+    if not heads or not key_heads:  # too few axes, which `attention` refuses
+        return [{**arguments, "window": windows[0]}]
     (heads,), (key_heads,) = heads, key_heads
     per = heads // groups
     if heads % groups:
@@ -45,7 +56,12 @@ def attend(call: Callable[..., Any], windows: Sequence[Any], arguments: Mapping[
             f"some of the {groups} groups share"
         )
 
-    def of_group(n: int) -> Any:
+    for name, count in {**dict.fromkeys(BY_KEY_HEAD, key_heads), "sink_logits": heads}.items():
+        x, axis = arguments.get(name), -1 if name == "sink_logits" else -2
+        if x is not None and np.shape(x)[axis:][:1] != (count,):  # or a part of them would be taken
+            raise ValueError(f"attention: {name} (={shown(x)}) must be of {count} heads, with {groups} windows")
+
+    def of_group(n: int) -> dict[str, Any]:
         given = {**arguments, "window": windows[n], "query": _heads(arguments["query"], n * per, per)}
         for name in BY_KEY_HEAD:
             given[name] = _heads(arguments.get(name), n * per // shared, max(per // shared, 1))
@@ -53,18 +69,14 @@ def attend(call: Callable[..., Any], windows: Sequence[Any], arguments: Mapping[
             if isinstance(arguments.get(name), list) or name in BY_GROUP:
                 given[name] = None if arguments.get(name) is None else arguments[name][n]
         if arguments.get("sink_logits") is not None:
-            given["sink_logits"] = jnp.asarray(arguments["sink_logits"])[n * per : (n + 1) * per]
+            given["sink_logits"] = _heads(arguments["sink_logits"], n * per, per, axis=-1)
         if arguments.get("score_mod") is not None:
             given["score_mod"] = _of_heads_from(n * per, arguments["score_mod"])
         if isinstance(arguments.get("dropout_key"), jax.Array | np.ndarray):  # or all groups would drop alike
             given["dropout_key"] = jax.random.fold_in(arguments["dropout_key"], n)
-        return call(**given)
+        return given
 
-    found = [of_group(n) for n in range(groups)]
-    if not arguments.get("return_residuals"):
-        return jnp.concatenate(found, axis=-2)
-    outputs, lses = zip(*found, strict=True)
-    return jnp.concatenate(outputs, axis=-2), jnp.concatenate(lses, axis=-1)
+    return [of_group(n) for n in range(groups)]
 
 
 def _fits(name: str, value: Any, groups: int) -> bool:
@@ -73,8 +85,10 @@ def _fits(name: str, value: Any, groups: int) -> bool:
     return value is None or (len(value) == groups if several else name in MAYBE_BY_GROUP)
 
 
-def _heads(x: Any, first: int, count: int) -> Any:
-    return None if x is None else jnp.asarray(x)[..., first : first + count, :]
+def _heads(x: Any, first: int, count: int, axis: int = -2) -> Any:
+    """Some heads of an array, or of its description."""
+    cut = lambda x: x[(..., slice(first, first + count), *[slice(None)] * (-1 - axis))]
+    return jax.eval_shape(cut, x) if isinstance(x, jax.ShapeDtypeStruct) else None if x is None else cut(jnp.asarray(x))
 
 
 def _of_heads_from(first: int, score_mod: Any) -> Any:

@@ -186,8 +186,7 @@ def _call(name: str, part: Callable, arrays: Arrays, window: Any, options: dict[
 def _evaluate(part: Callable, arrays: Arrays, settings: Settings, platform: str) -> Array:
     del platform  # by which a compiled call is found, for its tiles are that machine's
     operands, options = arguments.check(arrays, settings)
-    evaluate = lambda operands, options: (part(operands, options),)
-    return under_mesh(evaluate, operands.query)(operands, options)[0]
+    return under_mesh(lambda operands: (part(operands, options),), operands.query)(operands)[0]
 
 
 _evaluate_compiled = jax.jit(_evaluate, static_argnums=(0, 2, 3))
@@ -218,4 +217,4 @@ def _mix(weights: Array, value: Array, extra: Array | None, window: Window | Non
     rank = 1 if window is None else window.rank
     operands = Operands(weights, value, value, jnp.ones(()), extra_key=extra, extra_value=extra)
     options = Options(window, weights.shape[-2 - rank : -2], value.shape[-2 - rank : -2], precision=precision)
-    return under_mesh(lambda *given: (parts.mix(*given),), weights)(operands, options)[0]
+    return under_mesh(lambda operands: (parts.mix(operands, options),), weights)(operands)[0]

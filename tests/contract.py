@@ -157,6 +157,8 @@ def parts(implementation, geometry, arguments):
     meet, since most faults need no more than two things (Kuhn, Wallace & Gallo 2004, IEEE TSE 30(6))."""
     grid, given = GEOMETRIES[geometry]
     backend = "xla" if implementation == SMALL else implementation
+    if "part of the queries" in arguments:
+        return (arguments,) if given is not None else ()
     if given is None:
         return f"{backend}, {arguments}", f"{implementation}, no window"
     spread = lambda name, default: np.broadcast_to(given.get(name, default), len(np.atleast_1d(given["size"])))
@@ -180,16 +182,28 @@ class Problem:
     operands: dict[str, Any]  # of attention, to be differentiated
     options: dict[str, Any]  # of attention, not to be
     told: dict[str, Any]  # the oracle's own form of the options; it has one batch axis
+    part: tuple[slice, ...] | None = None  # those of all queries, with batch axes, that `attention` is given
 
     def call(self, implementation, operands):
         """`attention`, of operands that a transformation may have in hand, and which may stand for options as well."""
         given = self.options | operands | dict(window=self.window, implementation=implementation)
+        given |= self.of_part(given)
         tables = [given.pop(name) for name in by_axis(operands)]
         given |= {"key_embedding": tuple(tables)} if tables else {}
         if implementation == SMALL:
             axes = (Axis.everything(*self.queries, *self.grid),) if self.window is None else self.window.axes(self.grid)
             given |= dict(implementation="xla", tile=small_tile(axes))
         return attention(**given)
+
+    def of_part(self, given):
+        """What is given for queries, cut to the part that there is."""
+        if self.part is None:
+            return {}
+        cut = {"query": given["query"][self.part]}
+        cut |= {name: given[name][self.part] for name in ("bias", "mask") if np.shape(given.get(name)) == self.full}
+        if isinstance(given.get("segment_ids"), tuple):
+            cut["segment_ids"] = (given["segment_ids"][0][self.part], given["segment_ids"][1])
+        return cut
 
     def cast(self, dtype):
         """The same in another dtype, rounded here, before the oracle sees it."""
@@ -203,10 +217,18 @@ class Problem:
         """Some for the output and, where it is asked for, lse; also for an lse of -inf, which sends nothing."""
         rng, shape = np.random.default_rng(7), self.operands["query"].shape[:-1]
         output = rng.normal(size=(*shape, self.operands["value"].shape[-1])).astype(dtype)
-        return output, (rng.normal(size=shape) if self.options.get("return_residuals") else np.zeros(shape))
+        lse = rng.normal(size=shape) if self.options.get("return_residuals") else np.zeros(shape)
+        return (output, lse) if self.part is None else (output[self.part], lse[self.part])
 
     def expected(self, cotangents):
-        """((output, lse), gradients), in float64."""
+        """((output, lse), gradients), in float64; those of a part are those of all queries, of which the rest is seeded
+        with zeros, cut."""
+        if self.part is not None:
+            seeds = [np.zeros_like(x, np.float64) for x in dataclasses.replace(self, part=None).cotangents()]
+            for seed, x in zip(seeds, cotangents, strict=True):
+                seed[self.part] = x
+            result, gradients = dataclasses.replace(self, part=None).expected(seeds)
+            return tuple(x[self.part] for x in result), gradients
         cotangents = tuple(self.flat(np.asarray(x, np.float64)) for x in cotangents)
         result, gradients = oracle_gradients.attention(**self.given(self.operands), cotangents=cotangents)
         if "bias" in gradients:
@@ -419,6 +441,15 @@ def extra_tokens(p, n=2):
         p.operands[f"extra_{name}"] = p.rng.normal(size=(*p.batch, n, *p.operands[name].shape[-2:]))
 
 
+def part_of_the_queries(p, traced=False):
+    """Up to seven of them along each axis, from somewhere on; without a window there is no such place."""
+    if p.window is not None:
+        count = [int(p.rng.integers(1, min(n, 7) + 1)) for n in p.queries]
+        first = [int(p.rng.integers(0, n - m + 1)) for n, m in zip(p.queries, count, strict=True)]
+        p.options["query_offset"] = jnp.asarray(first) if traced else tuple(first)
+        p.part = (slice(None),) * len(p.batch) + tuple(slice(f, f + m) for f, m in zip(first, count, strict=True))
+
+
 def positions_of_extra_tokens(p):
     """Of those there are, where the window is causal: before the grid, in it and behind it."""
     if p.window is not None and any(p.window.causal):
@@ -586,6 +617,8 @@ ARGUMENTS = {
     "soft cap": [soft_cap],
     "scale": [scale],
     "large scores": [large_scores, residuals],
+    "a part of the queries": [*EVERYTHING, part_of_the_queries],
+    "a part of the queries, traced": [*EVERYTHING, with_(part_of_the_queries, traced=True)],
     "relu": [with_(normalize, "relu"), mask_of_keys],
     "sigmoid": [with_(normalize, "sigmoid"), mask_by_slot, extra_tokens],
     "none": [with_(normalize, "none"), mask_by_slot, scale],

@@ -14,12 +14,15 @@ from contract import (
     mask_by_slot,
     mask_of_keys,
     normalize,
+    part_of_the_queries,
+    positions_of_extra_tokens,
     problem,
     relative_bias,
     residuals,
     scale,
     score_mod,
     segments,
+    sinks,
     soft_cap,
     with_,
 )
@@ -27,7 +30,16 @@ from tiers import examples
 from windows import grids
 
 BY_AXIS = [embedding_by_axis, with_(embedding_by_axis, (1, None)), with_(embedding_by_axis, dims=(2, 1))]
-TERMS = [bias, relative_bias, extra_tokens]
+
+
+def causal_extra_tokens(p):
+    extra_tokens(p)
+    positions_of_extra_tokens(p)
+
+
+TERMS = [bias, relative_bias]
+EXTRA = [[], [extra_tokens], [causal_extra_tokens]]
+PARTS = [[], [], [part_of_the_queries], [with_(part_of_the_queries, traced=True)]]
 EMBEDDINGS = [[], [key_embedding], [with_(key_embedding, 1)], *([term] for term in BY_AXIS)]
 OTHERS = [segments, scale, soft_cap, score_mod]
 MASKS = [[], [mask_by_slot], [mask_of_keys]]
@@ -44,6 +56,8 @@ def test_drawn(implementation, data):
     terms = data.draw(st.lists(st.sampled_from(TERMS + OTHERS), unique=True, max_size=5))
     terms += data.draw(st.sampled_from(EMBEDDINGS))
     masks = data.draw(st.sampled_from(MASKS))
-    last = data.draw(st.sampled_from([residuals, residuals, *NORMALIZERS]))
+    terms += data.draw(st.sampled_from(EXTRA))
+    last = data.draw(st.sampled_from([[residuals], [residuals, sinks], *([one] for one in NORMALIZERS)]))
+    part = data.draw(st.sampled_from(PARTS if a_function_normalizes not in last else PARTS[:3]))
     seed = data.draw(st.integers(0, 99))
-    check(problem(geometry, [*terms, *masks, last], seed=seed), implementation)
+    check(problem(geometry, [*terms, *masks, *last, *part], seed=seed), implementation)

@@ -164,12 +164,13 @@ def test_a_donated_query():
     agree(output, made.expected(made.cotangents())[0][0], "donated")
 
 
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
-def test_it_is_linear_in_its_values(implementation):
+@pytest.mark.parametrize(("implementation", "sinks"), [("xla", False), ("xla", True), ("reference", True)])
+def test_it_is_linear_in_its_values(implementation, sinks):
     rng = np.random.default_rng(0)
     q, k, v, y, extra = (jnp.asarray(rng.normal(size=(2, n, 2, 3))) for n in (7, 7, 7, 7, 2))
 
-    run = functools.partial(attention, window=Window(3), implementation=implementation, extra_key=extra)
+    given = {"sink_logits": jnp.asarray([0.5, -1.0])} if sinks else {}
+    run = functools.partial(attention, window=Window(3), implementation=implementation, extra_key=extra, **given)
     one = lambda v, extra_value: run(q, k, v, extra_value=extra_value)
     found = jax.linear_transpose(one, v, extra)(y)
     np.testing.assert_allclose(sum(map(jnp.vdot, found, (v, extra))), jnp.vdot(y, one(v, extra)), rtol=1e-9)
@@ -177,6 +178,9 @@ def test_it_is_linear_in_its_values(implementation):
     both = jax.linear_transpose(mapped, jnp.stack([v, v]), extra)(jnp.stack([y, 2 * y]))
     np.testing.assert_allclose(both[0], jnp.stack([found[0], 2 * found[0]]), rtol=1e-9)
     np.testing.assert_allclose(both[1], 3 * found[1], rtol=1e-9)
+    if implementation == "xla":
+        with pytest.raises(ValueError, match=r"return_residuals \(=True\) must be False where it is transposed"):
+            jax.linear_transpose(lambda v: run(q, k, v, extra_value=extra, return_residuals=True)[0], v)(y)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])

@@ -3,15 +3,21 @@
 from functools import partial
 from typing import Any
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle_gradients
 import pytest
+from contract import problem, quicker, residuals
+from flax import nnx
 from jax.sharding import PartitionSpec as P
+from tiers import examples
 
-from jaxattn import attention
+from jaxattn import attention, attention_plan
 from jaxattn.halo import split_attention
+from jaxattn.nn import Attention
 from jaxattn.window import Window
 
 GRID = (5, 6)
@@ -74,6 +80,41 @@ def test_each_group_is_attention_in_its_window(key_heads):
         close(by_operand[name], summed[name], err_msg=name)
 
 
+@st.composite
+def several(draw):
+    """A grid, and the arguments of two windows on it, whatever its size."""
+    grid = tuple(draw(st.lists(st.integers(1, 6), min_size=1, max_size=2)))
+    each = lambda strategy: tuple(draw(strategy) for _ in grid)
+    beyond = st.sampled_from(["mask", "zero", "edge", "reflect", "wrap"])
+    given = lambda: {"size": each(st.integers(1, 4)), "dilation": each(st.integers(1, 2)), "boundary": each(beyond)}
+    return grid, (given(), given())
+
+
+@pytest.mark.full
+@examples(0.25, phases=[hypothesis.Phase.generate])
+@hypothesis.given(drawn=several(), seed=st.integers(0, 99))
+def test_drawn(drawn, seed):
+    """Values, lse and gradients, by the contract's oracle of each group."""
+    grid, windows = drawn
+    parts = [problem((grid, w), [residuals], heads=2, key_heads=1, seed=seed + n) for n, w in enumerate(windows)]
+    operands = {name: np.concatenate([part.operands[name] for part in parts], -2) for name in parts[0].operands}
+    sent = [part.cotangents() for part in parts]
+    cotangents = [np.concatenate(x, axis) for x, axis in zip(zip(*sent, strict=True), (-2, -1), strict=True)]
+
+    @partial(jax.jit, compiler_options=quicker)
+    def run(operands):
+        attend = lambda x: attention(**x, window=[part.window for part in parts], return_residuals=True)
+        result, pull = jax.vjp(attend, operands)
+        return result, pull(tuple(cotangents))[0]
+
+    (y, lse), gradients = run(operands)
+    expected = [part.expected(x) for part, x in zip(parts, sent, strict=True)]
+    close(y, np.concatenate([result[0] for result, _ in expected], -2))
+    close(lse, np.concatenate([result[1] for result, _ in expected], -1))
+    for name in operands:
+        close(gradients[name], np.concatenate([of[name] for _, of in expected], -2), err_msg=name)
+
+
 @pytest.mark.full
 def test_transformations_of_groups_and_what_they_cost():
     """vmap, jvp against vjp, remat, bfloat16, shards of the grid; and each group drops weights of its own."""
@@ -125,6 +166,8 @@ def test_transformations_of_groups_and_what_they_cost():
             {"mask": [None, None]},
             r"mask \(=\[None, None\]\) must be a list of 3, one for each window; what serves every",
         ),
+        ({"value": draw(1, 8, 12, 4)}, r"value \(=float64\[8, 12, 4\]\) must be of 6 heads, with 3 windows"),
+        ({"sink_logits": draw(1, 7)}, r"sink_logits \(=float64\[7\]\) must be of 6 heads, with 3 windows"),
         ({"window": [Window(3), Window(3, stride=2), Window(3)]}, r"attention: query has the grid \(8,\)"),
         ({"query": np.ones(3)}, r"attention: query is float64\[3\]; expected"),
     ],
@@ -133,3 +176,82 @@ def test_errors(change, message):
     x = draw(0, 8, 6, 4)
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(lambda: attention(**{"query": x, "key": x, "value": x, "window": [Window(3)] * 3, **change}))
+
+
+@pytest.mark.core(1)
+@pytest.mark.parametrize(
+    ("kind", "grid"), [({"key_embedding": "factorized"}, GRID), ({"key_embedding": True, "clip": True}, (2, 6))]
+)
+def test_a_layer_learns_the_tables_of_each_group(kind, grid):
+    """Each group is a layer of its own, with its part of the projections; also where windows are cut to the grid."""
+    kind |= {"relative_bias": True, "sinks": True, "rotary": True, "out_projection": False, "use_bias": False}
+    kind |= {"param_dtype": jnp.float64, "relative_init": nnx.initializers.normal(1.0), "implementation": "reference"}
+    layer = Attention(4, 8, 16, num_kv_heads=2, window=WINDOWS, **kind, rngs=nnx.Rngs(0))
+    x, there = draw(0, 2, *grid, 8), draw(2, 2, *grid) < 1
+    graph, state = nnx.split(layer)
+
+    @partial(jax.jit, compiler_options=quicker)
+    def run(state, x):
+        whole, parts = nnx.merge(graph, state), []
+        for n, window in enumerate(WINDOWS):
+            part = nnx.eval_shape(lambda w=window: Attention(2, 8, num_kv_heads=1, window=w, **kind, rngs=nnx.Rngs(0)))
+            mine = {"query": slice(2 * n, 2 * n + 2), "key": slice(n, n + 1), "value": slice(n, n + 1)}
+            for name, heads in mine.items():
+                getattr(part, name).kernel = nnx.Param(getattr(whole, name).kernel[...][:, heads])
+            part.sink_logits = nnx.Param(whole.sink_logits[...][mine["query"]])
+            part.relative_bias, part.key_embedding = whole.relative_bias[n], whole.key_embedding[n]
+            parts.append(part(x, mask=there))
+        return whole(x, mask=there), jnp.concatenate(parts, -1)
+
+    close(*run(state, x))
+    assert [table.shape for table in layer.relative_bias] == [(2, 5, 5), (2, 9, 3)]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"window": [Window(3), Window((3, 3))]},
+            r"window \(=.*\) must be windows of one number of axes and one stride",
+        ),
+        (
+            {"window": [Window(3), Window(3, stride=2)]},
+            r"window .* must be windows of one number of axes and one stride",
+        ),
+        ({"window": [Window(3)] * 3}, r"window .* must be as many as divide num_heads \(=4\)"),
+        ({"window": [Window(3)] * 2, "rank": 2}, r"rank \(=2\) must be None, or that of window"),
+        ({"window": [Window(3), 5]}, r"window \(=.*\) must be a Window, .* or a sequence, each a Window"),
+        ({"window": []}, r"window \(=.*\) must be"),
+        ({"decode": True}, r"decode \(=True\) must be left out where window is a list, of one for each of 2 groups"),
+    ],
+)
+def test_what_a_layer_refuses(given, message):
+    with pytest.raises(ValueError, match="Attention: " + message):
+        Attention(4, 8, **{"window": [Window(3, causal=True)] * 2, **given}, rngs=nnx.Rngs(0))
+
+
+def test_what_a_layer_with_several_windows_does_not_show():
+    layer, x = Attention(4, 8, window=[Window(3, causal=True)] * 2, rngs=nnx.Rngs(0)), jnp.ones((1, 6, 8))
+    calls = [
+        (lambda: layer.weights(x), "weights"),
+        (lambda: layer(x, sow_weights=True), "sow_weights"),
+        (lambda: layer(x, is_causal=True), r"is_causal \(=True\)"),
+        (lambda: layer(x, decode=True), r"decode \(=True\)"),
+        (lambda: layer.init_cache(x.shape), "init_cache"),
+        (lambda: nnx.view(layer, decode=True, batch_size=1, max_length=4), "init_cache"),
+    ]
+    for call, what in calls:
+        with pytest.raises(ValueError, match=f"Attention: {what} must be left out where window is a list"):
+            call()
+
+
+def test_a_plan_for_each_group():
+    x, table = jax.ShapeDtypeStruct((1, 32, 32, 4, 8), jnp.float32), jax.ShapeDtypeStruct((2, 5, 5), jnp.float32)
+    windows = [Window((3, 3)), Window((7, 7), dilation=2)]
+    plans = attention_plan(x, x, x, window=windows, relative_bias=[table, None], sink_logits=np.zeros(4, np.float32))
+    half = jax.ShapeDtypeStruct((1, 32, 32, 2, 8), jnp.float32)
+    for plan, window, own in zip(plans, windows, [table, None], strict=True):
+        alone = attention_plan(half, half, half, window=window, relative_bias=own, sink_logits=np.zeros(2, np.float32))
+        assert plan == alone
+    with pytest.raises(ValueError, match=r"window .* must be as many as divide the 4 heads"):
+        attention_plan(x, x, x, window=windows[:1] * 3)

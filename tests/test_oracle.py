@@ -6,9 +6,11 @@ import oracle
 import pytest
 from contract import ARGUMENTS, dropout, problem
 
+OF_ALL_QUERIES = [name for name in ARGUMENTS if "part of the queries" not in name]  # which are a part of these
+
 
 @pytest.mark.core(40)
-@pytest.mark.parametrize("arguments", ARGUMENTS)
+@pytest.mark.parametrize("arguments", OF_ALL_QUERIES)
 @pytest.mark.parametrize("geometry", ["edge and reflect", "zero and valid", "block 3, dilation 2", "global, one query"])
 def test_the_oracle_itself(geometry, arguments):
     """Its values against loops over queries and slots, its gradients against central differences of them."""

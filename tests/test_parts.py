@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import math
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,8 @@ import oracle
 import pytest
 from contract import Problem, by_axis, check, close, problem, quicker
 from flax import nnx
+from tiers import examples
+from windows import grids
 
 from jaxattn import attention_scores, attention_weights, machine, mix, nn
 from jaxattn.kernels import loop, tiles
@@ -59,6 +63,14 @@ def room(monkeypatch):
 def test_the_mix_by_the_weights_is_attention(geometry, arguments, numbers, room):
     room(numbers)
     made = problem(geometry, arguments)
+    check(InParts(*(getattr(made, field.name) for field in dataclasses.fields(made))), None)
+
+
+@pytest.mark.full
+@examples(0.25, phases=[hypothesis.Phase.generate])
+@hypothesis.given(drawn=grids(rank=2, most=6, widest=3), seed=st.integers(0, 99))
+def test_drawn(drawn, seed):
+    made = problem(drawn, "everything, embedded by axis", seed=seed)
     check(InParts(*(getattr(made, field.name) for field in dataclasses.fields(made))), None)
 
 

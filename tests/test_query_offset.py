@@ -2,90 +2,35 @@
 
 import functools
 
+import contract
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import GEOMETRIES, SMALL, close, problem, quicker
+from contract import GEOMETRIES, SMALL, check, close, problem, quicker
 
 from jaxattn.attention import attention
 from jaxattn.attention_plan import attention_plan
 from jaxattn.window import Window
 
-WINDOWED = [name for name, (_, given) in GEOMETRIES.items() if given is not None]
+LIGHT = [name for name, (_, given) in GEOMETRIES.items() if given and name != "21 x 21 of 24 x 24"]
 # what says something of queries, of keys, of places, and of nothing
-ARGUMENTS = ["everything", "everything by slot, kept", "one array of segments", "score_mod that masks", "sigmoid"]
-
-
-def drawn(geometry, arguments):
-    if arguments == "everything by slot, kept":  # dropout is drawn by the number of a query among those given
-        import contract
-
-        added = [add for add in contract.ARGUMENTS["everything by slot"] if add is not contract.dropout]
-        return problem(geometry, added, batch=(2,))
-    return problem(geometry, arguments, batch=(2,))
-
-
-def places(made, seed):
-    """A first query along each axis, and how many."""
-    rng = np.random.default_rng(seed)
-    count = tuple(int(rng.integers(1, min(n, 7) + 1)) for n in made.queries)
-    return tuple(int(rng.integers(0, n - m + 1)) for n, m in zip(made.queries, count, strict=True)), count
-
-
-def check(geometry, arguments, how):
-    made = drawn(geometry, arguments)
-    first, count = places(made, len(geometry) + len(arguments))
-    lead = len(made.batch)
-    ours = (slice(None),) * lead + tuple(slice(f, f + m) for f, m in zip(first, count, strict=True))
-    cotangents = [np.zeros_like(x) for x in made.cotangents()]
-    for x, full in zip(cotangents, made.cotangents(), strict=True):
-        x[ours] = full[ours]
-    (output, lse), expected = made.expected(cotangents)
-    by_query = {name for name in ("query", "bias") if name in made.operands}
-    operands = {name: x[ours] if name in by_query else x for name, x in made.operands.items()}
-    options = dict(made.options)
-    if np.shape(options.get("mask")) == made.full:
-        options["mask"] = options["mask"][ours]
-    if isinstance(options.get("segment_ids"), tuple):
-        options["segment_ids"] = (options["segment_ids"][0][ours], options["segment_ids"][1])
-    if how == SMALL:
-        options["tile"] = tuple(axis.block for axis in made.window.axes(made.grid))
-    residuals = "return_residuals" in made.options
-
-    @functools.partial(jax.jit, compiler_options=quicker)
-    def run(operands, traced):
-        def call(operands):
-            place = traced if how == "traced" else first
-            named = {"implementation": None if how == "traced" else "reference" if how == "reference" else "xla"}
-            return attention(**operands, **options, window=made.window, query_offset=place, **named)
-
-        result, pull = jax.vjp(call, operands)
-        seeds = tuple(jnp.asarray(x[ours]) for x in cotangents)
-        return result, pull(seeds if residuals else seeds[0])[0]
-
-    with jax.numpy_dtype_promotion("strict"):
-        result, gradients = run(operands, jnp.asarray(first))
-    found, lse_is = result if residuals else (result, lse[ours])
-    close(found, output[ours], jnp.float64, "output")
-    np.testing.assert_array_equal(np.isfinite(lse_is), np.isfinite(lse[ours]))
-    close(np.nan_to_num(lse_is, neginf=0), np.nan_to_num(lse[ours], neginf=0), jnp.float64, "lse")
-    for name in operands:
-        close(gradients[name], expected[name][ours] if name in by_query else expected[name], jnp.float64, name)
-
-
-LIGHT = [name for name in WINDOWED if name not in ("21 x 21 of 24 x 24", "257 of 600")]
+ARGUMENTS = ["everything", "one array of segments", "score_mod that masks", "sigmoid", "everything by slot"]
 CASES = [(geometry, "everything", "traced") for geometry in LIGHT[1::3]]
 CASES += [
     (geometry, "everything", how) for geometry, how in zip(LIGHT[::9], (SMALL, "xla", "reference") * 2, strict=False)
 ]
 CASES += [("5 x 3", arguments, "traced") for arguments in ARGUMENTS]
+CASES += [("block 2", "score_mod", how) for how in ("reference", SMALL)]  # which is told of the whole grid
 
 
-@pytest.mark.core(1)
+@pytest.mark.full
 @pytest.mark.parametrize(("geometry", "arguments", "how"), dict.fromkeys(CASES))
 def test_a_part_of_the_queries(geometry, arguments, how):
-    check(geometry, arguments, how)
+    """More of the contract's geometries and arguments."""
+    given = [add for add in contract.ARGUMENTS[arguments] if add is not contract.dropout]
+    part = contract.with_(contract.part_of_the_queries, traced=how == "traced")
+    check(problem(geometry, [*given, part], batch=(2,)), "xla" if how == "traced" else how)
 
 
 def test_one_program_for_all_places():

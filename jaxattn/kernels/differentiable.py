@@ -143,7 +143,7 @@ def _scores(operands: Operands, options: Options, rows: Rows, tables: Tables) ->
         heads = jnp.arange(operands.query.shape[-2]).reshape(*scores.shape[-2 * rank - 2 : -2 * rank], *[1] * 2 * rank)
         query = tuple(terms.along(row.queries, 2 * rank - axis - 1) for axis, row in enumerate(rows))
         key = tuple(terms.along(row.named_keys, rank - axis - 1) for axis, row in enumerate(rows))
-        scores = modified(options.score_mod, scores, heads, query, key)
+        scores = modified(options, scores, heads, query, key)
     return without_hidden(scores, mask)
 
 

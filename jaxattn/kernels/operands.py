@@ -118,9 +118,14 @@ def is_seen(scores: Array) -> Array:
     return ~(scores <= hiding_score(scores.dtype) / 2)
 
 
-def modified(score_mod: ScoreMod, scores: Array, head: Array, query: Sequence[Array], key: Sequence[Array]) -> Array:
-    """What a `score_mod` makes of scores, whose axes the indices are given too, so that its result has them as well."""
+def modified(options: Options, scores: Array, head: Array, query: Sequence[Array], key: Sequence[Array]) -> Array:
+    """What `options.score_mod` makes of scores, whose axes the indices are given too, so that its result has them as
+    well. The indices `query` are among the queries that there are, and it is told those on the whole grid."""
+    score_mod = options.score_mod
+    if score_mod is None:
+        return scores
     lift = lambda x: jnp.expand_dims(x, range(scores.ndim - x.ndim))
+    query = [x + first for x, first in zip(query, options.offset or (0,) * len(query), strict=True)]
     found = score_mod(scores, lift(head), tuple(map(lift, query)), tuple(map(lift, key)))
     shape, dtype = jnp.shape(found), jnp.result_type(found)
     if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer)):

@@ -49,14 +49,20 @@ def attend(operands: Operands, options: Options, backend: Backend) -> tuple[Arra
     """The output [*batch, *queries, heads, value_dim]; with `options.residuals` also lse [*batch, *queries, heads]."""
     if backend.backward is None:
         return backend.forward(operands, options)
+    found = bound(operands, options, backend)
+    return differentiable.attend(operands, options) if found is None else tuple(attend_p.bind(*found[0], call=found[1]))
+
+
+def bound(operands: Operands, options: Options, backend: Backend) -> tuple[list[Array], Call] | None:
+    """What a primitive is given; None where JAX differentiates what it cannot hold, or what is empty."""
     given = {name: x for name, x in operands._asdict().items() if x is not None}
-    if options.has_functions or any(x.size == 0 for x in given.values()):
-        return differentiable.attend(operands, options)
+    if backend.backward is None or options.has_functions or any(x.size == 0 for x in given.values()):
+        return None
     varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in given.values()))
     for name, x in given.items():  # inside a shard_map all of them vary where one does
         missing = tuple(sorted(varying - jax.typeof(x).manual_axis_type.varying))
         given[name] = lax.pcast(x, missing, to="varying") if missing else x
-    return tuple(attend_p.bind(*given.values(), call=Call(backend.forward, backend.backward, tuple(given), options)))
+    return [*given.values()], Call(backend.forward, backend.backward, tuple(given), options)
 
 
 @broadcasting
@@ -98,7 +104,7 @@ def _with(call: Call, operands: Sequence[Any], *mine: Any) -> tuple[Array, ...]:
     return _plainly(call, *arrays.values())
 
 
-def _shapes_of_attention(call: Call, *arrays: Any) -> tuple[Array, ...]:
+def shapes_of_attention(call: Call, *arrays: Any) -> tuple[Array, ...]:
     """Anything of the shapes, dtypes and varying mesh axes that attention has."""
     operands = call.operands(arrays)
     query, value = operands.query, operands.value
@@ -111,17 +117,19 @@ def _shapes_of_cotangent(call: Call, *arrays: Any) -> tuple[Array, ...]:
     return _mine(call, arrays)
 
 
-def _vmapped(function: Callable, call: Call) -> Callable:
+def vmapped(function: Callable, call: Call) -> Callable:
+    """A primitive's function under the vmaps of a call."""
     function = functools.partial(function, call)
     for axes in reversed(call.vmaps):
         function = jax.vmap(function, tuple(0 if mapped else None for mapped in axes))
     return function
 
 
-def _primitive(name: str, function: Callable, shapes: Callable) -> Primitive:
+def primitive_of(name: str, function: Callable, shapes: Callable) -> Primitive:
+    """A function of a call and its arrays as a primitive, without derivatives; `shapes` is one of the same shapes."""
     primitive = Primitive(name)
     primitive.multiple_results = True
-    run = lambda *arrays, call: _vmapped(function, call)(*arrays)
+    run = lambda *arrays, call: vmapped(function, call)(*arrays)
     primitive.def_impl(lambda *arrays, call: jax.jit(run, static_argnames="call")(*arrays, call=call))
     lower = mlir.lower_fun(run, multiple_results=True)
     for platform in machine.PLATFORMS:  # of a program for several, each its own tiles and dtypes
@@ -130,7 +138,7 @@ def _primitive(name: str, function: Callable, shapes: Callable) -> Primitive:
 
     @functools.lru_cache(maxsize=1024)
     def known(mesh: Any, avals: tuple[Any, ...], call: Call) -> Any:
-        return jax.make_jaxpr(_vmapped(shapes, call))(*avals).out_avals
+        return jax.make_jaxpr(vmapped(shapes, call))(*avals).out_avals
 
     # the mesh is in what comes out
     primitive.def_abstract_eval(lambda *avals, call: known(jax.sharding.get_abstract_mesh(), avals, call))
@@ -176,9 +184,9 @@ def _merged(call: Call, arrays: list[Any], mapped: tuple[bool, ...], reverse: bo
     return merged
 
 
-attend_p = _primitive("windowed_attention", _attend, _shapes_of_attention)
-tangent_p = _primitive("windowed_attention_tangent", _tangent, _shapes_of_attention)
-cotangent_p = _primitive("windowed_attention_cotangent", _cotangent, _shapes_of_cotangent)
+attend_p = primitive_of("windowed_attention", _attend, shapes_of_attention)
+tangent_p = primitive_of("windowed_attention_tangent", _tangent, shapes_of_attention)
+cotangent_p = primitive_of("windowed_attention_cotangent", _cotangent, _shapes_of_cotangent)
 
 
 def _attend_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call: Call) -> tuple[Any, Any]:
@@ -209,7 +217,7 @@ def _linear_jvp(
             arrays = list(primals)
             for k, x in zip(there, mine, strict=True):
                 arrays[k] = x
-            return tuple(_vmapped(plainly, call)(*arrays))
+            return tuple(vmapped(plainly, call)(*arrays))
 
         terms.append(jax.jvp(function, tuple(primals[k] for k in there), tuple(tangents[k] for k in there))[1])
     return primitive.bind(*primals, call=call), [sum(parts[1:], parts[0]) for parts in zip(*terms, strict=True)]
@@ -233,14 +241,24 @@ def _transpose(other: Primitive, cotangents: Sequence[Any], *arrays: Any, call: 
     return [None] * n + summed
 
 
-def _attend_transpose(cotangents: Sequence[Any], *arrays: Any, call: Call) -> list:
-    """Attention is linear in its values: there it is its own tangent."""
+def transposed(arrays: Sequence[Any], call: Call) -> tuple[list[int], tuple[str, ...]]:
+    """The places and the names of what attention is transposed in."""
     there = [k for k, x in enumerate(arrays) if ad.is_undefined_primal(x)]
     names = tuple(call.names[k] for k in there)
-    if call.options.residuals or not set(names) <= {"value", "extra_value"}:
+    if call.options.residuals:
+        raise ValueError(
+            "attention: return_residuals (=True) must be False where it is transposed in its values: lse is not linear"
+        )
+    if not set(names) <= {"value", "extra_value"}:
         raise ValueError(
             f"attention: what is transposed must be value or extra_value, in which it is linear; not {names}"
         )
+    return there, names
+
+
+def _attend_transpose(cotangents: Sequence[Any], *arrays: Any, call: Call) -> list:
+    """Attention is linear in its values: there it is its own tangent."""
+    there, names = transposed(arrays, call)
     call = call._replace(wanted=names, vmaps=tuple((*axes, *(axes[k] for k in there)) for axes in call.vmaps))
     filled = [jnp.zeros(x.aval.shape, x.aval.dtype) if ad.is_undefined_primal(x) else x for x in arrays]
     linear = [arrays[k] for k in there]

@@ -16,7 +16,6 @@ from jaxattn.kernels.backend import Backend, Cost
 from jaxattn.kernels.operands import (
     Operands,
     Options,
-    ScoreMod,
     apply_normalizer,
     dropout_factors,
     embedding_parts,
@@ -68,7 +67,7 @@ def masked_scores(
     scores, mask = without_hidden(scores, mask)
     scores = soft_capped(scores, operands.soft_cap)
     if options.score_mod is not None:
-        scores = _modify(options.score_mod, scores, options)
+        scores = _modify(scores, options)
     scores, mask = without_hidden(scores, mask)
     if operands.extra_key is not None:
         extra = jnp.expand_dims(operands.extra_key, -4)  # the same for every query
@@ -139,13 +138,13 @@ def _mask(operands: Operands, options: Options) -> Array:
     return mask
 
 
-def _modify(score_mod: ScoreMod, scores: Array, options: Options) -> Array:
-    """score_mod, with indices that broadcast against the scores [..., n, heads, w]."""
+def _modify(scores: Array, options: Options) -> Array:
+    """`options.score_mod`, with indices that broadcast against the scores [..., n, heads, w]."""
     shape = _inside(options).shape
     query = np.unravel_index(np.arange(shape[0]), tuple(len(axis.start) for axis in options.axes))
     position = outer([axis.named_keys() for axis in options.axes])
     return modified(
-        score_mod,
+        options,
         scores,
         jnp.arange(scores.shape[-2])[:, None],
         [jnp.asarray(index)[:, None, None] for index in query],

@@ -1,8 +1,10 @@
-"""Attention as a Flax module: projections around `jaxattn.attention`, with tables for its relative terms."""
+"""Attention as a Flax module: projections around `jaxattn.attention`, with tables for its relative terms.
 
-import math
+What surrounds it has files of its own: `projected`, before and after it attends; `attention_terms`, what else it
+depends on; `attention_checks`, what it refuses; `decode`, one token after another.
+"""
+
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -15,22 +17,21 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float, Real
 
 from jaxattn import position
-from jaxattn.checked import checked, shown
-from jaxattn.halo import shard_count, split_attention
+from jaxattn.checked import checked
+from jaxattn.halo import split_attention
+from jaxattn.nn import attention_checks as checks
+from jaxattn.nn import attention_terms as terms
 from jaxattn.nn import decode as decoding
-from jaxattn.nn.grid import GridModule
+from jaxattn.nn.dropout import dropout_key
 from jaxattn.nn.layer import Normalize, default_bias_init, default_kernel_init, small_init
-from jaxattn.nn.rotary import learned_frequencies, rotated
-from jaxattn.normalize import NORMALIZERS
+from jaxattn.nn.projected import Projected
+from jaxattn.nn.rotary import learned_frequencies
 from jaxattn.parts import attention_weights
 from jaxattn.sizes import Size
 from jaxattn.window import Window
 
-KEY_EMBEDDINGS = (False, True, "shared", "factorized", "decomposed")
-TABLES = ("relative_bias", "key_embedding")
 
-
-class Attention(GridModule):
+class Attention(Projected):
     """Multi-head attention, local (in a window, on a grid of any rank) or global,
 
         y_i = b_O + Σ_h W_O,h Σ_{j in N(i)} A_h(i, j) (W_V,h x_j),
@@ -52,6 +53,8 @@ class Attention(GridModule):
       num_kv_heads: heads of key and value; they divide `num_heads` (grouped queries). None means `num_heads`.
       in_kv_features: size of the last axis of the inputs of key and value; None means `in_features`.
       window: None for all tokens, a `Window`, or its size: (7, 7) is `Window((7, 7))`, whose boundary is "shift".
+        Several, of one rank and stride, are one for each of as many groups of heads; the tables are then lists, and the
+        call's mask may be one. Neither `decode` nor `weights` takes several.
       grid: the tokens along each axis of the input, all of which see each other: `Window(grid)`, on no other grid.
       rank: how many axes the grid has; an int for `window` or `grid` is then every axis's. None: as many as these have,
         and one where they are ints; the input is then `[tokens, in_features]` or `[batch, tokens, in_features]`.
@@ -127,7 +130,7 @@ class Attention(GridModule):
         num_kv_heads: int | None = None,
         in_kv_features: int | None = None,
         *,
-        window: Window | Size | None = None,
+        window: Window | Size | Sequence[Window] | None = None,
         grid: Size | None = None,
         rank: int | None = None,
         relative_bias: bool = False,
@@ -173,83 +176,23 @@ class Attention(GridModule):
         key_ln_scale_metadata: Mapping[str, Any] = MappingProxyType({}),
         axis_name: str | None = None,
     ):
-        self.axis_name = axis_name
-        where = type(self).__name__
-        self.num_heads = num_heads
-        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        self.in_features = in_features
-        self.in_kv_features = in_features if in_kv_features is None else in_kv_features
-        self.qkv_features = in_features if qkv_features is None else qkv_features
-        default = in_features if out_projection else self.qkv_features
-        self.out_features = default if out_features is None else out_features
-        if window is not None and grid is not None:
-            raise ValueError(f"{where}: window (={window}) must be None where grid (={grid}) is given, a window itself")
-        self.grid = None if grid is None else self.sized("grid", grid, rank)
-        if isinstance(window, Window):
-            self.window, self.rank = window, window.rank
-            if rank not in (None, window.rank):
-                raise ValueError(f"{where}: rank (={rank}) must be None, or that of window (={window})")
-        elif window is not None:
-            self.window = Window(self.sized("window", window, rank))
-        elif self.grid is not None:
-            self.window = Window(self.grid)
-        else:
-            self.window, self.rank = None, rank or 1  # as nnx.MultiHeadAttention, with any batch axes
+        given = locals()  # the arguments, by name
+        self.set_heads(given)
+        self.set_window(window, grid, rank)
+        self.axis_name, self.clip, self.transform_qk, self.decode = axis_name, clip, transform_qk, decode
         self.normalize, self.logits_soft_cap, self.scale = normalize, logits_soft_cap, scale
-        self.clip, self.transform_qk = clip, transform_qk
-        self.rotary = rotary if callable(rotary) else position.rotary if rotary else None
-        _check(self, relative_bias, key_embedding, sinks, dropout_rate, out_projection)
-        self.head_dim = self.qkv_features // num_heads
         self.dtype, self.precision, self.implementation = dtype, precision, implementation
         self.dropout_rate, self.deterministic = dropout_rate, deterministic
-        self.broadcast_dropout, self.attention_fn, self.decode = broadcast_dropout, attention_fn, decode
-        _check_attention_fn(self, sinks)
-        if decode:
-            decoding.check(self)
-
-        kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        linear = partial(nnx.LinearGeneral, use_bias=use_bias, precision=precision, **kwargs)
-        inner = partial(
-            linear, kernel_init=kernel_init, bias_init=bias_init, promote_dtype=qkv_promote_dtype,
-            dot_general=qkv_dot_general, dot_general_cls=qkv_dot_general_cls,
-            kernel_metadata=kernel_metadata, bias_metadata=bias_metadata,
-        )  # fmt: skip
-        self.query = inner(in_features, (num_heads, self.head_dim))
-        self.key = inner(self.in_kv_features, (self.num_kv_heads, self.head_dim))
-        self.value = inner(self.in_kv_features, (self.num_kv_heads, self.head_dim))
-        norm = partial(nnx.LayerNorm, self.head_dim, use_bias=False, promote_dtype=ln_promote_dtype, **kwargs)
-        self.query_ln = norm(scale_metadata=query_ln_scale_metadata) if normalize_qk else nnx.data(None)
-        self.key_ln = norm(scale_metadata=key_ln_scale_metadata) if normalize_qk else nnx.data(None)
-        self.out = nnx.data(None)
-        if out_projection:
-            inits = {"kernel_init": out_kernel_init or kernel_init, "bias_init": out_bias_init or bias_init}
-            inits |= {"kernel_metadata": out_kernel_metadata or kernel_metadata, "promote_dtype": out_promote_dtype}
-            inits |= {"bias_metadata": out_bias_metadata or bias_metadata, "dot_general": out_dot_general}
-            inits |= {"dot_general_cls": out_dot_general_cls}
-            self.out = linear((num_heads, self.head_dim), self.out_features, axis=(-2, -1), **inits)
-        relative_init = nnx.initializers.normal(self.head_dim**-0.5) if relative_init is None else relative_init
-        self._make_tables(relative_bias, key_embedding, relative_init, param_dtype, rngs)
-        self.sink_logits = nnx.Param(jnp.zeros(num_heads, param_dtype)) if sinks else nnx.data(None)
+        self.broadcast_dropout, self.attention_fn = broadcast_dropout, attention_fn
+        self.rotary = rotary if callable(rotary) else position.rotary if rotary else None
+        checks.check(self, given)
+        self.make_projections(given)
+        terms.make(self, given)
         self.rotary_frequencies = learned_frequencies(
             rotary, self.num_kv_heads, self.head_dim, self.rank, rngs, param_dtype
         )
         self.rngs = rngs.dropout.fork() if keep_rngs and dropout_rate > 0 else None
         self.cached_key = self.cached_value = self.cache_index = nnx.data(None)
-
-    def _make_tables(self, relative_bias: bool, key_embedding: bool | str, init: Callable[..., Any], dtype, rngs):
-        def table(*shape):
-            return nnx.Param(init(rngs.params(), shape, dtype))
-
-        offsets = () if self.window is None else tuple(2 * k - 1 for k in self.window.sizes)
-        self.relative_bias = table(self.num_heads, *offsets) if relative_bias else nnx.data(None)
-        if key_embedding in ("factorized", "decomposed"):
-            dim = self.head_dim // (len(offsets) if key_embedding == "factorized" else 1)
-            self.key_embedding = nnx.List([table(self.num_heads, n, dim) for n in offsets])
-        elif key_embedding:
-            heads = 1 if key_embedding == "shared" else self.num_heads
-            self.key_embedding = table(heads, *offsets, self.head_dim)
-        else:
-            self.key_embedding = nnx.data(None)
 
     @property
     def keys_axis_name(self) -> str | None:
@@ -301,64 +244,63 @@ class Attention(GridModule):
         Returns:
           `[*batch, *query_grid, out_features]`.
         """
-        first = None
-        if decode := bool(self.decode if decode is None else decode):
+        decode, first, place = bool(self.decode if decode is None else decode), None, {}
+        if decode:
+            checks.check_one_window(self, "decode (=True)")
             inputs_k = inputs_q if inputs_k is None else inputs_k  # one token, which is no grid
             first = None if self.cache_index is None else self.cache_index[...]
-        query, key, value = self._project(inputs_q, inputs_k, inputs_v, qkv_sharding, first)
-        place = {}
+        query, key, value = self.project(inputs_q, inputs_k, inputs_v, qkv_sharding, first)
         if decode:
             key, value, mask, place = decoding.follow(self, key, value, mask, segment_ids, sow_weights)
         elif is_causal and self.attention_fn is None:
+            checks.check_one_window(self, "is_causal (=True)")
             mask = decoding.causal(self, query, key, mask)
-        dropout_key = self._dropout_key(deterministic, rngs)
-        if out_sharding is not None and self.out is None:
-            raise ValueError(
-                f"{type(self).__name__}: out_sharding (={out_sharding}) must be None without an output projection"
-            )
+        dropped = dropout_key(self, deterministic, rngs)
+        checks.check_call(
+            self, input_positions, out_sharding, bias=bias, segment_ids=segment_ids, grid_sizes=grid_sizes
+        )
         if self.attention_fn is not None:
-            _refuse_with_attention_fn(self, bias=bias, segment_ids=segment_ids, grid_sizes=grid_sizes)
-            y = self.attention_fn(
-                query,
-                key,
-                value,
-                mask=mask,
-                dropout_rng=dropout_key,
-                dropout_rate=self.dropout_rate,
-                broadcast_dropout=self.broadcast_dropout,
-                deterministic=dropout_key is None,
-                dtype=self.dtype,
-                precision=self.precision,
-                module=self if sow_weights else None,
-                is_causal=is_causal and not decode,
-                **({} if input_positions is None else {"input_positions": input_positions}),
-            )
+            known = {} if input_positions is None else {"input_positions": input_positions}
+            known |= {"is_causal": is_causal and not decode, "module": self if sow_weights else None}
+            y = self._attend_by_function(query, key, value, mask, dropped, **known)
         else:
-            if input_positions is not None:
-                raise ValueError(f"{type(self).__name__}: input_positions must be None without an attention_fn")
-            terms = self._terms(query.dtype, mask, bias, segment_ids, grid_sizes)
-            terms = terms | place if decode else self._clipped(terms, key)
+            given = terms.of_call(self, query.dtype, mask, bias, segment_ids, grid_sizes)
+            given = given | place if decode else terms.clipped(self, given, key)
             if sow_weights:
-                self._check_whole("sow_weights")
-                weights = self._weights(query, key, terms, jnp.shape(inputs_q))
-                if self.window is None:
-                    weights = jnp.swapaxes(weights.reshape(*query.shape[:-1], -1), -2, -3)
-                self.sow(nnx.Intermediate, "attention_weights", weights)
-            y = split_attention(
-                query,
-                key,
-                value,
-                **terms,
-                axis_name=self.keys_axis_name,
-                dropout_rate=0.0 if dropout_key is None else self.dropout_rate,
-                dropout_key=dropout_key,
-                broadcast_dropout=self.broadcast_dropout,
-                precision=self.precision,
-                implementation=self.implementation,
-            )
-        out = None if self.out is None else partial(self.out, out_sharding=out_sharding)
-        y = y.reshape(*y.shape[:-2], self.qkv_features) if out is None else out(y)
-        return y if self.window is not None else y.reshape(*jnp.shape(inputs_q)[:-1], self.out_features)
+                self._sow(query, key, given, jnp.shape(inputs_q))
+            y = self._attend(query, key, value, given, dropped)
+        return self.project_back(y, jnp.shape(inputs_q), out_sharding)
+
+    def _attend(self, query, key, value, given: dict[str, Any], dropped) -> Array:
+        return split_attention(
+            query,
+            key,
+            value,
+            **given,
+            axis_name=self.keys_axis_name,
+            dropout_rate=0.0 if dropped is None else self.dropout_rate,
+            dropout_key=dropped,
+            broadcast_dropout=self.broadcast_dropout,
+            precision=self.precision,
+            implementation=self.implementation,
+        )
+
+    def _attend_by_function(self, query, key, value, mask, dropped, **known: Any) -> Array:
+        """By `attention_fn`, as flax calls it."""
+        attend: Any = self.attention_fn
+        return attend(
+            query,
+            key,
+            value,
+            mask=mask,
+            dropout_rng=dropped,
+            dropout_rate=self.dropout_rate,
+            broadcast_dropout=self.broadcast_dropout,
+            deterministic=dropped is None,
+            dtype=self.dtype,
+            precision=self.precision,
+            **known,
+        )
 
     @checked
     def init_cache(self, input_shape: Sequence[int], dtype: DTypeLike = jnp.float32):
@@ -379,6 +321,7 @@ class Attention(GridModule):
         >>> layer(jnp.ones((2, 1, 32))).shape, layer.cached_key.shape
         ((2, 1, 32), (2, 64, 4, 8))
         """
+        checks.check_one_window(self, "init_cache")
         decoding.init_cache(self, tuple(input_shape[:-1]), dtype)
 
     @checked
@@ -395,10 +338,27 @@ class Attention(GridModule):
 
         The slots are the window's, row-major (`Window.indices` says which token each is); without a window, all tokens.
         """
-        self._check_whole("weights")
-        query, key, _ = self._project(inputs_q, inputs_k, None)
-        terms = self._clipped(self._terms(query.dtype, mask, bias, segment_ids), key)
-        return self._weights(query, key, terms, jnp.shape(inputs_q))
+        checks.check_weights(self, "weights")
+        query, key, _ = self.project(inputs_q, inputs_k, None)
+        given = terms.clipped(self, terms.of_call(self, query.dtype, mask, bias, segment_ids), key)
+        return self._weights(query, key, given, jnp.shape(inputs_q))
+
+    def _weights(self, query: Array, key: Array, given: dict[str, Any], shape: tuple[int, ...]) -> Array:
+        """[*batch, *query_grid, heads, slots]."""
+        given = dict(given)
+        if given.pop("grid_sizes") is not None:
+            raise ValueError(f"{type(self).__name__}: grid_sizes must be None where the weights are asked for")
+        weights = attention_weights(query, key, **given, precision=self.precision)
+        before = query.shape[:-2] if self.window is not None else shape[:-1]
+        return weights.reshape(*before, self.num_heads, -1)
+
+    def _sow(self, query: Array, key: Array, given: dict[str, Any], shape: tuple[int, ...]) -> None:
+        """Store the weights as `nnx.Intermediate`."""
+        checks.check_weights(self, "sow_weights")
+        weights = self._weights(query, key, given, shape)
+        if self.window is None:
+            weights = jnp.swapaxes(weights.reshape(*query.shape[:-1], -1), -2, -3)
+        self.sow(nnx.Intermediate, "attention_weights", weights)
 
     def set_view(
         self,
@@ -426,195 +386,4 @@ class Attention(GridModule):
                         f"{type(self).__name__}: batch_size (={batch_size}) and max_length (={max_length}) must be "
                         "given where decode (=True) makes a cache"
                     )
-                decoding.init_cache(self, (*batch, max_length), self.dtype or jnp.float32)
-
-    def _check_whole(self, what: str):
-        if self.axis_name is not None:
-            raise ValueError(
-                f"{type(self).__name__}: {what} needs the whole grid, and it is split over {self.axis_name!r}"
-            )
-
-    def _project(self, inputs_q, inputs_k, inputs_v, sharding=None, first=None):
-        if inputs_k is None and inputs_v is not None:
-            raise ValueError(f"{type(self).__name__}: inputs_v is given without inputs_k; give inputs_k alone for both")
-        queries = self._standing(inputs_q) if inputs_k is None else inputs_q
-        inputs_k = inputs_q if inputs_k is None else inputs_k
-        inputs_v = inputs_k if inputs_v is None else inputs_v
-        for name, x, features in (
-            ("inputs_q", queries, self.in_features),
-            ("inputs_k", inputs_k, self.in_kv_features),
-            ("inputs_v", inputs_v, self.in_kv_features),
-        ):
-            self._check_input(name, x, features)
-        grids = [jnp.shape(x)[-1 - self.rank : -1] for x in (queries, inputs_k)]
-        queries, inputs_k, inputs_v = map(self._in_a_row, (queries, inputs_k, inputs_v))
-        pairs = (self.query, queries), (self.key, inputs_k), (self.value, inputs_v)
-        query, key, value = (project(x, out_sharding=sharding) for project, x in pairs)
-        if self.query_ln is not None and self.key_ln is not None:
-            query, key = self.query_ln(query), self.key_ln(key)
-        query, key, value = dtypes.promote_dtype((query, key, value), dtype=self.dtype)
-        return *self._placed(query, key, grids, first), value
-
-    def _placed(self, query, key, grids, first):
-        """Queries and keys with what depends on where they stand: along the first axis, from `first` on."""
-        offset: list[Any] = [0 if first is None else first, *[0] * (self.rank - 1)]
-        if self.axis_name is not None:
-            offset[0] = lax.axis_index(self.axis_name) * grids[1][0]
-        if self.rotary is not None:
-            learned, still = self.rotary_frequencies, (1,) * self.rank
-            frequencies = None if learned is None else learned[...]
-            stride: Any = still if self.window is None else self.window.stride
-            query = rotated(query, self.rotary, frequencies, grids[0], stride, offset)
-            key = rotated(key, self.rotary, frequencies, grids[1], still, offset)
-        return (query, key) if self.transform_qk is None else self.transform_qk(query, key, tuple(offset))
-
-    def _in_a_row(self, x):
-        """Without a window, the tokens of a grid one after the other."""
-        if self.window is not None or self.rank == 1:
-            return x
-        *batch, features = *jnp.shape(x)[: -1 - self.rank], jnp.shape(x)[-1]
-        return jnp.reshape(x, (*batch, math.prod(jnp.shape(x)[-1 - self.rank : -1]), features))
-
-    def _standing(self, x):
-        """The tokens at which a strided window's queries stand."""
-        if self.window is None or self.grid is not None or jnp.ndim(x) < self.rank + 1:
-            return x
-        x = jnp.asarray(x)
-        whole = self._whole(x.shape[-1 - self.rank : -1])
-        queries, *grid = (self.window.clipped(whole) if self.clip else self.window).query_grid(whole)
-        grid = (queries // shard_count(self.axis_name), *grid)
-        strides: Any = self.window.stride
-        steps = (slice(0, n * s, s) for n, s in zip(grid, strides, strict=True))
-        return x[(..., *steps, slice(None))]
-
-    def _whole(self, grid) -> tuple[int, ...]:
-        """The grid of which this one is a shard."""
-        first, *others = grid
-        return (first * shard_count(self.axis_name), *others)
-
-    def _check_input(self, name: str, x, features: int):
-        grid = self.check_input(name, x, features)
-        if self.grid is not None and self._whole(grid) != self.grid:
-            raise ValueError(
-                f"{type(self).__name__}: {name} (={list(jnp.shape(x))}) must be [*batch, *grid, {features} features] "
-                f"with grid (={self.grid})"
-            )
-
-    def _terms(self, dtype, mask, bias, segment_ids, grid_sizes=None) -> dict[str, Any]:
-        """What `attention` and its weights depend on besides query, key and value."""
-        embedding = self.key_embedding
-        if isinstance(embedding, nnx.List):
-            embedding = tuple(jnp.asarray(table[...], dtype) for table in embedding)
-        elif embedding is not None:
-            embedding = jnp.asarray(embedding[...], dtype)
-        return {
-            "window": self.window,
-            "mask": _bools(mask),
-            "bias": None if bias is None else jnp.asarray(bias, dtype),
-            "segment_ids": segment_ids,
-            "grid_sizes": grid_sizes,
-            "sink_logits": None if self.sink_logits is None else self.sink_logits[...],
-            "relative_bias": None if self.relative_bias is None else jnp.asarray(self.relative_bias[...], dtype),
-            "key_embedding": embedding,
-            "normalize": self.normalize,
-            "logits_soft_cap": self.logits_soft_cap,
-            "scale": self.scale,
-        }
-
-    def _clipped(self, terms: dict[str, Any], key) -> dict[str, Any]:
-        """The terms on this grid of keys, whose window and tables `clip` makes no larger than the grid."""
-        if not self.clip or self.window is None:
-            return terms
-        window = self.window.clipped(self._whole(key.shape[-2 - self.rank : -2]))
-        cut = {n: position.crop(terms[n], self.window, window) for n in TABLES if terms[n] is not None}
-        return {**terms, **cut, "window": window}
-
-    def _weights(self, query: Array, key: Array, terms: dict[str, Any], shape: tuple[int, ...]) -> Array:
-        """[*batch, *query_grid, heads, slots]."""
-        terms = dict(terms)
-        if terms.pop("grid_sizes") is not None:
-            raise ValueError(f"{type(self).__name__}: grid_sizes must be None where the weights are asked for")
-        weights = attention_weights(query, key, **terms, precision=self.precision)
-        before = query.shape[:-2] if self.window is not None else shape[:-1]
-        return weights.reshape(*before, self.num_heads, -1)
-
-    def _dropout_key(self, deterministic: bool | None, rngs: nnx.Rngs | nnx.RngStream | None):
-        deterministic = self.deterministic if deterministic is None else deterministic
-        if self.dropout_rate == 0.0 or deterministic:
-            return None
-        if deterministic is None:
-            raise ValueError(
-                f"{type(self).__name__}: with dropout_rate (={self.dropout_rate}), deterministic must be given to the "
-                "constructor or the call, or set by train() or eval(); got None"
-            )
-        stream = self.rngs if rngs is None else rngs.dropout if isinstance(rngs, nnx.Rngs) else rngs
-        if stream is not None and not isinstance(stream, nnx.RngStream):
-            raise ValueError(
-                f"{type(self).__name__}: rngs must be nnx.Rngs or one of its streams, got {type(rngs).__name__}"
-            )
-        if stream is None:
-            raise ValueError(
-                f"{type(self).__name__}: with keep_rngs=False, a call that drops must be given rngs; got None"
-            )
-        return stream()
-
-
-def _bools(mask: Any) -> Any:
-    """A mask, or a pair of them, of any numbers as bools."""
-    if mask is None:
-        return None
-    return tuple(map(_bools, mask)) if isinstance(mask, tuple) else jnp.asarray(mask, bool)
-
-
-def _check(layer: Attention, relative_bias, key_embedding, sinks, dropout_rate, out_projection):
-    name = type(layer).__name__
-    heads, kv_heads, features = layer.num_heads, layer.num_kv_heads, layer.qkv_features
-    if features % heads:
-        raise ValueError(f"{name}: num_heads (={heads}) must divide qkv_features (={features})")
-    if heads % kv_heads:
-        raise ValueError(f"{name}: num_kv_heads (={kv_heads}) must divide num_heads (={heads})")
-    if key_embedding not in KEY_EMBEDDINGS:
-        raise ValueError(f"{name}: key_embedding (={key_embedding!r}) must be one of {KEY_EMBEDDINGS}")
-    if layer.window is None and (relative_bias or key_embedding):
-        raise ValueError(
-            f"{name}: relative_bias (={relative_bias}) and key_embedding (={key_embedding!r}) need a window; "
-            "for a global layer, give the grid"
-        )
-    if layer.clip and (layer.window is None or layer.grid is not None):
-        raise ValueError(f"{name}: clip (=True) must be False without a window that may be larger than a grid")
-    if layer.window is not None and key_embedding == "factorized" and features // heads % layer.window.rank:
-        raise ValueError(
-            f"{name}: with key_embedding='factorized', the window's {layer.window.rank} axes must divide "
-            f"head_dim (={features // heads})"
-        )
-    if isinstance(layer.normalize, str) and layer.normalize not in NORMALIZERS:
-        raise ValueError(f"{name}: normalize (={layer.normalize!r}) must be one of {tuple(NORMALIZERS)}, or a function")
-    if sinks and layer.normalize != "softmax":
-        raise ValueError(f"{name}: sinks (=True) must be False with normalize={layer.normalize!r}: 'softmax' has them")
-    if not 0 <= dropout_rate < 1:
-        raise ValueError(f"{name}: dropout_rate (={dropout_rate}) must be in [0, 1)")
-    if layer.logits_soft_cap is not None and layer.logits_soft_cap <= 0:
-        raise ValueError(f"{name}: logits_soft_cap (={layer.logits_soft_cap}) must be None or a number > 0")
-    if not out_projection and layer.out_features != features:
-        raise ValueError(
-            f"{name}: without an output projection, out_features (={layer.out_features}) "
-            f"must be qkv_features (={features})"
-        )
-
-
-def _check_attention_fn(layer: Attention, sinks: bool):
-    """What is `jaxattn.attention`'s alone needs it."""
-    plain = {"normalize": "softmax"}
-    names = ("window", "logits_soft_cap", "scale", "implementation", "axis_name")
-    ours = {name: getattr(layer, name) for name in (*names, *plain)}
-    given = {name: x for name, x in ours.items() if x != plain.get(name)}
-    _refuse_with_attention_fn(layer, **given, sinks=sinks or None)
-
-
-def _refuse_with_attention_fn(layer: Attention, **given: Any):
-    for name, value in given.items():
-        if layer.attention_fn is not None and value is not None:
-            raise ValueError(
-                f"{type(layer).__name__}: {name} (={shown(value)}) must be left out with an attention_fn "
-                f"(={layer.attention_fn!r}), which does not know it"
-            )
+                self.init_cache((*batch, max_length, self.in_features), self.dtype or jnp.float32)

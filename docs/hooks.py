@@ -1,0 +1,77 @@
+"""What mkdocs asks for while it builds the site: the pages that are made, and the links of names in code."""
+
+import functools
+import pathlib
+import re
+import sys
+from typing import Any
+
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File
+
+HERE = pathlib.Path(__file__).parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]  # this checkout, wherever else there is one
+
+import reference  # noqa: E402
+
+MADE = {"api/": (reference.navigation, reference.pages)}  # a folder: its part of the navigation, and its pages
+CODE = re.compile(r"<code>([A-Za-z_][\w.]*)</code>")
+FROM_README = re.compile(r"^<!-- README.md: (.*?) -->$", re.MULTILINE)
+THERE = {  # where in the site the README's links lead
+    "#is-a-cnn-a-kind-of-local-self-attention": "study.md",
+    "CONTRIBUTING.md": "guides/contributing.md",
+    "docs/recipes.md": "recipes.md",
+    "docs/weights.png": "weights.png",
+}
+LINKED = re.compile(r"(<h[1-6].*?</h[1-6]>|<a .*?</a>|<b>.*?</b>)", re.DOTALL)
+
+
+@functools.cache
+def made(folder: str) -> dict[str, str | bytes]:
+    return MADE[folder][1]()
+
+
+def filled(entry: Any) -> Any:
+    """A part of the navigation in which the folders are the pages that are made for them."""
+    if isinstance(entry, list):
+        return [filled(inside) for inside in entry]
+    if isinstance(entry, dict):
+        return {title: filled(inside) for title, inside in entry.items()}
+    return MADE[entry][0]() if entry in MADE else entry
+
+
+def on_config(config):
+    config.nav = filled(config.nav)
+    return config
+
+
+def on_files(files, config):
+    for folder in MADE:
+        for name, content in made(folder).items():
+            files.append(File.generated(config, name, content=content))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """`<!-- README.md: Two commands -->` in a page becomes that section of the README, its links those of the site."""
+    return FROM_README.sub(lambda found: section(found[1], page.file.src_uri), markdown)
+
+
+def section(title: str, page: str) -> str:
+    text = (HERE.parent / "README.md").read_text(encoding="utf-8")
+    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    if found is None:
+        raise PluginError(f"{page}: README.md has no section {title!r}")
+    up = "../" * page.count("/")
+    return re.sub(r"\]\((#[\w-]+|[\w/]+\.\w+)\)", lambda link: f"]({up}{THERE[link[1]]})", found[1])
+
+
+def on_page_content(html, page, config, files):
+    """A name of the library in code becomes a link to it, but where it is a heading, a link, or an argument."""
+    names = reference.names(pathlib.PurePath(page.file.src_uri).stem)
+
+    def link(found: re.Match) -> str:
+        target = names.get(found[1])
+        return f'<autoref identifier="{target}" optional>{found[0]}</autoref>' if target else found[0]
+
+    return "".join(part if n % 2 else CODE.sub(link, part) for n, part in enumerate(LINKED.split(html)))

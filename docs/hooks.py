@@ -12,6 +12,7 @@ from mkdocs.structure.files import File
 HERE = pathlib.Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # this checkout, wherever else there is one
 
+import pictures  # noqa: E402
 import reference  # noqa: E402
 
 MADE = {"api/": (reference.navigation, reference.pages)}  # a folder: its part of the navigation, and its pages
@@ -19,8 +20,10 @@ CODE = re.compile(r"<code>([A-Za-z_][\w.]*)</code>")
 FROM_README = re.compile(r"^<!-- README.md: (.*?) -->$", re.MULTILINE)
 THERE = {  # where in the site the README's links lead
     "#is-a-cnn-a-kind-of-local-self-attention": "study.md",
+    "#training": "guides/training.md",
     "CONTRIBUTING.md": "guides/contributing.md",
     "docs/recipes.md": "recipes.md",
+    "docs/guides/migration.md": "guides/migration.md",
     "docs/weights.png": "weights.png",
 }
 LINKED = re.compile(r"(<h[1-6].*?</h[1-6]>|<a .*?</a>|<b>.*?</b>)", re.DOTALL)
@@ -49,6 +52,8 @@ def on_files(files, config):
     for folder in MADE:
         for name, content in made(folder).items():
             files.append(File.generated(config, name, content=content))
+    for name, draw in pictures.PICTURES.items():
+        files.append(File.generated(config, name, content=draw()))
     return files
 
 

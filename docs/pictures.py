@@ -8,11 +8,10 @@ import io
 from collections.abc import Callable
 
 import numpy as np
+import picture
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-
-import picture
 
 from jaxattn import Window
 from jaxattn.plots import COLORS, INK, QUERY, styled

@@ -70,7 +70,7 @@ def faults(root: pathlib.Path) -> Iterator[str]:
             elif there in pages and urllib.parse.unquote(where.fragment or "") not in pages[there].anchors | {""}:
                 yield f"{name}: {link} has no such place"
         for words in re.findall(r"<em>(.*?)</em>", texts[path], re.DOTALL):
-            if name.startswith("api/") and not re.fullmatch(r"[\w\s'’,-]+", words):
+            if name.startswith(("api/", "layers/")) and not re.fullmatch(r"[\w\s'’,-]+", words):
                 yield f"{name}: stars were taken for emphasis: {words}"
         if re.search(r"kernels|lowerings|/_", name):
             yield f"{name} is private"

@@ -12,14 +12,17 @@ from mkdocs.structure.files import File
 HERE = pathlib.Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # this checkout, wherever else there is one
 
+import layers  # noqa: E402
+import networks  # noqa: E402
 import pictures  # noqa: E402
 import reference  # noqa: E402
 
-MADE = {"api/": (reference.navigation, reference.pages)}  # a folder: its part of the navigation, and its pages
+MADE = {"layers/": layers, "networks.md": networks, "api/": reference}  # what mkdocs.yml has in the navigation
 CODE = re.compile(r"<code>([A-Za-z_][\w.]*)</code>")
 FROM_README = re.compile(r"^<!-- README.md: (.*?) -->$", re.MULTILINE)
 THERE = {  # where in the site the README's links lead
     "#is-a-cnn-a-kind-of-local-self-attention": "study.md",
+    "#the-zoo": "layers/index.md",
     "#training": "guides/training.md",
     "CONTRIBUTING.md": "guides/contributing.md",
     "docs/recipes.md": "recipes.md",
@@ -31,16 +34,16 @@ LINKED = re.compile(r"(<h[1-6].*?</h[1-6]>|<a .*?</a>|<b>.*?</b>)", re.DOTALL)
 
 @functools.cache
 def made(folder: str) -> dict[str, str | bytes]:
-    return MADE[folder][1]()
+    return MADE[folder].pages()
 
 
 def filled(entry: Any) -> Any:
-    """A part of the navigation in which the folders are the pages that are made for them."""
+    """A part of the navigation, in which what is made stands for its pages."""
     if isinstance(entry, list):
         return [filled(inside) for inside in entry]
     if isinstance(entry, dict):
         return {title: filled(inside) for title, inside in entry.items()}
-    return MADE[entry][0]() if entry in MADE else entry
+    return MADE[entry].navigation() if entry in MADE else entry
 
 
 def on_config(config):
@@ -52,7 +55,7 @@ def on_files(files, config):
     for folder in MADE:
         for name, content in made(folder).items():
             files.append(File.generated(config, name, content=content))
-    for name, draw in pictures.PICTURES.items():
+    for name, draw in (pictures.PICTURES | layers.PICTURES).items():
         files.append(File.generated(config, name, content=draw()))
     return files
 

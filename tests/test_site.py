@@ -3,6 +3,8 @@
 import importlib.util
 import pathlib
 
+import jax
+import numpy as np
 import pytest
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
@@ -68,3 +70,17 @@ def test_docstrings_are_made_readable():
     text = "Adds.\n\n>>> f(1)\n2\n\nArgs:\n  a, b,\n    c: numbers, and\n    more of them\n  d: one"
     made = "Adds.\n\n```pycon\n>>> f(1)\n2\n```\n\nArgs:\n  a, b, c: numbers, and\n    more of them\n  d: one"
     assert readable(text) == made
+
+
+@pytest.mark.full
+def test_where_a_layer_looks_is_its_weights(monkeypatch):
+    monkeypatch.syspath_prepend(str(DOCS))
+    looks = module("looks")
+    with jax.enable_x64(False):
+        found = looks.weights("global_attention")
+    x = np.asarray(looks.scene()[1], np.float64).reshape(-1, looks.FEATURES)
+    at = [i * looks.SIDE + j for i, j in looks.PIXELS]
+    scores = looks.SHARP**2 * x[at] @ x.T / np.sqrt(looks.FEATURES)
+    weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    values = looks.SHARP**2  # of the linear maps of the values and of the output
+    np.testing.assert_allclose(found.reshape(2, -1), values * weights, rtol=1e-3, atol=1e-4)

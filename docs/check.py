@@ -4,6 +4,7 @@ Links lead somewhere, nothing is fetched from elsewhere, formulas and signatures
 private is shown. Where there is a Chromium, no page says anything on its console.
 """
 
+import contextlib
 import functools
 import html
 import http.server
@@ -27,6 +28,8 @@ MUST_HOLD = {  # what is easily lost on the way from a docstring to a page
     "recipes.html": "layer = nn.ShiftedWindowAttention(",
 }
 FETCHED = {("script", "src"), ("img", "src"), ("link", "href"), ("iframe", "src"), ("source", "src")}
+# Whom a browser asks on its own: updates and the like.
+ITS_OWN = re.compile(r"(?:http://)?(?!fonts\.)[\w.-]+\.(?:google|googleapis|gvt1|gvt2)\.com[:/]|/favicon\.ico")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
@@ -89,25 +92,51 @@ def shown(text: str) -> str:
 
 
 def said(root: pathlib.Path, browser: str) -> Iterator[str]:
-    """What a page of each kind says on the console of a browser that reaches this machine alone."""
-    handler = functools.partial(Quiet, directory=str(root))
+    """What a page of each kind says on a browser's console, what it asks for in vain, and whom else it asks."""
+    asked: list[str] = []
+    handler = functools.partial(Server, asked, directory=str(root))
+    kinds = {path.parent: path for path in sorted(root.rglob("*.html")) if path.name != "404.html"}
     with http.server.ThreadingHTTPServer(("localhost", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        kinds = {path.parent: path for path in sorted(root.rglob("*.html")) if path.name != "404.html"}
-        for path in [*root.glob("[a-z]*.html"), *kinds.values()]:
+        here = f"localhost:{server.server_port}"
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--dump-dom"]
+        options += ["--disable-component-update", "--enable-logging=stderr", "--virtual-time-budget=3000"]
+        options += [f"--proxy-server={here}", "--proxy-bypass-list=<-loopback>"]  # so that every request comes here
+        for path in dict.fromkeys([*root.glob("[a-z]*.html"), *kinds.values()]):
             name = path.relative_to(root).as_posix()
-            command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
-            command += ["--virtual-time-budget=3000", "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE localhost"]
-            run = subprocess.run(
-                [*command, f"http://localhost:{server.server_port}/{name}"], capture_output=True, text=True, timeout=120
-            )
+            address = f"http://{here}/{name}"
+            run = subprocess.run([browser, *options, address], capture_output=True, text=True, timeout=120)
             if "</html>" not in run.stdout:
                 yield f"{name}: {browser} shows nothing: {run.stderr[-300:]}"
             yield from (f"{name}: on the console: {line}" for line in run.stderr.splitlines() if "CONSOLE" in line)
+            yield from (f"{name}: asked for {what}" for what in asked if not ITS_OWN.match(what))
+            asked.clear()
         server.shutdown()
 
 
-class Quiet(http.server.SimpleHTTPRequestHandler):
+class Server(http.server.SimpleHTTPRequestHandler):
+    """The site, also as a proxy for everything else, which is refused and noted."""
+
+    def __init__(self, asked: list[str], *arguments, **keywords):
+        self.asked = asked
+        super().__init__(*arguments, **keywords)
+
+    def do_CONNECT(self):
+        self.send_error(403)
+
+    def do_GET(self):
+        where = urllib.parse.urlsplit(self.path)
+        if where.netloc not in ("", f"localhost:{self.server.server_port}"):
+            self.send_error(403)
+        else:
+            self.path = where.path
+            super().do_GET()
+
+    def send_error(self, code, *arguments, **keywords):
+        self.asked.append(f"{self.path} ({code})")
+        with contextlib.suppress(ConnectionError):  # it asks and does not wait
+            super().send_error(code, *arguments, **keywords)
+
     def log_message(self, *arguments):
         pass
 

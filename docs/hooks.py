@@ -1,6 +1,5 @@
 """What mkdocs asks for while it builds the site: the pages that are made, and the links of names in code."""
 
-import functools
 import pathlib
 import re
 import sys
@@ -14,10 +13,12 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]  # this checkout, wherever else the
 
 import layers  # noqa: E402
 import networks  # noqa: E402
+import notebooks  # noqa: E402
 import pictures  # noqa: E402
 import reference  # noqa: E402
 
-MADE = {"layers/": layers, "networks.md": networks, "api/": reference}  # what mkdocs.yml has in the navigation
+# What mkdocs.yml has in the navigation, and what makes its pages.
+MADE = {"layers/": layers, "networks.md": networks, "notebooks/": notebooks, "api/": reference}
 CODE = re.compile(r"<code>([A-Za-z_][\w.]*)</code>")
 FROM_README = re.compile(r"^<!-- README.md: (.*?) -->$", re.MULTILINE)
 THERE = {  # where in the site the README's links lead
@@ -29,12 +30,10 @@ THERE = {  # where in the site the README's links lead
     "docs/guides/migration.md": "guides/migration.md",
     "docs/weights.png": "weights.png",
 }
+REPORT = HERE.parent / "runs" / "study" / "report.html"
+HAVE_REPORT = "[The report of a run](study-report.html): every experiment with its code, its numbers and its figures."
+HAVE_NO_REPORT = "`jaxattn study` writes a report, `runs/study/report.html`; a site built after it shows it here."
 LINKED = re.compile(r"(<h[1-6].*?</h[1-6]>|<a .*?</a>|<b>.*?</b>)", re.DOTALL)
-
-
-@functools.cache
-def made(folder: str) -> dict[str, str | bytes]:
-    return MADE[folder].pages()
 
 
 def filled(entry: Any) -> Any:
@@ -52,16 +51,20 @@ def on_config(config):
 
 
 def on_files(files, config):
-    for folder in MADE:
-        for name, content in made(folder).items():
-            files.append(File.generated(config, name, content=content))
-    for name, draw in (pictures.PICTURES | layers.PICTURES).items():
-        files.append(File.generated(config, name, content=draw()))
+    made = notebooks.pages(run=config.extra.get("notebooks", True))
+    for part in MADE.values():
+        made |= part.pages() if part is not notebooks else {}
+    made |= {name: draw() for name, draw in (pictures.PICTURES | layers.PICTURES).items()}
+    if REPORT.exists():
+        made["study-report.html"] = REPORT.read_text(encoding="utf-8")
+    for name, content in made.items():
+        files.append(File.generated(config, name, content=content))
     return files
 
 
 def on_page_markdown(markdown, page, config, files):
     """`<!-- README.md: Two commands -->` in a page becomes that section of the README, its links those of the site."""
+    markdown = markdown.replace("<!-- the report -->", HAVE_REPORT if REPORT.exists() else HAVE_NO_REPORT)
     return FROM_README.sub(lambda found: section(found[1], page.file.src_uri), markdown)
 
 

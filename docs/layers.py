@@ -18,8 +18,8 @@ NOT_DRAWN = {"parameter_key_attention": "Its keys are parameters and not pixels,
 MODULES = {name.lower(): cls for name, cls in vars(nn).items() if inspect.isclass(cls)}
 ROWS = sorted(zoo.ROWS.values(), key=lambda row: SOURCES.index(row.source))
 DRAWN = """The weights with which two pixels of a photograph see the others, by this layer. Queries, keys and values are
-the colours around each pixel; what does not come from data is drawn at random. Of weights that are all positive the root
-is shown, so that the small ones can be seen; of others red is above zero and blue below."""
+the colours around each pixel; what does not come from data is drawn at random. Of weights that are all positive the
+root is shown, so that the small ones can be seen; of others red is above zero and blue below."""
 
 
 def module(name: str) -> type:

@@ -2,7 +2,8 @@
 
 The features of a pixel are the colours around it and one more, which is zero everywhere. Queries, keys and values are
 the features themselves (every linear map is the identity, times a factor that makes the softmax sharp). So the scores
-never see the last feature, and the last output is Σ_j A(i, j) times the last input: its derivative is A. What no data make, kernels and tables of positions, is drawn at random.
+never see the last feature, and the last output is Σ_j A(i, j) times the last input: its derivative is A. What
+no data make, kernels and tables of positions, is drawn at random.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""The examples of the docstrings and of the README run, and say what they print."""
+"""The examples of the docstrings, of the README and of the pages run, and say what they print."""
 
 import doctest
 import importlib
@@ -13,6 +13,7 @@ import pytest
 import jaxattn
 from jaxattn import zoo
 
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ROOT = pathlib.Path(__file__).parent.parent
 MODULES = ["jaxattn", *sorted(module.name for module in pkgutil.walk_packages(jaxattn.__path__, "jaxattn."))]
 # Of the modules that are built up alike, the core takes some.
@@ -37,7 +38,7 @@ def test_public_functions_have_examples():
 
 def test_readme(capsys):
     text = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    blocks = BLOCK.findall(text)
     assert len(blocks) >= 4
     scope, printed = {}, []
     with jax.enable_x64(False):  # as a reader has it
@@ -50,14 +51,21 @@ def test_readme(capsys):
         assert output in shown, "the README shows another plan than the one that is printed"
 
 
-def test_recipes():
-    """Each block asserts what it says."""
-    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "recipes.md").read_text(), re.MULTILINE | re.DOTALL)
-    assert len(blocks) >= 9
-    scope = {}
-    with jax.enable_x64(False):
-        for block in blocks:
+PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if "```python" in path.read_text())
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, id=path.stem, marks=[pytest.mark.full] * (path.stem != "recipes")) for path in PAGES],
+)
+def test_pages(path, capsys):
+    """Every block of a page runs, after those before it; it asserts what it says, and the page shows what it prints."""
+    text, scope = path.read_text(), {}
+    shown = re.sub(r"^    ", "", text, flags=re.MULTILINE)
+    with jax.enable_x64(False):  # as a reader has it
+        for block in BLOCK.findall(text):
             exec(block, scope)
+            assert capsys.readouterr().out.strip() in shown, f"{path.name} shows something else than is printed"
 
 
 def test_readme_shows_the_table_of_layers(capsys):

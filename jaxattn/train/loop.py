@@ -31,7 +31,7 @@ from jaxattn.train.peak import peak_flops
 from jaxattn.train.program import assemble
 
 with needs_extra("train"):
-    from tqdm import tqdm
+    from tqdm.auto import tqdm  # in a notebook a bar of its own
 
 LINE = 50  # steps a line of steps.jsonl
 ASK = 5  # steps after which several processes ask each other whether one was told to stop

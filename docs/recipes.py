@@ -1,4 +1,0 @@
-"""What other libraries have a function for, in ours.
-
-.. include:: recipes.md
-"""

@@ -118,7 +118,9 @@ def attention(
         implementation: None chooses; "reference" is the readable one, which gathers `N × window` keys; "xla" tiles, and
             is slower with a function of yours (`score_mod`, `normalize`), which may close over what is differentiated;
             "tpu" is kernels for a TPU, for softmax over windows with no other term than relative_bias, on one device or
-            inside `shard_map`. No chip has run them yet, so they are not chosen by None.
+            inside `shard_map`. No chip has run them yet, so they are not chosen by None. The environment's
+            JAXATTN_IMPLEMENTATION goes before it: JAXATTN_IMPLEMENTATION=xla turns the kernels off in a job whose code
+            names them (what is compiled already, as a whole training step, stays as it is).
         tile: queries per tile along each axis of the grid, multiples of the window's block, for "xla" (and "tpu", which
             rounds them up to whole registers); an int serves all axes. None chooses by a model of the cost, from shapes
             and backend. It changes speed and memory only.

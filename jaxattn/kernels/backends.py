@@ -60,6 +60,6 @@ def _elsewhere(backend: Backend, implementation: str | None) -> str | None:
     if backend.opaque and not alone and backend.name != implementation:
         return (
             f"the compiler can't split it over the {machine.device_count()} devices: call attention inside shard_map, "
-            f"or with implementation={backend.name!r} where nothing is sharded"
+            f"or with implementation={backend.name!r} on a mesh of Explicit axes, or where nothing is sharded"
         )
     return None

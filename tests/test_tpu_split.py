@@ -1,6 +1,10 @@
 """The TPU's kernels on a mesh of Explicit axes, interpreted: each device computes its part, and nothing is gathered."""
 
+import importlib.util
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +16,6 @@ from test_tpu import interpreted
 
 import jaxattn
 from jaxattn.attention import attention
-from jaxattn.machine import traced_for
-from jaxattn.train.compile import find_devices
 
 __all__ = ["interpreted"]
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
@@ -71,23 +73,35 @@ def test_gradients(interpreted, over):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
 
 
+ELSEWHERE = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+import jaxattn
+from jaxattn.train.compile import find_devices
+
+mesh = Mesh(np.array(find_devices("v5e:2x2")).reshape(2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+tokens, heads = NamedSharding(mesh, P("data", None, None, "model")), NamedSharding(mesh, P("model"))
+x = jax.ShapeDtypeStruct((2, 16, 16, 4, 64), jnp.bfloat16, sharding=tokens)
+bias = jax.ShapeDtypeStruct((4, 5, 5), jnp.bfloat16, sharding=heads)
+
+def loss(x, bias):
+    y = jaxattn.attention(x, x, x, window=jaxattn.Window((3, 3)), relative_bias=bias, implementation="tpu")
+    return (y.astype(jnp.float32) ** 2).sum()
+
+with jaxattn.traced_for("tpu", 4):
+    traced = jax.jit(jax.grad(loss, (0, 1))).trace(x, bias)
+    print(traced.lower(lowering_platforms=("tpu",)).compile().as_text())
+"""
+
+
 @pytest.mark.full
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU's compiler is not installed")
 def test_compiled_for_four_chips():
-    """A kernel each way, and the sums of what devices share."""
-    pytest.importorskip("libtpu")
-    devices = np.array(find_devices("v5e:2x2")).reshape(2, 2)
-    mesh = jax.sharding.Mesh(devices, ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
-
-    def described(shape, *spec):
-        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, P(*spec)))
-
-    def loss(x, bias):
-        y = attention(x, x, x, window=jaxattn.Window((3, 3)), relative_bias=bias, implementation="tpu")
-        return (y.astype(jnp.float32) ** 2).sum()
-
-    given = described((2, 16, 16, 4, 64), "data", None, None, "model"), described((4, 5, 5), "model")
-    with traced_for("tpu", 4):
-        text = jax.jit(jax.grad(loss, (0, 1))).trace(*given).lower(lowering_platforms=("tpu",)).compile().as_text()
-    assert text.count('custom_call_target="tpu_custom_call"') == 2
-    assert "all-reduce" in text
-    assert not GATHERED.search(text)
+    """A kernel each way, and the sums of what devices share. In a process of its own, for libtpu ends the one whose
+    XLA_FLAGS it does not know."""
+    environment = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    run = subprocess.run([sys.executable, "-c", ELSEWHERE], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count('custom_call_target="tpu_custom_call"') == 2
+    assert "all-reduce" in run.stdout
+    assert not GATHERED.search(run.stdout)

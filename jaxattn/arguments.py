@@ -17,7 +17,7 @@ from jaxtyping import Array, Shaped
 
 from jaxattn.checked import REFUSED, allowed_precision, shown
 from jaxattn.functions import Known, known
-from jaxattn.kernels import ragged
+from jaxattn.kernels import backends, ragged
 from jaxattn.kernels.operands import Operands, Options, ScoreMod, hiding_score, statistics_dtype
 from jaxattn.normalize import NORMALIZERS, Normalizer
 from jaxattn.sizes import is_int, is_symbolic
@@ -112,7 +112,7 @@ def read(
         dropout_rate=float(dropout_rate),
         precision=tuple(precision) if isinstance(precision, list) else precision,
         tile=_integers(tile),
-        implementation=implementation,
+        implementation=backends.wanted(implementation),
         return_residuals=bool(return_residuals),
         broadcast_dropout=bool(broadcast_dropout),
         query_offset=query_offset,

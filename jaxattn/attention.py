@@ -1,5 +1,6 @@
 """Attention over windows of any rank: check, choose a backend, call."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from jaxtyping import Array
 from jaxattn import arguments, head_groups, machine
 from jaxattn.arguments import Arrays, Operand, Settings
 from jaxattn.checked import shown
-from jaxattn.kernels import backends, placed, sink
+from jaxattn.kernels import backends, parted, placed, sink
 from jaxattn.kernels.operands import Operands, ScoreMod
 from jaxattn.normalize import NORMALIZERS, Normalizer, logsumexp
 from jaxattn.promotion import broadcasting
@@ -117,8 +118,12 @@ def attention(
         precision: as in `jax.lax.dot_general`.
         implementation: None chooses; "reference" is the readable one, which gathers `N × window` keys; "xla" tiles, and
             is slower with a function of yours (`score_mod`, `normalize`), which may close over what is differentiated;
-            "tpu" is kernels for a TPU, for softmax over windows with no other term than relative_bias, on one device or
-            inside `shard_map`. No chip has run them yet, so they are not chosen by None.
+            "tpu" is kernels for a TPU, for softmax over windows with no other term than relative_bias, on one device,
+            inside `shard_map`, or on a mesh of Explicit axes, over which it splits batch and heads as they lie (Auto
+            axes tell it nothing, and the compiler gathers what is sharded). No chip has run them yet, so they are not
+            chosen by None. The environment's JAXATTN_IMPLEMENTATION goes before it: JAXATTN_IMPLEMENTATION=xla turns
+            the kernels off in a job whose code names them (what is compiled already, as a whole training step, stays as
+            it is).
         tile: queries per tile along each axis of the grid, multiples of the window's block, for "xla" (and "tpu", which
             rounds them up to whole registers); an int serves all axes. None chooses by a model of the cost, from shapes
             and backend. It changes speed and memory only.
@@ -264,6 +269,10 @@ def _attend(arrays: Arrays, settings: Settings, platform: str) -> tuple[Array, .
         grid = operands.query.shape[:-1]
         return output.reshape(*grid, output.shape[-1]), *(x.reshape(grid) for x in lse)
 
+    if settings.implementation is not None and parted.known(operands) and arrays.query_offset is None:
+        backend, _ = backends.choose(settings.implementation, operands, options)
+        if backend.opaque:
+            return parted.attend(functools.partial(attend, offset=None), operands, options)
     return under_mesh(attend, operands.query, 1 + options.residuals)(operands, arrays.query_offset)
 
 

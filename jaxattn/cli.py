@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None):
             "eval": eval_run,
             "study": study,
             "bench": bench,
+            "check": check,
             "compile": compile_command(arguments),
         }
         tyro.extras.subcommand_cli_from_dict(commands, prog="jaxattn", description=__doc__, args=arguments)
@@ -149,6 +150,20 @@ def bench(
     from jaxattn.bench.run import run
 
     run(what, quick, cases, path_of(out), path_of(json) if json else None)
+
+
+def check(interpret: bool = False):
+    """Is attention right on this device? Every way to compute it, against the few lines of "reference".
+
+    Forty small geometries and arguments, values and every gradient; then the speed of each way. It takes a minute, and
+    ends with a line for a bug report; the exit code is 1 where something differs.
+
+    Args:
+      interpret: also a few cases by the kernels for a TPU, interpreted: slow, on any machine.
+    """
+    from jaxattn.bench.check import run
+
+    run(interpret)
 
 
 def study(

@@ -11,6 +11,9 @@ before = set(sys.modules)
 import jaxattn
 print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))
 print(*sorted(name for name in set(sys.modules) if name.startswith("jaxattn.")))
+x = jax.numpy.ones((8, 1, 4))
+jaxattn.attention(x, x, x, window=jaxattn.Window(3))
+print("attention", *sorted(name for name in set(sys.modules) - before if "pallas" in name))
 """
 
 
@@ -22,6 +25,11 @@ def imported():
 
 def test_import_brings_no_extra(imported):
     assert set(imported[0]) <= {"jaxattn", "jaxtyping"}
+
+
+def test_no_pallas_is_imported_but_by_its_kernels(imported):
+    """Nor by a call that has none."""
+    assert imported[2] == ["attention"]
 
 
 def test_modules_and_training_are_imported_by_those_who_want_them(imported):

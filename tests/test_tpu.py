@@ -138,8 +138,29 @@ def test_it_is_taken_on_a_tpu_alone_and_by_its_name():
     x = (2, 16, 16, 4, 64)
     here = jaxattn.attention_plan(x, x, x, window=jaxattn.Window((7, 7)))
     assert (here.backend, here.refused) == ("xla", {})
-    with pytest.raises(ValueError, match=r"\(='tpu'\) can't, since it runs on a tpu alone, and this"):
+    wrong = (
+        r"\(='tpu'\) can't, since it runs on a tpu alone, and this is a \w+; with None, .* is taken: xla, reference$"
+    )
+    with pytest.raises(ValueError, match=wrong):
         jaxattn.attention_plan(x, x, x, implementation="tpu")
+
+
+def test_the_environment_goes_before_what_the_program_names(monkeypatch):
+    """So kernels are turned off in a job whose code names them."""
+    assert plan_of(implementation="tpu").backend == "tpu"
+    x = jnp.ones((4, 1, 8))
+    with pytest.raises(ValueError, match="runs on a tpu alone"):
+        attention(x, x, x, implementation="tpu")
+    monkeypatch.setenv("JAXATTN_IMPLEMENTATION", "xla")
+    assert plan_of(implementation="tpu").backend == "xla"
+    assert attention(x, x, x, implementation="tpu").shape == x.shape  # also where that call was seen before
+    monkeypatch.setenv("JAXATTN_IMPLEMENTATION", "cuda")
+    with pytest.raises(
+        ValueError, match=r"JAXATTN_IMPLEMENTATION \(='cuda'\) must be unset or one of 'xla', 'tpu', 'r"
+    ):
+        attention(x, x, x)
+    monkeypatch.setenv("JAXATTN_IMPLEMENTATION", "")
+    assert plan_of(implementation="tpu").backend == "tpu"
 
 
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")

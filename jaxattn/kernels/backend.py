@@ -31,6 +31,7 @@ class Backend(NamedTuple):
     platform: the one kind of machine that it runs on, "tpu" or "gpu"; None: any.
     opaque: whether the compiler cannot split its calls over devices. Unless it is named, such a backend is taken where
         there is one device, or inside a `shard_map` over all axes of its mesh: else what is sharded would be gathered.
+        Named, on a mesh of Explicit axes, it is put into such a `shard_map` (`parted.py`).
 
     With `backward`, a backend is wrapped in the primitives of `primitive.py`, and so has every derivative, `vmap` and
     `shard_map`. It is given no function of the caller's and no empty array: those go to `differentiable.py`.

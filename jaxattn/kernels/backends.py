@@ -1,5 +1,7 @@
 """The ways to compute attention, and the choice among them."""
 
+import os
+
 import jax
 
 from jaxattn import machine
@@ -12,6 +14,17 @@ from jaxattn.kernels.xla import XLA
 # Unless one is named, the first that supports the operands is taken. The TPU's kernels are to be named: they are right
 # where they are interpreted, and the compiler says that they are fast, but no chip has run them yet.
 BACKENDS: tuple[Backend, ...] = (XLA, TPU, REFERENCE)
+VARIABLE = "JAXATTN_IMPLEMENTATION"  # of the environment: whoever runs a program can turn its kernels off
+
+
+def wanted(implementation: str | None) -> str | None:
+    """The name that the environment gives, whatever the program names; by default the program's."""
+    forced = os.environ.get(VARIABLE)
+    if not forced:
+        return implementation
+    if forced not in (names := [backend.name for backend in BACKENDS]):
+        raise ValueError(f"attention: {VARIABLE} (={forced!r}) must be unset or one of {', '.join(map(repr, names))}")
+    return forced
 
 
 def choose(implementation: str | None, operands: Operands, options: Options) -> tuple[Backend, dict[str, str]]:
@@ -47,6 +60,6 @@ def _elsewhere(backend: Backend, implementation: str | None) -> str | None:
     if backend.opaque and not alone and backend.name != implementation:
         return (
             f"the compiler can't split it over the {machine.device_count()} devices: call attention inside shard_map, "
-            f"or with implementation={backend.name!r} where nothing is sharded"
+            f"or with implementation={backend.name!r} on a mesh of Explicit axes, or where nothing is sharded"
         )
     return None

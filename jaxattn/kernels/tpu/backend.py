@@ -167,5 +167,4 @@ INTERPRETED = TPU._replace(  # the same on any machine, slowly: for tests
     forward=functools.partial(forward, interpret=True),
     backward=functools.partial(backward, interpret=True),
     platform=None,
-    opaque=False,
 )

@@ -23,6 +23,8 @@ from jaxattn.kernels.tpu.arrange import shape_of
 from jaxattn.kernels.tpu.block import F32, I32, LOG2E, by_head, load, own, product, put, tiles
 from jaxattn.kernels.tpu.plan import LANES, Plan
 
+reciprocal = getattr(pltpu, "reciprocal", None) or pl.reciprocal  # where jax 0.12 has it, and where 0.10 does
+
 
 def attend(
     query: jax.Array,  # [entries, *places, members · blocks · lanes]
@@ -66,7 +68,7 @@ def attend(
             if heads.abreast > 1:  # the sum of a head stands in the lanes of the next
                 totals = [pltpu.roll(own([mixed[-1], *mixed[:-1]], heads), heads.lanes - heads.dim, 1)]
             total = totals[0]
-            output, maximum = own(mixed, heads) * pl.reciprocal(total, approx=dtype != F32), own(maxima, heads)
+            output, maximum = own(mixed, heads) * reciprocal(total, approx=dtype != F32), own(maxima, heads)
             sees = ~(maximum <= hiding_score(F32))  # a NaN is seen
             put(y, tile, jnp.where(sees, output, 0.0) if some_see_nothing else output)
             if lse is not None:

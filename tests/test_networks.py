@@ -36,6 +36,8 @@ SMALL = {  # constructor, arguments, an image's size, timm's name of some array 
                 (32, 64), "stages.2.blocks.0.attn.qkv.weight", (96, 32, 1, 1)),
     "vit": (models.vit_tiny8, {"image_size": (32, 40), "patch_size": 8, "in_features": 3, "class_token": True,
                                "registers": 2, "layer_scale": 1.0}, (32, 40), "pos_embed", (1, 21, 64)),
+    "siglip": (models.vit_tiny8, {"image_size": (32, 40), "patch_size": 8, "in_features": 3, "pool": "attention"},
+               (32, 40), "attn_pool.kv.weight", (128, 64)),
 }  # fmt: skip
 
 

@@ -254,6 +254,7 @@ VITS = {
         {"pre_norm": True, "act_layer": "quick_gelu", "norm_layer": functools.partial(torch.nn.LayerNorm, eps=1e-5)},
         {"norm_before": True, "activation": quick_gelu, "epsilon": 1e-5},
     ),
+    "siglip": ({"class_token": False, "global_pool": "map"}, {"class_token": False, "pool": "attention"}),
 }
 
 
@@ -269,7 +270,7 @@ def test_vit(name, tmp_path):
     their_kwargs, kwargs = VITS[name]
     theirs = VisionTransformer(img_size=(16, 24), embed_dim=8, **VIT, **their_kwargs)
     make = functools.partial(models.ViT, image_size=(16, 24), in_features=3, width=8, mlp_dim=32, **VIT, **kwargs)
-    assert_same(make, theirs, tmp_path, [(16, 24)], features=vit_features, gradient=name == "registers")
+    assert_same(make, theirs, tmp_path, [(16, 24)], features=vit_features, gradient=name in ("registers", "siglip"))
 
 
 def test_convit(tmp_path):
@@ -303,16 +304,19 @@ def test_positions_are_resized_as_timm_does(prefix, old, new):
     np.testing.assert_allclose(resize_positions(position, prefix, new), theirs, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["ViT", "Dinov2"])
+@pytest.mark.parametrize("kind", ["ViT", "Dinov2", "SiglipVision"])
 def test_vit_of_hugging_face(kind, tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
     sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}
-    sizes |= {"intermediate_size": 32} if kind == "ViT" else {}
+    sizes |= {} if kind == "Dinov2" else {"intermediate_size": 32}
     config = getattr(transformers, f"{kind}Config")(**sizes, num_labels=5, layer_norm_eps=1e-6)
-    network = transformers.ViTForImageClassification if kind == "ViT" else transformers.Dinov2Model
-    theirs = randomized(network(config))
+    network = "ViTForImageClassification" if kind == "ViT" else f"{kind}Model"
+    theirs = randomized(getattr(transformers, network)(config))
     safetensors.save_file({k: v.contiguous() for k, v in theirs.state_dict().items()}, tmp_path / "hf.safetensors")
-    settings = {"num_classes": 5} if kind == "ViT" else {"num_classes": 0, "layer_scale": 1.0}
+    settings = {
+        "ViT": {"num_classes": 5}, "Dinov2": {"num_classes": 0, "layer_scale": 1.0},
+        "SiglipVision": {"num_classes": 0, "class_token": False, "pool": "attention", "activation": jax.nn.gelu},
+    }[kind]  # fmt: skip
     make = functools.partial(models.ViT, image_size=16, in_features=3, width=8, mlp_dim=32, **(VIT | settings))
     images = images_of((16, 16))
     with torch.no_grad():

@@ -100,6 +100,9 @@ TABLE = [
     (models.clip_b32, {}, 87_849_728),
     (models.clip_b16, {}, 86_193_152),
     (models.clip_l14, {}, 303_966_976),
+    (models.siglip_b16, {}, 92_884_224),
+    (models.siglip_l16, {}, 315_956_224),
+    (models.siglip_so400m, {}, 427_680_704),
     # timm's
     (models.maxvit_tiny, {}, 30_916_528),
     (models.maxvit_small, {}, 68_927_956),

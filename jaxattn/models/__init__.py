@@ -26,6 +26,9 @@ from .deit import deit3_small as deit3_small
 from .deit import dinov2_base as dinov2_base
 from .deit import dinov2_large as dinov2_large
 from .deit import dinov2_small as dinov2_small
+from .deit import siglip_b16 as siglip_b16
+from .deit import siglip_l16 as siglip_l16
+from .deit import siglip_so400m as siglip_so400m
 from .digits import DigitNet as DigitNet
 from .efficientnet import EfficientNet as EfficientNet
 from .efficientnet import efficientnet_lite0 as efficientnet_lite0

@@ -163,6 +163,16 @@ PUBLISHED = {
     "clip_l14": _row(
         models.clip_l14, "timm/vit_large_patch14_clip_224.openai", **{**CLIP, "crop": 1.0}, num_classes=768
     ),
+    "siglip_b16": _row(
+        models.siglip_b16, "timm/vit_base_patch16_siglip_224.webli", crop=0.9, statistics=HALVES, num_classes=0
+    ),
+    "siglip_l16": _row(
+        models.siglip_l16, "timm/vit_large_patch16_siglip_256.webli", size=256, crop=0.9, statistics=HALVES,
+        num_classes=0,
+    ),
+    "siglip_so400m": _row(
+        models.siglip_so400m, "timm/vit_so400m_patch14_siglip_224.webli", crop=0.9, statistics=HALVES, num_classes=0
+    ),
     "maxvit_tiny": _row(models.maxvit_tiny, "timm/maxvit_tiny_tf_224.in1k", crop=0.95),
     "maxvit_small": _row(models.maxvit_small, "timm/maxvit_small_tf_224.in1k", crop=0.95),
     "maxvit_base": _row(models.maxvit_base, "timm/maxvit_base_tf_224.in1k", crop=0.95),

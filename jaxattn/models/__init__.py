@@ -1,9 +1,19 @@
 """Networks."""
 
+from .botnet import BoTNet as BoTNet
+from .botnet import botnet26t as botnet26t
+from .botnet import halonet26t as halonet26t
+from .botnet import halonet50ts as halonet50ts
+from .botnet import lambda_resnet26t as lambda_resnet26t
+from .botnet import lambda_resnet50ts as lambda_resnet50ts
 from .coatnet import CoAtNet as CoAtNet
 from .coatnet import coatnet_0 as coatnet_0
 from .coatnet import coatnet_1 as coatnet_1
 from .coatnet import coatnet_2 as coatnet_2
+from .convmixer import ConvMixer as ConvMixer
+from .convmixer import convmixer_768_32 as convmixer_768_32
+from .convmixer import convmixer_1024_20 as convmixer_1024_20
+from .convmixer import convmixer_1536_20 as convmixer_1536_20
 from .convnext import ConvNeXt as ConvNeXt
 from .convnext import convnext_atto as convnext_atto
 from .convnext import convnext_base as convnext_base
@@ -41,6 +51,20 @@ from .maxvit import maxvit_base as maxvit_base
 from .maxvit import maxvit_large as maxvit_large
 from .maxvit import maxvit_small as maxvit_small
 from .maxvit import maxvit_tiny as maxvit_tiny
+from .metaformer import MetaFormer as MetaFormer
+from .metaformer import caformer_b36 as caformer_b36
+from .metaformer import caformer_m36 as caformer_m36
+from .metaformer import caformer_s18 as caformer_s18
+from .metaformer import caformer_s36 as caformer_s36
+from .metaformer import convformer_b36 as convformer_b36
+from .metaformer import convformer_m36 as convformer_m36
+from .metaformer import convformer_s18 as convformer_s18
+from .metaformer import convformer_s36 as convformer_s36
+from .metaformer import poolformer_m36 as poolformer_m36
+from .metaformer import poolformer_m48 as poolformer_m48
+from .metaformer import poolformer_s12 as poolformer_s12
+from .metaformer import poolformer_s24 as poolformer_s24
+from .metaformer import poolformer_s36 as poolformer_s36
 from .nat import NAT as NAT
 from .nat import dinat_base as dinat_base
 from .nat import dinat_large as dinat_large

@@ -1,4 +1,4 @@
-"""Published vision transformers that are `ViT` with settings: DeiT III, DINOv2, and the image towers of CLIP and SigLIP."""
+"""Published networks that are `ViT` with settings: DeiT III, DINOv2, and the image towers of CLIP and SigLIP."""
 
 from typing import Any
 

@@ -376,8 +376,8 @@ class ViT(Splittable):
             )
         if self.axis_name is not None and self.latent_pool is not None:
             raise ValueError(
-                f"ViT: pool (='attention') must be 'mean' where the grid is split over {self.axis_name!r}: the query must "
-                "see all of it"
+                f"ViT: pool (='attention') must be 'mean' where the grid is split over {self.axis_name!r}: the query "
+                "must see all of it"
             )
         check_rngs("ViT", rngs, drop_path=self.blocks[-1].drop_path, dropout=self.dropout)
         x = self._tokens(images)

@@ -45,6 +45,8 @@ SMALL = {  # constructor, arguments, an image's size, timm's name of some array 
                                      "mlp_head": True}, (32, 48), "stages.2.blocks.0.token_mixer.qkv.weight", (96, 32)),
     "convmixer": (models.ConvMixer, {"width": 8, "depth": 2, "kernel_size": 5}, (35, 42), "blocks.1.0.fn.0.weight",
                   (8, 1, 5, 5)),
+    "volo": (models.VOLO, {"depths": (1, 1, 1), "widths": (8, 16, 16), "num_heads": (2, 4, 4), "stem": 4,
+                           "image_size": (32, 48)}, (32, 48), "network.0.0.attn.attn.weight", (162, 8)),
     "vit": (models.vit_tiny8, {"image_size": (32, 40), "patch_size": 8, "in_features": 3, "class_token": True,
                                "registers": 2, "layer_scale": 1.0}, (32, 40), "pos_embed", (1, 21, 64)),
     "siglip": (models.vit_tiny8, {"image_size": (32, 40), "patch_size": 8, "in_features": 3, "pool": "attention"},
@@ -96,7 +98,7 @@ def test_features(name):
         (2, *(-(-n // stride) for n in size), width) for stride, width in zip(model.strides, model.widths, strict=True)
     ]
     assert pooled.ndim == 2
-    assert make is models.EfficientNet or pooled.shape[-1] == model.widths[-1]
+    assert make in (models.EfficientNet, models.MetaFormer) or pooled.shape[-1] == model.widths[-1]
     half = abstract(make, **kwargs, num_classes=7, dtype=jnp.bfloat16)
     pyramid, logits = nnx.eval_shape(lambda m, x: (m.pyramid(x), m(x)), half, images)
     assert {f.dtype for f in pyramid} == {jnp.dtype(jnp.bfloat16)}

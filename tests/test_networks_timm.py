@@ -434,11 +434,26 @@ def test_convmixer(activation, tmp_path):
     assert_same(make, theirs, tmp_path, [(32, 48), (30, 43)], last=1, gradient=True)
 
 
+def volo_features(network, images):
+    features = network.forward_intermediates(images, intermediates_only=True)
+    return network(images), [feature.permute(0, 2, 3, 1) for feature in features]
+
+
+@pytest.mark.parametrize("size", [(64, 96), (80, 48)])
+def test_volo(size, tmp_path):
+    from timm.models.volo import VOLO
+
+    sizes = {"num_heads": (2, 4, 4, 4), "num_classes": 5}
+    theirs = VOLO((1, 2, 1, 1), size, embed_dims=(8, 16, 16, 16), stem_hidden_dim=4, **sizes)
+    make = functools.partial(models.VOLO, (1, 2, 1, 1), (8, 16, 16, 16), stem=4, image_size=size, **sizes)
+    assert_same(make, theirs, tmp_path, [size], features=volo_features, gradient=size == (64, 96))
+
+
 PUBLISHED = {
     "resnet18": "resnet18", "efficientnet_lite0": "tf_efficientnet_lite0", "convnext_atto": "convnext_atto",
     "swin_tiny": "swin_tiny_patch4_window7_224", "vit_ti": "deit_tiny_patch16_224",
     "halonet26t": "halonet26t", "poolformer_s12": "poolformer_s12", "caformer_s18": "caformer_s18",
-    "maxvit_tiny": "maxvit_tiny_tf_224", "coatnet_0": "coatnet_0_rw_224",
+    "volo_d1": "volo_d1_224", "maxvit_tiny": "maxvit_tiny_tf_224", "coatnet_0": "coatnet_0_rw_224",
 }  # fmt: skip
 
 

@@ -151,6 +151,16 @@ TABLE = [
     (models.convmixer_1536_20, {}, 51_625_960),
     (models.MetaFormer, {"depths": (2, 2, 6, 2), "widths": (64, 128, 320, 512)}, 11_891_712),
     (models.ConvMixer, {"width": 1536, "depth": 20}, 51_625_960),
+    (models.volo_d1, {}, 26_632_040),
+    (models.volo_d2, {}, 58_678_336),
+    (models.volo_d3, {}, 86_325_072),
+    (models.volo_d4, {}, 192_961_520),
+    (models.volo_d5, {}, 295_455_584),
+    (
+        models.VOLO,
+        {"depths": (4, 4, 8, 2), "widths": (192, 384, 384, 384), "num_heads": (6, 12, 12, 12)},
+        26_632_040,
+    ),
     (models.EfficientNet, {"num_classes": 10}, 4_652_008 - 990 * 1281),
     (models.DigitNet, {}, 390_410),
     # timm's counts; its ConViTs' positions have a bias for each head, which no softmax over them sees

@@ -98,5 +98,11 @@ from .vit import vit_s as vit_s
 from .vit import vit_small32 as vit_small32
 from .vit import vit_ti as vit_ti
 from .vit import vit_tiny8 as vit_tiny8
+from .volo import VOLO as VOLO
+from .volo import volo_d1 as volo_d1
+from .volo import volo_d2 as volo_d2
+from .volo import volo_d3 as volo_d3
+from .volo import volo_d4 as volo_d4
+from .volo import volo_d5 as volo_d5
 from .volume import VolumeNet as VolumeNet
 from .volume import volume_small as volume_small

@@ -86,7 +86,7 @@ class MetaFormer(Backbone):
       widths: features of a token of each stage.
       mix: "pool", "conv" or "attention" (see `mixer`), or one for each stage; "attention" has heads of 32 features.
       version: 1, PoolFormer, or 2.
-      mlp_head: whether there is a hidden layer before the logits.
+      mlp_head: whether there is a hidden layer before the logits, whose features `num_classes=0` then gives.
       layer_scale: what γ begins at.
       num_classes, in_features, drop_path, remat, dtype, param_dtype, rngs: as in `ConvNeXt`.
 
@@ -140,7 +140,7 @@ class MetaFormer(Backbone):
         self.norm = layer_norm(widths[-1], 1e-6, **kwargs)
         self.hidden = self.hidden_norm = nnx.data(None)
         last = widths[-1]
-        if mlp_head and num_classes:
+        if mlp_head:
             last = 4 * widths[-1]
             self.hidden = nnx.Linear(widths[-1], last, kernel_init=small_init, **kwargs)
             self.hidden_norm = layer_norm(last, 1e-6, **kwargs)

@@ -199,6 +199,10 @@ PUBLISHED = {
     "convmixer_768_32": _row(models.convmixer_768_32, "timm/convmixer_768_32.in1k", "MIT", crop=0.96),
     "convmixer_1024_20": _row(models.convmixer_1024_20, "timm/convmixer_1024_20_ks9_p14.in1k", "MIT", crop=0.96),
     "convmixer_1536_20": _row(models.convmixer_1536_20, "timm/convmixer_1536_20.in1k", "MIT", crop=0.96),
+    **{
+        make.__name__: _row(make, f"timm/{make.__name__}_224.sail_in1k", crop=0.96)
+        for make in (models.volo_d1, models.volo_d2, models.volo_d3, models.volo_d4, models.volo_d5)
+    },
     "maxvit_tiny": _row(models.maxvit_tiny, "timm/maxvit_tiny_tf_224.in1k", crop=0.95),
     "maxvit_small": _row(models.maxvit_small, "timm/maxvit_small_tf_224.in1k", crop=0.95),
     "maxvit_base": _row(models.maxvit_base, "timm/maxvit_base_tf_224.in1k", crop=0.95),

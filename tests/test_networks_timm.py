@@ -460,16 +460,20 @@ PUBLISHED = {
 @pytest.mark.full
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_size(name, tmp_path):
-    """By its name, in float32: to 1e-5 of the largest logit; a head of other classes; and without one."""
-    theirs = randomized(timm.create_model(PUBLISHED[name])).float()
+    """By its name, in float32: to 1e-5 of the largest logit, and what float32 costs timm; a head of other classes."""
+    theirs = randomized(timm.create_model(PUBLISHED[name]))
+    images = images_of((pretrained.preprocess(name).size,) * 2).astype(np.float32)
+    with torch.no_grad():
+        exact = theirs(torch.tensor(images).permute(0, 3, 1, 2).double()).numpy()
+    theirs = theirs.float()
     path = tmp_path / "weights.safetensors"
     safetensors.save_file({k: v.contiguous() for k, v in theirs.state_dict().items()}, path)
-    images = images_of((pretrained.preprocess(name).size,) * 2).astype(np.float32)
     with torch.no_grad():
         expected = theirs(torch.tensor(images).permute(0, 3, 1, 2)).numpy()
     graphdef, state = nnx.split(pretrained.load(name, path))
     found = jax.jit(lambda s, x: nnx.merge(graphdef, s)(x))(state, images)
-    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+    # random weights make HaloNet's scores large: timm's own float32 is 7e-5 from its float64
+    assert np.abs(found - exact).max() < 1e-5 * np.abs(exact).max() + 4 * np.abs(expected - exact).max()
     with pytest.warns(UserWarning, match="the head begins anew"):
         assert pretrained.load(name, path, num_classes=37) is not None
 

@@ -214,8 +214,9 @@ def model_classes(entries: Mapping[str, Entry], head: set[str]) -> int:
 
 def _draw_head(model: Any, translation: Translation, rngs: nnx.Rngs) -> None:
     """Gives the head, which no file has, the values that training begins with: N(0, 0.02²), and zeros for the bias."""
-    for _, layer in nnx.iter_modules(getattr(model, translation.head)):
-        if isinstance(layer, nnx.Linear):
+    for _, module in nnx.iter_modules(getattr(model, translation.head)):
+        if isinstance(module, nnx.Linear):
+            layer: Any = module
             shape, dtype = layer.kernel.shape, layer.kernel.dtype
             layer.kernel.set_value(0.02 * jax.random.truncated_normal(rngs.params(), -2, 2, shape, dtype))
             layer.bias.set_value(jnp.zeros(layer.bias.shape, layer.bias.dtype))

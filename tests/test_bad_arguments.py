@@ -28,7 +28,10 @@ ELSEWHERE = {"einsum", "plan"}
 MENDED = [function for function in CALLS if function.__name__ not in ELSEWHERE]
 # Records that are returned, and a function without arguments.
 UNCALLED = {"Plan", "AttentionPlan", "Row", "QueryKeyMetric", "table", "Rotary"}
-POOLING = ("ResNet", "EfficientNet", "ViT", "ConvNeXt", "Swin", "NAT", "MaxViT", "CoAtNet")  # with no classes
+POOLING = (  # with no classes
+    "ResNet", "EfficientNet", "ViT", "ConvNeXt", "Swin", "NAT", "MaxViT", "CoAtNet", "BoTNet", "MetaFormer",
+    "ConvMixer", "VOLO",
+)  # fmt: skip
 BAD = {"0": 0, "-1": -1, "1.5": 1.5, "'3'": "3", "None": None, "nan": math.nan, "inf": math.inf, "1j": 1j}
 ATTENTIONS = ("attention", "attention_at", "attention_scores", "attention_weights")
 MEANS = {  # by the argument, or by "function.argument"

@@ -34,8 +34,23 @@ SMALL = {  # constructor, arguments, an image's size, timm's name of some array 
                "stages.1.blocks.0.attn_grid.attn.rel_pos.relative_position_bias_table", (2, 3, 3)),
     "coatnet": (models.CoAtNet, {"depths": (1,) * 4, "widths": (8, 32, 32, 32), "stem": (4, 8), "image_size": (32, 64)},
                 (32, 64), "stages.2.blocks.0.attn.qkv.weight", (96, 32, 1, 1)),
+    **{
+        mix: (models.BoTNet, {"depths": (1, 2), "widths": (16, 32), "mix": mix, "mixed": ((), (0, 1)), "halo": 1,
+                              "num_heads": (1, 2), "stem": 8, "image_size": (32, 64), "window": 4 + (mix == "lambda")},
+              (32, 64), f"stages.1.0.self_attn.{name}", shape)
+        for mix, name, shape in (("botnet", "pos_embed.width_rel", (31, 4)), ("halo", "kv.weight", (16, 8, 1, 1)),
+                                 ("lambda", "conv_lambda.weight", (16, 1, 5, 5, 1)))
+    },
+    "caformer": (models.MetaFormer, {"depths": (1, 1, 1), "widths": (8, 16, 32), "mix": ("pool", "conv", "attention"),
+                                     "mlp_head": True}, (32, 48), "stages.2.blocks.0.token_mixer.qkv.weight", (96, 32)),
+    "convmixer": (models.ConvMixer, {"width": 8, "depth": 2, "kernel_size": 5}, (35, 42), "blocks.1.0.fn.0.weight",
+                  (8, 1, 5, 5)),
+    "volo": (models.VOLO, {"depths": (1, 1, 1), "widths": (8, 16, 16), "num_heads": (2, 4, 4), "stem": 4,
+                           "image_size": (32, 48)}, (32, 48), "network.0.0.attn.attn.weight", (162, 8)),
     "vit": (models.vit_tiny8, {"image_size": (32, 40), "patch_size": 8, "in_features": 3, "class_token": True,
                                "registers": 2, "layer_scale": 1.0}, (32, 40), "pos_embed", (1, 21, 64)),
+    "siglip": (models.vit_tiny8, {"image_size": (32, 40), "patch_size": 8, "in_features": 3, "pool": "attention"},
+               (32, 40), "attn_pool.kv.weight", (128, 64)),
 }  # fmt: skip
 
 
@@ -83,7 +98,7 @@ def test_features(name):
         (2, *(-(-n // stride) for n in size), width) for stride, width in zip(model.strides, model.widths, strict=True)
     ]
     assert pooled.ndim == 2
-    assert make is models.EfficientNet or pooled.shape[-1] == model.widths[-1]
+    assert make in (models.EfficientNet, models.MetaFormer) or pooled.shape[-1] == model.widths[-1]
     half = abstract(make, **kwargs, num_classes=7, dtype=jnp.bfloat16)
     pyramid, logits = nnx.eval_shape(lambda m, x: (m.pyramid(x), m(x)), half, images)
     assert {f.dtype for f in pyramid} == {jnp.dtype(jnp.bfloat16)}

@@ -66,6 +66,12 @@ def images_of(size, seed=0):
     return np.random.default_rng(seed).normal(size=(2, *size, 3))
 
 
+def assert_close(found, expected, tolerance, message=""):
+    """To the tolerance, of the largest number where that is above one: lambda layers cube what they are given."""
+    atol = tolerance * max(1.0, float(np.abs(expected).max()))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=atol, err_msg=message)
+
+
 def assert_same(make, theirs, tmp_path, sizes, *, features=features_of, last=None, gradient=False):
     """Logits and features of every size, and the way back: timm loads what we save, strictly, and is as it was.
 
@@ -80,12 +86,12 @@ def assert_same(make, theirs, tmp_path, sizes, *, features=features_of, last=Non
             logits, stages = features(theirs, torch.tensor(images).permute(0, 3, 1, 2))
         mine, pyramid = outputs_of(ours, jnp.asarray(images))
         assert np.ptp(logits.numpy(), axis=0).max() > 1e-3  # the two images are told apart
-        np.testing.assert_allclose(mine, logits.numpy(), rtol=0, atol=1e-10, err_msg=str(size))
+        assert_close(mine, logits.numpy(), 1e-10, str(size))
         stages = stages if last is None else stages[-last:]
         assert len(pyramid) == len(stages) == len(ours.strides)
         assert [stage.shape[-1] for stage in pyramid] == list(ours.widths)
         for stage, theirs_stage, stride in zip(pyramid, stages, ours.strides, strict=True):
-            np.testing.assert_allclose(stage, theirs_stage.numpy(), rtol=0, atol=1e-10, err_msg=f"{size}, {stride}")
+            assert_close(stage, theirs_stage.numpy(), 1e-10, f"{size}, {stride}")
     if gradient:
         assert_same_gradient(ours, theirs, images_of(sizes[0]))
     pretrained.save(ours, tmp_path / "ours.safetensors")
@@ -107,7 +113,7 @@ def assert_same_gradient(ours, theirs, images):
     graphdef, state = nnx.split(ours)
     loss = lambda x: (nnx.merge(graphdef, state)(x) * cotangent).sum()
     found = jax.jit(jax.grad(loss), compiler_options=FAST_COMPILATION)(jnp.asarray(images))
-    np.testing.assert_allclose(found, tensor.grad.numpy(), rtol=0, atol=1e-8)
+    assert_close(found, tensor.grad.numpy(), 1e-8)
 
 
 CNN_SIZES = [(64, 64), (96, 64), (50, 71)]
@@ -254,6 +260,7 @@ VITS = {
         {"pre_norm": True, "act_layer": "quick_gelu", "norm_layer": functools.partial(torch.nn.LayerNorm, eps=1e-5)},
         {"norm_before": True, "activation": quick_gelu, "epsilon": 1e-5},
     ),
+    "siglip": ({"class_token": False, "global_pool": "map"}, {"class_token": False, "pool": "attention"}),
 }
 
 
@@ -269,7 +276,7 @@ def test_vit(name, tmp_path):
     their_kwargs, kwargs = VITS[name]
     theirs = VisionTransformer(img_size=(16, 24), embed_dim=8, **VIT, **their_kwargs)
     make = functools.partial(models.ViT, image_size=(16, 24), in_features=3, width=8, mlp_dim=32, **VIT, **kwargs)
-    assert_same(make, theirs, tmp_path, [(16, 24)], features=vit_features, gradient=name == "registers")
+    assert_same(make, theirs, tmp_path, [(16, 24)], features=vit_features, gradient=name in ("registers", "siglip"))
 
 
 def test_convit(tmp_path):
@@ -303,16 +310,19 @@ def test_positions_are_resized_as_timm_does(prefix, old, new):
     np.testing.assert_allclose(resize_positions(position, prefix, new), theirs, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["ViT", "Dinov2"])
+@pytest.mark.parametrize("kind", ["ViT", "Dinov2", "SiglipVision"])
 def test_vit_of_hugging_face(kind, tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
     sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}
-    sizes |= {"intermediate_size": 32} if kind == "ViT" else {}
+    sizes |= {} if kind == "Dinov2" else {"intermediate_size": 32}
     config = getattr(transformers, f"{kind}Config")(**sizes, num_labels=5, layer_norm_eps=1e-6)
-    network = transformers.ViTForImageClassification if kind == "ViT" else transformers.Dinov2Model
-    theirs = randomized(network(config))
+    network = "ViTForImageClassification" if kind == "ViT" else f"{kind}Model"
+    theirs = randomized(getattr(transformers, network)(config))
     safetensors.save_file({k: v.contiguous() for k, v in theirs.state_dict().items()}, tmp_path / "hf.safetensors")
-    settings = {"num_classes": 5} if kind == "ViT" else {"num_classes": 0, "layer_scale": 1.0}
+    settings = {
+        "ViT": {"num_classes": 5}, "Dinov2": {"num_classes": 0, "layer_scale": 1.0},
+        "SiglipVision": {"num_classes": 0, "class_token": False, "pool": "attention", "activation": jax.nn.gelu},
+    }[kind]  # fmt: skip
     make = functools.partial(models.ViT, image_size=16, in_features=3, width=8, mlp_dim=32, **(VIT | settings))
     images = images_of((16, 16))
     with torch.no_grad():
@@ -360,26 +370,110 @@ def test_coatnet(name, tmp_path):
     assert_same(make, theirs, tmp_path, [(64, 96)], last=4, gradient=name == "0")
 
 
+@pytest.mark.parametrize(("mix", "layer"), [("botnet", "bottleneck"), ("halo", "halo"), ("lambda", "lambda")])
+def test_botnet(mix, layer, tmp_path):
+    """A mixer with a stride and one without, each in its way; oblong grids."""
+    from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg, interleave_blocks
+
+    own = {"botnet": {"num_heads": 2}, "halo": {"block_size": 4, "halo_size": 1, "num_heads": 2}}
+    sizes = {"gs": 0, "br": 0.25}
+    config = ByoModelCfg(
+        blocks=(
+            ByoBlockCfg(type="bottle", d=1, c=32, s=1, **sizes),
+            interleave_blocks(types=("bottle", "self_attn"), d=2, c=64, s=2, **sizes),
+            ByoBlockCfg(type="self_attn", d=2, c=96, s=2, **sizes),
+        ),
+        stem_chs=16, stem_type="tiered", stem_pool="maxpool", fixed_input_size=mix == "botnet", act_layer="silu",
+        self_attn_layer=layer, self_attn_kwargs=own.get(mix, {"r": 5, "num_heads": 2}),
+    )  # fmt: skip
+    size = (64, 128)
+    theirs = ByobNet(config, num_classes=5, **({"img_size": size} if mix == "botnet" else {}))
+    window = {"halo": 4, "lambda": 5}.get(mix, 8)
+    make = functools.partial(
+        models.BoTNet, (1, 2, 2), (32, 64, 96), mix=mix, mixed=((), (1,), (0, 1)), num_heads=(2, 2, 2), stem=16,
+        image_size=size, window=window, halo=1, activation="silu", num_classes=5,
+    )  # fmt: skip
+    others = [] if mix == "botnet" else [(128, 64)]
+    assert_same(make, theirs, tmp_path, [size, *others], last=3, gradient=True)
+
+
+METAFORMERS = {"poolformer": "pool", "poolformerv2": "pool", "convformer": "conv", "caformer": ("conv", "attention")}
+
+
+@pytest.mark.parametrize("name", METAFORMERS)
+def test_metaformer(name, tmp_path):
+    from timm.models import metaformer as timms
+
+    first, pools = name == "poolformer", name.startswith("pool")
+    kwargs = {"downsample_norm": None, "mlp_act": torch.nn.GELU, "mlp_bias": True, "norm_layers": timms.GroupNorm1,
+              "layer_scale_init_values": 1e-5, "res_scale_init_values": None} if first else {}  # fmt: skip
+    if name == "poolformerv2":
+        kwargs = {"norm_layers": timms.GroupNorm1NoBias}
+    mixers = {"pool": timms.Pooling, "conv": timms.SepConv, "attention": timms.Attention}
+    mix = METAFORMERS[name]
+    mixes = (mix,) * 4 if isinstance(mix, str) else (mix[0], mix[0], mix[1], mix[1])
+    if name == "caformer":
+        kwargs = {"norm_layers": [timms.LayerNorm2dNoBias] * 2 + [timms.LayerNormNoBias] * 2}
+    sizes, widths = {"depths": (1, 1, 2, 1), "num_classes": 5}, (8, 16, 32, 64)
+    theirs = timms.MetaFormer(
+        dims=widths, token_mixers=[mixers[each] for each in mixes], use_mlp_head=not pools, **kwargs, **sizes
+    )
+    make = functools.partial(
+        models.MetaFormer, widths=widths, mix=mixes, version=1 if first else 2, mlp_head=not pools, **sizes
+    )
+    assert_same(make, theirs, tmp_path, [(64, 96), (50, 71)], gradient=True)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_convmixer(activation, tmp_path):
+    from timm.models.convmixer import ConvMixer
+
+    layer = {"gelu": torch.nn.GELU, "relu": torch.nn.ReLU}[activation]
+    theirs = ConvMixer(8, 2, kernel_size=5, patch_size=4, num_classes=5, act_layer=layer)
+    make = functools.partial(models.ConvMixer, 8, 2, kernel_size=5, patch_size=4, num_classes=5, activation=activation)
+    assert_same(make, theirs, tmp_path, [(32, 48), (30, 43)], last=1, gradient=True)
+
+
+def volo_features(network, images):
+    features = network.forward_intermediates(images, intermediates_only=True)
+    return network(images), [feature.permute(0, 2, 3, 1) for feature in features]
+
+
+@pytest.mark.parametrize("size", [(64, 96), (80, 48)])
+def test_volo(size, tmp_path):
+    from timm.models.volo import VOLO
+
+    sizes = {"num_heads": (2, 4, 4, 4), "num_classes": 5}
+    theirs = VOLO((1, 2, 1, 1), size, embed_dims=(8, 16, 16, 16), stem_hidden_dim=4, **sizes)
+    make = functools.partial(models.VOLO, (1, 2, 1, 1), (8, 16, 16, 16), stem=4, image_size=size, **sizes)
+    assert_same(make, theirs, tmp_path, [size], features=volo_features, gradient=size == (64, 96))
+
+
 PUBLISHED = {
     "resnet18": "resnet18", "efficientnet_lite0": "tf_efficientnet_lite0", "convnext_atto": "convnext_atto",
     "swin_tiny": "swin_tiny_patch4_window7_224", "vit_ti": "deit_tiny_patch16_224",
-    "maxvit_tiny": "maxvit_tiny_tf_224", "coatnet_0": "coatnet_0_rw_224",
+    "halonet26t": "halonet26t", "poolformer_s12": "poolformer_s12", "caformer_s18": "caformer_s18",
+    "volo_d1": "volo_d1_224", "maxvit_tiny": "maxvit_tiny_tf_224", "coatnet_0": "coatnet_0_rw_224",
 }  # fmt: skip
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_size(name, tmp_path):
-    """By its name, in float32: to 1e-5 of the largest logit; a head of other classes; and without one."""
-    theirs = randomized(timm.create_model(PUBLISHED[name])).float()
+    """By its name, in float32: to 1e-5 of the largest logit, and what float32 costs timm; a head of other classes."""
+    theirs = randomized(timm.create_model(PUBLISHED[name]))
+    images = images_of((pretrained.preprocess(name).size,) * 2).astype(np.float32)
+    with torch.no_grad():
+        exact = theirs(torch.tensor(images).permute(0, 3, 1, 2).double()).numpy()
+    theirs = theirs.float()
     path = tmp_path / "weights.safetensors"
     safetensors.save_file({k: v.contiguous() for k, v in theirs.state_dict().items()}, path)
-    images = images_of((224, 224)).astype(np.float32)
     with torch.no_grad():
         expected = theirs(torch.tensor(images).permute(0, 3, 1, 2)).numpy()
     graphdef, state = nnx.split(pretrained.load(name, path))
     found = jax.jit(lambda s, x: nnx.merge(graphdef, s)(x))(state, images)
-    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+    # random weights make HaloNet's scores large: timm's own float32 is 7e-5 from its float64
+    assert np.abs(found - exact).max() < 1e-5 * np.abs(exact).max() + 4 * np.abs(expected - exact).max()
     with pytest.warns(UserWarning, match="the head begins anew"):
         assert pretrained.load(name, path, num_classes=37) is not None
 

@@ -501,7 +501,11 @@ def test_a_function_makes_the_mixing_layer():
             {"mix": ("global",) * 3},
             r"ViT: mix \(=\('global', 'global', 'global'\)\) must be a string, a function, or one per block \(4\)",
         ),
-        ({"pool": "max"}, r"ViT: pool \(='max'\) must be one of 'token', 'mean'"),
+        ({"pool": "max"}, r"ViT: pool \(='max'\) must be one of 'token', 'mean', 'attention'"),
+        (
+            {"pool": "attention", "class_token": True},
+            r"ViT: class_token \(=True\) must be False with pool='attention', whose query stands for it",
+        ),
         ({"pool": "token"}, r"ViT: class_token \(=False\) must be True with pool='token'; pool='mean' needs none"),
         ({"position": "rope"}, r"ViT: position \(='rope'\) must be one of 'learned', 'sincos2d', 'none'"),
         ({"position": "sincos2d", "width": 6}, r"ViT: width \(=6\) must be a multiple of 4 with position='sincos2d'"),

@@ -1,9 +1,19 @@
 """Networks."""
 
+from .botnet import BoTNet as BoTNet
+from .botnet import botnet26t as botnet26t
+from .botnet import halonet26t as halonet26t
+from .botnet import halonet50ts as halonet50ts
+from .botnet import lambda_resnet26t as lambda_resnet26t
+from .botnet import lambda_resnet50ts as lambda_resnet50ts
 from .coatnet import CoAtNet as CoAtNet
 from .coatnet import coatnet_0 as coatnet_0
 from .coatnet import coatnet_1 as coatnet_1
 from .coatnet import coatnet_2 as coatnet_2
+from .convmixer import ConvMixer as ConvMixer
+from .convmixer import convmixer_768_32 as convmixer_768_32
+from .convmixer import convmixer_1024_20 as convmixer_1024_20
+from .convmixer import convmixer_1536_20 as convmixer_1536_20
 from .convnext import ConvNeXt as ConvNeXt
 from .convnext import convnext_atto as convnext_atto
 from .convnext import convnext_base as convnext_base
@@ -26,6 +36,9 @@ from .deit import deit3_small as deit3_small
 from .deit import dinov2_base as dinov2_base
 from .deit import dinov2_large as dinov2_large
 from .deit import dinov2_small as dinov2_small
+from .deit import siglip_b16 as siglip_b16
+from .deit import siglip_l16 as siglip_l16
+from .deit import siglip_so400m as siglip_so400m
 from .digits import DigitNet as DigitNet
 from .efficientnet import EfficientNet as EfficientNet
 from .efficientnet import efficientnet_lite0 as efficientnet_lite0
@@ -38,6 +51,20 @@ from .maxvit import maxvit_base as maxvit_base
 from .maxvit import maxvit_large as maxvit_large
 from .maxvit import maxvit_small as maxvit_small
 from .maxvit import maxvit_tiny as maxvit_tiny
+from .metaformer import MetaFormer as MetaFormer
+from .metaformer import caformer_b36 as caformer_b36
+from .metaformer import caformer_m36 as caformer_m36
+from .metaformer import caformer_s18 as caformer_s18
+from .metaformer import caformer_s36 as caformer_s36
+from .metaformer import convformer_b36 as convformer_b36
+from .metaformer import convformer_m36 as convformer_m36
+from .metaformer import convformer_s18 as convformer_s18
+from .metaformer import convformer_s36 as convformer_s36
+from .metaformer import poolformer_m36 as poolformer_m36
+from .metaformer import poolformer_m48 as poolformer_m48
+from .metaformer import poolformer_s12 as poolformer_s12
+from .metaformer import poolformer_s24 as poolformer_s24
+from .metaformer import poolformer_s36 as poolformer_s36
 from .nat import NAT as NAT
 from .nat import dinat_base as dinat_base
 from .nat import dinat_large as dinat_large
@@ -71,5 +98,11 @@ from .vit import vit_s as vit_s
 from .vit import vit_small32 as vit_small32
 from .vit import vit_ti as vit_ti
 from .vit import vit_tiny8 as vit_tiny8
+from .volo import VOLO as VOLO
+from .volo import volo_d1 as volo_d1
+from .volo import volo_d2 as volo_d2
+from .volo import volo_d3 as volo_d3
+from .volo import volo_d4 as volo_d4
+from .volo import volo_d5 as volo_d5
 from .volume import VolumeNet as VolumeNet
 from .volume import volume_small as volume_small

@@ -1,4 +1,4 @@
-"""Published vision transformers that are `ViT` with settings: DeiT III, DINOv2, and CLIP's image tower."""
+"""Published networks that are `ViT` with settings: DeiT III, DINOv2, and the image towers of CLIP and SigLIP."""
 
 from typing import Any
 
@@ -89,3 +89,25 @@ def clip_b16(**kwargs: Any) -> ViT:
 def clip_l14(**kwargs: Any) -> ViT:
     """The image tower of OpenAI's CLIP L/14, to 768 features: 303,966,976 parameters."""
     return _clip(14, 1024, 24, 16, 768, kwargs)
+
+
+def _siglip(patch_size: int, width: int, depth: int, num_heads: int, kwargs: dict[str, Any]) -> ViT:
+    settings = {"num_classes": 0, "class_token": False, "pool": "attention", **kwargs}
+    return _vit(patch_size, width, depth, num_heads, settings)
+
+
+def siglip_b16(**kwargs: Any) -> ViT:
+    """The image tower of SigLIP B/16 (Zhai et al. 2023, arXiv 2303.15343), whose features are what a learned query sees
+    of the tokens: 92,884,224 parameters. Hugging Face computes its gelus by tanh: `activation=jax.nn.gelu`."""
+    return _siglip(16, 768, 12, 12, kwargs)
+
+
+def siglip_l16(**kwargs: Any) -> ViT:
+    """The image tower of SigLIP L/16, for images of 256 × 256: 315,956,224 parameters."""
+    return _siglip(16, 1024, 24, 16, {"image_size": 256, **kwargs})
+
+
+def siglip_so400m(**kwargs: Any) -> ViT:
+    """The image tower of SigLIP So400m/14 ("shape-optimized", Alabdulmohsin et al. 2023, arXiv 2305.13035): 427,680,704
+    parameters."""
+    return _siglip(14, 1152, 27, 16, {"mlp_dim": 4304, **kwargs})

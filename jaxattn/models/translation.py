@@ -31,7 +31,7 @@ KERNELS = ("", "", "i o -> o i", "w i o -> o i w", "h w i o -> o i h w", "d h w 
 class Rule(NamedTuple):
     """Where some parameters of ours are among theirs, and how they lie there."""
 
-    name: str  # theirs, with a * for each * of ours
+    name: str  # theirs, with a * for each * of ours; after a _ at its end, the leaf follows without a dot
     layout: str | Mapping[str, str] | Sequence[str] = ""  # an equation (see `Layout`); one a leaf, or one a part
     resize: Resize | None = None  # makes their array of another size what an entry takes
 
@@ -219,7 +219,8 @@ class Translation:
             name = rule.name
             for number in filter(str.isdecimal, filter(None, match.groups())):
                 name = name.replace("*-1", str(int(number) - 1), 1) if "*-1" in name else name.replace("*", number, 1)
-            name = f"{name}.{LEAVES.get(leaf, leaf)}" if leaf else name
+            if leaf:
+                name += ("" if name.endswith("_") else ".") + LEAVES.get(leaf, leaf)
             number = parts.index(part) if part in parts else 0
             given = _equation(rule.layout, leaf or path.rpartition(".")[2], number)
             return name, number, given or usual, rule.resize

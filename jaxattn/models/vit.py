@@ -15,6 +15,7 @@ from jaxattn.checked import Natural, checked
 from jaxattn.halo import shard_count
 from jaxattn.models.backbone import linear_head, scale, scaled
 from jaxattn.models.gelu import gelu
+from jaxattn.models.latent_pool import LatentPool
 from jaxattn.models.residual import check_rates, check_rngs, depth_rates, drop_path, run_block
 from jaxattn.models.translation import Translation
 from jaxattn.models.vit_names import translations_of
@@ -26,7 +27,7 @@ from jaxattn.nn.quadratic import QuadraticAttention
 from jaxattn.sizes import Size, per_axis
 
 MIXES = ("global", "local", "quadratic", "gpsa")
-POOLS = ("token", "mean")
+POOLS = ("token", "mean", "attention")
 POSITIONS = ("learned", "sincos2d", "none")
 NORMS = ("pre", "post")
 Mix = str | Callable[..., nnx.Module]
@@ -203,7 +204,8 @@ class ViT(Splittable):
         `lambda width, **kwargs: nn.Conv(width, width, (3, 3), **kwargs)`, or one of these for each block.
       window: side of the window of "local", or (height, width); at most the grid's.
       class_token: whether there is one; the last block must then be "global", as the other layers need a grid.
-      pool: "token", the class token's features, or "mean", of all others; None: the token's, if there is one.
+      pool: "token", the class token's features; "mean", of all others; or "attention" without a class token, with a
+        learned query and an MLP after it (`LatentPool`), as SigLIP has it. None: the token's, if there is one.
       position: what is added to the patches: "learned" (and for a class token that joins first, one of its own),
         "sincos2d" (see `sincos_2d`; 4 divides `width`), or "none".
       norm: "pre", before each layer and the head, or "post", after each sum, as BERT has it.
@@ -302,11 +304,15 @@ class ViT(Splittable):
             [make(mix, axes=2 if n < self.joins else 1, drop_path_rate=rates[n]) for n, mix in enumerate(mixes)]
         )
         self.norm = layer_norm(width, epsilon, **kwargs) if norm == "pre" else nnx.data(None)
+        self.latent_pool = nnx.data(None)
+        if self.pool == "attention":
+            settings = {"activation": activation or gelu, "epsilon": epsilon, "kernel_init": kernel_init, **kwargs}
+            self.latent_pool = LatentPool(width, num_heads, mlp_dim, **settings)
         self.head = linear_head(width, num_classes, small_init, param_dtype=param_dtype, rngs=rngs)
 
     @property
     def translations(self) -> tuple[Translation, ...]:
-        """timm's names, the authors' of DeiT III, and Hugging Face's of ViT and DINOv2."""
+        """timm's names, the authors' of DeiT III, and Hugging Face's of ViT, DINOv2 and SigLIP."""
         layers = [block.mix.layer for block in self.blocks]
         gated = {n: vars(layer)["gate"].shape[0] for n, layer in enumerate(layers) if isinstance(layer, GPSA)}
         return translations_of(gated)
@@ -368,6 +374,11 @@ class ViT(Splittable):
                 f"ViT: class_token (=True) must be False where the grid is split over {self.axis_name!r}: the token is "
                 "on no shard"
             )
+        if self.axis_name is not None and self.latent_pool is not None:
+            raise ValueError(
+                f"ViT: pool (='attention') must be 'mean' where the grid is split over {self.axis_name!r}: the query "
+                "must see all of it"
+            )
         check_rngs("ViT", rngs, drop_path=self.blocks[-1].drop_path, dropout=self.dropout)
         x = self._tokens(images)
         for n, block in enumerate(self.blocks):
@@ -391,7 +402,9 @@ class ViT(Splittable):
           rngs: for `drop_path` and `dropout`, in training: `nnx.Rngs(dropout=key)`.
         """
         x = self.features(images, sow_weights=sow_weights, rngs=rngs)
-        if self.class_token is None:
+        if self.latent_pool is not None:
+            x = self.latent_pool(x.reshape(*x.shape[:-3], -1, x.shape[-1]), sow_weights=sow_weights)
+        elif self.class_token is None:
             x = x.mean(axis=(-3, -2))
             x = x if self.axis_name is None else jax.lax.pmean(x, self.axis_name)
         else:
@@ -454,6 +467,8 @@ def _check_names(pool: str, position: str, norm: str, class_token: bool, width: 
             raise ValueError(f"ViT: {name} (={value!r}) must be one of {', '.join(map(repr, allowed))}")
     if pool == "token" and not class_token:
         raise ValueError("ViT: class_token (=False) must be True with pool='token'; pool='mean' needs none")
+    if pool == "attention" and class_token:
+        raise ValueError("ViT: class_token (=True) must be False with pool='attention', whose query stands for it")
     if position == "sincos2d" and width % 4:
         raise ValueError(f"ViT: width (={width}) must be a multiple of 4 with position='sincos2d'")
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from jaxattn.models import latent_pool
 from jaxattn.models.resize import resize_positions
 from jaxattn.models.translation import BY_HEAD, FUSED, OUT, Entry, Rule, Table, Translation, below, under
 
@@ -19,7 +20,7 @@ POSITION = ("c -> 1 +1 c", "row column c -> 1 +(row column) c")
 TIMM: Table = {
     "patches": "patch_embed.proj", "class_token": Rule("cls_token", "c -> 1 1 c"),
     "registers": Rule("reg_token", "n c -> 1 n c"), "class_position|position": Rule("pos_embed", POSITION, resize),
-    "norm_before": "norm_pre",
+    "norm_before": "norm_pre", **under("latent_pool", "attn_pool", latent_pool.TIMM),
     **under("blocks.*", "blocks.*", {
         "mix.layer.query|key|value": Rule("attn.qkv", FUSED), "mix.layer.out": Rule("attn.proj", OUT),
         "mix_norm": "norm1", "mlp_norm": "norm2", "mlp.first": "mlp.fc1", "mlp.second": "mlp.fc2",
@@ -57,13 +58,23 @@ DINOV2: Table = {
         "gamma1": "layer_scale1.lambda1", "gamma2": "layer_scale2.lambda1",
     }),
 }  # fmt: skip
+SIGLIP: Table = {
+    "patches": "embeddings.patch_embedding", "norm": "post_layernorm",
+    "position": Rule("embeddings.position_embedding.weight", "row column c -> (row column) c", resize),
+    **under("blocks.*", "encoder.layers.*", {
+        "mix_norm": "layer_norm1", "mlp_norm": "layer_norm2", "mlp.first": "mlp.fc1", "mlp.second": "mlp.fc2",
+        "mix.layer.query": Rule("self_attn.q_proj", BY_HEAD), "mix.layer.key": Rule("self_attn.k_proj", BY_HEAD),
+        "mix.layer.value": Rule("self_attn.v_proj", BY_HEAD), "mix.layer.out": Rule("self_attn.out_proj", OUT),
+    }),
+    **under("latent_pool", "head", latent_pool.HUGGING_FACE),
+}  # fmt: skip
 
 
 def translations_of(gated: Mapping[int, int]) -> tuple[Translation, ...]:
     """The tables of a network, of whose blocks some are ConViT's, with so many heads each.
 
     >>> [translation.publisher for translation in translations_of({})]
-    ['timm', 'Facebook', 'Hugging Face', 'Hugging Face, DINOv2']
+    ['timm', 'Facebook', 'Hugging Face', 'Hugging Face, DINOv2', 'Hugging Face, SigLIP']
     """
     timm: dict[str, str | Rule] = {}
     for n in gated:
@@ -76,4 +87,5 @@ def translations_of(gated: Mapping[int, int]) -> tuple[Translation, ...]:
         Translation("Facebook", DEIT, derived=derived),
         Translation("Hugging Face", face),
         Translation("Hugging Face, DINOv2", DINOV2, derived=derived),
+        Translation("Hugging Face, SigLIP", below("vision_model", SIGLIP), head="classifier"),
     )

@@ -163,6 +163,46 @@ PUBLISHED = {
     "clip_l14": _row(
         models.clip_l14, "timm/vit_large_patch14_clip_224.openai", **{**CLIP, "crop": 1.0}, num_classes=768
     ),
+    "siglip_b16": _row(
+        models.siglip_b16, "timm/vit_base_patch16_siglip_224.webli", crop=0.9, statistics=HALVES, num_classes=0
+    ),
+    "siglip_l16": _row(
+        models.siglip_l16, "timm/vit_large_patch16_siglip_256.webli", size=256, crop=0.9, statistics=HALVES,
+        num_classes=0,
+    ),
+    "siglip_so400m": _row(
+        models.siglip_so400m, "timm/vit_so400m_patch14_siglip_224.webli", crop=0.9, statistics=HALVES, num_classes=0
+    ),
+    "botnet26t": _row(models.botnet26t, "timm/botnet26t_256.c1_in1k", size=256, crop=0.95),
+    "halonet26t": _row(models.halonet26t, "timm/halonet26t.a1h_in1k", size=256, crop=0.95),
+    "halonet50ts": _row(models.halonet50ts, "timm/halonet50ts.a1h_in1k", size=256, crop=0.94),
+    "lambda_resnet26t": _row(models.lambda_resnet26t, "timm/lambda_resnet26t.c1_in1k", size=256, crop=0.94),
+    "lambda_resnet50ts": _row(models.lambda_resnet50ts, "timm/lambda_resnet50ts.a1h_in1k", size=256, crop=0.95),
+    **{
+        f"poolformer{infix}_{size}": _row(
+            partial(make, version=2) if infix else make, f"timm/poolformer{infix}_{size}.sail_in1k",
+            crop=1.0 if infix else 0.95 if size in ("m36", "m48") else 0.9,
+        )
+        for infix in ("", "v2")
+        for size, make in {
+            "s12": models.poolformer_s12, "s24": models.poolformer_s24, "s36": models.poolformer_s36,
+            "m36": models.poolformer_m36, "m48": models.poolformer_m48,
+        }.items()
+    },
+    **{
+        make.__name__: _row(make, f"timm/{make.__name__}.sail_in22k_ft_in1k", crop=1.0)
+        for make in (
+            models.convformer_s18, models.convformer_s36, models.convformer_m36, models.convformer_b36,
+            models.caformer_s18, models.caformer_s36, models.caformer_m36, models.caformer_b36,
+        )
+    },
+    "convmixer_768_32": _row(models.convmixer_768_32, "timm/convmixer_768_32.in1k", "MIT", crop=0.96),
+    "convmixer_1024_20": _row(models.convmixer_1024_20, "timm/convmixer_1024_20_ks9_p14.in1k", "MIT", crop=0.96),
+    "convmixer_1536_20": _row(models.convmixer_1536_20, "timm/convmixer_1536_20.in1k", "MIT", crop=0.96),
+    **{
+        make.__name__: _row(make, f"timm/{make.__name__}_224.sail_in1k", crop=0.96)
+        for make in (models.volo_d1, models.volo_d2, models.volo_d3, models.volo_d4, models.volo_d5)
+    },
     "maxvit_tiny": _row(models.maxvit_tiny, "timm/maxvit_tiny_tf_224.in1k", crop=0.95),
     "maxvit_small": _row(models.maxvit_small, "timm/maxvit_small_tf_224.in1k", crop=0.95),
     "maxvit_base": _row(models.maxvit_base, "timm/maxvit_base_tf_224.in1k", crop=0.95),

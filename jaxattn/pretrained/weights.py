@@ -214,10 +214,12 @@ def model_classes(entries: Mapping[str, Entry], head: set[str]) -> int:
 
 def _draw_head(model: Any, translation: Translation, rngs: nnx.Rngs) -> None:
     """Gives the head, which no file has, the values that training begins with: N(0, 0.02²), and zeros for the bias."""
-    layer = getattr(model, translation.head)
-    shape, dtype = layer.kernel.shape, layer.kernel.dtype
-    layer.kernel.set_value(0.02 * jax.random.truncated_normal(rngs.params(), -2, 2, shape, dtype))
-    layer.bias.set_value(jnp.zeros(layer.bias.shape, layer.bias.dtype))
+    for _, module in nnx.iter_modules(getattr(model, translation.head)):
+        if isinstance(module, nnx.Linear):
+            layer: Any = module
+            shape, dtype = layer.kernel.shape, layer.kernel.dtype
+            layer.kernel.set_value(0.02 * jax.random.truncated_normal(rngs.params(), -2, 2, shape, dtype))
+            layer.bias.set_value(jnp.zeros(layer.bias.shape, layer.bias.dtype))
 
 
 def _widen_statistics(model: Any, dtype: Any) -> None:

@@ -24,11 +24,13 @@ from jaxattn.nn.quadratic import QuadraticAttention
 from jaxattn.train import evaluate, loop
 from jaxattn.train.augment import normalize
 from jaxattn.train.build import build
+from jaxattn.train.checkpoint import FOLDER as CHECKPOINTS
 from jaxattn.train.checkpoint import check_handles, load_weights
 from jaxattn.train.config import Config, Options
 from jaxattn.train.data import Dataset, absolute, fingerprint, load
 from jaxattn.train.distributed import is_main, joined
-from jaxattn.train.fits import check_fits
+from jaxattn.train.finetune import learned
+from jaxattn.train.fits import check_fits, check_weights
 from jaxattn.train.lock import locked
 from jaxattn.train.report import COMPARED, write_report
 from jaxattn.train.run import (
@@ -73,6 +75,8 @@ def train(config: Config, options: Options):
     """
     config.check()
     options.check()
+    if config.recipe == "finetune" and not config.weights:
+        raise InputError("weights (='') must be a file for the recipe finetune, which begins with it")
     code = 0
     with joined(options.coordinator, options.processes, options.process):
         try:
@@ -101,8 +105,10 @@ def train_here(config: Config, options: Options):
         digest = fingerprint(data)
         if is_main() and resume and (out / "config.json").is_file():
             check_same(out, config.data, digest)
-        for one, _ in networks(config, out):
+        for one, folder in networks(config, out):
             check_fits(one, data)
+            if not (resume and (folder / CHECKPOINTS).exists()):
+                check_weights(one, data)
         if mesh is not None:
             check_batch(mesh, config.batch_size, data.image_shape)
 
@@ -154,7 +160,7 @@ def train_one(config: Config, data: Dataset, folder: Path, **how: Any) -> nnx.Mo
             end_run(folder, measure(trained, data))
     if is_main():
         results = read_results(folder, *MEASURED)
-        say(accuracy_line(config.mix, results["test_correct"], results["test_images"]))
+        say(accuracy_line(config.label, results["test_correct"], results["test_images"]))
     return model
 
 
@@ -181,7 +187,7 @@ def draw(config: Config, data: Dataset, folder: Path, model: nnx.Module) -> dict
     """The figures of a run: how it learned, and what its first mixer looks like. They are saved in its folder too."""
     figures = {}
     with at_no_cost(folder):
-        save_figures(folder, {"learning_curves": plots.learning_curves({config.mix: read_epochs(folder)})})
+        save_figures(folder, {"learning_curves": plots.learning_curves({config.label: read_epochs(folder)})})
     with at_no_cost(folder):
         figures = look_inside(model, data)
         save_figures(folder, figures)
@@ -203,7 +209,10 @@ def look_inside(model: nnx.Module, data: Dataset) -> dict[str, Any]:
         # of a transformer, where its quadratic heads look
         quadratic = any(isinstance(layer, QuadraticAttention) for _, layer in nnx.iter_modules(model))
         return {"head_centers": plots.head_centers_on_grid(model.centers(), model.spreads())} if quadratic else {}
-    path, mixer = next((path, mixer) for path, mixer in nnx.iter_modules(model) if isinstance(mixer, GridMixer))
+    mixers = [(path, mixer) for path, mixer in nnx.iter_modules(model) if isinstance(mixer, GridMixer)]
+    if not mixers:
+        return {}
+    path, mixer = mixers[0]
     match mixer.layer:
         case Conv() as conv:
             return {"kernels": plots.kernels(np.asarray(conv.kernel[...]))}
@@ -283,19 +292,19 @@ def evaluate_run(run: Path, name: str | None = None):
     for _, folder in networks(config, run):
         one = read_config(folder)
         correct = evaluate.evaluate(load_model(one, data, folder), data, data.test)
-        print(accuracy_line(one.mix, correct, len(data.test)))
+        print(accuracy_line(one.label, correct, len(data.test)))
 
 
 def load_model(config: Config, data: Dataset, folder: Path) -> nnx.Module:
     """The network of a run, as it ended."""
     model = build(config, data.image_shape, len(data.class_names))
-    load_weights(folder, model, "last")
+    load_weights(folder, model, "last", learned(config, model))
     return model
 
 
-def accuracy_line(mix: str, correct: int, total: int) -> str:
+def accuracy_line(label: str, correct: int, total: int) -> str:
     """What `train` and `eval` print."""
-    return f"{mix}: test accuracy {correct / total:.2%} ({correct} of {total})"
+    return f"{label}: test accuracy {correct / total:.2%} ({correct} of {total})"
 
 
 # ======================================================================================================================

@@ -198,7 +198,7 @@ def trained(tmp_path_factory):
     cli.main(["train", "--mix", "conv", "--epochs", "8", "--out", str(run)])
     config = read_config(run)
     digits = data.load(config.data, config.seed)
-    model = session.load_model(config, digits, run)
+    model = session.load_model(config, digits.image_shape, len(digits.class_names), run)
     images, labels = digits.test.fetch(np.arange(len(digits.test)))
     return model, normalize(images, digits.mean, digits.std), labels
 

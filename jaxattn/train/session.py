@@ -35,6 +35,7 @@ from jaxattn.train.lock import locked
 from jaxattn.train.report import COMPARED, write_report
 from jaxattn.train.run import (
     Source,
+    Task,
     check_out,
     check_same,
     default_folder,
@@ -47,6 +48,7 @@ from jaxattn.train.run import (
     read_source,
     start_run,
     write_source,
+    write_task,
 )
 from jaxattn.train.sharding import check_batch, make_mesh
 from jaxattn.window import Window
@@ -114,9 +116,11 @@ def train_here(config: Config, options: Options):
 
         # The networks: one, or two that are compared, each in a folder of its own
         source = Source(absolute(config.data), digest)
+        task = Task(data.image_shape, tuple(data.mean.tolist()), tuple(data.std.tolist()), data.class_names)
         if is_main():
             start_run(out, config, resume=resume, overwrite=options.overwrite)
             write_source(source, out)
+            write_task(task, out)
         for image in data.skipped:
             say(f"left out: {image}", file=sys.stderr)
         models, done = {}, is_whole(out) and (out / "figures").is_dir()
@@ -125,6 +129,7 @@ def train_here(config: Config, options: Options):
                 stack.enter_context(locked(folder))
                 start_run(folder, one, resume=resume)
                 write_source(source, folder)
+                write_task(task, folder)
             how = {"resume": resume, "checkpoint_every": options.checkpoint_every, "mesh": mesh}
             models[one.mix] = train_one(one, data, folder, identity=identity(one, digest), **how)
 
@@ -152,7 +157,7 @@ def train_one(config: Config, data: Dataset, folder: Path, **how: Any) -> nnx.Mo
     whole = is_whole(folder)
     together(f"seen {folder}")
     if whole:
-        model = load_model(config, data, folder)
+        model = load_model(config, data.image_shape, len(data.class_names), folder)
     else:
         trained = loop.train(config, data, folder, **how)
         model = trained.model
@@ -291,13 +296,14 @@ def evaluate_run(run: Path, name: str | None = None):
     check_same(run, name, fingerprint(data))
     for _, folder in networks(config, run):
         one = read_config(folder)
-        correct = evaluate.evaluate(load_model(one, data, folder), data, data.test)
+        model = load_model(one, data.image_shape, len(data.class_names), folder)
+        correct = evaluate.evaluate(model, data, data.test)
         print(accuracy_line(one.label, correct, len(data.test)))
 
 
-def load_model(config: Config, data: Dataset, folder: Path) -> nnx.Module:
+def load_model(config: Config, image_shape: tuple[int, ...], classes: int, folder: Path) -> nnx.Module:
     """The network of a run, as it ended."""
-    model = build(config, data.image_shape, len(data.class_names))
+    model = build(config, image_shape, classes)
     load_weights(folder, model, "last", learned(config, model))
     return model
 

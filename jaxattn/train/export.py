@@ -36,26 +36,23 @@ def export(text: str, form: str, platforms: str, batch: str, out: Path | None) -
         raise InputError(f"platforms (={platforms!r}) must be some of {', '.join(PLATFORMS)}, with commas between")
     if batch != "symbolic" and not (batch.isascii() and batch.isdecimal() and 0 < int(batch) < 1 << 31):
         raise InputError(f"batch (={batch!r}) must be 'symbolic' or a number of images, at least 1")
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise InputError(f"out (={out}) must be a file in a folder that is there")
+    if out is not None and form == "safetensors" and out.suffix != ".safetensors":
+        raise InputError(f"out (={out}) must end in .safetensors")
     if form == "stablehlo":
         with needs_extra("export"):
             importlib.import_module("flatbuffers")
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):
-        raise InputError(f"out (={out}) must be a file in a folder that is there")
     network = find(text)
     path = out or Path(f"{network.name}.{form}")
     try:
         if form == "safetensors":
             # whose ending says what it is
-            if path.suffix != ".safetensors":
-                raise InputError(f"out (={path}) must end in .safetensors")
             save(network.model, path)
             return f"{path}: the weights under timm's names"
-        content = program(network, there, batch)
-        _write(path, content)
+        _write(path, program(network, there, batch))
     except OSError as error:
         raise InputError(f"out (={path}) cannot be written to: {reason(error)}") from error
-    except InputError:
-        raise
     except ValueError as error:
         raise InputError(f"network (={text!r}) cannot be written as {form}: {error}") from error
     height, width, channels = network.image_shape

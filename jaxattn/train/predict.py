@@ -68,7 +68,8 @@ def predict(text: str, paths: Sequence[str], top: int, json: Path | None, show: 
         for part, images, wrong in decoded(network, files):
             faults |= wrong
             if len(images):
-                found += likeliest(run, part, images, top)
+                filled = np.pad(images, [(0, min(BATCH, len(files)) - len(images)), (0, 0), (0, 0), (0, 0)])
+                found += likeliest(part, run(filled)[: len(images)], top)  # one program for every batch
                 pictures += list(images[: max(0, SHOWN - len(pictures))])
             bar.update(len(part) + len(wrong))
     for each in found:
@@ -138,18 +139,14 @@ def decoded(
 
 
 def classifies(network: Classifier) -> Callable[[np.ndarray], np.ndarray]:
-    """The function of images `[BATCH, *image_shape]` that gives the probabilities of their classes, compiled once."""
+    """The function of images `[n, *image_shape]` that gives the probabilities of their classes, compiled once an n."""
     function, state = network.logits(), nnx.state(network.model)
     run = jax.jit(lambda state, images: jax.nn.softmax(function(state, images).astype(np.float32)))
     return lambda images: np.asarray(run(state, images))
 
 
-def likeliest(
-    run: Callable[[np.ndarray], np.ndarray], names: Sequence[str], images: np.ndarray, top: int
-) -> list[Prediction]:
-    """The likeliest classes of images `[n, *image_shape]`, n at most BATCH, by what `classifies` gives."""
-    filled = np.pad(images, [(0, BATCH - len(images)), (0, 0), (0, 0), (0, 0)])  # one program for every batch
-    probabilities = run(filled)[: len(images)]
+def likeliest(names: Sequence[str], probabilities: np.ndarray, top: int) -> list[Prediction]:
+    """The likeliest classes of some images, of the probabilities `[n, classes]`."""
     order = np.argsort(-probabilities, axis=-1, kind="stable")[:, :top]
     return [
         Prediction(name, list(map(int, classes)), [float(row[n]) for n in classes])
@@ -209,8 +206,8 @@ def attended(network: Classifier, images: np.ndarray) -> np.ndarray | None:
     for path, layer in sorted(layers, key=lambda pair: _order(pair[0]), reverse=True):
         weights = sown.get((*path, "attention_weights"))
         if weights is not None and len(weights) == len(images):
-            grid = [math.ceil(side / model.strides[-1]) for side in images.shape[1:3]]
-            maps = _by_key(layer, weights, grid)
+            stride = model.strides[path[1] if path[0] == "stages" else -1]
+            maps = _by_key(layer, weights, [math.ceil(side / stride) for side in images.shape[1:3]])
             if maps is not None:
                 return maps
     return None
@@ -236,8 +233,8 @@ def _by_key(layer: Any, weights: np.ndarray, grid: Sequence[int]) -> np.ndarray 
     shape = weights.shape[1:3]
     indices = inner.window.indices(shape)
     maps = np.stack([attention_maps(each, indices, shape).mean((0, 1, 2)) for each in weights])
-    if isinstance(layer, WindowAttention):  # whose grid is rolled and padded, in this order or in the other
-        crop = (slice(None), slice(grid[0]), slice(grid[1]))
-        roll = functools.partial(np.roll, shift=layer.shift, axis=(1, 2))
-        return roll(maps[crop]) if layer.padding == "after" else roll(maps)[crop]
-    return maps
+    # the layer may have padded the grid; Swin's rolls it too, before that or after
+    crop, shift = (slice(None), slice(grid[0]), slice(grid[1])), getattr(layer, "shift", (0, 0))
+    if getattr(layer, "padding", "") == "after":
+        return np.roll(maps[crop], shift, (1, 2))
+    return np.roll(maps, shift, (1, 2))[crop]

@@ -10,6 +10,7 @@ from .registry import Published as Published
 from .registry import names as names
 from .registry import preprocess as preprocess
 from .registry import published as published
+from .table import table as table
 from .weights import fill as fill
 from .weights import load as load
 from .weights import save as save

@@ -25,7 +25,7 @@ PUBLIC = {
     "jaxattn": "einsum attention attention_plan window normalize position halo zoo nn models equivalence measure plots "
     "pretrained train study bench",
     "jaxattn.train": "config recipes data augment optimizer step sharding program loop checkpoint evaluate distributed "
-    "compile",
+    "compile finetune classifier predict export",
     "jaxattn.study": "claim fit mixers run",
     "jaxattn.bench": "cases measure run",
 }

@@ -1,11 +1,11 @@
 """`jaxattn predict` and `jaxattn export`, of a run and of published networks."""
 
-import functools
 import json
 import struct
 import subprocess
 import sys
 import zlib
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from PIL import Image
 from test_pretrained import PHOTOGRAPHS, needs
 
 from jaxattn import cli, models, pretrained
+from jaxattn.files import open_file
 from jaxattn.models.swin_attention import WindowAttention
 from jaxattn.train import export
 from jaxattn.train.build import build
@@ -37,7 +38,7 @@ def run(tmp_path_factory):
     folder.mkdir()
     sizes = {"width": 8, "depth": 1, "num_heads": 2, "mlp_dim": 8}
     patch = pytest.MonkeyPatch()
-    patch.setattr(models, "vit_tiny8", functools.partial(models.vit_tiny8, **sizes))
+    patch.setattr(models, "vit_tiny8", partial(models.vit_tiny8, **sizes))
     config = Config(model="vit_tiny8", mix="global")
     model = build(config, TASK.image_shape, 3)
     with Checkpoints(folder) as checkpoints:
@@ -80,7 +81,11 @@ def test_predict_names_classes_and_what_cannot_be_read(run, tmp_path, capsys):
     said = fails("predict", folder, *paths, "--top", 2, "--json", out, "--show", show)
     printed = capsys.readouterr()
     assert said == "jaxattn: 3 of 6 could not be read, and are named above"
-    for name, why in (("cut.png", "cannot be decoded"), ("large.png", "exceeds limit"), ("nowhere.png", "No such file")):
+    for name, why in (
+        ("cut.png", "cannot be decoded"),
+        ("large.png", "exceeds limit"),
+        ("nowhere.png", "No such file"),
+    ):
         (line,) = [line for line in printed.err.splitlines() if name in line]
         assert line.startswith("jaxattn: ")
         assert why in line
@@ -105,7 +110,10 @@ def test_predict_names_classes_and_what_cannot_be_read(run, tmp_path, capsys):
     ("arguments", "message"),
     [
         (("predict", "nowhere", "a.png"), "network (='nowhere') must be the folder of a run, a published network"),
-        (("predict", "resnet18", "."), "network (='resnet18') must be followed by a file of its weights: resnet18:FILE"),
+        (
+            ("predict", "resnet18", "."),
+            "network (='resnet18') must be followed by a file of its weights: ",
+        ),
         (("predict", "resnet18:nowhere.pth", "."), "nowhere.pth: cannot be read: "),
         (("predict", "resnet18:x.onnx", "."), "x.onnx: cannot be read: read_weights: path (="),
         (("predict", ".", "a.png"), "run (=.) must be a folder that `jaxattn train` wrote: config.json is missing"),
@@ -129,7 +137,7 @@ def test_images_are_cut_and_resized_as_published_networks_are_evaluated(tmp_path
     """The middle, by its share; of one size already, the pixels themselves."""
     pixels = np.random.default_rng(0).integers(0, 256, (20, 32, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    file = Encoded(lambda: open(tmp_path / "a.png", "rb"), 0, "a.png")
+    file = Encoded(partial(open_file, tmp_path / "a.png"), 0, "a.png")
     np.testing.assert_array_equal(decode(file, (10, 10, 3), 0.5, "bicubic"), pixels[5:15, 11:21])
     np.testing.assert_array_equal(decode(file, (20, 32, 3), 1.0, "bilinear"), pixels)
     Image.fromarray(pixels[:, :20]).save(tmp_path / "a.png")
@@ -155,13 +163,14 @@ def test_a_rolled_window_is_shown_where_its_tokens_are():
         assert np.count_nonzero(maps) == 1
 
 
+SMALL = {"width": 8, "num_heads": 2}
 NETWORKS = {
-    "vit": (lambda **kw: models.vit_tiny8(image_size=16, patch_size=4, width=8, depth=2, num_heads=2, mlp_dim=8, **kw), (4, 4)),
-    "swin": (lambda **kw: models.Swin((2,), 8, (2,), window=4, image_size=32, **kw), (8, 8)),
-    "nat": (lambda **kw: models.NAT((1, 1), 8, (2, 2), window=3, **kw), (2, 2)),
-    "resnet": (lambda **kw: models.ResNet((1,), block="basic", width=8, window=3, num_heads=2, mix="attention", **kw), (16, 16)),
-    "convnext": (lambda **kw: models.ConvNeXt((1,), (8,), **kw), None),
-}  # fmt: skip
+    "vit": (partial(models.vit_tiny8, image_size=16, patch_size=4, depth=2, mlp_dim=8, **SMALL), (4, 4)),
+    "swin": (partial(models.Swin, (2,), 8, (2,), window=4, image_size=32), (8, 8)),
+    "nat": (partial(models.NAT, (1, 1), 8, (2, 2), window=3), (2, 2)),
+    "resnet": (partial(models.ResNet, (1,), block="basic", window=3, mix="attention", **SMALL), (16, 16)),
+    "convnext": (partial(models.ConvNeXt, (1,), (8,)), None),
+}
 
 
 @pytest.mark.full
@@ -207,9 +216,7 @@ def test_an_exported_program_runs_without_this_library(run, tmp_path, monkeypatc
     file = tmp_path / "a.stablehlo"
     cli.main(["export", str(folder), "--out", str(file)])
     said = capsys.readouterr().out
-    assert said.strip() == (
-        f"{file}: float32 [batch, 8, 8, 1], pixels from 0 to 1, to 3 logits; on cpu, cuda, tpu"
-    )
+    assert said.strip() == (f"{file}: float32 [batch, 8, 8, 1], pixels from 0 to 1, to 3 logits; on cpu, cuda, tpu")
     images = {n: np.random.default_rng(n).random((n, 8, 8, 1), np.float32) for n in (1, 7)}
     for n, image in images.items():
         np.save(tmp_path / f"in{n}.npy", image)

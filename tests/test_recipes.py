@@ -25,7 +25,7 @@ from jaxattn.train.recipes import RECIPES, changed, recipe
         ("model", "vgg", r"model \(='vgg'\) must be one of tiny, resnet18, resnet34, resnet50, vit"),
         ("mix", "mlp", r"mix \(='mlp'\) must be one of both, conv, attention, global"),
         ("mix", "global", r"mix \(='global'\) must be one of both, conv, attention, own for the model tiny"),
-        ("model", "vit_ti", r"mix \(='both'\) must be one of global, attention, quadratic, gpsa, own for the model vit_ti"),
+        ("model", "vit_ti", r"mix \(='both'\) must be one of global, attention, quadratic, gpsa, own for the model"),
         ("optimizer", "adam", r"optimizer \(='adam'\) must be one of adamw, sgd"),
         ("dtype", "float16", r"dtype \(='float16'\) must be one of float32, bfloat16"),
         ("data", 3, r"data \(=3\) must be a string"),

@@ -108,7 +108,7 @@ def packaged_file(name: str) -> pathlib.Path:
     >>> packaged_file("resnet18")
     Traceback (most recent call last):
     ...
-    ValueError: packaged_file: name (='resnet18') must be one of efficientnet_lite0, efficientnet_lite1, efficientnet_lite2
+    ValueError: packaged_file: name (='resnet18') must be one of efficientnet_lite0, ...
     """
     if name not in FILES:
         raise ValueError(f"packaged_file: name (={name!r}) must be one of {', '.join(FILES)}")

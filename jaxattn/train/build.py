@@ -41,15 +41,15 @@ def build(config: Config, image_shape: tuple[int, ...], num_classes: int) -> nnx
         settings["stem"] = "cifar" if max(grid) <= 64 else "imagenet"
     elif config.model in VITS:
         settings["image_size"] = tuple(grid)
-        if config.mix != "own" and not config.model.startswith("convit"):  # which ends in two blocks of global attention, whatever comes before
+        # ConViT ends in two blocks of global attention, whatever comes before
+        if config.mix != "own" and not config.model.startswith("convit"):
             settings["mix"] = "local" if config.mix == "attention" else config.mix
     elif config.model != "volume_small":
         make = published(config.model).make
         takes = settings_of(make)
         for name in ("drop_path", "remat"):
-            if name not in takes:
-                if off := settings.pop(name):
-                    raise InputError(f"{name} (={off}) must be off for the model {config.model}, which has none")
+            if name not in takes and (off := settings.pop(name)):
+                raise InputError(f"{name} (={off}) must be off for the model {config.model}, which has none")
         return make(**settings, **({"image_size": tuple(grid)} if "image_size" in takes else {}))
     return getattr(models, config.model)(**settings)
 

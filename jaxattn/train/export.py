@@ -16,7 +16,6 @@ from jaxattn.pretrained.weights import save
 from jaxattn.train.classifier import Classifier, find
 
 
-
 def export(text: str, form: str, platforms: str, batch: str, out: Path | None) -> str:
     """Writes a network's file, whole or not at all, and returns what to say of it.
 
@@ -58,8 +57,8 @@ def export(text: str, form: str, platforms: str, batch: str, out: Path | None) -
     height, width, channels = network.image_shape
     count = "batch" if batch == "symbolic" else batch
     return (
-        f"{path}: float32 [{count}, {height}, {width}, {channels}], pixels from 0 to 1, to {len(network.classes)} logits; "
-        f"on {', '.join(there)}"
+        f"{path}: float32 [{count}, {height}, {width}, {channels}], pixels from 0 to 1, to {len(network.classes)} "
+        f"logits; on {', '.join(there)}"
     )
 
 

@@ -56,8 +56,8 @@ def place(path: Path) -> tuple[int, int]:
     if first in ("blocks", "stages") and rest:
         return rest[0] + 1, rest[2] if len(rest) > 2 and rest[1] == "blocks" else 0
     raise InputError(
-        f"freeze and layer_decay must be off, by 0 and 1, for a network with {'.'.join(map(str, path))}: it is not known "
-        "to be before or behind its blocks"
+        f"freeze and layer_decay must be off, by 0 and 1, for a network with {'.'.join(map(str, path))}: it is not "
+        "known to be before or behind its blocks"
     )
 
 

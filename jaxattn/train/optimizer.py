@@ -34,7 +34,8 @@ def decaying(weights: PyTree) -> PyTree:
 
 def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
     """Clipping, then AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) or SGD with Nesterov's momentum, whose decay
-    is part of the gradient; less of it the nearer a block is to the images, by `layer_decay`. `accumulate` steps make one update by the mean of their gradients.
+    is part of the gradient; each block's update is the smaller the nearer it is to the images, by `layer_decay`.
+    `accumulate` steps make one update by the mean of their gradients.
 
     Args:
       config: of the run.

@@ -1,4 +1,4 @@
-"""What a trained network says of image files: classes and probabilities, and a picture of where its attention looked."""
+"""What a trained network says of image files: classes, probabilities, and a picture of where its attention looked."""
 
 import functools
 import math
@@ -110,9 +110,7 @@ def _images_in(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def decoded(
-    network: Classifier, files: Sequence[Path]
-) -> Iterator[tuple[list[str], np.ndarray, dict[str, str]]]:
+def decoded(network: Classifier, files: Sequence[Path]) -> Iterator[tuple[list[str], np.ndarray, dict[str, str]]]:
     """The images as the network takes them, some at a time: their names, uint8 `[n, *image_shape]`, and the faults of
     those that are none."""
 
@@ -157,8 +155,7 @@ def likeliest(names: Sequence[str], probabilities: np.ndarray, top: int) -> list
 def described(found: Prediction, classes: Sequence[str]) -> str:
     """What is printed of an image."""
     lines = [
-        f"  {probability:6.1%}  {classes[n]}"
-        for n, probability in zip(found.classes, found.probabilities, strict=True)
+        f"  {probability:6.1%}  {classes[n]}" for n, probability in zip(found.classes, found.probabilities, strict=True)
     ]
     return "\n".join([found.path, *lines])
 

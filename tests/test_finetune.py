@@ -27,6 +27,7 @@ SEEDS = 5
 T_95 = 2.776  # Student's t of four degrees of freedom, for an interval of 95 %
 
 
+@pytest.mark.full
 def test_it_is_known_of_every_network_what_comes_first():
     """Before the blocks, the blocks in their order, and behind them."""
     for network, settings in MODELS.items():
@@ -39,6 +40,7 @@ def test_it_is_known_of_every_network_what_comes_first():
         assert max(places) == (finetune.LAST, 0), network
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize(
     ("name", "stages", "blocks"), [("resnet18", 4, (2, 2, 2, 2)), ("efficientnet_lite0", 5, (1, 2, 2, 6, 5))]
 )
@@ -137,6 +139,7 @@ def test_what_does_not_fit_is_said_before_anything_is_written(file, tmp_path, mo
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
 
 
+@pytest.mark.full
 def test_a_published_network_is_built_by_its_name():
     config = Config(model="swin_tiny", mix="own", drop_path=0.1)
     model = nnx.eval_shape(lambda: build(config, (64, 96, 3), 7))

@@ -38,6 +38,12 @@ def test_it_is_known_of_every_network_what_comes_first():
         assert len(places) >= 3, network
         assert min(places) == (0, 0), network
         assert max(places) == (finetune.LAST, 0), network
+        config = Config(model="tiny", mix="conv", weights="x.pth", freeze=1)
+        before, modules = len(nnx.to_flat_state(nnx.state(model, nnx.Param))), dict(nnx.iter_modules(model))
+        assert 0 < len(nnx.to_flat_state(nnx.state(model, finetune.learned(config, model)))) < before, network
+        finetune.freeze(config, model)
+        still = {path[:2] for path, module in modules.items() if getattr(module, "deterministic", False)}
+        assert all(finetune._stage(model, path) == 1 for path in still), network
 
 
 @pytest.mark.core(1)

@@ -80,8 +80,8 @@ def freeze(config: Config, model: nnx.Module):
     """Puts the frozen stages of a model into evaluation mode: their statistics stay, and no block is left out."""
     if config.freeze:
         for path, module in nnx.iter_modules(model):
-            whole = len(path) == 2 if path[:1] in (("blocks",), ("stages",)) else len(path) == 1
-            if whole and _stage(model, path) <= config.freeze:
+            block = len(path) == 2 and path[0] in ("blocks", "stages")
+            if (block or (len(path) == 1 and path[0] in BEFORE)) and _stage(model, path) <= config.freeze:
                 module.eval()
 
 

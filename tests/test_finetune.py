@@ -176,10 +176,10 @@ def chosen(images, labels, classes, order) -> Dataset:
     return Dataset("made", tuple(map(str, classes)), (8, 8, 1), mean, std, train, test, test)
 
 
-def epochs(program, data, state, count, seed):
+def epochs(program, data, state, count, batch_size, seed):
     """The state after so many epochs, and the accuracy in the test."""
-    stream = batches(data.train, 32, seed=seed)
-    for _ in range(count * len(data.train) // 32):
+    stream = batches(data.train, batch_size, seed=seed)
+    for _ in range(count * len(data.train) // batch_size):
         state, _ = program.step(state, program.place(next(stream)))
     found = np.concatenate(
         [program.predict(state.weights, state.rest, part) for part in np.array_split(data.test.images, 4)]
@@ -197,21 +197,24 @@ def test_what_was_learned_on_other_digits_helps(small, tmp_path):
     first = chosen(images, labels, range(5), np.arange(1200))
     second = mnist(range(5, 10))
     config = Config(mix="conv", epochs=1, batch_size=32, shift=0, learning_rate=3e-3)
-    state, learned = epochs(program := assemble(config, first, 200), first, program.init(True), 20, 0)
+    state, learned = epochs(program := assemble(config, first, 200), first, program.init(True), 20, 32, 0)
     assert learned > 0.9
     model = build(config, (8, 8, 1), 5)
     nnx.update(model, state.weights, state.rest)
     pretrained.save(model, tmp_path / "first.safetensors")
 
+    config = dataclasses.replace(
+        config, batch_size=8
+    )  # 40 steps, so that BatchNorm has its statistics from scratch too
     tuned = dataclasses.replace(config, weights=str(tmp_path / "first.safetensors"), layer_decay=0.75)
     scores = {"scratch": [], "tuned": []}
     for name, how in (("scratch", config), ("tuned", tuned)):
-        program = assemble(how, second, 10)
+        program = assemble(how, second, 40)
         for seed in range(SEEDS):
             begun = build(dataclasses.replace(how, seed=seed), (8, 8, 1), 5)
             finetune.fill(how, begun)
-            start = init_state(how, begun, make_optimizer(how, 10))
-            scores[name].append(epochs(program, second, start, 1, seed)[1])
+            start = init_state(how, begun, make_optimizer(how, 40))
+            scores[name].append(epochs(program, second, start, 1, 8, seed)[1])
     gain = np.subtract(scores["tuned"], scores["scratch"])
     half = T_95 * gain.std(ddof=1) / math.sqrt(SEEDS)
     said = f"{np.mean(scores['scratch']):.1%} from scratch, tuned {gain.mean():+.1%} ± {half:.1%}"

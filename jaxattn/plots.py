@@ -191,6 +191,40 @@ def attention_maps(
 
 @checked
 @styled()
+def predictions(
+    images: Float[np.ndarray, "images height width channels"],
+    titles: Sequence[str],
+    maps: Float[np.ndarray, "images map_height map_width"] | None = None,
+) -> Figure:
+    """One column an image: the image with its title, and below it where a network looked.
+
+    Args:
+      images: grey, or red, green and blue, from 0 to 1.
+      titles: one per image.
+      maps: how much each token of it was attended to; each has its own colour scale, from zero to its largest.
+
+    >>> import numpy as np
+    >>> len(predictions(np.zeros((3, 8, 8, 1)), ["cat", "dog", "cat"], np.ones((3, 4, 4))).axes)
+    6
+    """
+    count, rows = len(images), 1 if maps is None else 2
+    for name, given in (("titles", titles), ("maps", maps)):
+        if given is not None and len(given) != count:
+            raise ValueError(f"predictions: {name} (of length {len(given)}) must be one for each of the {count} images")
+    figure = Figure(figsize=(2.2 * count, 2.4 * rows), layout="constrained")
+    figure.set_label("Images, one a column, with what was predicted, and below each one where attention looked")
+    grid = figure.subplots(rows, count, squeeze=False)
+    for column, (image, title) in enumerate(zip(images, titles, strict=True)):
+        grid[0, column].imshow(image, cmap="gray", vmin=0, vmax=1)
+        grid[0, column].set_title(plain(title, 20))
+        if maps is not None:
+            grid[1, column].imshow(maps[column], cmap=SEQUENTIAL, vmin=0)
+    _bare(grid)
+    return figure
+
+
+@checked
+@styled()
 def kernels(kernel: Float[np.ndarray, "height width in_features features"], columns: int = 6) -> Figure:
     """Convolution kernels by offset, one per output feature: that of the input feature whose norm is largest.
 

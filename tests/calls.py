@@ -175,6 +175,7 @@ PLOTS: dict[Any, dict[str, Any]] = {
     plots.attention_maps: {
         "images": PICTURES, "queries": np.ones((2, 2), int), "maps": np.asarray(draw(2, 3, 4, 4)), "titles": ["a", "b"]
     },
+    plots.predictions: {"images": PICTURES[..., None], "titles": ["a"] * len(PICTURES), "maps": PICTURES},
     plots.kernels: {"kernel": np.asarray(draw(3, 3, 1, 4)), "columns": 2},
     plots.mean_attention: {"means": np.asarray(draw(2, 3, 3)), "low": (-1, -1), "columns": 2},
     plots.heads_by_layers: {"maps": np.asarray(draw(2, 3, 4, 4)), "query": (1, 1), "image": PICTURES[0]},

@@ -6,6 +6,7 @@ process has. It prints what did otherwise, by reader and number, and how many we
 
 import faulthandler
 import gzip
+import importlib.util
 import io
 import json
 import pickle
@@ -29,13 +30,14 @@ import pyarrow.parquet
 from PIL import Image
 
 from jaxattn.errors import InputError
+from jaxattn.pretrained import read_weights
 from jaxattn.study.kept import read_kept
 from jaxattn.torch_file import read_torch
 from jaxattn.train.checkpoint import Damaged, _check
 from jaxattn.train.config import Config
 from jaxattn.train.data import load
 from jaxattn.train.log import _keep
-from jaxattn.train.run import read_config, read_epochs, read_results, read_source, write_config
+from jaxattn.train.run import read_config, read_epochs, read_results, read_source, read_task, write_config
 
 MEMORY = 1 << 30  # beyond what the process has when it starts
 SECONDS = 20  # for one mutant, on a machine that does other things too
@@ -58,18 +60,28 @@ def put(path: Path, content: bytes) -> Path:
     return path
 
 
+def text_of(said: str) -> bytes:
+    return b"X" + struct.pack("<I", len(said)) + said.encode()
+
+
 def torch_pickle() -> bytes:
     """As PyTorch pickles two views of a storage, by hand: a dictionary with a tensor of two axes, and a parameter."""
-
-    def text(said: str) -> bytes:
-        return b"X" + struct.pack("<I", len(said)) + said.encode()
-
+    text = text_of
     storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"K\x06tQ"
     hooks = b"\x89ccollections\nOrderedDict\n)R"
     one = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\x00K\x02K\x03\x86K\x03K\x01\x86" + hooks + b"tR"
     bits = b"}" + text("neg") + b"\x88s"
     two = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\x02K\x02\x85K\x02\x85" + hooks + bits + b"tR"
     return b"\x80\x02}q\x01(" + text("a") + one + text("b") + two + b"u."
+
+
+def checkpoint_pickle() -> bytes:
+    """The same as "model", beside the author's settings: an `argparse.Namespace`, and a call of something."""
+    text = text_of
+    settings = b"cargparse\nNamespace\n)\x81}(" + text("lr") + b"K\x01" + text("names") + b"](K\x01K\x02eub"
+    called = b"cnumpy\nfloat64\n(K\x02tR"
+    inner = torch_pickle().removeprefix(b"\x80\x02").removesuffix(b".")
+    return b"\x80\x02}(" + text("model") + inner + text("args") + settings + text("best") + called + b"u."
 
 
 def torch_zip(folder: Path) -> Path:
@@ -81,10 +93,21 @@ def torch_zip(folder: Path) -> Path:
     return put(folder / "w.pth", made.getvalue())
 
 
-def torch_legacy(folder: Path) -> Path:
+def torch_legacy(folder: Path, pickled: bytes = torch_pickle()) -> Path:
     head = [pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})]
     tail = [pickle.dumps(["0"], 2), struct.pack("<q", 6), np.arange(6, dtype=np.float32).tobytes()]
-    return put(folder / "w.pth", b"".join([*head, torch_pickle(), *tail]))
+    return put(folder / "w.pth", b"".join([*head, pickled, *tail]))
+
+
+def safetensors(folder: Path) -> Path:
+    """By hand: the length of the header, the header, and the arrays."""
+    head = {
+        "__metadata__": {"format": "pt"},
+        "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+        "b": {"dtype": "I64", "shape": [2], "data_offsets": [24, 40]},
+    }
+    said = json.dumps(head).encode()
+    return put(folder / "w.safetensors", struct.pack("<Q", len(said)) + said + bytes(40))
 
 
 def npz(compress: bool) -> Callable[[Path], Path]:
@@ -205,6 +228,8 @@ LINES = f"{json.dumps(EPOCH)}\n" * 3
 READERS = {
     "torch zip": Reader(torch_zip, read_torch),
     "torch legacy": Reader(torch_legacy, read_torch),
+    "checkpoint": Reader(lambda folder: torch_legacy(folder, checkpoint_pickle()), read_weights),
+    **({"safetensors": Reader(safetensors, read_weights)} if importlib.util.find_spec("safetensors") else {}),
     "npz": Reader(npz(False), lambda path: load(f"numpy:{path}")),
     "npz, deflated": Reader(npz(True), lambda path: load(f"numpy:{path}")),
     "idx": Reader(mnist(False), lambda path: load(f"mnist:{path.parent}")),
@@ -225,6 +250,10 @@ READERS = {
     "steps.jsonl": Reader(text("steps.jsonl", LINES), lambda path: _keep(path, 9)),
     "data.json": Reader(
         text("data.json", '{"absolute": "x", "fingerprint": "y"}'), lambda path: read_source(path.parent)
+    ),
+    "task.json": Reader(
+        text("task.json", '{"image_shape": [8, 8, 1], "mean": [0.5], "std": [0.25], "classes": ["cat", "dog"]}'),
+        lambda path: read_task(path.parent),
     ),
     "manifest.json": Reader(manifest, check),
     "study": Reader(text("x.json", json.dumps(KEPT)), read_kept),
@@ -265,7 +294,7 @@ def outcome(reader: Reader, path: Path) -> str:
         reader.read(path)
         said = "read"
     except (InputError, ValueError) as error:
-        ours = isinstance(error, InputError) or str(error).startswith("read_torch: ")
+        ours = isinstance(error, InputError) or str(error).startswith(("read_torch: ", "read_weights: "))
         named = str(path) in str(error) or str(path.parent) in str(error)
         well = ours and named and len(str(error)) < 2000 and "MemoryError" not in str(error)
         said = "refused" if well else f"{type(error).__name__}: {error}"

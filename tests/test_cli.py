@@ -276,5 +276,5 @@ def test_eval_is_of_the_network_as_it_ended_and_not_of_its_best_epoch(tmp_path):
             weights, rest = nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
             weights = jax.tree.map(lambda weight, step=step: weight + step, weights)
             checkpoints.save(step, {"weights": weights, "rest": rest}, {}, validation)
-    loaded = nnx.state(session.load_model(config, digits, tmp_path), nnx.Param)
+    loaded = nnx.state(session.load_model(config, digits.image_shape, 10, tmp_path), nnx.Param)
     assert jax.tree.all(jax.tree.map(lambda one, two: (one == two).all(), loaded, weights))

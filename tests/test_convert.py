@@ -166,8 +166,10 @@ def test_training_goes_on():
     [
         (lambda **kwargs: models.tiny(width=8, **kwargs), (8, 8, 1)),
         (lambda **kwargs: models.resnet18(width=4, num_classes=10, **kwargs), (16, 16, 3)),
+        (models.resnet18, (64, 64, 3)),
+        (models.convnext_atto, (64, 64, 3)),
     ],
-    ids=["tiny", "resnet18"],
+    ids=["tiny", "resnet18", "resnet18 as published", "convnext_atto as published"],
 )
 def test_networks(make, shape):
     """In float32, as they are trained; with random statistics and no zero anywhere."""
@@ -186,7 +188,9 @@ def test_networks(make, shape):
     attends = convert(model)
     assert not any(isinstance(module, nn.Conv) for _, module in nnx.iter_modules(attends))
     scale = np.abs(y).max()
-    np.testing.assert_allclose(run(attends, x), y, atol=1e-5 * scale)
+    seen = run(attends, x)
+    np.testing.assert_allclose(seen, y, atol=1e-5 * scale)
+    np.testing.assert_array_equal(np.argsort(-seen)[:, :5], np.argsort(-y)[:, :5])
     back = convert(attends, to="conv")
     jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(back)), nnx.to_pure_dict(nnx.state(model)))
 
@@ -198,7 +202,7 @@ def trained(tmp_path_factory):
     cli.main(["train", "--mix", "conv", "--epochs", "8", "--out", str(run)])
     config = read_config(run)
     digits = data.load(config.data, config.seed)
-    model = session.load_model(config, digits, run)
+    model = session.load_model(config, digits.image_shape, len(digits.class_names), run)
     images, labels = digits.test.fetch(np.arange(len(digits.test)))
     return model, normalize(images, digits.mean, digits.std), labels
 

@@ -117,8 +117,8 @@ def test_a_broken_exif_says_nothing(tmp_path, damage):
 def test_a_large_jpeg_is_decoded_at_a_part_of_its_size(tmp_path, monkeypatch):
     ramp = np.broadcast_to(np.linspace(0, 255, 640, dtype=np.uint8)[None, :, None], (480, 640, 3))
     write_folder(tmp_path, [ramp] * 12, form="JPEG")
-    seen, fit = [], image_files.ImageOps.fit
-    monkeypatch.setattr(image_files.ImageOps, "fit", lambda image, *rest: seen.append(image.size) or fit(image, *rest))
+    seen, fit = [], image_files.fitted
+    monkeypatch.setattr(image_files, "fitted", lambda image, *rest: seen.append(image.size) or fit(image, *rest))
     images, _ = load(f"folder:{tmp_path}?size=32").test.fetch(np.arange(2))
     assert set(seen) == {(160, 120)}  # a quarter: at an eighth it would lose detail
     expected = np.asarray(fit(Image.fromarray(np.ascontiguousarray(ramp)), (32, 32)))

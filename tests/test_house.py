@@ -40,11 +40,11 @@ FLOOR = {
     "equivalence": 8,
     "models": 9,
     "pretrained": 10,
-    "train": 10,
-    "bench": 11,
-    "study": 11,
-    "cli": 12,
-    "__main__": 13,
+    "train": 11,
+    "bench": 12,
+    "study": 12,
+    "cli": 13,
+    "__main__": 14,
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

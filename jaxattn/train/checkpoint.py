@@ -205,7 +205,9 @@ class Checkpoints:
             raise InputError(f"{path}: the checkpoint cannot be written: {error}; {rest}") from error
 
 
-def load_weights(run: Path, model: nnx.Module, which: Literal["best", "last"] = "best") -> int:
+def load_weights(
+    run: Path, model: nnx.Module, which: Literal["best", "last"] = "best", learned: Any = nnx.Param
+) -> int:
     """Loads a network's weights and statistics from a run's checkpoint into `model`, and returns the step.
 
     The weights are their moving average where the run kept one. A damaged checkpoint is reported by a warning, and
@@ -215,6 +217,7 @@ def load_weights(run: Path, model: nnx.Module, which: Literal["best", "last"] = 
       run: the folder that `Checkpoints` was given; nothing in it is changed.
       model: the network that was trained, with any weights; their dtypes and shardings stay.
       which: the highest metric, the newest among equals; or the newest.
+      learned: an nnx filter, of the weights that the run changed (`jaxattn.train.finetune.learned`).
 
     Raises:
       InputError: no checkpoint there is whole; or its arrays are not those of `model`, in which case both are named.
@@ -231,8 +234,8 @@ def load_weights(run: Path, model: nnx.Module, which: Literal["best", "last"] = 
     saved = _read_manifest(path)["arrays"]
     kind = "average" if any(name.startswith("average/") for name in saved) else "weights"
     others = [name for name in saved if name.partition("/")[0] not in (kind, "rest")]
-    rest = nnx.state(model, nnx.Not(nnx.Any(nnx.Param, nnx.RngState)))
-    state = _load(path, saved, {kind: nnx.state(model, nnx.Param), "rest": rest}, others)
+    rest = nnx.state(model, nnx.Not(nnx.Any(learned, nnx.RngState)))
+    state = _load(path, saved, {kind: nnx.state(model, learned), "rest": rest}, others)
     nnx.update(model, state[kind], state["rest"])
     return step
 

@@ -7,21 +7,22 @@ from typing import Literal, get_args
 
 from jaxattn.errors import InputError
 
-RecipeName = Literal["digits", "fashion", "resnet", "vit", "cordonnier", "vit_b"]
+RecipeName = Literal["digits", "fashion", "resnet", "vit", "cordonnier", "vit_b", "finetune"]
 ResnetName = Literal["tiny", "resnet18", "resnet34", "resnet50"]
 VitName = Literal["vit_tiny8", "vit_small32", "vit_ti", "vit_s", "vit_b", "convit_ti", "convit_s", "cordonnier"]
 ModelName = Literal[ResnetName, VitName, "volume_small"]
-Mix = Literal["both", "conv", "attention", "global", "quadratic", "gpsa"]
+Mix = Literal["both", "conv", "attention", "global", "quadratic", "gpsa", "own"]
 OptimizerName = Literal["adamw", "sgd"]
 DtypeName = Literal["float32", "bfloat16"]
 
 RESNETS, VITS = get_args(ResnetName), get_args(VitName)
-CHOICES = {"recipe": RecipeName, "model": ModelName, "mix": Mix, "optimizer": OptimizerName, "dtype": DtypeName}
-COUNTS = {"epochs": 1, "batch_size": 1, "accumulate": 1, "shift": 0, "cutout": 0, "seed": 0}  # ints, at least this
-AMOUNTS = ("learning_rate", "weight_decay", "clip", "mixup", "cutmix")  # numbers, not negative
+CHOICES = {"recipe": RecipeName, "mix": Mix, "optimizer": OptimizerName, "dtype": DtypeName}
+# ints, at least this
+COUNTS = {"epochs": 1, "batch_size": 1, "accumulate": 1, "freeze": 0, "shift": 0, "cutout": 0, "seed": 0}
+AMOUNTS = ("learning_rate", "layer_decay", "weight_decay", "clip", "mixup", "cutmix")  # numbers, not negative
 SHARES = ("warmup", "momentum", "label_smoothing", "ema", "drop_path", "erasing")  # numbers from 0 up to 1
 SEEDS = 2**32  # JAX draws from the lower 32 bits, so larger seeds would be others again
-SWITCHES = ("flip", "remat", "skip_bad")
+SWITCHES = ("new_head", "flip", "remat", "skip_bad")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +31,21 @@ class Config:
 
     recipe: RecipeName = "digits"
     """What the other fields default to. Chosen by the data where it is not given."""
-    model: ModelName = "tiny"
-    """Network."""
+    model: str = "tiny"
+    """Network: `tiny`, `resnet18`, `vit_small32` and so on, or a published one, such as `swin_tiny`."""
     mix: Mix = "both"
     """What mixes the pixels. Of a ResNet: convolution, local attention, or two runs, one with each. Of a ViT: global
-    attention, local attention, quadratic heads, or gated positional ones (gpsa)."""
+    attention, local attention, quadratic heads, or gated positional ones (gpsa). `own` is what a network is made with,
+    and all that there is for a published one."""
+    weights: str = ""
+    """File of weights to begin with, `.safetensors` or PyTorch's, as `jaxattn export` writes; of the same network, for
+    images of any size that it takes."""
+    new_head: bool = True
+    """With `weights`: the layer that makes the logits begins anew, for other classes. Else the file's is taken."""
+    freeze: int = 0
+    """With `weights`: so many stages (blocks, of a network without stages), and all before them, stay as they are."""
+    layer_decay: float = 1.0
+    """What the learning rate of each block is multiplied by for every block behind it, from the images on."""
     data: str = "digits"
     """Data set: `digits` (scikit-learn's), `fashion-mnist:PATH`, `mnist:PATH`, `cifar10:PATH`, `cifar100:PATH`,
     `folder:PATH`, `parquet:PATH`, `numpy:PATH.npz`, or `relational` (made on the fly)."""
@@ -90,6 +101,10 @@ class Config:
                 raise InputError(f"{name} (={getattr(self, name)!r}) must be one of {', '.join(get_args(allowed))}")
         if not isinstance(self.data, str):
             raise InputError(f"data (={self.data!r}) must be a string, such as 'digits'")
+        if self.model not in get_args(ModelName) and self.model not in models():
+            raise InputError(f"model (={self.model!r}) must be one of {', '.join(models())}")
+        if not isinstance(self.weights, str):
+            raise InputError(f"weights (={self.weights!r}) must be a string, the path of a file")
         for name in SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} (={getattr(self, name)!r}) must be True or False")
@@ -101,18 +116,38 @@ class Config:
                 raise InputError(f"{name} (={value}) must be at least {low}{'' if name in COUNTS else ', and finite'}")
             if name == "learning_rate" and value == 0:
                 raise InputError("learning_rate (=0) must be more than 0: nothing would be learned")
+            if name == "layer_decay" and not 0 < value <= 1:
+                raise InputError(f"layer_decay (={value}) must be more than 0, and at most 1, which is none")
             if name == "seed" and value >= SEEDS:
                 raise InputError(f"seed (={value}) must be less than {SEEDS}")
             if name in SHARES and (value > 1 or (value == 1 and name != "warmup")):
                 raise InputError(f"{name} (={value}) must be {'at most' if name == 'warmup' else 'less than'} 1")
+        if self.weights == "" and (self.freeze or not self.new_head):
+            name = "freeze" if self.freeze else "new_head"
+            raise InputError(f"{name} (={getattr(self, name)}) must not be given without weights, of which it is")
         if self.model in RESNETS:
-            fitting = ("both", "conv", "attention")
+            fitting = ("both", "conv", "attention", "own")
         elif self.model == "volume_small":
-            fitting = ("attention",)
+            fitting = ("attention", "own")
+        elif self.model not in VITS:
+            fitting = ("own",)
         else:
-            fitting = ("gpsa",) if self.model.startswith("convit") else ("global", "attention", "quadratic", "gpsa")
+            gated = self.model.startswith("convit")
+            fitting = ("gpsa", "own") if gated else ("global", "attention", "quadratic", "gpsa", "own")
         if self.mix not in fitting:
             raise InputError(f"mix (={self.mix!r}) must be one of {', '.join(fitting)} for the model {self.model}")
+
+    @property
+    def label(self) -> str:
+        """What the lines of a run begin with: what mixes, or the network where that is all its own."""
+        return self.model if self.mix == "own" else self.mix
+
+
+def models() -> tuple[str, ...]:
+    """The names of the networks that can be trained."""
+    from jaxattn.pretrained.registry import names  # which imports every network
+
+    return tuple(dict.fromkeys([*get_args(ModelName), *names()]))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from flax import nnx
 
 from jaxattn.errors import InputError
+from jaxattn.train import finetune
 from jaxattn.train.build import build
 from jaxattn.train.config import Config
 from jaxattn.train.data import Dataset
@@ -32,4 +33,14 @@ def check_fits(config: Config, data: Dataset):
             raise InputError(
                 f"{name} (={getattr(config, name)}) must be 0 for a batch of one image, which has no other"
             )
-    nnx.eval_shape(lambda: build(config, data.image_shape, len(data.class_names)))
+    model = nnx.eval_shape(lambda: build(config, data.image_shape, len(data.class_names)))
+    finetune.learned(config, model)
+
+
+def check_weights(config: Config, data: Dataset):
+    """Raises if the file of weights that the settings name cannot be read, or does not fit the network.
+
+    Raises:
+      ValueError: with the file's name.
+    """
+    finetune.fill(config, nnx.eval_shape(lambda: build(config, data.image_shape, len(data.class_names))))

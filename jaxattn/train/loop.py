@@ -99,22 +99,23 @@ def train(
     total = config.epochs * steps
     rate = schedule(config, total // config.accumulate)
     program = assemble(config, data, total, mesh)
-    state = program.init()
 
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(folder, identity=identity))
-        restored = checkpoints.restore(state) if resume else None
+        restored = checkpoints.restore(program.init(False)) if resume else None
         position = {"seconds": 0.0, "meter": {}}
         if restored:
             state, position = restored.tree, restored.position
             stream.set_state(position["data"])
+        else:
+            state = program.init(True)
         # CPUs of several processes can wait for one another forever if one runs ahead
         ahead = 0 if jax.process_count() > 1 and jax.default_backend() == "cpu" else AHEAD
         meter = Meter(100 * math.log(len(data.class_names) + 1), **position["meter"], ahead=ahead)
         done, before = int(state.step), position["seconds"]
         log = stack.enter_context(contextlib.closing(Log(folder, done) if is_main() else Silent()))
         stopping = stack.enter_context(stop_signals())
-        bar = tqdm(total=total, initial=done, desc=f"{config.mix}, compiling", unit="step", disable=not is_main())
+        bar = tqdm(total=total, initial=done, desc=f"{config.label}, compiling", unit="step", disable=not is_main())
         stack.enter_context(bar)
 
         # compiled before the clock starts, so that images per second measures training alone
@@ -123,7 +124,7 @@ def train(
         images, labels = data.train.fetch(rows)
         compiled = program.step.lower(state, program.place({"image": images, "label": labels})).compile()
         flops, peak = (compiled.cost_analysis() or {}).get("flops", math.nan), peak_flops(config.dtype)
-        bar.set_description(config.mix)
+        bar.set_description(config.label)
 
         line = epoch = (done, time.perf_counter())  # since when the speed is measured
         for step in range(done + 1, total + 1):

@@ -5,6 +5,7 @@ import optax
 from jaxtyping import PyTree
 
 from jaxattn.train.config import Config
+from jaxattn.train.finetune import by_layer
 
 PLACES = ("position", "centre")
 
@@ -33,7 +34,8 @@ def decaying(weights: PyTree) -> PyTree:
 
 def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
     """Clipping, then AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) or SGD with Nesterov's momentum, whose decay
-    is part of the gradient; `accumulate` steps make one update by the mean of their gradients.
+    is part of the gradient; each block's update is the smaller the nearer it is to the images, by `layer_decay`.
+    `accumulate` steps make one update by the mean of their gradients.
 
     Args:
       config: of the run.
@@ -47,6 +49,8 @@ def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
             optax.add_decayed_weights(config.weight_decay, decaying),
             optax.sgd(rate, config.momentum, nesterov=True),
         ]
+    if config.layer_decay < 1:
+        parts.append(by_layer(config.layer_decay))
     if config.clip:
         parts.insert(0, optax.clip_by_global_norm(config.clip))
     optimizer = optax.chain(*parts)

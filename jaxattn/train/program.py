@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxattn.train import finetune
 from jaxattn.train.build import build
 from jaxattn.train.config import Config
 from jaxattn.train.data import Dataset
@@ -33,7 +34,8 @@ class Program(NamedTuple):
       step: (state, batch) -> state, metrics, jitted, in the memory of the state that it is given.
       predict: (weights, rest, images) -> classes, jitted.
       state: the untrained one, as `jax.ShapeDtypeStruct`s that know where they lie on the mesh.
-      init: () -> the untrained state.
+      init: (filled) -> the state before the first step; filled with the weights of the file that the settings name,
+        if they name one.
       place: a batch, or this process's part of it, to where the step wants it.
       gather: arrays of the state, whole, on every process.
     """
@@ -41,7 +43,7 @@ class Program(NamedTuple):
     step: jax.stages.Wrapped
     predict: jax.stages.Wrapped
     state: State
-    init: Callable[[], State]
+    init: Callable[[bool], State]
     place: Callable[[Mapping[str, Any]], dict[str, Any]]
     gather: Callable[[Any], Any]
 
@@ -60,15 +62,23 @@ def assemble(config: Config, data: Dataset, steps: int, mesh: Mesh | None = None
     """
     make = lambda: build(config, data.image_shape, len(data.class_names))
     model, optimizer = nnx.eval_shape(make), make_optimizer(config, steps)
-    state = jax.eval_shape(lambda: init_state(config, make(), optimizer))
+    learned = finetune.learned(config, model)
+    state = jax.eval_shape(lambda: init_state(config, make(), optimizer, learned))
     if mesh is not None:
         check_batch(mesh, config.batch_size, data.image_shape)
         on_mesh(model, mesh)
     model.eval()
     predict = make_predict(nnx.graphdef(model), data)
     model.train()
-    loss_fn = make_loss(nnx.graphdef(model), config)
-    init = lambda: init_state(config, make(), optimizer)
+    finetune.freeze(config, model)
+    loss_fn = make_loss(nnx.graphdef(model), config, learned)
+
+    def init(filled: bool) -> State:
+        model = make()
+        if filled:
+            finetune.fill(config, model)
+        return init_state(config, model, optimizer, learned)
+
     if mesh is None:
         return Program(
             step=jax.jit(make_step(config, data, loss_fn, optimizer), donate_argnums=0),
@@ -89,7 +99,7 @@ def assemble(config: Config, data: Dataset, steps: int, mesh: Mesh | None = None
         step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere)),
         predict=jax.jit(sharded_predict(predict, mesh, specs), out_shardings=everywhere),
         state=jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, shardings),
-        init=lambda: jax.device_put(init(), shardings),
+        init=lambda filled: jax.device_put(init(filled), shardings),
         place=lambda batch: {name: jax.make_array_from_process_local_data(lies[name], batch[name]) for name in FED},
         gather=lambda arrays: jax.device_get(jax.jit(lambda x: x, out_shardings=everywhere)(arrays)),
     )

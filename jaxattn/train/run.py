@@ -7,6 +7,7 @@ is. Each is written beside its place and then renamed: no reader sees half of on
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -26,6 +27,15 @@ class Source(NamedTuple):
 
     absolute: str
     fingerprint: str
+
+
+class Task(NamedTuple):
+    """What a run's images are, and what its outputs mean: its network is of use without its data."""
+
+    image_shape: tuple[int, ...]  # height, width, channels; or depth before them
+    mean: tuple[float, ...]  # of the pixels from 0 to 1, for each channel: what is subtracted
+    std: tuple[float, ...]  # what it is divided by
+    classes: tuple[str, ...]
 
 
 def default_folder(config: Config) -> Path:
@@ -151,6 +161,37 @@ def read_source(run: Path) -> Source | None:
     if found.keys() != set(Source._fields) or not all(isinstance(value, str) for value in found.values()):
         raise InputError(f"{path}: has {', '.join(map(shown, found))}, expected {' and '.join(Source._fields)}")
     return Source(**found)
+
+
+def write_task(task: Task, folder: Path):
+    """Writes what `read_task` reads."""
+    write_json(folder / "task.json", task._asdict())
+
+
+def read_task(run: Path) -> Task:
+    """What a run's images are, and its classes.
+
+    Raises:
+      ValueError: it was not kept, or the file is damaged.
+    """
+    path = run / "task.json"
+    found = read_json(path)
+    kinds = {"image_shape": int, "mean": int | float, "std": int | float, "classes": str}
+    whole = found.keys() == kinds.keys() and all(
+        isinstance(found[name], list) and all(isinstance(part, kind) for part in found[name])
+        for name, kind in kinds.items()
+    )
+    task = Task(**{name: tuple(values) for name, values in found.items()}) if whole else None
+    if (
+        task is None
+        or len(task.image_shape) not in (3, 4)
+        or not all(0 < n < 1 << 20 for n in task.image_shape)
+        or not len(task.mean) == len(task.std) == task.image_shape[-1]
+        or not all(math.isfinite(number) for number in task.mean + task.std)
+        or min(task.std) <= 0
+    ):
+        raise InputError(f"{path}: has {', '.join(map(shown, found))}, expected {', '.join(kinds)}, which fit together")
+    return task
 
 
 def check_same(run: Path, name: str, fingerprint: str):

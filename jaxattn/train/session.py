@@ -24,15 +24,18 @@ from jaxattn.nn.quadratic import QuadraticAttention
 from jaxattn.train import evaluate, loop
 from jaxattn.train.augment import normalize
 from jaxattn.train.build import build
+from jaxattn.train.checkpoint import FOLDER as CHECKPOINTS
 from jaxattn.train.checkpoint import check_handles, load_weights
 from jaxattn.train.config import Config, Options
 from jaxattn.train.data import Dataset, absolute, fingerprint, load
 from jaxattn.train.distributed import is_main, joined
-from jaxattn.train.fits import check_fits
+from jaxattn.train.finetune import learned
+from jaxattn.train.fits import check_fits, check_weights
 from jaxattn.train.lock import locked
 from jaxattn.train.report import COMPARED, write_report
 from jaxattn.train.run import (
     Source,
+    Task,
     check_out,
     check_same,
     default_folder,
@@ -45,6 +48,7 @@ from jaxattn.train.run import (
     read_source,
     start_run,
     write_source,
+    write_task,
 )
 from jaxattn.train.sharding import check_batch, make_mesh
 from jaxattn.window import Window
@@ -73,6 +77,8 @@ def train(config: Config, options: Options):
     """
     config.check()
     options.check()
+    if config.recipe == "finetune" and not config.weights:
+        raise InputError("weights (='') must be a file for the recipe finetune, which begins with it")
     code = 0
     with joined(options.coordinator, options.processes, options.process):
         try:
@@ -101,16 +107,20 @@ def train_here(config: Config, options: Options):
         digest = fingerprint(data)
         if is_main() and resume and (out / "config.json").is_file():
             check_same(out, config.data, digest)
-        for one, _ in networks(config, out):
+        for one, folder in networks(config, out):
             check_fits(one, data)
+            if not (resume and (folder / CHECKPOINTS).exists()):
+                check_weights(one, data)
         if mesh is not None:
             check_batch(mesh, config.batch_size, data.image_shape)
 
         # The networks: one, or two that are compared, each in a folder of its own
         source = Source(absolute(config.data), digest)
+        task = Task(data.image_shape, tuple(data.mean.tolist()), tuple(data.std.tolist()), data.class_names)
         if is_main():
             start_run(out, config, resume=resume, overwrite=options.overwrite)
             write_source(source, out)
+            write_task(task, out)
         for image in data.skipped:
             say(f"left out: {image}", file=sys.stderr)
         models, done = {}, is_whole(out) and (out / "figures").is_dir()
@@ -119,6 +129,7 @@ def train_here(config: Config, options: Options):
                 stack.enter_context(locked(folder))
                 start_run(folder, one, resume=resume)
                 write_source(source, folder)
+                write_task(task, folder)
             how = {"resume": resume, "checkpoint_every": options.checkpoint_every, "mesh": mesh}
             models[one.mix] = train_one(one, data, folder, identity=identity(one, digest), **how)
 
@@ -146,7 +157,7 @@ def train_one(config: Config, data: Dataset, folder: Path, **how: Any) -> nnx.Mo
     whole = is_whole(folder)
     together(f"seen {folder}")
     if whole:
-        model = load_model(config, data, folder)
+        model = load_model(config, data.image_shape, len(data.class_names), folder)
     else:
         trained = loop.train(config, data, folder, **how)
         model = trained.model
@@ -154,7 +165,7 @@ def train_one(config: Config, data: Dataset, folder: Path, **how: Any) -> nnx.Mo
             end_run(folder, measure(trained, data))
     if is_main():
         results = read_results(folder, *MEASURED)
-        say(accuracy_line(config.mix, results["test_correct"], results["test_images"]))
+        say(accuracy_line(config.label, results["test_correct"], results["test_images"]))
     return model
 
 
@@ -181,7 +192,7 @@ def draw(config: Config, data: Dataset, folder: Path, model: nnx.Module) -> dict
     """The figures of a run: how it learned, and what its first mixer looks like. They are saved in its folder too."""
     figures = {}
     with at_no_cost(folder):
-        save_figures(folder, {"learning_curves": plots.learning_curves({config.mix: read_epochs(folder)})})
+        save_figures(folder, {"learning_curves": plots.learning_curves({config.label: read_epochs(folder)})})
     with at_no_cost(folder):
         figures = look_inside(model, data)
         save_figures(folder, figures)
@@ -203,7 +214,10 @@ def look_inside(model: nnx.Module, data: Dataset) -> dict[str, Any]:
         # of a transformer, where its quadratic heads look
         quadratic = any(isinstance(layer, QuadraticAttention) for _, layer in nnx.iter_modules(model))
         return {"head_centers": plots.head_centers_on_grid(model.centers(), model.spreads())} if quadratic else {}
-    path, mixer = next((path, mixer) for path, mixer in nnx.iter_modules(model) if isinstance(mixer, GridMixer))
+    mixers = [(path, mixer) for path, mixer in nnx.iter_modules(model) if isinstance(mixer, GridMixer)]
+    if not mixers:
+        return {}
+    path, mixer = mixers[0]
     match mixer.layer:
         case Conv() as conv:
             return {"kernels": plots.kernels(np.asarray(conv.kernel[...]))}
@@ -282,20 +296,21 @@ def evaluate_run(run: Path, name: str | None = None):
     check_same(run, name, fingerprint(data))
     for _, folder in networks(config, run):
         one = read_config(folder)
-        correct = evaluate.evaluate(load_model(one, data, folder), data, data.test)
-        print(accuracy_line(one.mix, correct, len(data.test)))
+        model = load_model(one, data.image_shape, len(data.class_names), folder)
+        correct = evaluate.evaluate(model, data, data.test)
+        print(accuracy_line(one.label, correct, len(data.test)))
 
 
-def load_model(config: Config, data: Dataset, folder: Path) -> nnx.Module:
+def load_model(config: Config, image_shape: tuple[int, ...], classes: int, folder: Path) -> nnx.Module:
     """The network of a run, as it ended."""
-    model = build(config, data.image_shape, len(data.class_names))
-    load_weights(folder, model, "last")
+    model = build(config, image_shape, classes)
+    load_weights(folder, model, "last", learned(config, model))
     return model
 
 
-def accuracy_line(mix: str, correct: int, total: int) -> str:
+def accuracy_line(label: str, correct: int, total: int) -> str:
     """What `train` and `eval` print."""
-    return f"{mix}: test accuracy {correct / total:.2%} ({correct} of {total})"
+    return f"{label}: test accuracy {correct / total:.2%} ({correct} of {total})"
 
 
 # ======================================================================================================================

@@ -20,22 +20,24 @@ class State(NamedTuple):
 
     step: Int[Array, ""]  # steps done
     weights: PyTree  # what is learned, float32
-    rest: PyTree  # BatchNorm's statistics
+    rest: PyTree  # BatchNorm's statistics, and frozen weights
     moments: optax.OptState
     average: PyTree  # the mean of the weights that `ema` asks for, or None
 
 
-def init_state(config: Config, model: nnx.Module, optimizer: optax.GradientTransformation) -> State:
-    """The state before the first step."""
-    weights, rest = nnx.state(model, nnx.Param, ...)
+def init_state(
+    config: Config, model: nnx.Module, optimizer: optax.GradientTransformation, learned: Any = nnx.Param
+) -> State:
+    """The state before the first step; `learned` is an nnx filter, of the weights that change."""
+    weights, rest = nnx.state(model, learned, ...)
     # a copy: a buffer can be given away to the compiled step only once
     average = jax.tree.map(jnp.copy, weights) if config.ema else None
     return State(jnp.zeros((), jnp.int32), weights, rest, optimizer.init(weights), average)
 
 
-def make_loss(graph: nnx.GraphDef, config: Config) -> Callable:
+def make_loss(graph: nnx.GraphDef, config: Config, learned: Any = nnx.Param) -> Callable:
     """The loss of a batch: (weights, rest, key, images [batch, *grid, channels], targets [batch, classes])
-    -> loss, (rest, accuracy)."""
+    -> loss, (rest, accuracy). The weights are those that the nnx filter `learned` is of."""
 
     def loss_fn(weights, rest, key, images, targets):
         model = nnx.merge(graph, weights, rest, copy=True)
@@ -43,7 +45,7 @@ def make_loss(graph: nnx.GraphDef, config: Config) -> Callable:
         logits = logits.astype(jnp.float32)  # [batch, classes]
         loss = optax.softmax_cross_entropy(logits, targets).mean()
         accuracy = (logits.argmax(-1) == targets.argmax(-1)).mean(dtype=jnp.float32)
-        return loss, (nnx.state(model, nnx.Not(nnx.Param)), accuracy)
+        return loss, (nnx.state(model, nnx.Not(learned)), accuracy)
 
     return loss_fn
 

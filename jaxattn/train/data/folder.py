@@ -34,7 +34,7 @@ def read_folder(path: Path, options: Mapping[str, str], skip_bad: bool) -> Found
     validation, test = parts.get("validation"), parts.get("test")
     if test is None:
         validation, test = None, validation
-    class_names = tuple(map(_legible, numbers))
+    class_names = tuple(map(legible, numbers))
     return Found(str(folders["train"]), class_names, parts["train"], validation, test, tuple(skipped))
 
 
@@ -54,7 +54,7 @@ def _files(folder: Path, numbers: Mapping[str, int], top: Path) -> list[Encoded]
     files = []
     for inner in _inner(folder):
         if inner.name not in numbers:
-            raise InputError(f"{inner}: no class of the training images: {', '.join(map(_legible, numbers))}")
+            raise InputError(f"{inner}: no class of the training images: {', '.join(map(legible, numbers))}")
         for path in _listed(inner):
             if path.is_dir():
                 hint = f"; where the classes are in {inner}, that is the data: folder:{inner}" if folder == top else ""
@@ -75,10 +75,10 @@ def _listed(folder: Path) -> list[Path]:
         return sorted(path for path in folder.iterdir() if path.name[0] != "." and path.name.lower() not in JUNK)
 
 
-def _legible(name: str) -> str:
+def legible(name: str) -> str:
     """A folder's name, whose bytes need not be UTF-8, as text that can be written and drawn.
 
-    >>> _legible("café"), _legible("caf\\udce9")
+    >>> legible("café"), legible("caf\\udce9")
     ('café', 'caf\\\\xe9')
     """
     return os.fsencode(name).decode("utf-8", "backslashreplace")

@@ -17,7 +17,7 @@ from jaxattn.files import memory, reason
 from jaxattn.train.data.split import Examples
 
 with needs_extra("train"):
-    from PIL import Image, ImageOps
+    from PIL import Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "YCbCr", "CMYK")  # 16 bits would be cut off at 255
@@ -159,18 +159,57 @@ def _wrong(header: Header | str, expected: tuple[int, int] | None) -> str | None
     return None
 
 
+def decode(file: Encoded, shape: tuple[int, int, int], crop: float, interpolation: str) -> np.ndarray | str:
+    """The middle of one image in that shape, height, width and channels, as uint8; or what is wrong with it.
+
+    Args:
+      file: the image.
+      shape: it is grey with one channel, and else red, green and blue.
+      crop: the share of the largest such rectangle in it, along each axis, that is taken.
+      interpolation: bicubic or bilinear.
+    """
+    header = _header(file)
+    if isinstance(header, str):
+        return header
+    sides = shape[1], shape[0]
+    try:
+        return _decoded(file, shape, max(sides), lambda image: fitted(image, sides, crop, interpolation))
+    except Exception as error:  # as above
+        return _message(error)
+
+
+def fitted(
+    image: Image.Image, sides: tuple[int, int], crop: float = 1.0, interpolation: str = "bicubic"
+) -> Image.Image:
+    """The middle of an image as `decode` takes it; `sides` are width and height.
+
+    >>> fitted(Image.new("L", (300, 200)), (64, 32), 0.5).size
+    (64, 32)
+    """
+    scale = crop * min(image.width / sides[0], image.height / sides[1])
+    half = [scale * side / 2 for side in sides]
+    box = (image.width / 2 - half[0], image.height / 2 - half[1], image.width / 2 + half[0], image.height / 2 + half[1])
+    return image.resize(sides, Image.Resampling[interpolation.upper()], box)
+
+
+def _decoded(
+    file: Encoded, shape: tuple[int, ...], size: int | None, fit: Callable[[Image.Image], Image.Image]
+) -> np.ndarray:
+    """An image, upright, in the colours of that shape, through `fit`; `size` is about the longer side of the result."""
+    with file.open() as stream, Image.open(stream, formats=FORMATS) as image:
+        turned = TURN.get(_orientation(image))
+        if size:  # a JPEG file may be decoded at half, a quarter or an eighth, in as much less time
+            image.draft(None, (2 * size, 2 * size))
+        with ONE_LARGE if image.width * image.height > LARGE else contextlib.nullcontext():
+            converted = image.convert("L" if shape[-1] == 1 else "RGB")  # decodes all of it
+            upright = converted if turned is None else converted.transpose(turned)
+            return np.asarray(fit(upright)).reshape(shape)
+
+
 def _decode_into(out: UInt8[np.ndarray, "height width channels"], file: Encoded, size: int | None) -> str | None:
     """Decodes one image, or returns what is wrong."""
     try:
-        with file.open() as stream, Image.open(stream, formats=FORMATS) as image:
-            turned = TURN.get(_orientation(image))
-            if size:  # a JPEG file may be decoded at half, a quarter or an eighth, in as much less time
-                image.draft(None, (2 * size, 2 * size))
-            with ONE_LARGE if image.width * image.height > LARGE else contextlib.nullcontext():
-                converted = image.convert("L" if out.shape[-1] == 1 else "RGB")  # decodes all of it
-                upright = converted if turned is None else converted.transpose(turned)
-                fitted = ImageOps.fit(upright, (size, size), Image.Resampling.BICUBIC) if size else upright
-                out[...] = np.asarray(fitted).reshape(out.shape)
+        out[...] = _decoded(file, out.shape, size, lambda image: image if size is None else fitted(image, (size, size)))
     except Exception as error:  # as above
         return _message(error)
     return None

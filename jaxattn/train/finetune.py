@@ -19,10 +19,10 @@ from jaxattn.train.config import Config
 Path = Sequence[Any]  # of a module or a weight in a network: names, and numbers within lists
 # what networks have before their blocks, and what behind them
 BEFORE = (
-    "patches", "patch_norm", "stem", "stem1", "stem2", "stem_norm", "position", "class_position", "class_token",
-    "registers", "norm_before",
+    "patches", "patch_norm", "stem", "stem1", "stem2", "stem_norm", "stem_norms", "position", "class_position",
+    "class_token", "registers", "norm_before",
 )  # fmt: skip
-AFTER = ("norm", "head", "head_norm", "hidden", "classifier")
+AFTER = ("norm", "token", "class_blocks", "latent_pool", "head", "head_norm", "hidden", "hidden_norm", "classifier")
 LAST = 1 << 30
 
 

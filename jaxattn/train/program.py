@@ -34,8 +34,8 @@ class Program(NamedTuple):
       step: (state, batch) -> state, metrics, jitted, in the memory of the state that it is given.
       predict: (weights, rest, images) -> classes, jitted.
       state: the untrained one, as `jax.ShapeDtypeStruct`s that know where they lie on the mesh.
-      init: (filled) -> the state before the first step; filled with the weights of the file that the settings name,
-        if they name one.
+      init: (filled=True) -> the state before the first step; filled with the weights of the file that the settings
+        name, if they name one.
       place: a batch, or this process's part of it, to where the step wants it.
       gather: arrays of the state, whole, on every process.
     """
@@ -43,7 +43,7 @@ class Program(NamedTuple):
     step: jax.stages.Wrapped
     predict: jax.stages.Wrapped
     state: State
-    init: Callable[[bool], State]
+    init: Callable[..., State]
     place: Callable[[Mapping[str, Any]], dict[str, Any]]
     gather: Callable[[Any], Any]
 
@@ -73,7 +73,7 @@ def assemble(config: Config, data: Dataset, steps: int, mesh: Mesh | None = None
     finetune.freeze(config, model)
     loss_fn = make_loss(nnx.graphdef(model), config, learned)
 
-    def init(filled: bool) -> State:
+    def init(filled: bool = True) -> State:
         model = make()
         if filled:
             finetune.fill(config, model)
@@ -99,7 +99,7 @@ def assemble(config: Config, data: Dataset, steps: int, mesh: Mesh | None = None
         step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere)),
         predict=jax.jit(sharded_predict(predict, mesh, specs), out_shardings=everywhere),
         state=jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, shardings),
-        init=lambda filled: jax.device_put(init(filled), shardings),
+        init=lambda filled=True: jax.device_put(init(filled), shardings),
         place=lambda batch: {name: jax.make_array_from_process_local_data(lies[name], batch[name]) for name in FED},
         gather=lambda arrays: jax.device_get(jax.jit(lambda x: x, out_shardings=everywhere)(arrays)),
     )

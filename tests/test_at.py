@@ -4,12 +4,16 @@ import functools
 import itertools
 import math
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
 from contract import close, problem, quicker
+from tiers import examples
+from windows import grids
 
 from jaxattn import attention_at
 from jaxattn.window import Window
@@ -79,10 +83,24 @@ def loops(query, positions, key, value, relative_bias, key_embedding, bias, *, g
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.full] * (k != 1)) for k, n in enumerate(CASES)])
 def test_against_loops(name):
+    against_loops(*CASES[name], seed=len(name))
+
+
+@pytest.mark.full
+@examples(0.25, phases=[hypothesis.Phase.generate])
+@hypothesis.given(drawn=grids(rank=2, most=7, widest=3), seed=st.integers(0, 99))
+def test_drawn(drawn, seed):
+    """With tables, whose entries are offsets from 1-k to k-1."""
+    grid, given = drawn
+    axes = zip(*(given[name] for name in ("offset", "size", "dilation", "causal", "block")), strict=True)
+    offset = tuple(None if o is None or causal or block > 1 else -d * (o % k) for o, k, d, causal, block in axes)
+    against_loops(grid, given | {"stride": 1, "offset": offset}, seed)
+
+
+def against_loops(grid, given, seed):
     """Values, and the gradient of every operand, positions too, along a direction: by a complex step, which is exact.
     Queries on the grid and off it, between tokens."""
-    grid, given = CASES[name]
-    window, rng = Window(**given), np.random.default_rng(len(name))
+    window, rng = Window(**given), np.random.default_rng(seed)
     n, heads, key_heads, dim = 5, 2, 1, 3
     tables = tuple(2 * k - 1 for k in window.sizes)
     operands = {

@@ -5,12 +5,17 @@ import math
 from functools import partial
 from typing import Any
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from contract import quicker
 from flax import nnx
+from tiers import examples
+from windows import grids
 
 from jaxattn import attention, position
 from jaxattn.nn import Attention
@@ -86,6 +91,25 @@ def test_rotary_is_a_product_of_complex_numbers():
             z, w = (a[..., 0::2] + 1j * a[..., 1::2] for a in (np.asarray(y), c))
             slope = -(np.conj(w) * z).imag
             close(by_mixed, np.einsum("nabhp,abr->hpr", slope, positions))
+
+
+@pytest.mark.full
+@examples(1, phases=[hypothesis.Phase.generate])
+@hypothesis.given(data=st.data())
+def test_rotary_drawn(data):
+    """Any grid, and any share of the head's pairs for each axis, the rest not turned."""
+    grid = tuple(data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3)))
+    pairs = tuple(data.draw(st.integers(1, 3)) for _ in grid)
+    rest, base = data.draw(st.integers(0, 2)), data.draw(st.floats(2, 1e4))
+    pairing, offset = data.draw(st.sampled_from(["halves", "neighbours"])), data.draw(st.floats(-9, 9))
+    x = draw(len(grid), 2, *grid, 2, 2 * (sum(pairs) + rest))
+    of = partial(position.rotary, grid, x.shape[-1], axes=pairs, base=base, pairing=pairing, dtype=jnp.float64)
+    rotate = lambda x: position.rotate(x, of(offset=offset))
+    places = np.stack(np.meshgrid(*map(np.arange, grid), indexing="ij"), -1) + offset
+    frequencies = by_axis(base, *pairs)
+    y, back = jax.jit(lambda x: (rotate(x), jax.linear_transpose(rotate, x)(x)[0]), compiler_options=quicker)(x)
+    close(y, turned(x, frequencies, places, pairing))
+    close(back, turned(x, frequencies, places, pairing, sign=-1))
 
 
 def test_scores_depend_on_differences_alone():
@@ -251,6 +275,40 @@ def test_alibi_is_its_formula():
     close(gradient(slopes), -(weights * apart).sum((1, 2)))
     # Press et al.: 8 heads have 1/2 .. 1/256; what is nearer weighs more, by attention itself
     close(position.alibi_slopes(8), [2.0**-n for n in range(1, 9)])
+
+
+@pytest.mark.full
+@examples(1, phases=[hypothesis.Phase.generate])
+@hypothesis.given(drawn=grids(rank=3, most=9, widest=4), seed=st.integers(0, 9))
+def test_alibi_drawn(drawn, seed):
+    window = Window(**drawn[1])
+    slopes = draw(seed, 2, window.rank)
+    found = position.alibi(window, 2, slopes=jnp.asarray(slopes), dtype=jnp.float64)
+    for h, *entry in np.ndindex(2, *(2 * k - 1 for k in window.sizes)):
+        apart = [d * abs(e - k + 1) for e, k, d in zip(entry, window.sizes, window.dilation, strict=True)]
+        close(found[(h, *entry)], -slopes[h] @ apart)
+
+
+@pytest.mark.full
+@examples(0.5, phases=[hypothesis.Phase.generate])
+@hypothesis.given(data=st.data())
+def test_a_window_that_is_clipped_is_what_the_smaller_one_is(data):
+    """Of a layer with tables for the larger window, whose middle is what is left."""
+    grid = tuple(data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=2)))
+    size, dilation = tuple(data.draw(st.integers(1, 7)) for _ in grid), data.draw(st.integers(1, 2))
+    window = Window(size, dilation=dilation)
+    layer = layer64(2, 4, window=window, relative_bias=True, clip=True)
+    table = draw(3, *layer.relative_bias.shape)
+    layer.relative_bias[...] = jnp.asarray(table)
+    x = draw(4, 1, *grid, 4)
+    state = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(layer)))
+    q, k, v = (np.tensordot(x, state[n]["kernel"], 1) + state[n]["bias"] for n in ("query", "key", "value"))
+    fits = tuple(min(n, max(length // dilation, 1)) for n, length in zip(size, grid, strict=True))
+    hypothesis.assume(all(dilation <= length for length in grid))
+    cut = table[(slice(None), *(slice(n - m, n + m - 1) for n, m in zip(size, fits, strict=True)))]
+    y, _ = oracle.attention(q, k, v, size=fits, geometry={"dilation": dilation}, relative_bias=cut)
+    found = jax.jit(lambda x: layer(x), compiler_options=quicker)(x)
+    close(found, np.tensordot(y, state["out"]["kernel"], 2) + state["out"]["bias"])
 
 
 def test_alibi_slopes_are_those_of_bloom():

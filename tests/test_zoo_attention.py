@@ -2,12 +2,15 @@
 
 from functools import partial
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle_zoo_attention as oracle
 import pytest
 from flax import nnx
+from tiers import examples
 
 from jaxattn import zoo
 from jaxattn.window import Window
@@ -211,11 +214,31 @@ CASES |= {
 @pytest.mark.core(9)
 @pytest.mark.parametrize("name", CASES)
 def test_a_layer_is_its_formula(name):
+    is_its_formula(*CASES[name])
+
+
+@pytest.mark.full
+@examples(0.5, phases=[hypothesis.Phase.generate])
+@hypothesis.given(data=st.data())
+def test_drawn_shifted_windows(data):
+    """Of up to two axes, ragged and smaller than a window; a cyclic one has whole windows."""
+    grid, window, shift, wrap = [], [], [], []
+    for _ in range(data.draw(st.integers(1, 2))):
+        k, cyclic = data.draw(st.integers(1, 4)), data.draw(st.booleans())
+        n = k * data.draw(st.integers(1, 3)) if cyclic else data.draw(st.integers(1, 8))
+        for several, one in ((grid, n), (window, k), (shift, data.draw(st.integers(0, k - 1))), (wrap, cyclic)):
+            several.append(one)
+    boundary = tuple("wrap" if cyclic else "mask" for cyclic in wrap)
+    kwargs = {"window": tuple(window), "shift": tuple(shift), "boundary": boundary, "shift_whole": True}
+    loop = {"size": tuple(window), "shift": tuple(shift), "wrap": tuple(wrap)}
+    is_its_formula("shifted_window_attention", projections() | biases(tuple(window)), kwargs, loop, tuple(grid))
+
+
+def is_its_formula(layer, params, kwargs, loop_kwargs, grid):
     """Values, and the derivative of a random projection of them along a random direction of each input and parameter.
 
     To 1e-10 of the largest: sums of a few hundred products.
     """
-    layer, params, kwargs, loop_kwargs, grid = CASES[name]
     function = partial(getattr(zoo, layer), **kwargs)
     loop = partial(getattr(oracle, layer), **loop_kwargs)
     x = draw(9, *grid, FEATURES)

@@ -364,6 +364,16 @@ def test_a_folder_that_is_removed_while_training(small, monkeypatch):
     assert not Path("run").exists()
 
 
+def test_a_log_that_is_removed_while_training(tmp_path):
+    """As where a folder is removed while a checkpoint is made in it: that one is left, and the rest is gone."""
+    log = Log(tmp_path, 0)
+    log.steps({"step": 1, "loss": 0.5})
+    (tmp_path / "steps.jsonl").unlink()
+    with pytest.raises(InputError, match=r"steps\.jsonl was removed"):
+        log.steps({"step": 2, "loss": 0.5})
+    log.close()
+
+
 def test_few_open_files_are_told_before_anything_is_made(small, monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda _: (12, 12))
     refused("the limit of open files (ulimit -n, =12) must be at least 64", "train", "--out", "run")

@@ -473,7 +473,10 @@ def npy_bytes(array):
 def test_names_of_classes_that_numpy_has_as_bytes(tmp_path):
     name = write_npz(tmp_path / "x.npz", class_names=np.array(["café".encode(), b"dog", b"emu"]))
     assert load(name).class_names == ("café", "dog", "emu")
-    for wrong, message in ((np.array([b"caf\xe9"] * 3), "can't decode byte"), (np.array([], "U1"), "names .* are none")):
+    for wrong, message in (
+        (np.array([b"caf\xe9"] * 3), "can't decode byte"),
+        (np.array([], "U1"), "names .* are none"),
+    ):
         with pytest.raises(InputError, match=rf"x\.npz: .*{message}"):
             load(write_npz(tmp_path / "x.npz", class_names=wrong))
 

@@ -29,6 +29,7 @@ import pyarrow.parquet
 from PIL import Image
 
 from jaxattn.errors import InputError
+from jaxattn.pretrained import read_weights
 from jaxattn.study.kept import read_kept
 from jaxattn.torch_file import read_torch
 from jaxattn.train.checkpoint import Damaged, _check
@@ -87,6 +88,13 @@ def torch_legacy(folder: Path) -> Path:
     return put(folder / "w.pth", b"".join([*head, torch_pickle(), *tail]))
 
 
+def safetensors(folder: Path) -> Path:
+    """By hand: a header's length, the header, two arrays."""
+    parts = {"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}
+    header = json.dumps(parts | {"b": {"dtype": "BF16", "shape": [2], "data_offsets": [24, 28]}}).encode()
+    return put(folder / "w.safetensors", struct.pack("<Q", len(header)) + header + bytes(28))
+
+
 def npz(compress: bool) -> Callable[[Path], Path]:
     def write(folder: Path) -> Path:
         made = io.BytesIO()
@@ -132,6 +140,13 @@ def cifar_folder(folder: Path) -> Path:
     for name, content in cifar_files().items():
         put(folder / name, content)
     return folder / "data_batch_2"
+
+
+def cifar_binary(folder: Path) -> Path:
+    for name in (*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"):
+        put(folder / f"{name}.bin", b"".join(bytes([n]) + bytes(3072) for n in range(10)))
+    put(folder / "batches.meta.txt", "\n".join(f"class{n}" for n in range(10)).encode())
+    return folder / "data_batch_2.bin"
 
 
 def cifar_archive(form: str) -> Callable[[Path], Path]:
@@ -205,11 +220,15 @@ LINES = f"{json.dumps(EPOCH)}\n" * 3
 READERS = {
     "torch zip": Reader(torch_zip, read_torch),
     "torch legacy": Reader(torch_legacy, read_torch),
+    "torch zip, of any objects": Reader(torch_zip, read_weights),
+    "torch legacy, of any objects": Reader(torch_legacy, read_weights),
+    "safetensors": Reader(safetensors, read_weights),
     "npz": Reader(npz(False), lambda path: load(f"numpy:{path}")),
     "npz, deflated": Reader(npz(True), lambda path: load(f"numpy:{path}")),
     "idx": Reader(mnist(False), lambda path: load(f"mnist:{path.parent}")),
     "idx, gzipped": Reader(mnist(True), lambda path: load(f"mnist:{path.parent}")),
     "cifar, a pickle": Reader(cifar_folder, lambda path: load(f"cifar10:{path.parent}")),
+    "cifar, binary": Reader(cifar_binary, lambda path: load(f"cifar10:{path.parent}")),
     "cifar, tar": Reader(cifar_archive(""), lambda path: load(f"cifar10:{path}")),
     "cifar, tar.gz": Reader(cifar_archive("gz"), lambda path: load(f"cifar10:{path}")),
     "cifar, tar.xz": Reader(cifar_archive("xz"), lambda path: load(f"cifar10:{path}")),
@@ -265,7 +284,7 @@ def outcome(reader: Reader, path: Path) -> str:
         reader.read(path)
         said = "read"
     except (InputError, ValueError) as error:
-        ours = isinstance(error, InputError) or str(error).startswith("read_torch: ")
+        ours = isinstance(error, InputError) or str(error).startswith(("read_torch: ", "read_weights: "))
         named = str(path) in str(error) or str(path.parent) in str(error)
         well = ours and named and len(str(error)) < 2000 and "MemoryError" not in str(error)
         said = "refused" if well else f"{type(error).__name__}: {error}"

@@ -534,6 +534,17 @@ def test_a_file_with_holes_in_an_archive(tmp_path):
         load(f"cifar10:{tmp_path / 'x.tar'}")
 
 
+def test_a_file_with_holes_as_posix_writes_it(tmp_path):
+    sparse = {"major": "1", "minor": "0", "realsize": str(8 << 30), "name": "data_batch_1"}
+    info = tarfile.TarInfo("data_batch_1")
+    info.pax_headers = {f"GNU.sparse.{name}": value for name, value in sparse.items()}
+    info.size = 1024
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        archive.addfile(info, io.BytesIO(b"1\n0\n512\n".ljust(1024, b"\0")))
+    with pytest.raises(InputError, match=r"x\.tar: data_batch_1 is a file with holes"):
+        load(f"cifar10:{tmp_path / 'x.tar'}")
+
+
 def test_links_in_an_archive_are_not_followed(tmp_path):
     path = tmp_path / "x.tar"
     with tarfile.open(path, "w") as archive:
@@ -559,6 +570,30 @@ def test_damaged_archives(tmp_path, module):
         path.write_bytes(damaged)
         with pytest.raises(InputError, match=r"x\.tar: (cannot be read|lacks)"):
             load(f"cifar10:{path}")
+
+
+def test_damaged_archives_of_arrays(tmp_path):
+    """Deflated bytes that are none, a way of packing that zipfile lacks, and a password."""
+    path = tmp_path / "x.npz"
+    np.savez_compressed(path, **arrays())
+    whole = path.read_bytes()
+    entry = whole.index(b"PK\x01\x02")
+    start = 30 + len("train_images.npy") + int.from_bytes(whole[28:30], "little")  # behind the header of the first
+
+    def changed(*places):
+        content = bytearray(whole)
+        for place, new in places:
+            content[place : place + len(new)] = new
+        return bytes(content)
+
+    for content, message in (
+        (changed((start, b"\xff" * 40)), "Error -3 while decompressing data"),
+        (changed((8, b"\x63"), (entry + 10, b"\x63")), "That compression method is not supported"),
+        (changed((6, b"\x01"), (entry + 8, b"\x01")), "is encrypted, password required"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=rf"x\.npz: cannot be read: .*{message}"):
+            load(f"numpy:{path}")
 
 
 def test_special_files_are_not_read(tmp_path):

@@ -205,9 +205,12 @@ def test_an_absolute_name_keeps_its_options(tmp_path, monkeypatch):
 # More epochs
 
 
-def test_a_whole_run_goes_on_to_more_epochs(small):
+def test_a_whole_run_goes_on_to_more_epochs(small, monkeypatch):
     train()
     assert [epoch["step"] for epoch in read_epochs(Path("run"))] == [3, 6]
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "draw", lambda *_: pytest.fail("what is whole is not drawn again"))
+        cli.main(["train", "--out", "run", "--resume"])
     refused("epochs is 2, not 1", "train", "--out", "run", "--resume", "--epochs", "1")
     cli.main(["train", "--out", "run", "--resume", "--epochs", "4"])
     assert [epoch["step"] for epoch in read_epochs(Path("run"))] == [3, 6, 9, 12]

@@ -189,6 +189,36 @@ def parquet(kind: str) -> Callable[[Path], Path]:
     return write
 
 
+# What is behind a check sum, which would refuse nearly every mutant: the mutant is packed when it is read
+
+
+def inner_array(folder: Path) -> Path:
+    made = io.BytesIO()
+    np.save(made, images(24))
+    return put(folder / "train_images.npy", made.getvalue())
+
+
+def read_inner_array(path: Path) -> object:
+    whole = npz(False)(path.parent)
+    with zipfile.ZipFile(whole) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(whole, "w") as archive:
+        for name, content in (members | {path.name: path.read_bytes()}).items():
+            archive.writestr(name, content)
+    return load(f"numpy:{whole}")
+
+
+def read_inner_pickle(path: Path) -> object:
+    with zipfile.ZipFile(path.with_name("w.pth"), "w") as archive:
+        archive.writestr("w/data.pkl", path.read_bytes())
+        archive.writestr("w/data/0", np.arange(6, dtype=np.float32).tobytes())
+    return read_torch(path.with_name("w.pth")), read_weights(path.with_name("w.pth"))
+
+
+def read_inner_tar(path: Path) -> object:
+    return load(f"cifar10:{put(path.with_name('x.tar.gz'), gzip.compress(path.read_bytes(), 1))}")
+
+
 def text(name: str, content: str) -> Callable[[Path], Path]:
     return lambda folder: put(folder / name, content.encode())
 
@@ -225,6 +255,9 @@ READERS = {
     "safetensors": Reader(safetensors, read_weights),
     "npz": Reader(npz(False), lambda path: load(f"numpy:{path}")),
     "npz, deflated": Reader(npz(True), lambda path: load(f"numpy:{path}")),
+    "npz, an array in it": Reader(inner_array, read_inner_array),
+    "torch zip, the pickle in it": Reader(lambda folder: put(folder / "data.pkl", torch_pickle()), read_inner_pickle),
+    "cifar, the tar in tar.gz": Reader(cifar_archive(""), read_inner_tar),
     "idx": Reader(mnist(False), lambda path: load(f"mnist:{path.parent}")),
     "idx, gzipped": Reader(mnist(True), lambda path: load(f"mnist:{path.parent}")),
     "cifar, a pickle": Reader(cifar_folder, lambda path: load(f"cifar10:{path.parent}")),

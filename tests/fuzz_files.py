@@ -6,6 +6,7 @@ process has. It prints what did otherwise, by reader and number, and how many we
 
 import faulthandler
 import gzip
+import importlib.util
 import io
 import json
 import pickle
@@ -252,7 +253,7 @@ READERS = {
     "torch legacy": Reader(torch_legacy, read_torch),
     "torch zip, of any objects": Reader(torch_zip, read_weights),
     "torch legacy, of any objects": Reader(torch_legacy, read_weights),
-    "safetensors": Reader(safetensors, read_weights),
+    **({"safetensors": Reader(safetensors, read_weights)} if importlib.util.find_spec("safetensors") else {}),
     "npz": Reader(npz(False), lambda path: load(f"numpy:{path}")),
     "npz, deflated": Reader(npz(True), lambda path: load(f"numpy:{path}")),
     "npz, an array in it": Reader(inner_array, read_inner_array),

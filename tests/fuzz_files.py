@@ -157,6 +157,13 @@ def cifar_folder(folder: Path) -> Path:
     return folder / "data_batch_2"
 
 
+def cifar_binary(folder: Path) -> Path:
+    for name in (*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"):
+        put(folder / f"{name}.bin", b"".join(bytes([n]) + bytes(3072) for n in range(10)))
+    put(folder / "batches.meta.txt", "\n".join(f"class{n}" for n in range(10)).encode())
+    return folder / "data_batch_2.bin"
+
+
 def cifar_archive(form: str) -> Callable[[Path], Path]:
     def write(folder: Path) -> Path:
         made = io.BytesIO()
@@ -197,6 +204,36 @@ def parquet(kind: str) -> Callable[[Path], Path]:
     return write
 
 
+# What is behind a check sum, which would refuse nearly every mutant: the mutant is packed when it is read
+
+
+def inner_array(folder: Path) -> Path:
+    made = io.BytesIO()
+    np.save(made, images(24))
+    return put(folder / "train_images.npy", made.getvalue())
+
+
+def read_inner_array(path: Path) -> object:
+    whole = npz(False)(path.parent)
+    with zipfile.ZipFile(whole) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(whole, "w") as archive:
+        for name, content in (members | {path.name: path.read_bytes()}).items():
+            archive.writestr(name, content)
+    return load(f"numpy:{whole}")
+
+
+def read_inner_pickle(path: Path) -> object:
+    with zipfile.ZipFile(path.with_name("w.pth"), "w") as archive:
+        archive.writestr("w/data.pkl", path.read_bytes())
+        archive.writestr("w/data/0", np.arange(6, dtype=np.float32).tobytes())
+    return read_torch(path.with_name("w.pth")), read_weights(path.with_name("w.pth"))
+
+
+def read_inner_tar(path: Path) -> object:
+    return load(f"cifar10:{put(path.with_name('x.tar.gz'), gzip.compress(path.read_bytes(), 1))}")
+
+
 def text(name: str, content: str) -> Callable[[Path], Path]:
     return lambda folder: put(folder / name, content.encode())
 
@@ -229,12 +266,18 @@ READERS = {
     "torch zip": Reader(torch_zip, read_torch),
     "torch legacy": Reader(torch_legacy, read_torch),
     "checkpoint": Reader(lambda folder: torch_legacy(folder, checkpoint_pickle()), read_weights),
+    "torch zip, of any objects": Reader(torch_zip, read_weights),
+    "torch legacy, of any objects": Reader(torch_legacy, read_weights),
     **({"safetensors": Reader(safetensors, read_weights)} if importlib.util.find_spec("safetensors") else {}),
     "npz": Reader(npz(False), lambda path: load(f"numpy:{path}")),
     "npz, deflated": Reader(npz(True), lambda path: load(f"numpy:{path}")),
+    "npz, an array in it": Reader(inner_array, read_inner_array),
+    "torch zip, the pickle in it": Reader(lambda folder: put(folder / "data.pkl", torch_pickle()), read_inner_pickle),
+    "cifar, the tar in tar.gz": Reader(cifar_archive(""), read_inner_tar),
     "idx": Reader(mnist(False), lambda path: load(f"mnist:{path.parent}")),
     "idx, gzipped": Reader(mnist(True), lambda path: load(f"mnist:{path.parent}")),
     "cifar, a pickle": Reader(cifar_folder, lambda path: load(f"cifar10:{path.parent}")),
+    "cifar, binary": Reader(cifar_binary, lambda path: load(f"cifar10:{path.parent}")),
     "cifar, tar": Reader(cifar_archive(""), lambda path: load(f"cifar10:{path}")),
     "cifar, tar.gz": Reader(cifar_archive("gz"), lambda path: load(f"cifar10:{path}")),
     "cifar, tar.xz": Reader(cifar_archive("xz"), lambda path: load(f"cifar10:{path}")),

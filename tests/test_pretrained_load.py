@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import os
 import warnings
 from collections import OrderedDict, defaultdict
 
@@ -146,6 +147,18 @@ def test_safetensors(small, tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"read_weights: .*weights.safetensors: damaged, or not of safetensors: "):
             pretrained.load("small", path)
+    header = b'{"w":{"dtype":"F8_E4M3","shape":[1],"data_offsets":[0,1]}}'  # which NumPy lacks
+    for content, message in (
+        (len(header).to_bytes(8, "little") + header + b"8", "damaged, or not of safetensors: .*float8"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "it is a Git LFS pointer"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"read_weights: .*weights.safetensors: .*{message}"):
+            pretrained.load("small", path)
+    path.unlink()
+    os.mkfifo(path)  # which would be waited for
+    with pytest.raises(OSError, match=r"weights\.safetensors is a pipe"):
+        pretrained.load("small", path)
 
 
 def test_safetensors_is_named_where_it_is_missing(monkeypatch, tmp_path):

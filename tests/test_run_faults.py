@@ -205,9 +205,12 @@ def test_an_absolute_name_keeps_its_options(tmp_path, monkeypatch):
 # More epochs
 
 
-def test_a_whole_run_goes_on_to_more_epochs(small):
+def test_a_whole_run_goes_on_to_more_epochs(small, monkeypatch):
     train()
     assert [epoch["step"] for epoch in read_epochs(Path("run"))] == [3, 6]
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "draw", lambda *_: pytest.fail("what is whole is not drawn again"))
+        cli.main(["train", "--out", "run", "--resume"])
     refused("epochs is 2, not 1", "train", "--out", "run", "--resume", "--epochs", "1")
     cli.main(["train", "--out", "run", "--resume", "--epochs", "4"])
     assert [epoch["step"] for epoch in read_epochs(Path("run"))] == [3, 6, 9, 12]
@@ -362,6 +365,16 @@ def test_a_folder_that_is_removed_while_training(small, monkeypatch):
     monkeypatch.setattr(Checkpoints, "save", removed)
     refused("run/checkpoints was removed", "train", "--data", "numpy:../x.npz", *SETTINGS, "--out", "run")
     assert not Path("run").exists()
+
+
+def test_a_log_that_is_removed_while_training(tmp_path):
+    """As where a folder is removed while a checkpoint is made in it: that one is left, and the rest is gone."""
+    log = Log(tmp_path, 0)
+    log.steps({"step": 1, "loss": 0.5})
+    (tmp_path / "steps.jsonl").unlink()
+    with pytest.raises(InputError, match=r"steps\.jsonl was removed"):
+        log.steps({"step": 2, "loss": 0.5})
+    log.close()
 
 
 def test_few_open_files_are_told_before_anything_is_made(small, monkeypatch):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxattn.errors import needs_extra
+from jaxattn.files import open_file, reading
 from jaxattn.torch_file import read_torch
 
 # what holds the network's tensors in a training checkpoint; averages of the weights come first, as in timm
@@ -66,12 +67,10 @@ def unwrap(loaded: Any) -> Any:
 
 def _read_safetensors(path: str) -> dict[str, np.ndarray]:
     with needs_extra("pretrained"):
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-    try:
-        return load_file(path)
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"read_weights: {path}: damaged, or not of safetensors: {error}") from error
+        from safetensors import numpy as safetensors
+    open_file(path).close()  # it would wait for a pipe
+    with reading(path, "read_weights: {}: damaged, or not of safetensors: "):
+        return safetensors.load_file(path)
 
 
 def write_safetensors(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> None:

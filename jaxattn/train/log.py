@@ -38,8 +38,11 @@ class Log:
             file.close()
 
     def _write(self, name: str, values: dict[str, Any]):
-        self.files[name].write(json.dumps(values) + "\n")
-        self.files[name].flush()
+        file = self.files[name]
+        if not os.fstat(file.fileno()).st_nlink:  # what is written would be in no folder
+            raise InputError(f"{file.name} was removed")
+        file.write(json.dumps(values) + "\n")
+        file.flush()
         for key, value in values.items():
             if key != "step":
                 self.board.add_scalar(f"{name}/{key}", value, values["step"])

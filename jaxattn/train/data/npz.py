@@ -45,8 +45,8 @@ def read_npz(path: Path, limit: int | None = None) -> Found:
     if "class_names" in arrays:
         if arrays["class_names"].ndim != 1:
             raise InputError(f"{path}: class_names has shape {arrays['class_names'].shape}, expected one axis")
-        with reading(path):  # text that is no Unicode
-            names = tuple(str(name) for name in arrays["class_names"])
+        with reading(path, form=(b"PK",)):  # text that is no Unicode
+            names = tuple(_text(name) for name in arrays["class_names"])
             "".join(names).encode()
     return Found(str(path), names, train, validation, test)
 
@@ -82,6 +82,11 @@ def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str, room: Roo
             raise ValueError(f"{name} of shape {shape} and {dtype} in {info.file_size} bytes")
         array = np.frombuffer(stream.read(size), dtype).reshape(shape, order="F" if fortran else "C")
     return array.astype(dtype.newbyteorder("="), copy=False)
+
+
+def _text(name: np.generic) -> str:
+    """A class's name, which NumPy has as bytes where it was made of them."""
+    return name.decode("utf-8") if isinstance(name, bytes) else str(name)
 
 
 def _examples(path: Path, part: str, arrays: dict[str, np.ndarray]) -> Examples:

@@ -32,9 +32,9 @@ def read_parquet(path: Path, options: Mapping[str, str], skip_bad: bool, limit: 
 
     The words are train or training; validation, valid, val, dev or eval; and test or testing. The image column holds
     encoded images, as binary or as structs {bytes, path}; the label column whole numbers, text, or true and false. They
-    are those called image or img and label or fine_label, or else the only ones of their types, or
-    `?image=NAME&label=NAME`. The names of the classes are the labels themselves, or come from the Hugging Face metadata
-    of the schema; without it the classes are the numbers up to the largest label.
+    are those called image or img and label or fine_label, or else the only ones of their types (but not one that has
+    another value in every row), or `?image=NAME&label=NAME`. The names of the classes are the labels themselves, or
+    come from the Hugging Face metadata of the schema; without it the classes are the numbers up to the largest label.
     """
     with needs_extra("parquet"):
         import pyarrow.parquet  # noqa: F401
@@ -44,13 +44,17 @@ def read_parquet(path: Path, options: Mapping[str, str], skip_bad: bool, limit: 
     schema = _read_schema(first)
     columns = _columns(first, schema, options)
     tables = {part: [(file, _read_table(file, columns, limit)) for file in found] for part, found in files.items()}
+    said = [value for _, table in tables["train"] for value in table.column(columns.label).to_pylist()]
+    if columns.label not in (options.get("label"), *USUAL["label"]) and len(set(said)) == len(said) > 1:
+        raise InputError(
+            f"{first}: which column is the label? {columns.label}, the only one that could be, has another value in "
+            "every row, as the number of a row has: append ?label=NAME to the data's name if it is"
+        )
     if columns.kind == "number":
         names = _hub_names(first, schema, columns.label)
         number = None
     else:
-        said = {str(value) for _, table in tables["train"] for value in table.column(columns.label).to_pylist()
-                if value is not None}  # fmt: skip
-        names = tuple(sorted(said))
+        names = tuple(sorted({str(value) for value in said if value is not None}))
         number = {name: n for n, name in enumerate(names)}
     rows = {part: [row for each in found for row in _rows(*each, columns, number)] for part, found in tables.items()}
     skipped: list[str] = []

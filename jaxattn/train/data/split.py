@@ -60,6 +60,8 @@ def assemble(name: str, found: Found, seed: int, skip_bad: bool, validation_size
         images left.
     """
     skipped = list(found.skipped)
+    if found.class_names == ():
+        raise InputError(f"{found.path}: the names of its classes are none, expected one for each")
     train, class_names = _classes(found, skip_bad, skipped)
     check = lambda part: _in_range(part, len(class_names), skip_bad, skipped)
     train, validation, test = check(train), *(part and check(part) for part in (found.validation, found.test))
@@ -159,8 +161,9 @@ def _in_range(part: Examples, count: int, skip_bad: bool, skipped: list[str]) ->
 def _without(
     part: Examples, bad: np.ndarray, count: int, skip_bad: bool, skipped: list[str], why: str = ""
 ) -> Examples:
+    expected = f"0 to {count - 1}" if count else "0 or more"
     for i in np.flatnonzero(bad):
-        message = f"{part.origin(int(i))}: a label is {part.labels[i]}, expected 0 to {count - 1}{why}"
+        message = f"{part.origin(int(i))}: a label is {part.labels[i]}, expected {expected}{why}"
         if not skip_bad:
             raise InputError(message)
         skipped.append(message)

@@ -360,11 +360,12 @@ class Attention(Projected):
             weights = jnp.swapaxes(weights.reshape(*query.shape[:-1], -1), -2, -3)
         self.sow(nnx.Intermediate, "attention_weights", weights)
 
+    @checked
     def set_view(
         self,
         deterministic: bool | None = None,
         decode: bool | None = None,
-        batch_size: int | Sequence[int] | None = None,
+        batch_size: Size | None = None,
         max_length: int | None = None,
     ):
         """For `nnx.view`.
@@ -380,7 +381,7 @@ class Attention(Projected):
         if decode is not None:
             self.decode = decode
             if decode and self.cached_key is None:
-                batch = (batch_size,) if isinstance(batch_size, int) else batch_size
+                batch: Any = batch_size if isinstance(batch_size, tuple | None) else (batch_size,)
                 if batch is None or max_length is None:
                     raise ValueError(
                         f"{type(self).__name__}: batch_size (={batch_size}) and max_length (={max_length}) must be "

@@ -321,4 +321,6 @@ def _between(table: Array, row: _Row, a: int, rank: int) -> Array:
     if not jnp.issubdtype(first.dtype, jnp.floating):
         return at(slot)
     part = spread((first - whole.astype(first.dtype))[..., None]).astype(table.dtype)
-    return (1 - part) * at(slot) + part * at(slot + 1)
+    lower, upper = at(slot), at(slot + 1)
+    upper = jnp.where((part == 0) & (upper == -jnp.inf), 0, upper)  # one that hides, beside the entry that is meant
+    return (1 - part) * lower + part * upper

@@ -192,6 +192,16 @@ def test_who_stands_far_off_or_nowhere(boundary):
         assert np.isnan(found).all() if boundary == "wrap" else np.allclose(found[0, 0], weigh(border, 0 * bias))
 
 
+def test_an_entry_that_hides_does_so_where_it_is_looked_up():
+    x = np.random.default_rng(0).normal(size=(8, 1, 4))
+    table = np.where(np.arange(5) == 3, -np.inf, 0.0)[None]  # who comes after a query
+    run = lambda p: attention_at(x[:1], p, x, x, window=Window(3), relative_bias=table)
+    score = x[1:4, 0] @ x[0, 0] / 2
+    of = lambda keep: np.exp(score[keep]) @ x[1:4, 0][keep] / np.exp(score[keep]).sum()
+    for place, seen in ((2, [0, 1]), (2.0, [0, 1]), (2.25, [0, 1]), (1.75, [0])):
+        np.testing.assert_allclose(run(np.array([[place]]))[0, 0], of(seen), rtol=1e-9)
+
+
 def test_places_between_tokens_and_extra_positions_under_strict_promotion():
     x, places = jnp.ones((8, 1, 4)), jnp.array([[2.5]])
     extra = {"extra_key": x[:1], "extra_value": 3 * x[:1], "extra_positions": np.array([[2]])}

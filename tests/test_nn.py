@@ -452,8 +452,8 @@ def test_sinks_and_grid_sizes_reach_the_primitive():
 
 
 def test_an_empty_batch_has_no_weights():
-    for given in ({"window": (3, 3)}, {"rank": 2}, {"grid": (4, 5), "relative_bias": True}):
-        layer = lambda x, given=given: Attention(2, 8, **given, rngs=nnx.Rngs(0)).weights(x)
+    for settings in ({"window": (3, 3)}, {"rank": 2}, {"grid": (4, 5), "relative_bias": True}):
+        layer = lambda x, settings=settings: Attention(2, 8, **settings, rngs=nnx.Rngs(0)).weights(x)
         full = jax.eval_shape(layer, jnp.ones((1, 4, 5, 8))).shape
         assert jax.eval_shape(layer, jnp.ones((0, 4, 5, 8))).shape == (0, *full[1:])
 

@@ -20,7 +20,7 @@ from jaxattn.functions import Known, known
 from jaxattn.kernels import backends, ragged
 from jaxattn.kernels.operands import Operands, Options, ScoreMod, hiding_score, statistics_dtype
 from jaxattn.normalize import NORMALIZERS, Normalizer
-from jaxattn.sizes import is_int, is_symbolic
+from jaxattn.sizes import is_int, is_sequence, is_symbolic
 from jaxattn.window import FOLDING, Axis, Window
 
 # Loose on purpose: a wrong shape is a ValueError that says what was expected.
@@ -191,7 +191,7 @@ class _Geometry(NamedTuple):
         first: Any = 0 if self.offset is None else self.offset[axis]
         if self.traced_offset is not None and self.window is not None:
             last = self.window.query_grid(self.keys)[axis] - count
-            first = jnp.clip(jnp.asarray(self.traced_offset[axis], jnp.int32), 0, last)
+            first = jnp.clip(self.traced_offset[axis], 0, last)
         return first + jnp.arange(count, dtype=jnp.int32)
 
 
@@ -299,8 +299,8 @@ def _not_ahead(
                 standing = (axis.stride * geometry.standing(a)).reshape(-1, *[1] * (n - a))
             else:
                 standing = places[..., a, None]
-            token = jnp.expand_dims(positions[..., a].astype(jnp.int32), range(-n - 1, -1))
-            seen = seen & (token <= standing)
+            token = jnp.expand_dims(as_int32(positions[..., a]), range(-n - 1, -1))
+            seen = seen & (token.astype(standing.dtype) <= standing)
     return seen
 
 
@@ -535,6 +535,7 @@ def _refuse(name: str, x: Array | np.ndarray, expected: str) -> Any:
 
 # What depends on values
 
+FAR = 2**30  # tokens: twice as many are still an int32
 TYPES = (jax.Array, np.ndarray, jax.ShapeDtypeStruct, numbers.Real)
 
 
@@ -545,7 +546,7 @@ def converted(name: str, x: Any) -> Any:
             raise ValueError(f"attention: mask (={len(x)} arrays) must be one, or a pair: of keys, and by slot")
         return tuple(part if part is None else converted(f"mask[{n}]", part) for n, part in enumerate(x))
     if name in ("segment_ids", "key_embedding", "query_offset") and isinstance(x, tuple | list):
-        return tuple(part if isinstance(part, TYPES) else jnp.asarray(part) for part in x)
+        return tuple(converted(f"{name}[{n}]", part) for n, part in enumerate(x))
     if isinstance(x, jax.Array | jax.ShapeDtypeStruct):
         return x
     try:
@@ -570,7 +571,7 @@ def _check_sizes(arrays: Arrays, rank: int) -> None:
 
 
 def _dropout_key(rate: Any, key: Any) -> Any:
-    if not isinstance(rate, numbers.Real) or not 0 <= float(rate) < 1:
+    if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 <= float(rate) < 1:
         raise ValueError(f"attention: dropout_rate (={rate!r}) must be a number >= 0 and < 1")
     if float(rate) > 0 and key is None:
         raise ValueError(f"attention: dropout_key (=None) must be a jax.random.key, for dropout_rate is {rate}")
@@ -599,7 +600,7 @@ def _query_offset(arrays: Arrays, window: Window | None, normalize: Any) -> tupl
         )
     if isinstance(given, str) and given == "end":
         return arrays._replace(query_offset=None), given
-    several = isinstance(given, tuple | list) or (isinstance(given, jax.Array) and given.ndim == 1)
+    several = isinstance(given, tuple | list) or (isinstance(given, jax.Array | np.ndarray) and given.ndim == 1)
     parts: list[Any] = list(given) if several else [given]
     one = lambda x: isinstance(x, jax.Array | jax.ShapeDtypeStruct) and x.shape == ()
     fits = [(is_int(x) and x >= 0) or (one(x) and jnp.issubdtype(x.dtype, jnp.integer)) for x in parts]
@@ -615,13 +616,24 @@ def _query_offset(arrays: Arrays, window: Window | None, normalize: Any) -> tupl
             f"attention: normalize (={normalize!r}) must be one of {', '.join(map(repr, NORMALIZERS))} where "
             "query_offset is traced, for a function would not see a window in order; with an int it does"
         )
-    return arrays._replace(query_offset=tuple(parts)), None
+    return arrays._replace(query_offset=tuple(map(as_int32, parts))), None
+
+
+def as_int32(x: Any) -> Any:
+    """Places as int32; one that is too far off to be told in it is as far off as can be, and does not wrap around."""
+    dtype = getattr(x, "dtype", jnp.int32)
+    if dtype == jnp.int32:
+        return x
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(x.shape, jnp.int32)
+    low, high = (max(jnp.iinfo(dtype).min, -FAR), min(jnp.iinfo(dtype).max, FAR))
+    return jnp.clip(x, low, high).astype(jnp.int32)
 
 
 def _check_number(name: str, value: Any) -> None:
     kinds = (jnp.floating, jnp.integer)
     array = isinstance(value, np.ndarray | jax.Array) and any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
-    if np.shape(value) != () or not (array or isinstance(value, numbers.Real)):
+    if np.shape(value) != () or isinstance(value, bool) or not (array or isinstance(value, numbers.Real)):
         raise ValueError(f"attention: {name} (={value!r}) must be one real number")
     if isinstance(value, np.ndarray | numbers.Real) and not math.isfinite(float(value)):
         raise ValueError(f"attention: {name} (={value!r}) must be finite")
@@ -653,7 +665,7 @@ def _integers(tile: Any) -> int | tuple[int, ...] | None:
     """`tile` as ints of Python's, of which 1 and True are not the same."""
     if tile is None:
         return None
-    several = isinstance(tile, Sequence | np.ndarray) and not isinstance(tile, str)
+    several = is_sequence(tile)
     sizes: list[Any] = list(tile) if several else [tile]
     if not all(map(is_int, sizes)):
         raise ValueError(f"attention: tile (={tile!r}) must be None, an int, or an int for each axis of the grid")

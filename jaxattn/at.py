@@ -52,9 +52,9 @@ def attention_at(
 
     Args:
         query: [*batch, n, heads, head_dim].
-        positions: p, [*batch, n, rank], integers or floating point, in tokens of the key's grid. Queries of a grid that
-            is s times as coarse stand, as in a convolution, at s·i, or with their centres at s·i + (s - 1)/2. They are
-            differentiated through the tables alone: a window moves by whole tokens.
+        positions: p, [*batch, n, rank], integers or floating point, in tokens of the key's grid; a NaN gives NaN.
+            Queries of a grid that is s times as coarse stand, as in a convolution, at s·i, or with their centres at
+            s·i + (s - 1)/2. They are differentiated through the tables alone: a window moves by whole tokens.
         key, value: [*batch, *grid, key_heads, head_dim or value_dim].
         bias: broadcasts against [*batch, n, heads, *k].
         mask: of keys, [*batch or 1, *grid] or [*grid], or by slot, as `bias`; or a pair of both.
@@ -132,9 +132,16 @@ class _Row(NamedTuple):
 
 def _row(axis: Axis, causal: bool, position: Array) -> _Row:
     """The row of the nearest token in the window's own table, and how far the query stands from where that begins."""
-    between = jnp.issubdtype(position.dtype, jnp.floating)
+    between, wraps = jnp.issubdtype(position.dtype, jnp.floating), axis.boundary == "wrap"
+    if position.dtype.itemsize < 4:
+        position = position.astype(jnp.int32)
+    # what is far off the grid is told in int32 as well
+    if wraps:
+        position = position % axis.length
+    elif between:
+        position = jnp.clip(position, -arguments.FAR, arguments.FAR)
+    position = position if between else arguments.as_int32(position)
     nearest = jnp.floor(position if causal else position + 0.5).astype(jnp.int32) if between else position
-    wraps = axis.boundary == "wrap"
     token = nearest % axis.length if wraps else jnp.clip(nearest, 0, len(axis.start) - 1)
     start, low, high = (jnp.asarray(x, jnp.int32)[token][..., None] for x in (axis.start, axis.low, axis.high))
     slot = jnp.arange(axis.size, dtype=jnp.int32)
@@ -171,12 +178,15 @@ def _gather(arrays: Arrays, positions: Any, settings: Settings) -> tuple[Array, 
             f"{list(wanted)} for query (={shown(arrays.query)}) and window (={window})"
         )
     between = jnp.issubdtype(positions.dtype, jnp.floating)
-    positions = positions.astype(statistics_dtype(positions.dtype) if between else jnp.int32)
+    positions = positions.astype(statistics_dtype(positions.dtype)) if between else positions
     grid = jnp.shape(arrays.key)[-rank - 2 : -2]
     axes = window.axes(grid) if len(grid) == rank else ()
     rows = [_row(axis, window.along[a].causal, positions[..., a]) for a, axis in enumerate(axes)]
     arrays = arrays._replace(segment_ids=_of_tokens(arrays.segment_ids, rows, grid))
     operands, options = arguments.check(arrays, settings, places=positions)
+    if between:  # who stands nowhere sees nothing that could be told
+        nowhere = jnp.isnan(sum(row.first for row in rows))[..., None, None]
+        operands = operands._replace(query=jnp.where(nowhere, jnp.nan, operands.query))
     index, inside, sees = _outer(rows, grid)
     batch = operands.query.shape[:-3]
     mask = sees[..., None, :]
@@ -311,4 +321,6 @@ def _between(table: Array, row: _Row, a: int, rank: int) -> Array:
     if not jnp.issubdtype(first.dtype, jnp.floating):
         return at(slot)
     part = spread((first - whole.astype(first.dtype))[..., None]).astype(table.dtype)
-    return (1 - part) * at(slot) + part * at(slot + 1)
+    lower, upper = at(slot), at(slot + 1)
+    upper = jnp.where((part == 0) & (upper == -jnp.inf), 0, upper)  # one that hides, beside the entry that is meant
+    return (1 - part) * lower + part * upper

@@ -210,8 +210,7 @@ def _mesh_axis(value: Any) -> Any:
 
 def _dtype(value: Any) -> Any:
     try:
-        if value is not None and not has_dtype(value):
-            np.dtype(value)
+        if value is not None and not has_dtype(value) and _is(np.dtype(value), np.number, np.bool_):
             return value
     except TypeError:
         pass

@@ -163,6 +163,8 @@ def attention_maps(
     9
     """
     count, heads, height, width = maps.shape
+    if titles and len(titles) != count:
+        raise ValueError(f"attention_maps: titles (={titles!r}) must be one for each of the {count} images")
     figure = Figure(figsize=(8, 8 / (count + 0.4) * (heads + 1.3)), layout="constrained")
     figure.set_label("Test images, one a column, and below each one a heat map per attention head")
     grid = figure.subplots(heads + 1, count, squeeze=False)
@@ -263,6 +265,8 @@ def mean_attention(means: Float[np.ndarray, "heads height width"], low: Sequence
     ['head 1: 0.11', 'head 2: 0.11']
     """
     heads, height, width = means.shape
+    if len(low) != 2:
+        raise ValueError(f"mean_attention: low (={low}) must be two ints, a row and a column")
     columns = min(columns, heads)
     rows = -(-heads // columns)
     figure = Figure(figsize=(4, 4.3 * rows / columns), layout="constrained")
@@ -301,6 +305,8 @@ def heads_by_layers(
     ['head 1', 'head 2', 'head 3']
     """
     layers, heads, height, width = maps.shape
+    if len(query) != 2:
+        raise ValueError(f"heads_by_layers: query (={query}) must be two ints, a row and a column")
     side = min(2.0, 7.75 / heads)  # of a map, in inches
     figsize = (heads * side + 0.25, layers * side * height / width + 0.25)
     figure = Figure(figsize=figsize, layout="constrained")
@@ -404,6 +410,8 @@ def receptive_fields(fields: Float[np.ndarray, "fields height width"], titles: S
     3
     """
     count, height, width = fields.shape
+    if len(titles) != count:
+        raise ValueError(f"receptive_fields: titles (={titles!r}) must be one for each of the {count} fields")
     inches = min(8, 2.4 * (count + 1.5))
     figure = Figure(figsize=(inches, inches * height / width / (count + 1.8) + 0.5), layout="constrained")
     figure.set_label("Heat maps of effective receptive fields, and lines of their shares by column")

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float, Real, Shaped
 
@@ -85,6 +86,7 @@ def rotary(
         >>> jaxattn.attention(rotate(q, tables), rotate(k, tables), v, window=jaxattn.Window((7, 7))).shape
         (2, 14, 14, 6, 64)
     """
+    _check_known("rotary", base=base, stretch=stretch)
     grid = ints("rotary", "grid", grid)
     rank = len(grid)
     strides = per_axis("rotary", "stride", stride, rank)
@@ -190,6 +192,7 @@ def axial_frequencies(
            [0. , 1. ],
            [0. , 0.1]])
     """
+    _check_known("axial_frequencies", base=base, slower=slower)
     slowness = _each("axial_frequencies", "slower", slower, rank)
     for name, value, numbers in (("base", base, [base]), ("slower", slower, slowness)):
         if any(number <= 0 for number in numbers):
@@ -228,8 +231,10 @@ def mixed_frequencies(
         raise ValueError(f"mixed_frequencies: key (={shown(key)}) must be a jax.random.key")
     if base <= 0:
         raise ValueError(f"mixed_frequencies: base (={base}) must be a number > 0")
-    turns = jax.random.orthogonal(key, rank, (num_heads,), dtype)
-    return jnp.asarray(axial_frequencies(head_dim, rank, base=base), dtype) @ turns
+    _check_floating("mixed_frequencies", dtype)
+    wide = jnp.promote_types(dtype, jnp.float32)  # half a precision has no orthogonal matrices
+    turns = jax.random.orthogonal(key, rank, (num_heads,), wide)
+    return (jnp.asarray(axial_frequencies(head_dim, rank, base=base), wide) @ turns).astype(dtype)
 
 
 @checked
@@ -263,6 +268,7 @@ def alibi(
     Array([[-0.125     , -0.0625    , -0.        , -0.0625    , -0.125     ],
            [-0.0078125 , -0.00390625, -0.        , -0.00390625, -0.0078125 ]],      dtype=float32)
     """
+    _check_floating("alibi", dtype)
     window = window if isinstance(window, Window) else Window(ints("alibi", "window", window))
     slopes = jnp.asarray(alibi_slopes(num_heads) if slopes is None else slopes).astype(dtype)
     if slopes.shape not in ((num_heads,), (num_heads, window.rank)):
@@ -320,8 +326,20 @@ def crop(table: Any, window: Window, clipped: Window) -> Any:
     return table[(slice(None), *cuts)]
 
 
+def _check_floating(where: str, dtype: Any) -> None:
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{where}: dtype (={np.dtype(dtype).name}) must be of floating-point numbers")
+
+
+def _check_known(where: str, **values: Any) -> None:
+    for name, value in values.items():
+        for one in value if is_sequence(value) else (value,):
+            if isinstance(one, Tracer):
+                raise ValueError(f"{where}: {name} (={shown(one)}) must be known while a program is traced")
+
+
 def _check_frequencies(where: str, shape: tuple[int, ...], rank: int) -> None:
-    if len(shape) not in (2, 3) or shape[-1] != rank:
+    if len(shape) not in (2, 3) or shape[-1] != rank or 0 in shape:
         raise ValueError(
             f"{where}: frequencies (={list(shape)}) must be [pairs, axes] or [heads, pairs, axes], with the {rank} "
             "axes of positions"

@@ -188,6 +188,46 @@ def test_vmap_and_bfloat16():
     np.testing.assert_allclose(low, whole, atol=3e-2)
 
 
+@pytest.mark.parametrize("boundary", ["shift", "wrap"])
+def test_who_stands_far_off_or_nowhere(boundary):
+    """Infinitely far is the border of a grid, and no place on a torus; NaN is no place."""
+    x, table = np.random.default_rng(0).normal(size=(8, 1, 4)), np.arange(5.0)[None]
+    query = np.ones((1, 1, 4))
+    run = jax.jit(lambda p: attention_at(query, p, x, x, window=Window(3, boundary=boundary), relative_bias=table))
+    plain = jax.jit(lambda p: attention_at(query, p, x, x, window=Window(3, boundary=boundary)))
+    place = lambda p, dtype=float: np.array([[p]], dtype)
+    weigh = lambda keys, bias: (
+        np.exp(keys[:, 0].sum(-1) / 2 + bias) @ keys[:, 0] / np.exp(keys[:, 0].sum(-1) / 2 + bias).sum()
+    )
+    for call in (run, plain):
+        assert np.isnan(call(place(np.nan))).all()
+    # every key is off the table at its lower end, or 800 is 0
+    border, bias = (x[-3:], np.zeros(3)) if boundary == "shift" else (x[[7, 0, 1]], np.arange(1.0, 4))
+    for far in (place(800.0), place(800, int), place(2**40, int), place(2**32 - 8, np.uint32)):
+        np.testing.assert_allclose(run(far)[0, 0], weigh(border, bias), rtol=1e-9)
+    for call in (run, plain):
+        found = call(place(np.inf))
+        assert np.isnan(found).all() if boundary == "wrap" else np.allclose(found[0, 0], weigh(border, 0 * bias))
+
+
+def test_an_entry_that_hides_does_so_where_it_is_looked_up():
+    x = np.random.default_rng(0).normal(size=(8, 1, 4))
+    table = np.where(np.arange(5) == 3, -np.inf, 0.0)[None]  # who comes after a query
+    run = lambda p: attention_at(x[:1], p, x, x, window=Window(3), relative_bias=table)
+    score = x[1:4, 0] @ x[0, 0] / 2
+    of = lambda keep: np.exp(score[keep]) @ x[1:4, 0][keep] / np.exp(score[keep]).sum()
+    for place, seen in ((2, [0, 1]), (2.0, [0, 1]), (2.25, [0, 1]), (1.75, [0])):
+        np.testing.assert_allclose(run(np.array([[place]]))[0, 0], of(seen), rtol=1e-9)
+
+
+def test_places_between_tokens_and_extra_positions_under_strict_promotion():
+    x, places = jnp.ones((8, 1, 4)), jnp.array([[2.5]])
+    extra = {"extra_key": x[:1], "extra_value": 3 * x[:1], "extra_positions": np.array([[2]])}
+    with jax.numpy_dtype_promotion("strict"):
+        found = attention_at(x[:1], places, x, x, window=Window(3, causal=True), **extra)
+    np.testing.assert_allclose(found, 1.5 * jnp.ones((1, 1, 4)), rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

@@ -10,6 +10,7 @@ import pytest
 from contract import IMPLEMENTATIONS, SMALL, problem
 
 from jaxattn.attention import attention
+from jaxattn.parts import attention_scores
 from jaxattn.window import Window
 
 NAN = np.float64("nan")
@@ -155,6 +156,18 @@ def test_a_pair_of_masks_is_checked(mask, message):
         attention(x, x, x, mask=mask, window=Window(3))
     with pytest.raises(ValueError, match=r"mask\[0\] must be None without a window|mask"):
         attention(x, x, x, mask=(np.ones(6, bool), None))
+
+
+@pytest.mark.parametrize("call", [attention, attention_scores], ids=lambda call: call.__name__)
+def test_a_function_must_return_numbers(call):
+    x = jnp.ones((6, 1, 4))
+    run = functools.partial(call, *(x,) * (3 if call is attention else 2), window=Window(3))
+    for found, what in ((None, "None"), ("x", "'x'"), ((1.0, 2.0), r"\(1\.0, 2\.0\)"), (1j, "1j")):
+        with pytest.raises(ValueError, match=rf"{call.__name__}: score_mod .* must return scores.*, and not {what}"):
+            run(score_mod=lambda *_, found=found: found)
+    for normalize, what in ((lambda s, m: None, "None"), (lambda s, m: s * 1j, "complex")):
+        with pytest.raises(ValueError, match=rf"normalize .* must return weights, real numbers, and not {what}"):
+            attention(x, x, x, normalize=normalize)
 
 
 @pytest.mark.parametrize("name", ["scale", "logits_soft_cap"])

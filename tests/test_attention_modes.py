@@ -185,6 +185,18 @@ def test_memory_is_not_the_window_times_the_keys():
         assert temporaries < share * gathered, f"{temporaries / 1e6:.0f} MB"
 
 
+@pytest.mark.full
+def test_a_bias_of_rows_is_not_expanded_over_the_grid():
+    x, bias = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 128, 128, 4, 8), (128, 1, 4, 7, 7)))
+
+    def held(*given):
+        loss = lambda x, *given: attention(x, x, x, *given, window=Window((7, 7))).sum()
+        return jax.jit(jax.grad(loss)).lower(x, *given).compile().memory_analysis().temp_size_in_bytes
+
+    expanded = 4 * 128 * 128 * 4 * 7 * 7
+    assert held(bias) - held() < expanded / 5
+
+
 def test_a_batch_in_chunks_drops_what_the_definition_drops():
     shape = (64, 4, 4, 4, 64)  # more than a step of the loop holds
     query, key, value = (np.random.default_rng(i).normal(size=shape) for i in range(3))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contract import IMPLEMENTATIONS, SMALL, agree, bias, extra_tokens, problem, quicker, scalar
+from jax.experimental import jet
 
 from jaxattn.attention import attention
 from jaxattn.window import Window
@@ -181,6 +182,17 @@ def test_it_is_linear_in_its_values(implementation, sinks):
     if implementation == "xla":
         with pytest.raises(ValueError, match=r"return_residuals \(=True\) must be False where it is transposed"):
             jax.linear_transpose(lambda v: run(q, k, v, extra_value=extra, return_residuals=True)[0], v)(y)
+
+
+def test_jet_has_no_rule_for_xla_and_reference_needs_none():
+    x, y = (jnp.asarray(np.random.default_rng(n).normal(size=(5, 1, 2))) for n in range(2))
+    run = lambda how: lambda v: attention(x, x, v, window=Window(3), implementation=how)
+    value, (first, second) = jet.jet(run("reference"), (x,), ((y, 0 * y),))
+    np.testing.assert_allclose(value, run("reference")(x), rtol=1e-9)
+    np.testing.assert_allclose(first, run("reference")(y), rtol=1e-9)
+    np.testing.assert_allclose(second, 0 * y, atol=1e-12)
+    with pytest.raises(KeyError, match="windowed_attention"):
+        jet.jet(run("xla"), (x,), ((y, 0 * y),))
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])

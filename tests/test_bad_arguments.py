@@ -33,6 +33,7 @@ POOLING = (  # with no classes
     "ConvMixer", "VOLO",
 )  # fmt: skip
 BAD = {"0": 0, "-1": -1, "1.5": 1.5, "'3'": "3", "None": None, "nan": math.nan, "inf": math.inf, "1j": 1j}
+BAD |= {"True": True, "(1, 'a')": (1, "a")}
 ATTENTIONS = ("attention", "attention_at", "attention_scores", "attention_weights")
 MEANS = {  # by the argument, or by "function.argument"
     **dict.fromkeys(("scale", "query_scale", "gate", "locality_strength"), ("0", "-1", "1.5")),
@@ -48,8 +49,8 @@ MEANS = {  # by the argument, or by "function.argument"
     "axis": ("0",),
     "weights": ("an axis more",),  # of a batch
     **dict.fromkeys(("attention_maps.weights", "mix.weights"), ()),
-    "mask": ("no axes", "an axis more"),  # what broadcasts
-    **dict.fromkeys(("Conv.mask", "ConvTranspose.mask", "nearest_conv.mask"), ("no axes",)),
+    "mask": ("no axes", "an axis more", "True"),  # what broadcasts
+    **dict.fromkeys(("Conv.mask", "ConvTranspose.mask"), ("no axes",)),
     "inline_svg.name": ("'3'",),
     **{f"{network}.num_classes": ("0",) for network in POOLING},
     "ViT.registers": ("0",),
@@ -59,10 +60,12 @@ MEANS = {  # by the argument, or by "function.argument"
     "plain.text": ("'3'",),
     "can_be_drawn.text": ("'3'",),
     **{f"{name}.bias": ("1.5", "nan", "inf", "no axes") for name in ATTENTIONS},
-    **{f"{name}.mask": ("no axes",) for name in ATTENTIONS},
+    **{f"{name}.mask": ("no axes", "True") for name in ATTENTIONS},
+    "attention_plan.mask": ("None", "True"),
+    "nearest_conv.mask": ("no axes", "True"),
     "attention.query_offset": ("0",),
+    "attention_plan.window": ("None",),
     "attention_plan.bias": ("None", "1.5", "nan", "inf"),
-    "attention_plan.mask": ("None",),
     **dict.fromkeys(("base", "stretch", "slower"), ("1.5",)),
     "rotary.offset": ("0", "-1", "1.5"),
     "rotary_at.positions": ("an axis more",),
@@ -84,7 +87,8 @@ def bad_calls(function: Callable, kwargs: dict[str, Any]) -> Iterator[tuple[str,
         good = kwargs.get(name)
         for text, value in [*BAD.items(), *bad_arrays(name, good)]:
             fits_no_table = (function.__name__, name, text) == ("halo_attention", "halo", "0")
-            if not fits_no_table and (value is not None or type(None) not in get_args(annotation)):
+            is_bool = value is True and bool in (annotation, *get_args(annotation))
+            if not (fits_no_table or is_bool) and (value is not None or type(None) not in get_args(annotation)):
                 yield name, text, {**kwargs, name: value}
         for entry in good if isinstance(good, dict) and name == "params" else ():
             for text, value in [*BAD.items(), *bad_arrays(entry, good[entry])]:

@@ -13,6 +13,7 @@ import tiers
 from jax import lax
 
 import jaxattn
+from jaxattn import zoo
 from jaxattn.lowerings import phases
 
 SPATIAL = ["i", "j", "k"]
@@ -155,6 +156,28 @@ def test_an_offset_does_not_read_outside(equation, options):
     (y, back), (want, want_back) = run(None), run("reference")
     for mine, theirs in zip((y, *back(y)), (want, *want_back(want)), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("strides", "padding"), [((1, 1), ((-1, 1), (0, 0))), ((2, 1), ((1, -2), (-2, 3))), ((2,), ((-1, 1),))]
+)
+def test_a_transposed_convolution_is_cropped_by_negative_padding(strides, padding):
+    """It is the loops over its input with zeros between: strides are of what is made."""
+    rank, none = len(strides), (1,) * len(strides)
+    x, w = arrays((2, *(5, 6)[:rank], 3), (*(2, 3)[:rank], 3, 4), dtype=np.float32)
+
+    def spread(x):
+        between = np.zeros((2, *(s * (n - 1) + 1 for s, n in zip(strides, x.shape[1:], strict=False)), 3))
+        between[(slice(None), *(slice(None, None, s) for s in strides))] = x
+        return between
+
+    want = lambda x, w: loops(spread(x), w, none, padding, none, 1)
+    dy, dx, dw = arrays(want(x, w).shape, x.shape, w.shape, dtype=np.float32, seed=3)
+    ours = functools.partial(zoo.conv_transpose, strides=strides, padding=padding)
+    y, of_x, of_w = jax.jit(lambda x, w: (lambda y, back: (y, *back(dy)))(*jax.vjp(ours, x, w)))(x, w)
+    np.testing.assert_allclose(y, want(x, w), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(jnp.vdot(of_x, dx), np.vdot(dy, want(dx, w)), rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(jnp.vdot(of_w, dw), np.vdot(dy, want(x, dw)), rtol=1e-4, atol=1e-3)
 
 
 @hypothesis.settings(max_examples=30)

@@ -106,6 +106,14 @@ def test_the_cache_is_flax_cache():
     plain = Attention(4, 8, num_kv_heads=2, rngs=nnx.Rngs(0))
     seen = nnx.view(plain, decode=True, batch_size=3, max_length=7)
     assert (seen.cached_key.shape, seen.decode) == ((3, 7, 2, 2), True)
+    layer = Attention(2, 8, rngs=nnx.Rngs(0))
+    layer.set_view(decode=True, batch_size=np.int64(3), max_length=np.int64(5))
+    assert layer.cached_key.shape == (3, 5, 2, 4)
+    for given in ({"batch_size": 1.5}, {"max_length": True}, {"decode": "yes"}, {"deterministic": 1}):
+        with pytest.raises(ValueError, match=rf"Attention: {next(iter(given))} \(="):
+            layer.set_view(**given)
+    with pytest.raises(ValueError, match=r"Attention: input_shape must be \[\*batch, max_length, in_features\]"):
+        layer.init_cache((8,))
 
 
 @pytest.mark.parametrize(

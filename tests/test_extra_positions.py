@@ -19,6 +19,7 @@ from contract import (
 )
 
 from jaxattn.attention import attention
+from jaxattn.parts import attention_scores
 from jaxattn.window import Window
 
 X = np.random.default_rng(0).normal(size=(2, 12, 4, 8))
@@ -59,6 +60,16 @@ def test_the_first_tokens_for_every_later_one(implementation):
 
     both = lambda f: jax.jit(lambda x: (f(x), jax.grad(lambda x: jnp.sin(f(x)).sum())(x)))(X)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), both(ours), both(theirs))
+
+
+def test_a_token_beyond_what_int32_holds_is_ahead_of_everyone():
+    extra, places = np.full((2, 2, 4, 8), 1e3), np.array([[0], [2**32 - 1]], np.uint32)
+    for far in (places, places.astype(np.int64) * 2**20):
+        scores = attention_scores(
+            X, X, window=Window(4, causal=True, boundary="mask"), extra_key=extra, extra_positions=far
+        )
+        np.testing.assert_array_equal(np.isfinite(scores[..., -2:]).all((0, 1, 2)), [True, False])
+        assert not np.isfinite(scores[..., -1]).any()
 
 
 EXTRA = {"extra_key": X[:, :2], "extra_value": X[:, :2]}

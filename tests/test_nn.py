@@ -451,6 +451,13 @@ def test_sinks_and_grid_sizes_reach_the_primitive():
         Attention(2, 4, normalize="relu", sinks=True, rngs=nnx.Rngs(0))
 
 
+def test_an_empty_batch_has_no_weights():
+    for settings in ({"window": (3, 3)}, {"rank": 2}, {"grid": (4, 5), "relative_bias": True}):
+        layer = lambda x, settings=settings: Attention(2, 8, **settings, rngs=nnx.Rngs(0)).weights(x)
+        full = jax.eval_shape(layer, jnp.ones((1, 4, 5, 8))).shape
+        assert jax.eval_shape(layer, jnp.ones((0, 4, 5, 8))).shape == (0, *full[1:])
+
+
 def test_sown_weights():
     layer, x = Attention(2, 4, window=(3, 3), rngs=nnx.Rngs(0)), normal(7, 2, 4, 4, 4, dtype=jnp.float32)
     y, sown = nnx.capture(layer, nnx.Intermediate)(x, sow_weights=True)

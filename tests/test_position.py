@@ -369,6 +369,24 @@ def test_alibi_slopes_are_those_of_bloom():
             lambda: position.alibi((3, 3), 2, slopes=np.ones((2, 2)), distance="euclidean"),
             r"alibi: distance \(='euclidean'\) must be 'sum' where slopes are given for each axis",
         ),
+        (lambda: position.alibi(3, 2, dtype=jnp.int32), r"alibi: dtype \(=int32\) must be of floating-point numbers"),
+        (
+            lambda: position.mixed_frequencies(jax.random.key(0), 2, 8, 2, dtype=jnp.complex64),
+            r"mixed_frequencies: dtype \(=complex64\) must be",
+        ),
+        (lambda: position.rotary((3, 4), 8, frequencies=np.ones((0, 2))), r"rotary: frequencies \(=\[0, 2\]\) must be"),
+        (
+            lambda: jax.eval_shape(lambda s: position.rotary(4, 8, stretch=s).cos, 2.0),
+            r"rotary: stretch \(=float\d+\[\]\) must be known while a program is traced",
+        ),
+        (
+            lambda: jax.eval_shape(lambda b: position.rotary(4, 8, base=b).cos, 2.0),
+            r"rotary: base \(=float\d+\[\]\) must be known while",
+        ),
+        (
+            lambda: layer64(2, 8, window=(3, 3), transform_qk=lambda q, k, o: q)(jnp.ones((4, 5, 8))),
+            r"Attention: transform_qk must return the pair \(query, key\), and not float\d+\[4, 5, 2, 4\]",
+        ),
         (lambda: layer64(2, 8, rotary="axial"), r"rotary \(='axial'\) must be True or False, or one of 'mixed'"),
         (lambda: layer64(2, 8, clip=True), r"Attention: clip \(=True\) must be False without a window that may"),
     ],
@@ -376,3 +394,13 @@ def test_alibi_slopes_are_those_of_bloom():
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_learned_frequencies_in_half_precision():
+    """The axial ones, turned: what a turn keeps is each one's size."""
+    found = position.mixed_frequencies(jax.random.key(0), 2, 8, 2, dtype=jnp.bfloat16)
+    assert found.dtype == jnp.bfloat16
+    sizes = np.linalg.norm(np.asarray(found, float), axis=-1)
+    np.testing.assert_allclose(sizes, np.tile([1, 10**-0.5], (2, 2)), rtol=1e-2)
+    make = lambda: Attention(2, 8, window=(3, 3), rotary="mixed", param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    assert nnx.eval_shape(make).rotary_frequencies.dtype == jnp.bfloat16

@@ -77,6 +77,20 @@ def test_a_token_costs_what_its_window_holds():
     assert (made.cost.columns, made.operands.key.shape) == (64, (1, 64, 2, 16))
 
 
+def test_integers_of_any_kind():
+    """NumPy's, in arrays as well; traced ones of few bits, which a long grid is not counted in; and enormous ones."""
+    x, window = np.random.default_rng(0).normal(size=(600, 1, 2)), Window(301, causal=True)
+    i, j = np.mgrid[:600, :600]
+    scores = np.where((j <= i) & (j > i - 301), (x[:, 0] @ x[:, 0].T) / 2**0.5, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    want = (weights / weights.sum(-1, keepdims=True)) @ x[:, 0]
+    run = functools.partial(attention, key=x, value=x, window=window)
+    for offset in (np.array([100]), np.array(100, np.int8), jnp.array(100, jnp.uint8), jnp.array([100], jnp.int8)):
+        np.testing.assert_allclose(run(x[100:102], query_offset=offset)[:, 0], want[100:102], rtol=1e-9)
+    last = run(x[598:], query_offset=jnp.array(2**32 - 1, jnp.uint32))  # as far as there are queries
+    np.testing.assert_allclose(last[:, 0], want[598:], rtol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

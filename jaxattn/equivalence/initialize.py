@@ -123,6 +123,8 @@ def _impulse(attention: Any, alpha: float, size: int, positions: Any) -> None:
 def _by_positions(attention: Any, query, key, centre: np.ndarray, alpha: float, positions: np.ndarray) -> None:
     """Queries (i + Δ, 1) and keys (2j, -‖j‖²), the grid's middle the origin, from the positions by least squares."""
     *grid, features = positions.shape
+    if not grid:
+        raise ValueError(f"init_as_cnn: positions (={list(positions.shape)}) must be [*grid, in_features]")
     rank, head_dim = len(grid), query.shape[2]
     if features != query.shape[0] or features != key.shape[0]:
         raise ValueError(

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -127,10 +127,10 @@ def modified(options: Options, scores: Array, head: Array, query: Sequence[Array
     lift = lambda x: jnp.expand_dims(x, range(scores.ndim - x.ndim))
     query = [x + first for x, first in zip(query, options.offset or (0,) * len(query), strict=True)]
     found = score_mod(scores, lift(head), tuple(map(lift, query)), tuple(map(lift, key)))
-    shape, dtype = jnp.shape(found), jnp.result_type(found)
-    if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer)):
+    shape = getattr(found, "shape", ())
+    if (what := not_real(found)) is not None:
         raise ValueError(
-            f"attention: score_mod (={score_mod!r}) must return scores, real numbers, and not {dtype}: who attends is "
+            f"attention: score_mod (={score_mod!r}) must return scores, real numbers, and not {what}: who attends is "
             "said by mask=, or by jnp.where(allowed, score, -jnp.inf)"
         )
     if shape and (len(shape) != scores.ndim or any(n not in (1, m) for n, m in zip(shape, scores.shape, strict=True))):
@@ -141,9 +141,21 @@ def modified(options: Options, scores: Array, head: Array, query: Sequence[Array
     return jnp.broadcast_to(found, scores.shape).astype(scores.dtype)
 
 
+def not_real(found: Any) -> str | None:
+    """What a function of the caller's returned, where that is no array of real numbers."""
+    if not (hasattr(found, "dtype") or isinstance(found, int | float)):
+        return repr(found)
+    dtype = jnp.result_type(found)
+    real = any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer))
+    return None if real else str(dtype)
+
+
 def apply_normalizer(normalize: Normalizer, scores: Array, mask: Array) -> Array:
     """Weights, zero where masked, whatever the normaliser makes of it."""
     weights = normalize(scores, mask)
+    what = not_real(weights)
+    if what not in (None, "bool"):
+        raise ValueError(f"attention: normalize (={normalize!r}) must return weights, real numbers, and not {what}")
     if jnp.shape(weights) != scores.shape:
         raise ValueError(
             f"attention: normalize returned shape {jnp.shape(weights)}; allowed: the scores' own, {scores.shape}"

@@ -350,21 +350,22 @@ class Attention(Projected):
             raise ValueError(f"{type(self).__name__}: grid_sizes must be None where the weights are asked for")
         weights = attention_weights(query, key, **given, precision=self.precision)
         before = query.shape[:-2] if self.window is not None else shape[:-1]
-        return weights.reshape(*before, self.num_heads, -1)
+        return weights.reshape(*before, self.num_heads, weights.shape[-1])
 
     def _sow(self, query: Array, key: Array, given: dict[str, Any], shape: tuple[int, ...]) -> None:
         """Store the weights as `nnx.Intermediate`."""
         checks.check_weights(self, "sow_weights")
         weights = self._weights(query, key, given, shape)
         if self.window is None:
-            weights = jnp.swapaxes(weights.reshape(*query.shape[:-1], -1), -2, -3)
+            weights = jnp.swapaxes(weights.reshape(*query.shape[:-1], weights.shape[-1]), -2, -3)
         self.sow(nnx.Intermediate, "attention_weights", weights)
 
+    @checked
     def set_view(
         self,
         deterministic: bool | None = None,
         decode: bool | None = None,
-        batch_size: int | Sequence[int] | None = None,
+        batch_size: Size | None = None,
         max_length: int | None = None,
     ):
         """For `nnx.view`.
@@ -380,7 +381,7 @@ class Attention(Projected):
         if decode is not None:
             self.decode = decode
             if decode and self.cached_key is None:
-                batch = (batch_size,) if isinstance(batch_size, int) else batch_size
+                batch: Any = batch_size if isinstance(batch_size, tuple | None) else (batch_size,)
                 if batch is None or max_length is None:
                     raise ValueError(
                         f"{type(self).__name__}: batch_size (={batch_size}) and max_length (={max_length}) must be "

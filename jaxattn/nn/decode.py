@@ -40,6 +40,10 @@ def check(layer: Any):
 def init_cache(layer: Any, shape: tuple[int, ...], dtype: DTypeLike):
     """Give the layer an empty cache for `[*batch, max_length]` tokens."""
     check(layer)
+    if not shape:
+        raise ValueError(
+            f"{type(layer).__name__}: input_shape must be [*batch, max_length, in_features], two or more ints"
+        )
     *batch, length = shape
     if layer.window is not None:
         length = min(length, _reach(layer.window))

@@ -10,6 +10,7 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from jax import lax
 
+from jaxattn.checked import has_dtype, shown
 from jaxattn.halo import shard_count
 from jaxattn.nn.grid import GridModule
 from jaxattn.nn.rotary import rotated
@@ -127,7 +128,14 @@ class Projected(GridModule):
             stride: Any = self.windows[0].stride if self.windows else still
             query = rotated(query, self.rotary, frequencies, grids[0], stride, offset)
             key = rotated(key, self.rotary, frequencies, grids[1], still, offset)
-        return (query, key) if self.transform_qk is None else self.transform_qk(query, key, tuple(offset))
+        if self.transform_qk is None:
+            return query, key
+        found = self.transform_qk(query, key, tuple(offset))
+        if not isinstance(found, tuple | list) or len(found) != 2 or not all(map(has_dtype, found)):
+            raise ValueError(
+                f"{type(self).__name__}: transform_qk must return the pair (query, key), and not {shown(found)}"
+            )
+        return found[0], found[1]
 
     def _in_a_row(self, x):
         """Without a window, the tokens of a grid one after the other."""

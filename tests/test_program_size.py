@@ -51,14 +51,14 @@ def test_long_windows_make_no_table_of_pairs(length, window, arguments):
     keep = jax.ShapeDtypeStruct((1, length), bool)
     options = {"score_mod": lambda score, head, query, key: score - abs(query[0] - key[0])}
 
-    def loss(query, key, value, keep):
+    def attend(query, key, value, keep):
         given = {"plain": {}, "a mask of keys": {"mask": (keep, None)}, "score_mod": options}[arguments]
-        return (attention(query, key, value, window=window, **given) * query).sum()
+        return attention(query, key, value, window=window, **given)
 
-    lowered = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x, keep)
-    assert len(lowered.as_text()) < MOST
+    loss = lambda *operands: attend(*operands).sum()
+    assert len(jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x, keep).as_text()) < MOST
     if arguments == "plain":
-        assert bytes_of_constants(lowered.compile()) < MOST
+        assert bytes_of_constants(jax.jit(attend).lower(x, x, x, keep).compile()) < MOST
 
 
 def bytes_of_constants(compiled):

@@ -198,11 +198,14 @@ def test_transposed_is_lax_conv_transpose(drawn):
     np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("least", [phases.WORK, 0], ids=["at once", "apart"])
-def test_phases_of_strides(monkeypatch, least):
+@pytest.mark.parametrize(
+    "limits", [{}, {"WORK": 0}, {"WORK": 0, "COPIED": 0}], ids=["at once", "apart, by taps", "apart"]
+)
+def test_phases_of_strides(monkeypatch, limits):
     """With taps that the strides divide and do not, cropped, and where one dimension has no stride. Where they do not,
     phases are convolved apart from some size on."""
-    monkeypatch.setattr(phases, "WORK", least)
+    for name, value in limits.items():
+        monkeypatch.setattr(phases, name, value)
     cases = [
         ("n i c, r c o -> n 3*i+r o", [(2, 5, 3), (7, 3, 4)], {}),
         ("n i c, r c o -> n 4*i+r o", [(2, 5, 3), (2, 3, 4)], {"padding": (3, -2)}),

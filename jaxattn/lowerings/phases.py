@@ -22,8 +22,10 @@ from jaxattn.lowerings.convolution import Convolution, Sizes, convolve, describe
 from jaxattn.lowerings.lowering import Lowering, Problem
 from jaxattn.lowerings.taps import TapAxis, trim
 
-# Products, and convolutions of phases, that a program may write out, and the products that the latter must have
-TAPS, PHASES_APART, WORK = 64, 16, 2**22
+TAPS = 64  # products of taps that a program may write out
+# Phases are convolved apart if they are at most so many, from so many products on, for at most so many results: the
+# more memory is asked for at once, the longer it takes to come. By taps if at most so many numbers are copied.
+PHASES_APART, WORK, APART, COPIED = 16, 2**22, 5 * 2**18, 2**22
 
 
 def _match(problem: Problem) -> Convolution | None:
@@ -89,13 +91,16 @@ def _padded(conv: Convolution, resolved: Resolved, x, w, y_at: list[int], phases
         [min(n, s.trim.taps[1]) - s.trim.taps[0] for n in each] for s, each in zip(conv.spatial, phases, strict=True)
     ]
     numbers = list(itertools.product(*phases))
-    small = math.prod(x.shape[:-1]) * w.size < WORK
-    if small or len(numbers) > PHASES_APART or len(set(numbers)) == 1 or min(map(min, numbers)) < 1:
+    lacking = len(set(numbers)) > 1 and min(map(min, numbers)) > 0
+    products, results = math.prod(x.shape[:-1]) * w.size, math.prod(x.shape[:-1]) * w.shape[-1]
+    if not lacking or len(numbers) > PHASES_APART or products < WORK or results > APART:
         return _convolved(x, w, dilation, precision)
+    count = sum(map(math.prod, numbers))
+    run = _by_tap if count <= TAPS and count * x.size <= COPIED else _convolved
     for taps, kernel in zip(numbers, jnp.split(w, len(numbers), -1), strict=True):
         starts = [d * (k - n) for d, k, n in zip(dilation, w.shape, taps, strict=False)]
         seen = lax.slice(x, (0, *starts, 0), x.shape)
-        parts.append(_convolved(seen, kernel[tuple(slice(n) for n in taps)], dilation, precision))
+        parts.append(run(seen, kernel[tuple(slice(n) for n in taps)], dilation, precision))
     return jnp.concatenate(parts, -1)
 
 

@@ -44,7 +44,7 @@ def whole(operands: Operands, options: Options, offset: Sequence[Any] | None) ->
     if offset is None or window is None or 0 in operands.query.shape:
         return operands, options
     places = zip(window.along, window.axes(options.keys), offset, options.queries, strict=True)
-    columns = [_columns(along, axis, jnp.asarray(first), count) for along, axis, first, count in places]
+    columns = [_columns(along, axis, jnp.asarray(first, int), count) for along, axis, first, count in places]
     rank, sizes = len(columns), window.sizes
     batch = operands.query.ndim - rank - 2
     slot = _flat_index([c.slot for c in columns], sizes)

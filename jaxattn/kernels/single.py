@@ -17,6 +17,7 @@ from jaxattn.kernels.backend import Cost
 from jaxattn.kernels.loop import zeros
 from jaxattn.kernels.operands import Operands, Options, hiding_score, is_seen, soft_capped
 from jaxattn.normalize import softmax
+from jaxattn.sizes import planned
 
 FIELDS = {"query", "key", "value", "scale", "soft_cap", "bias", "slot_mask", "query_segments", "key_segments"}
 LEAST = 1  # numbers of the keys, from which on it is quicker than a batched product
@@ -31,7 +32,7 @@ def fits(operands: Operands, options: Options) -> bool:
         and not (given - FIELDS or options.score_mod or options.dropout_rate)
         and operands.query.dtype == operands.key.dtype == operands.value.dtype
         and operands.query.dtype in (jnp.float32, jnp.float64)
-        and math.prod(operands.key.shape) >= LEAST
+        and math.prod(map(planned, operands.key.shape)) >= LEAST
     )
 
 

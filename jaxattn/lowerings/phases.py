@@ -21,6 +21,7 @@ from jaxattn.extents import Resolved
 from jaxattn.lowerings.convolution import Convolution, Sizes, convolve, described, match, trimmed
 from jaxattn.lowerings.lowering import Lowering, Problem
 from jaxattn.lowerings.taps import TapAxis, trim
+from jaxattn.sizes import planned
 
 TAPS = 64  # products of taps that a program may write out
 # Phases are convolved apart if they are at most so many, from so many products on, for at most so many results: the
@@ -92,11 +93,12 @@ def _padded(conv: Convolution, resolved: Resolved, x, w, y_at: list[int], phases
     ]
     numbers = list(itertools.product(*phases))
     lacking = len(set(numbers)) > 1 and min(map(min, numbers)) > 0
-    products, results = math.prod(x.shape[:-1]) * w.size, math.prod(x.shape[:-1]) * w.shape[-1]
-    if not lacking or len(numbers) > PHASES_APART or products < WORK or results > APART:
+    tokens = math.prod(map(planned, x.shape[:-1]))
+    fits = tokens * w.size >= WORK and tokens * w.shape[-1] <= APART
+    if not lacking or not fits or len(numbers) > PHASES_APART:
         return _convolved(x, w, dilation, precision)
     count = sum(map(math.prod, numbers))
-    run = _by_tap if count <= TAPS and count * x.size <= COPIED else _convolved
+    run = _by_tap if count <= TAPS and count * tokens * x.shape[-1] <= COPIED else _convolved
     for taps, kernel in zip(numbers, jnp.split(w, len(numbers), -1), strict=True):
         starts = [d * (k - n) for d, k, n in zip(dilation, w.shape, taps, strict=False)]
         seen = lax.slice(x, (0, *starts, 0), x.shape)

@@ -500,7 +500,7 @@ def _segments(ids: Operand | Sequence[Operand] | None, geometry: _Geometry) -> t
                 if not np.array_equal(along.query, np.arange(along.length)):
                     query = jnp.take(query, along.query, axis=axis)  # the id of the key that the query stands on
             if geometry.traced_offset is not None:
-                starts = [0] * len(geometry.batch) + list(geometry.traced_offset)
+                starts = [jnp.int32(0)] * len(geometry.batch) + list(geometry.traced_offset)
                 query = jax.lax.dynamic_slice(query, starts, of_queries)
     for x, shape in ((query, of_queries), (key, of_keys)):
         if x.shape != shape or not jnp.issubdtype(x.dtype, jnp.integer):

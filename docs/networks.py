@@ -4,7 +4,11 @@ import re
 
 from jaxattn.pretrained import table
 
-TOP = """# Networks
+TOP = """---
+hide: [navigation, toc]
+---
+
+# Networks
 
 `jaxattn.models` has the networks, with any size and any number of classes. Those below have published weights, which
 `jaxattn.pretrained.load(name, path)` reads from the publisher's own file, strictly: a name or a shape that does not fit

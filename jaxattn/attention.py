@@ -141,8 +141,7 @@ def attention(
         ValueError: before anything is compiled, naming the argument, what came and what is allowed.
 
     Under `jit`, `vmap`, `grad`, `jvp`, `linear_transpose` in the values, `checkpoint` and `shard_map` it is what the
-    formula is.
-    `jax.experimental.jet` has no rule for "xla": nest `jvp`, or take "reference".
+    formula is. `jax.experimental.jet` has no rule for "xla": nest `jvp`, or take "reference".
 
     References:
         Vaswani et al. 2017 (arXiv 1706.03762); Ramachandran et al. 2019 (1906.05909); Hassani et al. 2023 (2204.07143);

@@ -20,7 +20,7 @@ from jaxattn.normalize import softmax
 from jaxattn.sizes import planned
 
 FIELDS = {"query", "key", "value", "scale", "soft_cap", "bias", "slot_mask", "query_segments", "key_segments"}
-LEAST = 1  # numbers of the keys, from which on it is quicker than a batched product
+LEAST = 2**16  # numbers of the keys, from which on it is quicker than a batched product
 
 
 def fits(operands: Operands, options: Options) -> bool:

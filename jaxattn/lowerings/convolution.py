@@ -238,16 +238,14 @@ def trimmed(run: Callable, conv: Convolution, resolved: Resolved, x, w, y_at: li
     return y
 
 
-def by_lax(
-    conv: Convolution, resolved: Resolved, x, w, y_at: list[int], precision, padding: list | None = None
-) -> jax.Array:
+def by_lax(conv: Convolution, resolved: Resolved, x, w, y_at: list[int], precision) -> jax.Array:
     """`lax.conv_general_dilated` of (array, where its groups of axes stand) twice, into groups of axes at `y_at`."""
     (x, x_at), (w, w_at) = x, w
     return lax.conv_general_dilated(
         x,
         _flip(w, [tap for s, tap in zip(conv.spatial, w_at, strict=False) if s.scattered]),
         window_strides=[1 if s.scattered else s.trim.axis.stride for s in conv.spatial],
-        padding=[s.padding for s in conv.spatial] if padding is None else padding,
+        padding=[s.padding for s in conv.spatial],
         lhs_dilation=[s.trim.axis.stride if s.scattered else 1 for s in conv.spatial],
         rhs_dilation=[s.trim.axis.dilation for s in conv.spatial],
         dimension_numbers=lax.ConvDimensionNumbers(

@@ -2,8 +2,9 @@
 
 Position p of x and tap q meet the token `a·p + q - low`. With `q = a·j + f` that is `a·(p + j) + f - low`: tap j of
 phase f, one of a, in a convolution whose stride is one. So the phases are features that it makes, and are put side by
-side at the end. XLA:CPU is slow where there are zeros between inputs, in the kernel's gradient by two orders of
-magnitude.
+side at the end. Where the stride does not divide the kernel, the last phases have fewer taps, and the phases are
+computed apart if that is quicker. XLA:CPU is slow where there are zeros between inputs, in the kernel's gradient by
+two orders of magnitude.
 """
 
 import dataclasses
@@ -24,8 +25,9 @@ from jaxattn.lowerings.taps import TapAxis, trim
 from jaxattn.sizes import planned
 
 TAPS = 64  # products of taps that a program may write out
-# Phases are convolved apart if they are at most so many, from so many products on, for at most so many results: the
-# more memory is asked for at once, the longer it takes to come. By taps if at most so many numbers are copied.
+# Phases that lack taps are computed apart if there are at most so many of them, at least so many products, and at most
+# so many results, since large pieces of memory take long to come; by a product a tap if at most so many numbers are
+# copied for that. Measured on two cores, from [4,4,4,512] to [8,64,64,32].
 PHASES_APART, WORK, APART, COPIED = 16, 2**22, 5 * 2**18, 2**22
 
 
@@ -83,8 +85,7 @@ def _taps_of_phases(axis: TapAxis) -> list[int]:
 
 
 def _padded(conv: Convolution, resolved: Resolved, x, w, y_at: list[int], phases, precision) -> jax.Array:
-    """`by_lax`, of an input with its zeros around it, with a derivative by the kernel of its own. Phases that lack
-    taps are convolved apart from the others, if they are few."""
+    """All phases as features, [n, *tokens, (*phases o)]; `phases` are the taps that each has, along each axis."""
     (x, _), (w, _), pads = x, w, [(0, 0), *(s.padding for s in conv.spatial), (0, 0)]
     x = lax.pad(x, jnp.zeros((), x.dtype), [(*pad, 0) for pad in pads])
     dilation, parts = tuple(s.trim.axis.dilation for s in conv.spatial), []
@@ -147,14 +148,14 @@ def _by_tap(x: jax.Array, w: jax.Array, dilation: tuple[int, ...], precision: An
 
 
 def phases(resolved: Resolved, conv: Convolution, operands, precision, accumulate) -> jax.Array:
-    """`convolve` by a dense convolution that makes all phases."""
+    """`convolve`, by its phases."""
     return convolve(resolved, conv, operands, precision, accumulate, functools.partial(_by_phase, precision=precision))
 
 
 PHASES = Lowering(
     name="phases",
     match=_match,
-    describe=described("one lax.conv_general_dilated that makes all phases of the strides"),
+    describe=described("the phases of the strides as features of one lax.conv_general_dilated, or apart"),
     temporaries=lambda resolved, conv, width: math.prod(resolved.output_shape) * width,
     run=phases,
     widens=True,

@@ -212,7 +212,7 @@ def predictions(
     count, rows = len(images), 1 if maps is None else 2
     for name, given in (("titles", titles), ("maps", maps)):
         if given is not None and len(given) != count:
-            raise ValueError(f"predictions: {name} (of length {len(given)}) must be one for each of the {count} images")
+            raise ValueError(f"predictions: {name} (={len(given)} of them) must be one for each of the {count} images")
     figure = Figure(figsize=(2.2 * count, 2.4 * rows), layout="constrained")
     figure.set_label("Images, one a column, with what was predicted, and below each one where attention looked")
     grid = figure.subplots(rows, count, squeeze=False)

@@ -87,7 +87,9 @@ class PositionAttention(Splittable):
     def _strided(self, query: Array, key: Array, value: Array, rows: Array, columns: Array) -> Array:
         """Of each block, its queries and all keys that they see, as a batch."""
         if self.axis_name is not None:
-            raise ValueError(f"BoTNet: a halo with a stride must see all of its grid, split over {self.axis_name!r}")
+            raise ValueError(
+                f"BoTNet: axis_name (={self.axis_name!r}) must be None for a halo with a stride, which sees all of its grid"
+            )
         *batch, height, width, heads, dim = query.shape
         halo = self.halo or 0
         (p, q), (k, m) = (n // 2 for n in self.block), (n + 2 * halo for n in self.block)
@@ -135,7 +137,9 @@ class LambdaMixer(Splittable):
 
     def __call__(self, x: Float[Array, "*batch height width features"], *, sow_weights: bool = False):
         if self.axis_name is not None:
-            raise ValueError(f"BoTNet: a lambda is of all of the grid, which is split over {self.axis_name!r}")
+            raise ValueError(
+                f"BoTNet: axis_name (={self.axis_name!r}) must be None for a lambda layer, which sees all of the grid"
+            )
         query, value = self.query_norm(self.query(x)), self.value_norm(self.value(x))
         key = self.key(x)
         key = jax.nn.softmax(key, axis=(-3, -2))

@@ -57,7 +57,7 @@ class Partition(Splittable):
             return self.attention(x, sow_weights=sow_weights)
         if self.axis_name is not None:
             raise ValueError(
-                f"MaxViT: the grid's attention must see all of it, and it is split over {self.axis_name!r}"
+                f"MaxViT: axis_name (={self.axis_name!r}) must be None for the grid's attention, which sees all of it"
             )
         # what stands apart is brought together: the same windows then
         x = einsum("... (p i) (q j) c -> ... (i p) (j q) c", x, **sides)

@@ -88,7 +88,8 @@ class PositionAttention(Splittable):
         """Of each block, its queries and all keys that they see, as a batch."""
         if self.axis_name is not None:
             raise ValueError(
-                f"BoTNet: axis_name (={self.axis_name!r}) must be None for a halo with a stride, which sees all of its grid"
+                f"BoTNet: axis_name (={self.axis_name!r}) must be None for a halo with a stride, "
+                "which sees all of its grid"
             )
         *batch, height, width, heads, dim = query.shape
         halo = self.halo or 0

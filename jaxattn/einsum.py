@@ -19,13 +19,12 @@ from jaxattn.lowerings.depthwise import DEPTHWISE
 from jaxattn.lowerings.gather import GATHER, axes_of
 from jaxattn.lowerings.grouped import GROUPED
 from jaxattn.lowerings.local import BANDS
-from jaxattn.lowerings.lowering import Lowering, Problem, evaluate, first_match
+from jaxattn.lowerings.lowering import Lowering, Problem, Solution, evaluate, first_match
 from jaxattn.lowerings.pairs import by_pairs
 from jaxattn.lowerings.phases import PHASES
 from jaxattn.lowerings.plain import PLAIN
 from jaxattn.lowerings.product import PRODUCT
 from jaxattn.lowerings.slices import SLICES
-from jaxattn.promotion import broadcasting
 
 # The first that matches is taken: what is special, and faster, stands before what is general.
 ONE_STEP = (PLAIN, PRODUCT, GROUPED, DEPTHWISE, PHASES, CONVOLUTION, BANDS, SLICES, GATHER)
@@ -39,7 +38,7 @@ class Plan:
 
     `flops` counts a multiplication and an addition for every product of the sum, `bytes` the operands and the result
     once each, `temporaries` an estimate of the bytes held besides them. `run` does it: `(operands, precision)` to the
-    result.
+    result; in a program for another platform, as is best there.
     """
 
     resolved: Resolved
@@ -99,9 +98,8 @@ def _plan(equation, shapes, dtypes, dtype, padding, boundary, sizes, implementat
 
     # an eager call dispatches one program; in a program that is traced it stands as if there were no jit
     @functools.partial(jax.jit, static_argnums=1, inline=True)
-    @broadcasting
     def run(operands: list[jax.Array], precision: lax.PrecisionLike) -> jax.Array:
-        return evaluate(lowering, resolved, match, operands, precision, dtype)
+        return evaluate(Solution(IMPLEMENTATIONS[implementation], problem, resolved, precision, dtype), operands)
 
     detail = lowering.describe(known, match)
     return Plan(resolved, dtypes, dtype, lowering.name, detail, flops, moved, temporaries, run)

@@ -72,7 +72,7 @@ class Resolved:
     equation: str
     terms: tuple[Term, ...]
     shapes: tuple[tuple[int, ...], ...]
-    sizes: Mapping[str, int]
+    sizes: Mapping[str, int] = dataclasses.field(hash=False)
     affine: tuple[Affine, ...]
 
     @property

@@ -32,7 +32,8 @@ def traced_for(backend: str, devices: int = 1) -> AbstractContextManager[None]:
     >>> exported.platforms
     ('tpu',)
 
-    `attention` alone, of several platforms and outside of such a context, is lowered for each as for its own machine.
+    Outside of such a context a program for several platforms, or for another one, has each one's `attention`; and each
+    one's `einsum` where it is traced on a CPU, whose own ways would not serve the others.
 
     Args:
         backend: "cpu", "gpu" or "tpu".

@@ -108,16 +108,58 @@ def test_each_platform_has_its_own_program():
 
 
 def test_what_has_been_traced_is_traced_again_for_another_machine():
-    """Also inside of a function that JAX has compiled; `einsum` takes another way there."""
+    """Also inside of a function that JAX has compiled; `einsum` leaves nothing open there."""
     x = drawn(2, 6, 6, 2, 16)
     function = jax.jit(lambda x: einsum("n i+r j+s h d, n i j h d -> n i j h r s", x, x, padding="SAME", r=5, s=5))
     here = str(function.trace(x).jaxpr)
     with jaxattn.traced_for("tpu"):
         there = str(function.trace(x).jaxpr)
         assert (machine.backend(), machine.device_count()) == ("tpu", 1)
-    assert "local_product" in here
-    assert "local_product" not in there
+    assert "multilinear" in here
+    assert "multilinear" not in there
     assert str(function.trace(x).jaxpr) == here
+
+
+@pytest.mark.core(2)
+@pytest.mark.parametrize(
+    ("equation", "shapes"),
+    [
+        ("n i+r j+s c, r s c -> n i j c", [(2, 12, 12, 32), (3, 3, 32)]),
+        ("n i+r j+s h d, n i j h r s -> n i j h d", [(2, 10, 10, 2, 16), (2, 6, 6, 2, 5, 5)]),
+        ("n i+r c, r k, k c -> n i c", [(2, 40, 64), (7, 2), (2, 64)]),
+        ("n i j c, r s c o -> n 2*i+r 2*j+s o", [(2, 8, 8, 16), (4, 4, 16, 16)]),
+    ],
+    ids=["depthwise", "bands", "by pairs", "transposed"],
+)
+def test_each_platform_computes_an_einsum_in_its_own_way(equation, shapes):
+    """What is exported from a CPU, also with the derivatives of both orders, is what that machine itself would export,
+    but for the places in the code."""
+    operands = [np.random.default_rng(n).normal(size=s).astype(np.float32) for n, s in enumerate(shapes)]
+
+    def products(text: str) -> list[str]:
+        """The convolutions and products of a program, with their settings and without the names of what they take."""
+        found = re.findall(r"stablehlo\.(?:convolution|dot_general).*?:", text)
+        return sorted(re.sub(r"%[\w#]+", "", line) for line in found)
+
+    def loss(*operands):
+        return (einsum(equation, *operands) ** 2).sum()
+
+    gradient = jax.grad(loss, tuple(range(len(shapes))))
+    doubled = [np.stack([x, x]) for x in operands]
+    for function, arguments in (
+        (lambda *x: einsum(equation, *x), operands),
+        (gradient, operands),
+        (lambda *x: jax.jvp(gradient, x, x)[1], operands),
+        (jax.vmap(gradient), doubled),
+    ):
+        found = {}
+        for name in ("cpu", "tpu", "cuda"):
+            found[name] = products(export.export(jax.jit(function), platforms=[name])(*arguments).mlir_module())
+        with jaxattn.traced_for("tpu"):
+            there = export.export(jax.jit(lambda *x: function(*x)), platforms=["tpu"])(*arguments).mlir_module()
+        assert found["tpu"] == found["cuda"] == products(there) != found["cpu"]
+        both = export.export(jax.jit(function), platforms=["cpu", "tpu"])(*arguments).mlir_module()
+        assert set(products(both)) == {*found["cpu"], *found["tpu"]}
 
 
 def test_a_grid_of_an_open_size_is_refused():

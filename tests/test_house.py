@@ -11,6 +11,7 @@ FLOOR = {
     "machine": 0,
     "units": 0,
     "promotion": 0,
+    "platforms": 1,
     "functions": 0,
     "errors": 0,
     "files": 1,

@@ -15,15 +15,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching
 from jaxtyping import Array
 
-from jaxattn import machine
+from jaxattn import platforms
 from jaxattn.kernels import differentiable
 from jaxattn.kernels.backend import Backend
 from jaxattn.kernels.operands import Operands, Options, statistics_dtype
+from jaxattn.platforms import varying_alike
 from jaxattn.promotion import broadcasting
 
 
@@ -58,11 +58,7 @@ def bound(operands: Operands, options: Options, backend: Backend) -> tuple[list[
     given = {name: x for name, x in operands._asdict().items() if x is not None}
     if backend.backward is None or options.has_functions or any(x.size == 0 for x in given.values()):
         return None
-    varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in given.values()))
-    for name, x in given.items():  # inside a shard_map all of them vary where one does
-        missing = tuple(sorted(varying - jax.typeof(x).manual_axis_type.varying))
-        given[name] = lax.pcast(x, missing, to="varying") if missing else x
-    return [*given.values()], Call(backend.forward, backend.backward, tuple(given), options)
+    return varying_alike([*given.values()]), Call(backend.forward, backend.backward, tuple(given), options)
 
 
 @broadcasting
@@ -127,27 +123,10 @@ def vmapped(function: Callable, call: Call) -> Callable:
 
 def primitive_of(name: str, function: Callable, shapes: Callable) -> Primitive:
     """A function of a call and its arrays as a primitive, without derivatives; `shapes` is one of the same shapes."""
-    primitive = Primitive(name)
-    primitive.multiple_results = True
-    run = lambda *arrays, call: vmapped(function, call)(*arrays)
-    primitive.def_impl(lambda *arrays, call: jax.jit(run, static_argnames="call")(*arrays, call=call))
-    lower = mlir.lower_fun(run, multiple_results=True)
-    for platform in machine.PLATFORMS:  # of a program for several, each its own tiles and dtypes
-        mlir.register_lowering(primitive, functools.partial(_lower, lower, platform), platform=platform)
+    under = lambda function: lambda *arrays, call: vmapped(function, call)(*arrays)
+    primitive = platforms.primitive_of(name, under(function), under(shapes))
     batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)
-
-    @functools.lru_cache(maxsize=1024)
-    def known(mesh: Any, avals: tuple[Any, ...], call: Call) -> Any:
-        return jax.make_jaxpr(vmapped(shapes, call))(*avals).out_avals
-
-    # the mesh is in what comes out
-    primitive.def_abstract_eval(lambda *avals, call: known(jax.sharding.get_abstract_mesh(), avals, call))
     return primitive
-
-
-def _lower(lower: Callable, platform: str, *arguments: Any, **params: Any) -> Any:
-    with machine.lowered_for(platform):
-        return lower(*arguments, **params)
 
 
 def _batch(primitive: Primitive, arrays: Sequence[Any], dims: Sequence[int | None], *, call: Call) -> tuple[Any, Any]:

@@ -1,5 +1,7 @@
 """What `einsum` has to know of a way to compute an equation."""
 
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -7,7 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jaxattn import machine
 from jaxattn.extents import Resolved
+from jaxattn.lowerings.multilinear import multilinear
+from jaxattn.promotion import broadcasting
 
 
 class Problem(NamedTuple):
@@ -27,6 +32,7 @@ class Lowering(NamedTuple):
     run: `(resolved, match, operands, precision, accumulate)` to the result, in the dtype `accumulate`.
     widens: whether operands narrower than the result are first cast to its dtype.
     flops: of all its products and sums; by default as if they were made at once.
+    composed: whether `run` solves problems of its own.
     """
 
     name: str
@@ -36,9 +42,11 @@ class Lowering(NamedTuple):
     run: Callable[..., Array]
     widens: bool = False
     flops: Callable[[Resolved, Any], int] | None = None
+    composed: bool = False
 
 
-def first_match(lowerings: Sequence[Lowering], problem: Problem) -> tuple[Lowering, Any]:
+@functools.lru_cache(maxsize=4096)
+def first_match(lowerings: tuple[Lowering, ...], problem: Problem) -> tuple[Lowering, Any]:
     """The first lowering that can compute a problem, and its match."""
     matches = ((lowering, lowering.match(problem)) for lowering in lowerings)
     return next(found for found in matches if found[1] is not None)
@@ -49,12 +57,34 @@ def statistics_dtype(dtype: np.dtype) -> np.dtype:
     return np.dtype(jnp.float32) if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4 else dtype
 
 
-def evaluate(
-    lowering: Lowering, resolved: Resolved, match: Any, operands: Sequence[Array], precision: Any, dtype: np.dtype
-) -> Array:
-    """What a lowering makes of operands of any dtypes."""
-    common = np.dtype(jnp.result_type(*operands))
-    if lowering.widens and common.itemsize < dtype.itemsize:
-        common = dtype
-    operands = [x.astype(common) for x in operands]
-    return lowering.run(resolved, match, operands, precision, statistics_dtype(dtype)).astype(dtype)
+@dataclasses.dataclass(frozen=True)
+class Solution:
+    """What the first lowering that can makes of operands of any dtypes, on the machine that it is traced for."""
+
+    lowerings: tuple[Lowering, ...]
+    problem: Problem  # of known sizes, by which the lowering is chosen
+    resolved: Resolved
+    precision: Any
+    dtype: np.dtype
+
+    def match(self, backend: str) -> tuple[Lowering, Any]:
+        return first_match(self.lowerings, self.problem._replace(backend=backend))
+
+    @broadcasting
+    def __call__(self, *operands: Array) -> Array:
+        lowering, match = self.match(machine.backend())
+        common = np.dtype(jnp.result_type(*operands))
+        if lowering.widens and common.itemsize < self.dtype.itemsize:
+            common = self.dtype
+        arrays = [x.astype(common) for x in operands]
+        found = lowering.run(self.resolved, match, arrays, self.precision, statistics_dtype(self.dtype))
+        return found.astype(self.dtype)
+
+
+def evaluate(solution: Solution, operands: Sequence[Array]) -> Array:
+    """The solution, on a CPU as a primitive where its way is the CPU's own: a program for another platform has that
+    platform's. What is XLA's own stands in a program as it is, so that `jax.checkpoint` can tell products from the
+    rest."""
+    here = solution.match(machine.backend())
+    own = machine.backend() == "cpu" and not here[0].composed and here != solution.match("gpu")
+    return multilinear(solution, operands) if own else solution(*operands)

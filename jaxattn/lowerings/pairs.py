@@ -11,10 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxattn.extents import Affine, Resolved
-from jaxattn.lowerings.lowering import Lowering, Problem, evaluate, first_match, statistics_dtype
+from jaxattn.lowerings.lowering import Lowering, Problem, Solution, evaluate, first_match, statistics_dtype
 from jaxattn.notation import ELLIPSIS, Token
 
 EXHAUSTIVE = 5  # operands of which every order is tried; of more, the cheapest pair is taken each time
@@ -50,14 +51,18 @@ class Pair(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A pair, and how it is computed."""
+    """A pair, and what it can be computed by."""
 
     pair: Pair
-    lowering: Lowering
-    match: Any
+    lowerings: tuple[Lowering, ...]
+    problem: Problem
+
+    @property
+    def found(self) -> tuple[Lowering, Any]:
+        return first_match(self.lowerings, self.problem)
 
 
-def by_pairs(lowerings: Sequence[Lowering]) -> Lowering:
+def by_pairs(lowerings: tuple[Lowering, ...]) -> Lowering:
     """The lowering that computes each pair by the first of `lowerings` that can."""
 
     def match(problem: Problem) -> list[Step] | None:
@@ -77,11 +82,11 @@ def by_pairs(lowerings: Sequence[Lowering]) -> Lowering:
         for pair in _order(operands, output, sizes):
             mine = [dtypes[k] for k in pair.places]
             dtypes = [dtype for k, dtype in enumerate(dtypes) if k not in pair.places] + [result]
-            steps.append(Step(pair, *first_match(lowerings, Problem(pair.resolved, (*mine, result), problem.backend))))
+            steps.append(Step(pair, lowerings, Problem(pair.resolved, (*mine, result), problem.backend)))
         at_once = math.prod(resolved.sizes.values()) * (len(operands) - 1)
         return steps if sum(step.pair.products for step in steps) < at_once else None
 
-    return Lowering("pairs", match, _describe, _temporaries, _run, flops=_flops)
+    return Lowering("pairs", match, _describe, _temporaries, _run, flops=_flops, composed=True)
 
 
 def _order(operands: list[Term], output: Term, sizes: Mapping[str, int]) -> list[Pair]:
@@ -143,20 +148,20 @@ def _resolved(terms: list[Term], sizes: Mapping[str, int]) -> Resolved:
 
 def _run(resolved: Resolved, steps: list[Step], operands, precision, accumulate) -> Array:
     left = list(operands)
-    with jax.numpy_dtype_promotion("standard"):  # what a pair makes is wider than the operands
-        for pair, lowering, match in steps:
-            mine = [left[k] for k in pair.places]
-            left = [x for k, x in enumerate(left) if k not in pair.places]
-            sizes = {
-                name: resolved.sizes.get(name, n) for name, n in pair.resolved.sizes.items()
-            }  # and what is left open
-            mended = dataclasses.replace(pair.resolved, sizes=sizes, shapes=tuple(x.shape for x in mine))
-            left.append(evaluate(lowering, mended, match, mine, precision, accumulate))
+    for pair, lowerings, problem in steps:
+        mine = [left[k] for k in pair.places]
+        left = [x for k, x in enumerate(left) if k not in pair.places]
+        with jax.numpy_dtype_promotion("standard"):  # what a pair makes is wider than the operands
+            common = jnp.result_type(*mine)
+        sizes = {name: resolved.sizes.get(name, n) for name, n in pair.resolved.sizes.items()}  # and what is left open
+        mended = dataclasses.replace(pair.resolved, sizes=sizes, shapes=tuple(x.shape for x in mine))
+        solution = Solution(lowerings, problem, mended, precision, accumulate)
+        left.append(evaluate(solution, [x.astype(common) for x in mine]))
     return left[0]
 
 
 def _describe(resolved: Resolved, steps: list[Step]) -> str:
-    return "; then ".join(f"{step.pair.resolved.equation} ({step.lowering.name})" for step in steps)
+    return "; then ".join(f"{step.pair.resolved.equation} ({step.found[0].name})" for step in steps)
 
 
 def _flops(resolved: Resolved, steps: list[Step]) -> int:
@@ -166,4 +171,9 @@ def _flops(resolved: Resolved, steps: list[Step]) -> int:
 def _temporaries(resolved: Resolved, steps: list[Step], width: int) -> int:
     """What the pairs make before the last, and the most that one of them holds."""
     made = sum(math.prod(step.pair.resolved.output_shape) for step in steps[:-1]) * max(width, 4)
-    return made + max(step.lowering.temporaries(step.pair.resolved, step.match, max(width, 4)) for step in steps)
+    held = [
+        lowering.temporaries(step.pair.resolved, match, max(width, 4))
+        for step in steps
+        for lowering, match in [step.found]
+    ]
+    return made + max(held)

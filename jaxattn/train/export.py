@@ -66,7 +66,7 @@ def program(network: Classifier, platforms: list[str], batch: str = "symbolic") 
     """What `jax.export.deserialize` reads: the function of images `[batch, *image_shape]`, float32 from 0 to 1, that
     gives the logits. The weights are in it.
 
-    Of several platforms, attention has a program of its own for each; all else is as this machine computes it.
+    Of several platforms, each has its own tiles and ways to compute; which kernels serve, this machine decides.
     """
     state = nnx.state(network.model)
     function = network.logits()

@@ -1,4 +1,4 @@
-"""A function that is linear in each operand, as a primitive: each platform computes it, and its derivatives, in its way.
+"""A function that is linear in each operand, as a primitive: each platform computes it and its derivatives in its way.
 
 Its derivative in one operand is itself, of the tangent. The transpose of that is linear in the cotangent and in the
 other operands, so it is such a function again; and so is either under `vmap`. Nothing is kept for the derivative but
@@ -26,7 +26,7 @@ def multilinear(function: Function, operands: Sequence[Array]) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Transposed:
-    """Of the other operands and the result's cotangent: the cotangent of the operand at `place`, which is like `aval`."""
+    """Of the other operands and the result's cotangent: the cotangent of the operand at `place`, like `aval`."""
 
     function: Function
     place: int

@@ -7,7 +7,7 @@ names is left whole: to the pair it is an axis like any other, and what the pair
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax

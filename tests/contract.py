@@ -22,7 +22,7 @@ from jaxattn.kernels.operands import Options
 from jaxattn.window import Axis, Window
 
 SMALL = "xla in small tiles"
-IMPLEMENTATIONS = ["reference", "xla", SMALL]
+IMPLEMENTATIONS = [SMALL, "xla", "reference"]  # the core takes the first of them
 
 
 def known(options):
@@ -153,20 +153,22 @@ GEOMETRIES = {
 
 
 def parts(implementation, geometry, arguments):
-    """What the core shows of all cases: each backend with each argument, and every two properties of a window that
-    meet, since most faults need no more than two things (Kuhn, Wallace & Gallo 2004, IEEE TSE 30(6))."""
+    """What the core shows of all cases: each argument in tiles, and with others in the reference; and every two
+    properties of a window that meet, since most faults need no more than two things (Kuhn, Wallace & Gallo 2004, IEEE
+    TSE 30(6))."""
     grid, given = GEOMETRIES[geometry]
     backend = "xla" if implementation == SMALL else implementation
     if "part of the queries" in arguments:
         return (arguments,) if given is not None else ()
+    argument = [f"{backend}, {arguments}"] if backend != "reference" or "everything" in arguments else []
     if given is None:
-        return f"{backend}, {arguments}", f"{implementation}, no window"
+        return (*argument, f"{implementation}, no window")
     spread = lambda name, default: np.broadcast_to(given.get(name, default), len(np.atleast_1d(given["size"])))
     properties = {"rank": len(grid), "boundary": sorted(set(spread("boundary", "shift").tolist()))}
     properties |= {name: bool((spread(name, 1) > 1).any()) for name in ("stride", "dilation", "block")}
     properties |= {"causal": bool(spread("causal", False).any()), "offset": "offset" in given}
     properties |= {"all of the grid": bool((spread("size", 1) >= grid).any()), "backend": backend}
-    return f"{backend}, {arguments}", *itertools.combinations(properties.items(), 2)
+    return (*argument, *itertools.combinations(properties.items(), 2))
 
 
 @dataclasses.dataclass

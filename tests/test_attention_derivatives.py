@@ -21,7 +21,7 @@ def inner(a, b):
     return sum(jax.tree.leaves(jax.tree.map(lambda x, y: (x * y).sum(), a, b)))
 
 
-@pytest.mark.core(2)
+@pytest.mark.core(1)
 @pytest.mark.parametrize(
     ("implementation", "geometry", "arguments"),
     [
@@ -51,6 +51,7 @@ def test_forward_mode_is_a_difference(implementation, geometry, arguments):
 @pytest.mark.parametrize(
     ("implementation", "geometry", "arguments"),
     [
+        (SMALL, "5 x 5, mask", "everything"),
         (SMALL, "causal and not", "everything"),
         (SMALL, "129 of 300, causal, mask", "residuals"),
         (SMALL, "global, more keys", "everything"),
@@ -99,7 +100,7 @@ def test_forward_over_forward_and_third_derivatives():
     agree(ours, theirs, "second and third")
 
 
-@pytest.mark.core(2)
+@pytest.mark.core(1)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("geometry", ["longer than the grid, mask", "offset behind, wrap"])
 def test_jacobians_of_both_modes(geometry, implementation):
@@ -115,6 +116,7 @@ def test_the_whole_hessian():
     agree(ours, theirs, "hessian")
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_linearized_once_for_many_directions(implementation):
     made = problem("5 x 5, mask", "residuals", **few)

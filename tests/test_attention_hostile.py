@@ -33,7 +33,7 @@ def sees(grid, size, **options):
     return seen
 
 
-@pytest.mark.core("each")
+@pytest.mark.core(2)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("normalize", ["softmax", "relu", "sigmoid", "sparsemax", "none"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -187,7 +187,7 @@ EMPTY = {
 }
 
 
-@pytest.mark.core(3)
+@pytest.mark.core(2)
 @pytest.mark.parametrize("implementation", ["xla", "reference", SMALL])
 @pytest.mark.parametrize("shapes", EMPTY.values(), ids=EMPTY)
 def test_empty_axes(shapes, implementation):

@@ -64,7 +64,7 @@ def gradients_of(call, made, cotangents):
     return run
 
 
-@pytest.mark.core(2)
+@pytest.mark.core(1)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize(
     ("implementation", "geometry", "over", "arguments"),
@@ -114,7 +114,7 @@ def communicates(text, most):
             assert max(sizes) <= most, line
 
 
-@pytest.mark.core(3)
+@pytest.mark.core(1)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(
     ("geometry", "over"),

@@ -136,6 +136,7 @@ def test_what_score_mod_is_told(implementation):
         np.testing.assert_array_equal(output[i0, i1, h, 0], expected)
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_segments_from_one_array_are_those_of_the_keys_stood_on(implementation):
     x = jax.random.normal(jax.random.key(0), (1, 7, 2, 4))

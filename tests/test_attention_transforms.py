@@ -111,6 +111,7 @@ def test_scan_and_checkpoint(implementation):
     agree(gradient(functools.partial(jax.checkpoint, policy=keep), False), expected, "checkpoint with a policy")
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_inside_while_and_cond(implementation):
     """Forward mode through a loop without a known end, reverse mode through a branch."""
@@ -128,6 +129,7 @@ def test_inside_while_and_cond(implementation):
     agree(compiled(jax.grad(branch))(x), compiled(jax.grad(lambda x: (twice(x) ** 2).sum()))(x), "cond")
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_shapes_before_values_and_compiled_ahead(implementation):
     made = problem("halo", "everything")
@@ -138,6 +140,7 @@ def test_shapes_before_values_and_compiled_ahead(implementation):
     agree(ahead, made.expected(made.cotangents())[0], "compiled ahead")
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize(
     ("implementation", "geometry"), [("reference", "halo"), ("xla", "129 of 300"), (SMALL, "wrap and mask")]
 )
@@ -165,6 +168,7 @@ def test_a_donated_query():
     agree(output, made.expected(made.cotangents())[0][0], "donated")
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize(("implementation", "sinks"), [("xla", False), ("xla", True), ("reference", True)])
 def test_it_is_linear_in_its_values(implementation, sinks):
     rng = np.random.default_rng(0)
@@ -195,6 +199,7 @@ def test_jet_has_no_rule_for_xla_and_reference_needs_none():
         jet.jet(run("xla"), (x,), ((y, 0 * y),))
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_the_derivative_of_dropout_is_no_second_use_of_its_key(implementation):
     x = jnp.ones((1, 6, 2, 4))

@@ -54,6 +54,7 @@ def test_nothing_on_changes_nothing():
         np.testing.assert_array_equal(found, given)
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("shape", [(7, 6, 2), (1, 1, 1)])
 def test_shifted_images_are_windows_of_the_image_padded_by_its_edge(shape):
     images, targets = make(shape=shape)
@@ -87,6 +88,7 @@ def rectangle(mask):
     return top, left, bottom - top, right - left
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("side", [2, 3, 20])
 def test_cutout_is_a_square_of_zeros_about_a_pixel_of_the_image(side):
     images, targets = make(shape=(7, 6, 2))
@@ -123,6 +125,7 @@ def test_erasing_puts_noise_in_a_rectangle_within_the_image():
     assert abs(noise.std() - 1) < 0.05
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("alpha", [0.2, 5.0])
 def test_mixup_is_a_convex_combination_with_the_next_image(alpha):
     images, targets = make()
@@ -176,6 +179,7 @@ def test_dtypes_stay(dtype):
     assert [(a.shape, a.dtype) for a in found] == [(x.shape, dtype), (y.shape, jnp.float32)]
 
 
+@pytest.mark.full
 def test_one_setting_does_not_change_what_another_draws():
     images, targets = make()
     shifted, _ = run(Settings(shift=1), images, targets)
@@ -183,6 +187,7 @@ def test_one_setting_does_not_change_what_another_draws():
     assert ((both == shifted) | (both == 0)).all()
 
 
+@pytest.mark.full
 def test_augmenting_batches_by_vmap():
     images, targets = make(12)
     keys = jax.random.split(jax.random.key(0), 3)

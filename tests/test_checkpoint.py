@@ -265,7 +265,7 @@ DAMAGES = {
 }
 
 
-@pytest.mark.core(3)
+@pytest.mark.core(1)
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_whatever_is_damaged_the_one_before_is_used(run, tmp_path, damage):
     files = [path.relative_to(run) for path in run.rglob("checkpoints/2/**/*") if path.is_file()]

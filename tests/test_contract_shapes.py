@@ -21,7 +21,7 @@ from contract import (
 )
 
 
-@pytest.mark.core(3)
+@pytest.mark.core(2)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_float16():
     check(problem("halo", "everything", head_dim=8, value_dim=8), SMALL, jnp.float16)
 
 
-@pytest.mark.core(2)
+@pytest.mark.core(1)
 @pytest.mark.parametrize("implementation", ["reference", SMALL])
 @pytest.mark.parametrize(
     "shape",
@@ -68,7 +68,7 @@ def broadcasts(full):
 WINDOWED, GLOBAL = problem("stride 2").full, problem("global, more keys").full
 
 
-@pytest.mark.core(5)
+@pytest.mark.core(3)
 @pytest.mark.parametrize(
     ("geometry", "of_bias", "of_mask"),
     [

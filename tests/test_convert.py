@@ -41,7 +41,7 @@ LAYERS = [
 ]
 
 
-@pytest.mark.core(2)
+@pytest.mark.core(1)
 @pytest.mark.parametrize(("size", "kwargs", "padding"), [(s, k, p) for s, k, paddings in LAYERS for p in paddings])
 def test_layers(size, kwargs, padding):
     kind = nnx.Conv if isinstance(padding, str) else nn.Conv

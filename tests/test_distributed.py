@@ -112,7 +112,7 @@ def test_two_processes_train_as_one_does(tmp_path):
     assert losses[0][-1] < losses[0][0]
 
 
-@pytest.mark.core(1)
+@pytest.mark.full
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_other_which_names_it(tmp_path, victim):
     with Workers(tmp_path, 2, "forever") as workers:
@@ -126,6 +126,7 @@ def test_a_killed_process_ends_the_other_which_names_it(tmp_path, victim):
         assert "Traceback" not in said
 
 
+@pytest.mark.full
 def test_a_failing_process_shows_its_error_and_ends_the_other(tmp_path):
     with Workers(tmp_path, 2, "fail") as workers:
         assert workers.end(60) == [1, 1]

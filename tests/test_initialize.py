@@ -63,6 +63,7 @@ def test_gpsa_as_in_the_paper():
     assert round(float(jax.nn.sigmoid(layer.gate[0])), 2) == 0.73
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize(("window", "heads"), [((5,), 3), ((5, 4), 10), ((3, 3, 3), 6)])
 def test_impulse_by_a_relative_bias(window, heads):
     rank = len(window)
@@ -133,7 +134,7 @@ def test_mimetic(kind, heads):
     assert heads == 1 or np.abs(heads_apart[0] - heads_apart[1]).max() > 0.1  # each its own noise
 
 
-@pytest.mark.core(1)
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("how", "dtype"), [("gpsa", jnp.bfloat16), ("impulse", jnp.float32), ("mimetic", jnp.bfloat16)]
 )

@@ -109,6 +109,7 @@ def test_conv_is_nnx_conv(case):
     assert_same(*conv_pair(*args, **kwargs, param_dtype=jnp.float64), normal(7, *shape))
 
 
+@pytest.mark.core(7)
 @pytest.mark.parametrize(("rank", "strides", "kernel_dilation"), [(1, 1, 1), (2, 1, 2), (3, 2, 1)])
 @pytest.mark.parametrize("padding", ["SAME", "SAME_LOWER", "VALID", "CIRCULAR", "REFLECT", "CAUSAL", 1])
 def test_conv_paddings(padding, rank, strides, kernel_dilation):
@@ -142,6 +143,7 @@ def test_conv_mask():
 DTYPES = [None, jnp.float32, jnp.bfloat16]
 
 
+@pytest.mark.core(4)
 @pytest.mark.parametrize(("dtype", "param_dtype", "preferred"), itertools.product(DTYPES, DTYPES[1:], DTYPES[:2]))
 def test_conv_dtypes(dtype, param_dtype, preferred):
     """The result has the dtype that Flax's has, whatever comes in."""
@@ -418,7 +420,7 @@ def test_arguments_reach_the_primitive():
         Attention(2, 4, implementation="fast", rngs=nnx.Rngs(0))(x[0])
 
 
-@pytest.mark.core(5)
+@pytest.mark.core(2)
 @pytest.mark.parametrize("normalize", ["softmax", "relu", "sigmoid", "sparsemax", "none", lambda s, mask: mask * s**2])
 @pytest.mark.parametrize("window", [None, Window(3, boundary="mask")], ids=["global", "local"])
 def test_weights_make_the_output(normalize, window):
@@ -558,7 +560,7 @@ def test_transformations():
             assert_close(compiled(x), expected, tolerance)
 
 
-@pytest.mark.core(1)
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 def test_a_training_step_lowers_the_loss(dtype):
     class Net(nnx.Module):

@@ -51,7 +51,7 @@ WHOLE = [
 elsewhere = {nn.Attention, nn.Conv}  # test_sharding, test_halo
 
 
-@pytest.mark.core(3)
+@pytest.mark.core(1)
 @pytest.mark.parametrize(("module", "kwargs"), LAYERS, ids=lambda value: getattr(value, "__name__", ""))
 def test_a_shard_is_a_part_of_the_whole(module, kwargs):
     layer = module(**kwargs, param_dtype=jnp.float64, rngs=nnx.Rngs(0))

@@ -69,7 +69,7 @@ def drawn(module, *args, **kwargs):
     return graphdef, jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) / 2, p.dtype), params)
 
 
-@pytest.mark.core(3)
+@pytest.mark.core(1)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: dtype.__name__)
 @pytest.mark.parametrize("module", LAYERS, ids=lambda module: module.__name__)
 def test_a_training_step(module, dtype):
@@ -99,6 +99,7 @@ def test_a_training_step(module, dtype):
     assert abs(y[0].astype(float) - expected).max() < TOLERANCE[dtype] * max(1, abs(expected).max())
 
 
+@pytest.mark.core(4)
 @pytest.mark.parametrize("module", LAYERS, ids=lambda module: module.__name__)
 def test_precision_reaches_every_product(module):
     args, kwargs, grid, _ = LAYERS[module]
@@ -189,6 +190,7 @@ NAMED = {  # module: its function, and what both take
 }
 
 
+@pytest.mark.core(4)
 @pytest.mark.parametrize("scale", [None, 0.7])
 @pytest.mark.parametrize("module", NAMED, ids=lambda module: module.__name__)
 def test_a_named_attention_is_its_function(module, scale):

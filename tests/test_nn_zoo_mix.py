@@ -99,7 +99,7 @@ def drawn(state, seed=0):
     return jax.tree.map(lambda p: p + jnp.asarray(rng.normal(size=p.shape) / 4, p.dtype), state)
 
 
-@pytest.mark.core(3)
+@pytest.mark.core(1)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: dtype.__name__)
 @pytest.mark.parametrize("module", LAYERS, ids=lambda module: module.__name__)
 def test_a_training_step(module, dtype):
@@ -187,6 +187,7 @@ def test_depthwise_conv_is_that_of_flax():
     np.testing.assert_allclose(ours(x), theirs(x), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.full
 def test_the_activation_may_be_a_module():
     """The batch normalisation that involution's paper has before its nonlinearity; it trains with the layer."""
     layer = nn.Involution(4, 3, reduction=2, activation=nnx.LayerNorm(2, rngs=nnx.Rngs(1)), rngs=nnx.Rngs(0))

@@ -188,6 +188,7 @@ def figures() -> dict[str, Figure]:
     }
 
 
+@pytest.mark.core(3)
 @pytest.mark.parametrize("name", list(figures()))
 def test_svg_can_stand_in_a_page(name):
     svg = plots.inline_svg(figures()[name], name)

@@ -51,7 +51,7 @@ WRAPPINGS = {
 }
 
 
-@pytest.mark.core("each")
+@pytest.mark.core(3)
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
 def test_checkpoints_are_unwrapped(small, tmp_path, wrapping, form):

@@ -15,7 +15,7 @@ from jaxattn.window import Window
 MOST = 1_000_000  # characters of a program; a number that it holds takes eight
 
 
-@pytest.mark.core(6)
+@pytest.mark.core(3)
 @pytest.mark.parametrize("arguments", ["plain", "everything"])
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_programs_are_small(geometry, arguments):
@@ -32,6 +32,7 @@ def test_programs_are_small(geometry, arguments):
     assert len(text) < MOST
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize(
     ("length", "window"),
     [
@@ -44,7 +45,6 @@ def test_programs_are_small(geometry, arguments):
     ],
     ids=str,
 )
-@pytest.mark.core(2)
 @pytest.mark.parametrize("arguments", ["plain", "a mask of keys", "score_mod"])
 def test_long_windows_make_no_table_of_pairs(length, window, arguments):
     x = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)

@@ -46,6 +46,7 @@ GLOBAL = [
 ]
 
 
+@pytest.mark.core(3)
 @pytest.mark.parametrize(("grid", "kwargs"), GLOBAL)
 def test_values_over_the_whole_grid(grid, kwargs):
     x, params = make(0, grid, **kwargs)
@@ -65,7 +66,7 @@ SLIDES = [
 ]
 
 
-@pytest.mark.core(7)
+@pytest.mark.core(3)
 @pytest.mark.parametrize("boundary", ["zero", "mask", "edge", "wrap", "reflect"])
 @pytest.mark.parametrize(("grid", "size", "strides", "dilation", "pads"), SLIDES)
 def test_values_in_a_sliding_window(grid, size, strides, dilation, pads, boundary):
@@ -76,7 +77,7 @@ def test_values_in_a_sliding_window(grid, size, strides, dilation, pads, boundar
     np.testing.assert_allclose(y, oracle.quadratic_attention(x, params, tokens), atol=TOLERANCE)
 
 
-@pytest.mark.core(4)
+@pytest.mark.core(2)
 @pytest.mark.parametrize("boundary", ["zero", "mask", None])
 @pytest.mark.parametrize(("grid", "full"), [((6,), False), ((4, 5), True), ((3, 2, 3), False)])
 def test_gradients(grid, full, boundary):
@@ -137,6 +138,7 @@ def test_a_window_given_goes_before_the_one_carried():
     np.testing.assert_allclose(given, oracle_at(x, params, slide), atol=TOLERANCE)
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_transformations(implementation):
     x, params = make(5, (5, 4))
@@ -176,6 +178,7 @@ def test_transformations_over_the_whole_grid():
     np.testing.assert_allclose(second, other(params["alpha"]), atol=TOLERANCE)
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("bfloat16", 0.15)])
 def test_narrow_types(dtype, tolerance):
     x, params = make(6, (5, 4))

@@ -158,6 +158,7 @@ def test_clipping_shortens_long_gradients_only(gradients):
             np.testing.assert_allclose(weight, expected, rtol=1e-5)
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_accumulation_is_one_update_by_the_mean(gradients, optimizer):
     config = Config(optimizer=optimizer, learning_rate=0.1, weight_decay=0.3, clip=0.5)

@@ -50,6 +50,7 @@ def test_average_pool(size):
     assert average_pool(jnp.ones((4, 4, 1), jnp.bfloat16)).dtype == jnp.bfloat16
 
 
+@pytest.mark.full
 def test_attention_stem_is_the_formula_of_the_paper():
     """One query, head, slot and mixture at a time, the values mixed as written, without merging attentions."""
     stem = AttentionStem(3, 8, num_heads=2, mixtures=3, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
@@ -191,7 +192,7 @@ def test_train_and_eval_switch_batch_norm():
     np.testing.assert_allclose(run(model, images)[:1], run(model, images[:1]), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.core(1)
+@pytest.mark.full
 @pytest.mark.parametrize("kwargs", [{}, {"mix": "attention", "stem_mix": "attention"}], ids=["conv", "attention"])
 def test_training_lowers_the_loss(kwargs):
     """A jitted pure step, as the training loop's; every parameter has a gradient that is finite."""
@@ -230,6 +231,7 @@ def test_weights_are_sown_by_every_attention():
     assert shapes == [(2, 8, 8, 4, 25), (2, 8, 8, 4, 25), (2, 8, 8, 4, 25), (2, 4, 4, 4, 25)]
 
 
+@pytest.mark.full
 def test_any_batch_axes():
     model = tiny(mix="attention", rngs=nnx.Rngs(0))
     model.eval()

@@ -134,6 +134,7 @@ def test_a_home_folder_that_the_shell_left_alone(small, monkeypatch):
 # Data that changed, or lie elsewhere
 
 
+@pytest.mark.full
 def test_a_run_finds_its_data_from_any_folder(small, monkeypatch, capsys):
     train()
     accuracy = capsys.readouterr().out.splitlines()[0]
@@ -169,6 +170,7 @@ def test_a_run_finds_its_data_from_any_folder(small, monkeypatch, capsys):
     cli.main(["eval", "work/run"])  # and from then on it is there
 
 
+@pytest.mark.full
 def test_data_that_grew_are_other_data(small, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(loop, "count_correct", lambda *_: os.kill(os.getpid(), signal.SIGINT) or 1)

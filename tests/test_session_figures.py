@@ -35,6 +35,7 @@ def run(tmp_path):
     return tmp_path
 
 
+@pytest.mark.full
 def test_a_thousand_classes_make_a_figure_of_twelve(run, monkeypatch, capsys):
     seen = []
     real = plots.attention_maps

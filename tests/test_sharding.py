@@ -273,6 +273,7 @@ def test_where_the_state_lies():
     chex.assert_trees_all_equal(placed, state)
 
 
+@pytest.mark.full
 def test_predictions():
     """With running statistics, from weights that are split."""
     mesh, model = make_mesh("data=2,fsdp=2,space=2"), resnet()

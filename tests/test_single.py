@@ -49,6 +49,7 @@ def ours(arrays, slot_mask=None, **rest):
     return attention(**arrays, mask=by_head(slot_mask), **rest, return_residuals=True)
 
 
+@pytest.mark.core(2)
 @pytest.mark.parametrize(
     "made",
     [

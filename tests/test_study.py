@@ -99,6 +99,7 @@ def test_an_interrupted_study_goes_on(here, tmp_path, monkeypatch):
     assert "<svg" in (tmp_path / "report.html").read_text(encoding="utf-8")  # the figure was kept as well
 
 
+@pytest.mark.core(3)
 @pytest.mark.parametrize("change", ["seeds", "profile", "code", "data", "fingerprint", "versions"])
 def test_the_cache_knows_what_it_was_made_with(here, tmp_path, monkeypatch, change):
     run.study("1", "quick", 1, "digits", tmp_path)

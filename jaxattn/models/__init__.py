@@ -80,6 +80,10 @@ from .resnet import resnet18 as resnet18
 from .resnet import resnet34 as resnet34
 from .resnet import resnet50 as resnet50
 from .resnet import tiny as tiny
+from .samvit import SAMViT as SAMViT
+from .samvit import samvit_base as samvit_base
+from .samvit import samvit_huge as samvit_huge
+from .samvit import samvit_large as samvit_large
 from .swin import Swin as Swin
 from .swin import swin_base as swin_base
 from .swin import swin_large as swin_large

@@ -162,6 +162,12 @@ TABLE = [
         26_632_040,
     ),
     (models.samvit_base, {}, 89_670_912),
+    (models.swin_unetr_encoder, {}, 8_062_002),  # MONAI's count
+    (
+        models.SwinVolume,
+        {"depths": (2,) * 4, "width": 48, "num_heads": (3, 6, 12, 24), "num_classes": 0, "in_features": 1},
+        8_062_002,
+    ),
     (models.samvit_large, {}, 308_278_272),
     (models.samvit_huge, {}, 637_026_048),
     (models.SAMViT, {"depths": (3,) * 4, "width": 768, "num_heads": 12, "num_classes": 0}, 89_670_912),

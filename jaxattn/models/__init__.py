@@ -93,6 +93,8 @@ from .swin import swinv2_base as swinv2_base
 from .swin import swinv2_large as swinv2_large
 from .swin import swinv2_small as swinv2_small
 from .swin import swinv2_tiny as swinv2_tiny
+from .swin_volume import SwinVolume as SwinVolume
+from .swin_volume import swin_unetr_encoder as swin_unetr_encoder
 from .vit import ViT as ViT
 from .vit import convit_s as convit_s
 from .vit import convit_ti as convit_ti

@@ -167,6 +167,8 @@ MESHED = {
     "swinv2": lambda: swin(64, version=2),
     "nat": lambda: models.NAT((2,), 8, (2,), window=3, dilations=(2,), num_classes=5, rngs=nnx.Rngs(0)),
     "convnext": lambda: models.ConvNeXt((1, 1), (8, 16), version=2, num_classes=5, rngs=nnx.Rngs(0)),
+    "botnet": lambda: models.BoTNet((1, 1), (16, 32), mixed=((), (0,)), num_heads=(1, 2), stem=8, image_size=64,
+                                    num_classes=5, rngs=nnx.Rngs(0)),
     "samvit": lambda: models.SAMViT((2,), 8, 2, window=3, image_size=64, patch_size=4, neck=8, num_classes=5,
                                     rngs=nnx.Rngs(0)),
 }  # fmt: skip

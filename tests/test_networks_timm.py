@@ -521,6 +521,31 @@ def test_samvit_of_its_authors():
         np.testing.assert_allclose(found, rows, atol=1e-5)
 
 
+def test_positions_that_timm_does_not_resize():
+    """VOLO's as those of ViT, and BoTNet's tables as those of SAM; timm has both for one size alone."""
+    from timm.layers import resample_abs_pos_embed_nhwc
+
+    def filled(make, name, **arrays):
+        """The network for another size, with these for what its file's would be, and the array that it then has."""
+        model = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
+        entries = model.translations[0].entries(model)
+        given = {key: np.zeros(entry.shape, np.float32) for key, entry in entries.items()} | arrays
+        pretrained.fill(model, given)
+        return pretrained.torch_arrays(model)[name]
+
+    draw = lambda *shape: np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    make = functools.partial(models.VOLO, (1, 1), (8, 16), (2, 4), stem=4, image_size=(64, 96))
+    found = filled(make, "pos_embed", pos_embed=draw(1, 3, 3, 16))
+    theirs = resample_abs_pos_embed_nhwc(torch.tensor(draw(1, 3, 3, 16)), [4, 6]).numpy()
+    np.testing.assert_allclose(found, theirs, atol=1e-5)
+    make = functools.partial(
+        models.BoTNet, (1, 1), (16, 32), mixed=((), (0,)), num_heads=(1, 2), stem=8, image_size=(64, 96)
+    )
+    name, table = "stages.1.0.self_attn.pos_embed.width_rel", draw(15, 4)
+    theirs = torch.nn.functional.interpolate(torch.tensor(table.T[None]), size=47, mode="linear")[0].numpy().T
+    np.testing.assert_allclose(filled(make, name, **{name: table}), theirs, atol=1e-5)
+
+
 PUBLISHED = {
     "resnet18": "resnet18", "efficientnet_lite0": "tf_efficientnet_lite0", "convnext_atto": "convnext_atto",
     "swin_tiny": "swin_tiny_patch4_window7_224", "vit_ti": "deit_tiny_patch16_224",

@@ -361,14 +361,16 @@ def _parts(place: _Place) -> list[tuple[int, int]]:
     start = np.arange(place.shards) * n
     before = (start - np.where(keys < 0, whole.length, keys).min(1)).max()
     after = (keys.max(1) - (start + n - 1)).max()
-    # blocks and residue classes are the whole grid's in a part that begins at a multiple of both
-    unit = math.lcm(whole.block * whole.dilation, place.stride)
-    # and a window that shifts inwards needs room
+    # a window that shifts inwards needs room
     least = whole.size * whole.dilation - n if whole.boundary == "shift" else 0
-    before, after = (-(-max(int(reach), least, 0) // unit) * unit for reach in (before, after))
-    parts = [(min(before, low), min(after, whole.length - n - low)) for low in map(int, start)]
-    for low, part in zip(map(int, start), parts, strict=True):
-        _check_part(place, low, *part)
+    before, after = (max(int(reach), least, 0) for reach in (before, after))
+    # blocks and residue classes are the whole grid's in a part that begins and ends at a multiple of both
+    unit, parts = math.lcm(whole.block * whole.dilation, place.stride), []
+    for low in map(int, start):
+        first = max(low - before, 0) // unit * unit
+        end = min(-(-(low + n + after) // unit) * unit, whole.length)
+        parts.append((low - first, end - low - n))
+        _check_part(place, low, *parts[-1])
     return parts
 
 

@@ -138,6 +138,15 @@ MODELS: dict[Any, dict[str, Any]] = {
     models.MetaFormer: {"depths": (1, 1), "widths": (8, 32), "mix": ("conv", "attention")},
     models.ConvMixer: {"width": 8, "depth": 1, "kernel_size": 3},
     models.VOLO: {"depths": (1, 1), "widths": (4, 8), "num_heads": (1, 2), "stem": 4, "image_size": 32},
+    models.SAMViT: {"depths": (2,), "width": 8, "num_heads": 2, "window": 3, "neck": 4, "image_size": 64},
+    models.SwinVolume: {
+        "depths": (2,),
+        "width": 4,
+        "num_heads": (2,),
+        "window": 2,
+        "num_classes": 2,
+        "in_features": 1,
+    },
     models.VolumeNet: {"in_features": 1, "num_classes": 2, "width": 8, "depth": 1, "num_heads": 2, "mlp_dim": 8},
 }
 WINDOW = Window((3, 3), boundary="mask")

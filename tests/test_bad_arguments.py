@@ -30,7 +30,7 @@ MENDED = [function for function in CALLS if function.__name__ not in ELSEWHERE]
 UNCALLED = {"Plan", "AttentionPlan", "Row", "QueryKeyMetric", "table", "Rotary"}
 POOLING = (  # with no classes
     "ResNet", "EfficientNet", "ViT", "ConvNeXt", "Swin", "NAT", "MaxViT", "CoAtNet", "BoTNet", "MetaFormer",
-    "ConvMixer", "VOLO",
+    "ConvMixer", "VOLO", "SAMViT", "SwinVolume",
 )  # fmt: skip
 BAD = {"0": 0, "-1": -1, "1.5": 1.5, "'3'": "3", "None": None, "nan": math.nan, "inf": math.inf, "1j": 1j}
 BAD |= {"True": True, "(1, 'a')": (1, "a")}

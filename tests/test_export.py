@@ -17,7 +17,7 @@ from jaxattn.window import Window
 
 INPUTS = {
     models.ViT: (8, 8, 1), models.DigitNet: (28, 28, 1), models.Swin: (16, 16, 3), models.MaxViT: (64, 64, 3),
-    models.VolumeNet: (16, 16, 16, 1),
+    models.VolumeNet: (16, 16, 16, 1), models.SwinVolume: (8, 8, 8, 1), models.SAMViT: (64, 64, 3),
 }  # fmt: skip
 EAGER = (zoo.conv, nn.Attention)  # of the core
 LAYERS = [*ZOO, *NN, *MODELS]

@@ -151,6 +151,7 @@ WINDOWS = {
     "shift, strided": ((8, 3), Window((5, 3), stride=(2, 1))),
     "Swin": ((16, 4), Window((2, 2), block=2, boundary="mask")),
     "Halo": ((16, 4), Window((4, 4), block=2, boundary="zero")),
+    "blocks across shards, a ragged one last": ((12, 4), Window((5, 2), block=(5, 2), boundary="zero")),
     "Halo that wraps": ((8,), Window(4, block=2, boundary="wrap")),
 }
 
@@ -263,7 +264,12 @@ def test_split_attention_mapped_and_in_other_dtypes(dtype):
             r"boundary \(='valid'\) must be one of .* over 'space'",
         ),
         (12, 4, dict(window=Window(3, stride=2)), r"stride \(=2\) must divide the 3 keys of a shard over 'space'"),
-        (8, 8, dict(window=Window(3, block=3)), r"block·dilation \(=3\) must divide the 2 tokens of a shard"),
+        (
+            16,
+            16,
+            dict(window=Window(4, dilation=5, block=3, boundary="wrap")),
+            r"block·dilation \(=15\) must divide the 4 tokens of a shard",
+        ),
         (8, 8, dict(window=Window(3), mask=jnp.ones((2, 3), bool)), r"mask \(=\(2, 3\)\) must be of keys, \(2,\)"),
         (8, 8, dict(window=Window(3), mask=(None, jnp.ones(3, bool))), r"mask\[1\] must be None over a split axis"),
         (8, 8, dict(score_mod=lambda *x: x[0]), "score_mod must be left out over the split axis 'space'"),

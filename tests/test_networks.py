@@ -47,6 +47,8 @@ SMALL = {  # constructor, arguments, an image's size, timm's name of some array 
                   (8, 1, 5, 5)),
     "volo": (models.VOLO, {"depths": (1, 1, 1), "widths": (8, 16, 16), "num_heads": (2, 4, 4), "stem": 4,
                            "image_size": (32, 48)}, (32, 48), "network.0.0.attn.attn.weight", (162, 8)),
+    "samvit": (models.SAMViT, {"depths": (2, 1), "width": 8, "num_heads": 2, "window": 3, "patch_size": 8, "neck": 4,
+                               "image_size": (32, 40)}, (32, 40), "blocks.2.attn.rel_pos_w", (9, 4)),
     "vit": (models.vit_tiny8, {"image_size": (32, 40), "patch_size": 8, "in_features": 3, "class_token": True,
                                "registers": 2, "layer_scale": 1.0}, (32, 40), "pos_embed", (1, 21, 64)),
     "siglip": (models.vit_tiny8, {"image_size": (32, 40), "patch_size": 8, "in_features": 3, "pool": "attention"},
@@ -165,7 +167,11 @@ MESHED = {
     "swinv2": lambda: swin(64, version=2),
     "nat": lambda: models.NAT((2,), 8, (2,), window=3, dilations=(2,), num_classes=5, rngs=nnx.Rngs(0)),
     "convnext": lambda: models.ConvNeXt((1, 1), (8, 16), version=2, num_classes=5, rngs=nnx.Rngs(0)),
-}
+    "botnet": lambda: models.BoTNet((1, 1), (16, 32), mixed=((), (0,)), num_heads=(1, 2), stem=8, image_size=64,
+                                    num_classes=5, rngs=nnx.Rngs(0)),
+    "samvit": lambda: models.SAMViT((2,), 8, 2, window=3, image_size=64, patch_size=4, neck=8, num_classes=5,
+                                    rngs=nnx.Rngs(0)),
+}  # fmt: skip
 
 
 @pytest.mark.full

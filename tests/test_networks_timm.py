@@ -449,6 +449,103 @@ def test_volo(size, tmp_path):
     assert_same(make, theirs, tmp_path, [size], features=volo_features, gradient=size == (64, 96))
 
 
+SAM = {"patch_size": 4, "window": 5, "neck": 8, "num_classes": 5}
+
+
+def sam(size):
+    """timm's, whose last two of three blocks see the whole grid."""
+    from timm.models.vision_transformer_sam import VisionTransformerSAM
+
+    return VisionTransformerSAM(
+        size, embed_dim=8, depth=3, num_heads=2, patch_size=4, window_size=5, neck_chans=8, num_classes=5,
+        use_rel_pos=True, global_attn_indexes=(1, 2),
+    )  # fmt: skip
+
+
+def sam_features(network, images):
+    final, features = network.forward_intermediates(images, indices=[1, 2])
+    return network.forward_head(final), [feature.permute(0, 2, 3, 1) for feature in (*features, final)]
+
+
+@pytest.mark.parametrize("size", [(28, 44), (12, 80)])
+def test_samvit(size, tmp_path):
+    """Windows that do not part the grid, and that are larger than it: zeros take part. timm's epsilon is its own."""
+    make = functools.partial(models.SAMViT, (2, 1), 8, 2, image_size=size, epsilon=1e-5, **SAM)
+    assert_same(make, sam(size), tmp_path, [size], features=sam_features, gradient=size == (28, 44))
+
+
+def test_samvit_of_hugging_face(tmp_path):
+    """From a file of all of SAM."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 28, "patch_size": 4}
+    sizes |= {"window_size": 5, "global_attn_indexes": [1, 2], "output_channels": 8, "mlp_dim": 32}
+    decoder = {"hidden_size": 8, "mlp_dim": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    prompt = {"hidden_size": 8, "image_size": 28, "patch_size": 4}
+    theirs = randomized(transformers.SamModel(transformers.SamConfig(sizes, prompt, decoder)))
+    torch.save(theirs.state_dict(), tmp_path / "theirs.bin")
+    make = functools.partial(models.SAMViT, (2, 1), 8, 2, image_size=28, **(SAM | {"num_classes": 0}))
+    images = images_of((28, 28))
+    with torch.no_grad():
+        expected = theirs.vision_encoder(torch.tensor(images).permute(0, 3, 1, 2)).last_hidden_state
+    pooled, pyramid = outputs_of(ours_from(make, tmp_path / "theirs.bin"), jnp.asarray(images))
+    assert_close(pyramid[-1], expected.permute(0, 2, 3, 1).numpy(), 1e-10)
+    assert_close(pooled, expected.mean((2, 3)).numpy(), 1e-10)
+
+
+def test_samvit_of_its_authors():
+    """By timm's own translation of their names, and another image's size by timm's own resizing, in float32."""
+    from timm.layers import resample_abs_pos_embed_nhwc
+    from timm.models.vision_transformer_sam import checkpoint_filter_fn, get_rel_pos
+
+    make = lambda size: models.SAMViT((2, 1), 8, 2, image_size=size, **(SAM | {"num_classes": 0}), rngs=nnx.Rngs(0))
+    ours = make(28)
+    state = {".".join(map(str, path)): value for path, value in nnx.to_flat_state(nnx.state(ours, nnx.Param))}
+    for value in state.values():
+        value.set_value(jnp.asarray(np.random.default_rng(0).normal(size=value.shape), jnp.float32))
+    entries = ours.translations[1].entries(ours)
+    arrays = {name: entry.write([np.asarray(state[k][...]) for k in entry.ours]) for name, entry in entries.items()}
+    arrays["mask_decoder.iou_token.weight"] = np.ones((1, 8), np.float32)
+    theirs = {name: torch.tensor(array) for name, array in pretrained.torch_arrays(ours).items()}
+    filtered = checkpoint_filter_fn({name: torch.tensor(array) for name, array in arrays.items()}, None)
+    assert theirs.keys() == filtered.keys() == {name for name in sam((28, 28)).state_dict() if "head" not in name}
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in filtered.items())
+    for size in (36, (20, 44)):
+        resized = make(size)
+        pretrained.fill(resized, arrays)
+        grid = tuple(resized.position.shape[:2])
+        position = resample_abs_pos_embed_nhwc(theirs["pos_embed"], list(grid))[0].numpy()
+        np.testing.assert_allclose(resized.position[...], position, atol=1e-5)
+        mix, table = resized.stages[0].blocks[1].mix, theirs["blocks.1.attn.rel_pos_h"]
+        rows = get_rel_pos(grid[0], grid[0], table).numpy()  # by query and key
+        found = np.asarray(mix.rows[...])[np.arange(grid[0]) - np.arange(grid[0])[:, None] + grid[0] - 1]
+        np.testing.assert_allclose(found, rows, atol=1e-5)
+
+
+def test_positions_that_timm_does_not_resize():
+    """VOLO's as those of ViT, and BoTNet's tables as those of SAM; timm has both for one size alone."""
+    from timm.layers import resample_abs_pos_embed_nhwc
+
+    def filled(make, name, **arrays):
+        """The network for another size, with these for what its file's would be, and the array that it then has."""
+        model = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
+        entries = model.translations[0].entries(model)
+        given = {key: np.zeros(entry.shape, np.float32) for key, entry in entries.items()} | arrays
+        pretrained.fill(model, given)
+        return pretrained.torch_arrays(model)[name]
+
+    draw = lambda *shape: np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    make = functools.partial(models.VOLO, (1, 1), (8, 16), (2, 4), stem=4, image_size=(64, 96))
+    found = filled(make, "pos_embed", pos_embed=draw(1, 3, 3, 16))
+    theirs = resample_abs_pos_embed_nhwc(torch.tensor(draw(1, 3, 3, 16)), [4, 6]).numpy()
+    np.testing.assert_allclose(found, theirs, atol=1e-5)
+    make = functools.partial(
+        models.BoTNet, (1, 1), (16, 32), mixed=((), (0,)), num_heads=(1, 2), stem=8, image_size=(64, 96)
+    )
+    name, table = "stages.1.0.self_attn.pos_embed.width_rel", draw(15, 4)
+    theirs = torch.nn.functional.interpolate(torch.tensor(table.T[None]), size=47, mode="linear")[0].numpy().T
+    np.testing.assert_allclose(filled(make, name, **{name: table}), theirs, atol=1e-5)
+
+
 PUBLISHED = {
     "resnet18": "resnet18", "efficientnet_lite0": "tf_efficientnet_lite0", "convnext_atto": "convnext_atto",
     "swin_tiny": "swin_tiny_patch4_window7_224", "vit_ti": "deit_tiny_patch16_224",

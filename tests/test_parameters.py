@@ -161,6 +161,16 @@ TABLE = [
         {"depths": (4, 4, 8, 2), "widths": (192, 384, 384, 384), "num_heads": (6, 12, 12, 12)},
         26_632_040,
     ),
+    (models.samvit_base, {}, 89_670_912),
+    (models.swin_unetr_encoder, {}, 8_062_002),  # MONAI's count
+    (
+        models.SwinVolume,
+        {"depths": (2,) * 4, "width": 48, "num_heads": (3, 6, 12, 24), "num_classes": 0, "in_features": 1},
+        8_062_002,
+    ),
+    (models.samvit_large, {}, 308_278_272),
+    (models.samvit_huge, {}, 637_026_048),
+    (models.SAMViT, {"depths": (3,) * 4, "width": 768, "num_heads": 12, "num_classes": 0}, 89_670_912),
     (models.EfficientNet, {"num_classes": 10}, 4_652_008 - 990 * 1281),
     (models.DigitNet, {}, 390_410),
     # timm's counts; its ConViTs' positions have a bias for each head, which no softmax over them sees

@@ -80,6 +80,10 @@ from .resnet import resnet18 as resnet18
 from .resnet import resnet34 as resnet34
 from .resnet import resnet50 as resnet50
 from .resnet import tiny as tiny
+from .samvit import SAMViT as SAMViT
+from .samvit import samvit_base as samvit_base
+from .samvit import samvit_huge as samvit_huge
+from .samvit import samvit_large as samvit_large
 from .swin import Swin as Swin
 from .swin import swin_base as swin_base
 from .swin import swin_large as swin_large
@@ -89,6 +93,8 @@ from .swin import swinv2_base as swinv2_base
 from .swin import swinv2_large as swinv2_large
 from .swin import swinv2_small as swinv2_small
 from .swin import swinv2_tiny as swinv2_tiny
+from .swin_volume import SwinVolume as SwinVolume
+from .swin_volume import swin_unetr_encoder as swin_unetr_encoder
 from .vit import ViT as ViT
 from .vit import convit_s as convit_s
 from .vit import convit_ti as convit_ti

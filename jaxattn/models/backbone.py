@@ -104,6 +104,7 @@ class MixBlock(Splittable):
       post: whether the norm follows the branch (Liu et al. 2022, Swin v2, arXiv 2111.09883).
       activation: φ.
       epsilon: of the norms.
+      axes: of tokens: 3 for a volume.
       drop_path_rate: of stochastic depth.
     """
 
@@ -117,6 +118,7 @@ class MixBlock(Splittable):
         post: bool = False,
         activation: Callable[[Array], Array] = gelu,
         epsilon: float = 1e-5,
+        axes: int = 2,
         drop_path_rate: float = 0.0,
         **kwargs: Any,
     ):
@@ -125,7 +127,7 @@ class MixBlock(Splittable):
         self.gamma1, self.gamma2 = (scale(width, layer_scale, kwargs["param_dtype"]) for _ in range(2))
         self.expand = nnx.Linear(width, hidden, kernel_init=small_init, **kwargs)
         self.contract = nnx.Linear(hidden, width, kernel_init=small_init, **kwargs)
-        self.drop_path = drop_path(drop_path_rate, 3)
+        self.drop_path = drop_path(drop_path_rate, axes + 1)
 
     def __call__(self, x: Float[Array, "..."], *, sow_weights: bool = False, rngs: nnx.Rngs | None = None):
         def mix(x):

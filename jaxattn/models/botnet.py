@@ -73,7 +73,8 @@ class BoTNet(Backbone):
       num_heads: of the mixers of each stage.
       stem: features of the stem's last convolution.
       image_size: an int or (height, width), which "botnet" is for; the others take images of any size that 32 divides,
-        and "halo" where a block divides its stages' grids.
+        and "halo" where a block divides its stages' grids. A file's tables of another size are resized to it, as
+        `SAMViT`'s are; timm does not.
       window: the side of the block of "halo", and of the window of "lambda".
       halo: tokens around a block.
       activation: φ, "relu" or "silu".

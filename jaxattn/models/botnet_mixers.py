@@ -9,7 +9,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxattn.attention import attention
-from jaxattn.halo import split_attention
+from jaxattn.halo import shard_count, split_attention
+from jaxattn.models.resize import resize_offsets
 from jaxattn.models.resnet import average_pool, batch_norm
 from jaxattn.models.translation import Rule, Table
 from jaxattn.nn.attention import Attention
@@ -19,12 +20,15 @@ from jaxattn.parts import attention_weights
 from jaxattn.window import Window
 
 ALONE = {"kernel": "i head dim -> (head dim) i 1 1"}
-TABLES: Table = {"rows": "pos_embed.height_rel", "columns": "pos_embed.width_rel"}
-BOTNET: Table = {"layer.query|key|value": Rule("qkv", {"kernel": "i head dim -> +(head dim) i 1 1"}), **TABLES}
+BOTNET: Table = {
+    "layer.query|key|value": Rule("qkv", {"kernel": "i head dim -> +(head dim) i 1 1"}),
+    "rows": Rule("pos_embed.height_rel", resize=resize_offsets),
+    "columns": Rule("pos_embed.width_rel", resize=resize_offsets),
+}  # fmt: skip
 # the key and value of a head stand together
 HALO: Table = {
     "layer.query": Rule("q", ALONE), "layer.key|value": Rule("kv", {"kernel": "i head dim -> (head +dim) i 1 1"}),
-    **TABLES,
+    "rows": "pos_embed.height_rel", "columns": "pos_embed.width_rel",
 }  # fmt: skip
 LAMBDA: Table = {
     "query|key|value": Rule("qkv", {"kernel": "i o -> +o i 1 1"}), "query_norm": "norm_q", "value_norm": "norm_v",
@@ -62,7 +66,7 @@ class PositionAttention(Splittable):
         )
 
     def __call__(self, x: Float[Array, "*batch height width features"], *, sow_weights: bool = False):
-        grid = x.shape[-3:-1]
+        grid = (x.shape[-3] * shard_count(self.axis_name), x.shape[-2])
         fits = (
             grid == self.block if self.halo is None else not any(n % k for n, k in zip(grid, self.block, strict=True))
         )

@@ -69,3 +69,33 @@ def resize_positions(position: np.ndarray, prefix: int, grid: tuple[int, int]) -
     table = table.reshape(side, side, -1)
     wide = np.asarray(jax.image.resize(table, (*grid, table.shape[-1]), "cubic"))
     return np.concatenate([before, wide.reshape(*before.shape[:-2], -1, before.shape[-1])], axis=-2)
+
+
+def resize_grid(position: np.ndarray, entry: Entry) -> np.ndarray:
+    """Learned positions `[1, *grid, features]` for the grid of ours, as `resize_positions` has them.
+
+    >>> from jaxattn.models.translation import layout
+    >>> entry = Entry(["position"], [(3, 4, 2)], [layout("row column c -> 1 row column c")])
+    >>> resize_grid(np.ones((1, 2, 2, 2)), entry).shape
+    (1, 3, 4, 2)
+    """
+    if position.ndim != 4 or position.shape[::3] != entry.shape[::3]:
+        return position  # what compares the shapes says so
+    return np.asarray(jax.image.resize(position, entry.shape, "cubic"))
+
+
+def resize_offsets(table: np.ndarray, entry: Entry) -> np.ndarray:
+    """Embeddings of the offsets along one axis, `[offsets, features]`, for as many of ours: interpolated linearly, each
+    as the middle of its share of the line (Li et al. 2022, MViTv2, arXiv 2112.01526).
+
+    >>> from jaxattn.models.translation import layout
+    >>> entry = Entry(["rows"], [(5, 1)], [layout("offset dim -> offset dim")])
+    >>> resize_offsets(np.array([[0.0], [1.0], [2.0]]), entry).ravel().round(1)
+    array([0. , 0.4, 1. , 1.6, 2. ])
+    """
+    if table.ndim != 2 or table.shape[1] != entry.shape[1]:
+        return table
+    old, new = len(table), entry.shape[0]
+    places = (np.arange(new) + 0.5) * old / new - 0.5
+    found = [np.interp(places, np.arange(old), column) for column in table.T.astype(np.float64)]
+    return np.stack(found, axis=-1).astype(table.dtype)

@@ -57,7 +57,7 @@ class WindowAttention(Splittable):
                 f"over {self.axis_name!r}"
             )
         x = jnp.pad(self._rolled(x, -1), pads) if self.padding == "after" else self._rolled(jnp.pad(x, pads), -1)
-        segments = jnp.asarray(_regions(whole, self.window, self.shift, self.padding == "mask"))
+        segments = jnp.asarray(regions(whole, self.window, self.shift, self.padding == "mask"))
         if self.axis_name is not None:
             segments = lax.dynamic_slice_in_dim(segments, lax.axis_index(self.axis_name) * grid[0], grid[0])
         y = self._attend(x, jnp.broadcast_to(segments, x.shape[:-1]), sow_weights)
@@ -102,10 +102,10 @@ def _log_offsets(window: Sequence[int], pretrained: int) -> np.ndarray:
     return np.sign(offsets) * np.log2(np.abs(offsets) + 1) / np.log2(8)
 
 
-def _regions(grid: Sequence[int], window: Sequence[int], shift: Sequence[int], mask: bool) -> np.ndarray:
+def regions(grid: Sequence[int], window: Sequence[int], shift: Sequence[int], mask: bool) -> np.ndarray:
     """A number for each token of the padded and rolled grid; those with the same one attend to each other.
 
-    >>> _regions((5,), (3,), (1,), False)  # of two windows the last holds a token from the other end
+    >>> regions((5,), (3,), (1,), False)  # of two windows the last holds a token from the other end
     array([0, 0, 0, 1, 1, 2], dtype=int32)
     """
     regions = np.zeros((), np.int32)

@@ -180,6 +180,7 @@ class Translation:
       head: our module that makes the logits; it alone may differ in a file.
       derived: endings of names whose arrays are computed from sizes.
       constants: what their network has beyond ours, as it changes nothing: passed over, and written as it is here.
+      beside: beginnings of names of other networks in the same file, which are passed over.
 
     >>> model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
     >>> {name: entry.shape for name, entry in Translation("timm", {"kernel": "fc.weight"}).entries(model).items()}
@@ -191,6 +192,7 @@ class Translation:
     head: str = "head"
     derived: Sequence[str] = ()
     constants: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    beside: tuple[str, ...] = ()
 
     def entries(self, model: nnx.Module) -> dict[str, Entry]:
         """Their name to what it holds, for every parameter and statistic of the model."""

@@ -12,6 +12,7 @@ from jaxattn.checked import Natural, checked
 from jaxattn.models.backbone import Backbone, MixBlock, Stage, layer_norm, linear_head, small_init
 from jaxattn.models.gelu import gelu
 from jaxattn.models.residual import check_rates, depth_rates
+from jaxattn.models.resize import resize_grid
 from jaxattn.models.resnet import batch_norm
 from jaxattn.models.translation import FUSED, OUT, Rule, Table, Translation, under
 from jaxattn.models.vit import TokenMixer
@@ -40,7 +41,7 @@ TIMM: Table = {
     **{f"stem.{n}": f"patch_embed.conv.{3 * n}" for n in range(3)},
     **{f"stem_norms.{n}": f"patch_embed.conv.{3 * n + 1}" for n in range(3)}, "patches": "patch_embed.proj",
     **under("stages.0.blocks.*", "network.0.*", OUTLOOK), "stages.1.down.conv": "network.1.proj",
-    "stages.1.down.position": Rule("pos_embed", "row column c -> 1 row column c"),
+    "stages.1.down.position": Rule("pos_embed", "row column c -> 1 row column c", resize_grid),
     "token": Rule("cls_token", "c -> 1 1 c"), **under("class_blocks.*", "post_network.*", CLASS),
     "head.token": "head", "head.tokens": "aux_head",
 }  # fmt: skip
@@ -120,7 +121,8 @@ class VOLO(Backbone):
       num_heads: of each stage.
       mlp_ratio: hidden features of a block's MLP, in widths.
       stem: features of the stem.
-      image_size: of the images, an int or (height, width), which 16 divides.
+      image_size: of the images, an int or (height, width), which 16 divides. A file's positions of another size are
+        resized to it, as the authors do; timm does not.
       num_classes, in_features, drop_path, remat, dtype, param_dtype, rngs: as in `ConvNeXt`.
 
     >>> from flax import nnx

@@ -203,6 +203,10 @@ PUBLISHED = {
         make.__name__: _row(make, f"timm/{make.__name__}_224.sail_in1k", crop=0.96)
         for make in (models.volo_d1, models.volo_d2, models.volo_d3, models.volo_d4, models.volo_d5)
     },
+    **{
+        make.__name__: _row(make, f"timm/{make.__name__}_patch16.sa1b", size=1024, crop=1.0, num_classes=0)
+        for make in (models.samvit_base, models.samvit_large, models.samvit_huge)
+    },
     "maxvit_tiny": _row(models.maxvit_tiny, "timm/maxvit_tiny_tf_224.in1k", crop=0.95),
     "maxvit_small": _row(models.maxvit_small, "timm/maxvit_small_tf_224.in1k", crop=0.95),
     "maxvit_base": _row(models.maxvit_base, "timm/maxvit_base_tf_224.in1k", crop=0.95),

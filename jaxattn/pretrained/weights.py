@@ -183,7 +183,10 @@ def _fill(model: nnx.Module, arrays: Mapping[str, np.ndarray], translation: Tran
         head = _head(translation, entries)
         entries = {key: entry for key, entry in entries.items() if key not in head}
     derived = (COUNTER, *translation.derived, *translation.constants)
-    given = {name: array for name, array in arrays.items() if not name.endswith(derived)}
+    others = translation.beside
+    given = {
+        name: array for name, array in arrays.items() if not name.endswith(derived) and not name.startswith(others)
+    }
     given |= {
         name: entry.resize(given[name], entry)
         for name, entry in entries.items()

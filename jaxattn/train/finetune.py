@@ -22,7 +22,9 @@ BEFORE = (
     "patches", "patch_norm", "stem", "stem1", "stem2", "stem_norm", "stem_norms", "position", "class_position",
     "class_token", "registers", "norm_before",
 )  # fmt: skip
-AFTER = ("norm", "token", "class_blocks", "latent_pool", "head", "head_norm", "hidden", "hidden_norm", "classifier")
+AFTER = (
+    "norm", "token", "class_blocks", "latent_pool", "neck", "head", "head_norm", "hidden", "hidden_norm", "classifier",
+)  # fmt: skip
 LAST = 1 << 30
 
 

@@ -37,6 +37,7 @@ def test_a_recorded_schedule(recorded):
     assert kernel.name == "windowed_attention_backward.1"
     assert (kernel.steps, kernel.loops, kernel.known) == (2, (2, 2), True)
     assert kernel.cycles == 31 + 2 * (1140 + 2 * 34 + 2 * 37)
+    assert kernel.bundles == 31 + 1140 + 34 + 37
     assert kernel.vmem == 2277376
     # what 79 bundles ask of the units, 2, 18, 6 and 105, over 4, 3, 1 and 2 that these can do in one
     assert kernel.units == {"VALU": 1, "VLOAD": 6, "VSTORE": 6, "SALU": 53}
@@ -61,7 +62,7 @@ OF = AttentionCase("made-up", (1, 4, 4, 2, 8), Window((3, 3)), "bfloat16")
 
 
 def made_up():
-    kernel = schedule.Kernel("k", 1000, 2, (5,), True, 3 * 10**6, {"SPILL": 25})
+    kernel = schedule.Kernel("k", 1000, 2, (5,), True, 100, 3 * 10**6, {"SPILL": 25})
     ours = dict(scheduled_seconds=3e-6, moved_seconds=2e-6, temporaries=10**6, compile_seconds=4.2, kernels=[kernel])
     return [
         estimate.Estimate("ours", "forward", True, **ours),

@@ -30,8 +30,8 @@ ESTIMATES of the TPU's compiler, of one chip; nothing was run, and no figure her
 us: the longer of its schedule and of what the program moves in HBM: arguments, results, and temporaries twice.
 x: that, over the bound: every input read and every output written once, at the HBM's bandwidth.
 backward: from q, k, v and do to dq, dk, dv; what a way needs of its forward pass is computed again in it.
-MB: temporaries in HBM. VMEM: MB that the largest kernel holds. spill: the share of its cycles in which a register is
-spilled. s: seconds that compiling took. ? marks loops whose length is not known, which count once."""
+MB: temporaries in HBM. VMEM: MB that the largest kernel holds. spill: the share of its instructions' cycles in which
+a register is spilled. s: seconds that compiling took. ? marks loops whose length is not known, which count once."""
 COLUMNS = ("us", "x", "MB", "VMEM", "spill", "s")
 
 
@@ -175,8 +175,7 @@ def cells(each: Estimate, bound: float) -> tuple[str, ...]:
     vmem, spill = "-", "-"
     if largest := each.largest:
         vmem = f"{largest.vmem / 1e6:.0f}"
-        scheduled = largest.cycles / max(1, largest.steps) / max([1, *largest.loops])
-        spill = f"{largest.units.get('SPILL', 0) / scheduled:.0%}"
+        spill = f"{largest.units.get('SPILL', 0) / largest.bundles:.0%}"
     shown = f"{1e6 * each.seconds:.4g}{'' if each.known else '?'}"
     return (
         shown,

@@ -30,6 +30,7 @@ class Kernel(NamedTuple):
     steps: int  # of its grid
     loops: tuple[int, ...]  # how often what is in each loop runs in a step
     known: bool  # whether all lengths are; what is in a loop of unknown length counts once
+    bundles: int  # of the schedule's text
     vmem: int  # bytes
     units: dict[str, int]
 
@@ -62,12 +63,21 @@ def read_kernels(folder: Path, text: str) -> list[Kernel]:
         if not schedules or not waiting:
             continue
         steps, loops = read_loops(waiting.pop(0))
-        cycles, known = count(read_schedule(schedules[-1].read_text().splitlines()), steps, loops)
+        runs = read_schedule(schedules[-1].read_text().splitlines())
+        cycles, known = count(runs, steps, loops)
         units = _written(folder, f"-{name}-*-pre-delay_hlo-static-per-bundle-utilization.txt")
-        lengths = tuple(length or 1 for length in loops)
-        used_bytes = int(used[1]) if used else 0
-        found = read_units(units[-1].read_text().splitlines()) if units else {}
-        kernels.append(Kernel(name, cycles, steps, lengths, known, used_bytes, found))
+        kernels.append(
+            Kernel(
+                name=name,
+                cycles=cycles,
+                steps=steps,
+                loops=tuple(length or 1 for length in loops),
+                known=known,
+                bundles=sum(bundles for *_, bundles in runs),
+                vmem=int(used[1]) if used else 0,
+                units=read_units(units[-1].read_text().splitlines()) if units else {},
+            )
+        )
     return kernels
 
 

@@ -16,8 +16,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from jaxattn.kernels.loop import take
-from jaxattn.kernels.operands import hiding_score
-from jaxattn.kernels.tpu.plan import Heads, Plan
+from jaxattn.kernels.operands import Operands, hiding_score
+from jaxattn.kernels.tpu.plan import ANY, LANES, MATCH, Heads, Plan
 
 
 def flat_queries(x: Array, plan: Plan) -> Array:
@@ -49,6 +49,43 @@ def _at(x: Array, places: Sequence[np.ndarray | None]) -> Array:
     for a, index in enumerate(places, 1):
         x = x if index is None else pick(x, index, a)
     return x
+
+
+def codes(operands: Operands, plan: Plan) -> tuple[Array | None, Array | None]:
+    """Who sees whom by a mask of keys and by segments: of queries and of keys 128 numbers each, whose product is MATCH
+    where one sees the other, else less by 2 at least. Both flat; of the queries None where all of them are alike.
+
+    The bits of a segment's number are ±1, so that the product counts those that agree. What is masked has zeros.
+    """
+    mask, of_queries, of_keys = operands.key_mask, operands.query_segments, operands.key_segments
+    rank, dtype = len(plan.axes), operands.query.dtype
+    if mask is None and of_keys is None:
+        return None, None
+    batch, grid = operands.key.shape[: -rank - 2], operands.key.shape[-rank - 2 : -2]
+    seen = jnp.ones((1,) * (len(batch) + rank), bool) if mask is None else mask
+    seen = jnp.broadcast_to(seen, (*batch, *grid)).astype(dtype)[..., None]
+    lanes = lambda x, before: jnp.pad(x, [*[(0, 0)] * (x.ndim - 1), (before, LANES - before - x.shape[-1])])
+    flat = lambda x, places: _at(_entries(x[..., None, :], rank).reshape(-1, *x.shape[-rank - 1 :]), places)
+    if of_queries is None or of_keys is None:
+        queries, keys = None, lanes(MATCH * seen, ANY)
+    else:
+        own = lanes(_bits(of_queries, dtype), 0).at[..., ANY].set(1)
+        queries = flat(own, [axis.queries for axis in plan.axes])
+        bits = _bits(of_keys, dtype)
+        keys = lanes(bits * seen * (MATCH // bits.shape[-1]), 0)
+    keys = flat(keys, [axis.keys for axis in plan.axes])
+    for a, axis in enumerate(plan.axes, 1):  # zeros around the grid are seen by all
+        if axis.keys is not None and (outside := axis.keys < 0).any():
+            beyond = np.expand_dims(outside, [n for n in range(keys.ndim - 1) if n != a])
+            keys = keys.at[..., ANY].set(jnp.where(beyond, MATCH, keys[..., ANY]))
+    return queries, keys
+
+
+def _bits(numbers: Array, dtype: DTypeLike) -> Array:
+    """[..., bits], each 1 or -1."""
+    count = 8 * numbers.dtype.itemsize
+    bits = numbers[..., None] >> jnp.arange(count, dtype=numbers.dtype) & jnp.ones((), numbers.dtype)
+    return 2 * bits.astype(dtype) - 1
 
 
 def score_table(relative_bias: Array | None, plan: Plan, keys_first: bool) -> Array:

@@ -14,7 +14,8 @@ from jaxattn.kernels.tpu import arrange
 from jaxattn.kernels.tpu.plan import VMEM, Heads, Plan, chip, lanes_of, make_plan
 from jaxattn.normalize import softmax
 
-TAKEN = ("query", "key", "value", "scale", "relative_bias", "sink")  # of which `sink` is no kernel's
+TAKEN = ("query", "key", "value", "scale", "soft_cap", "relative_bias", "key_mask", "query_segments", "key_segments")
+TAKEN += ("sink",)  # which is no kernel's
 PRECISIONS = (None, jax.lax.Precision.DEFAULT, jax.lax.Precision.HIGHEST)
 
 
@@ -44,6 +45,7 @@ def supports(operands: Operands, options: Options) -> str | None:
 
 def forward(operands: Operands, options: Options, *, interpret: bool = False) -> tuple[Array, ...]:
     """The output [*batch, *queries, heads, value_dim]; with `options.residuals` also lse [*batch, *queries, heads]."""
+    from jaxattn.kernels.tpu import block
     from jaxattn.kernels.tpu.forward import attend
 
     plan = _planned(operands, options, "forward")
@@ -52,8 +54,10 @@ def forward(operands: Operands, options: Options, *, interpret: bool = False) ->
         arrange.flat_keys(operands.key, plan),
         arrange.flat_keys(operands.value, plan),
         arrange.score_table(operands.relative_bias, plan, keys_first=False),
-        operands.scale,
+        block.numbers(operands.scale, operands.soft_cap),
+        arrange.codes(operands, plan),
         plan,
+        soft_cap=operands.soft_cap is not None,
         residuals=options.residuals,
         some_see_nothing=_some_see_nothing(operands, plan),
         precision=_precision(options),
@@ -73,10 +77,12 @@ def backward(
 ) -> dict[str, Array]:
     """The cotangents of the operands in `wanted`, from those of what `forward` returns."""
     plan = _plan(operands, options, "backward")
-    if not isinstance(plan, Plan):  # what is added to keys does not fit into VMEM
+    # what is added to keys may not fit into VMEM; and the kernel has no cotangent of a soft cap, which is seldom wanted
+    if not isinstance(plan, Plan) or "soft_cap" in wanted:
         return xla.backward(operands, cotangents, options, wanted)
     if "scale" in wanted:  # as a factor of the query, which has a cotangent
         return _with_scale(operands, cotangents, options, wanted, interpret)
+    from jaxattn.kernels.tpu import block
     from jaxattn.kernels.tpu.backward import pull
 
     query = operands.query
@@ -91,8 +97,10 @@ def backward(
         arrange.flat_queries(cotangents[0], plan),
         arrange.tiled_rows(cotangents[1], plan) if options.residuals else None,
         table,
-        operands.scale,
+        block.numbers(operands.scale, operands.soft_cap),
+        arrange.codes(operands, plan),
         plan,
+        soft_cap=operands.soft_cap is not None,
         of_table=of_table,
         some_see_nothing=_some_see_nothing(operands, plan),
         precision=_precision(options),
@@ -134,7 +142,8 @@ def cost(operands: Operands, options: Options) -> Cost:
 
 
 def _plan(operands: Operands, options: Options, way: str) -> Plan | str:
-    return make_plan(options, _heads(operands), operands.relative_bias is not None, way, VMEM[chip() or "v5e"])
+    relative = operands.relative_bias is not None
+    return make_plan(options, _heads(operands), relative, _is_masked(operands), way, VMEM[chip() or "v5e"])
 
 
 def _planned(operands: Operands, options: Options, way: str) -> Plan:
@@ -157,9 +166,14 @@ def _precision(options: Options) -> object:
         return options.precision
 
 
+def _is_masked(operands: Operands) -> bool:
+    """Whether keys may be hidden from a query, or from all, wherever the window is."""
+    return operands.key_mask is not None or operands.key_segments is not None
+
+
 def _some_see_nothing(operands: Operands, plan: Plan) -> bool:
     """Whether a query may see no key: a relative bias of -inf hides."""
-    return operands.relative_bias is not None or not plan.everyone_sees
+    return operands.relative_bias is not None or _is_masked(operands) or not plan.everyone_sees
 
 
 TPU = Backend("tpu", supports, forward, backward, cost, platform="tpu", opaque=True)

@@ -9,7 +9,7 @@ is read. What overlapping boxes send to a key is added up in float32 in VMEM.
     dv += P·dy,  dk += scale·dS·Q,  dq = scale·dSᵀ·K,  dtable += dS
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,8 +21,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxattn.kernels.operands import hiding_score
 from jaxattn.kernels.tpu.arrange import shape_of
-from jaxattn.kernels.tpu.block import F32, I32, LOG2E, by_head, load, own, product, put, tiles
-from jaxattn.kernels.tpu.forward import limit, specs
+from jaxattn.kernels.tpu.block import F32, I32, LOG2E, Numbers, by_head, capped, load, matched, own, product, put, tiles
+from jaxattn.kernels.tpu.forward import code_specs, limit, specs
 from jaxattn.kernels.tpu.plan import Plan
 
 
@@ -33,9 +33,11 @@ def pull(
     cotangent: jax.Array,  # of the output
     of_lse: jax.Array | None,  # [entries, members, blocks, tile rows, tile columns, abreast · queries]
     table: jax.Array,  # [patterns, members|1, blocks|1, keys, abreast · queries]
-    scale: jax.Array,
+    given: jax.Array,  # `block.numbers`
+    codes: tuple[jax.Array | None, jax.Array | None],  # `arrange.codes`
     plan: Plan,
     *,
+    soft_cap: bool,
     of_table: bool,
     some_see_nothing: bool,
     precision: Any,
@@ -50,16 +52,16 @@ def pull(
         dtype,
         rows=key.shape[1],
         one_table=table.shape[1] == 1,
+        coded=[x is not None for x in codes],
+        soft_cap=soft_cap,
         with_lse=of_lse is not None,
         of_table=of_table,
         some_see_nothing=some_see_nothing,
         precision=precision,
     )
     of_queries, of_keys, of_scores, of_rows = specs(plan, query, key, table)
-    inputs, in_specs = (
-        [query, key, value, cotangent, table * LOG2E],
-        [of_queries, of_keys, of_keys, of_queries, of_scores],
-    )
+    inputs = [query, key, value, cotangent, table * LOG2E, *(x for x in codes if x is not None)]
+    in_specs = [of_queries, of_keys, of_keys, of_queries, of_scores, *code_specs(plan, codes)]
     if of_lse is not None:
         inputs.append(of_lse)
         in_specs.append(of_rows)
@@ -84,9 +86,8 @@ def pull(
         ),
         interpret=interpret,
     )
-    inputs = [jnp.asarray(plan.table()), jnp.stack([scale * LOG2E, scale]).astype(F32), *inputs]
     with jax.enable_x64(False):  # a TPU's kernels count in 32 bits
-        return call(*inputs)
+        return call(jnp.asarray(plan.table()), given, *inputs)
 
 
 def _kernel(
@@ -95,6 +96,8 @@ def _kernel(
     *,
     rows: int,
     one_table: bool,
+    coded: Sequence[bool],
+    soft_cap: bool,
     with_lse: bool,
     of_table: bool,
     some_see_nothing: bool,
@@ -105,6 +108,8 @@ def _kernel(
     Args:
       rows: of the keys' grid.
       one_table: whether the members share a score table.
+      coded: whether there are codes of queries, and of keys.
+      soft_cap: whether scores are capped.
       with_lse: whether lse has a cotangent.
       of_table: whether the table's is wanted.
     """
@@ -112,6 +117,7 @@ def _kernel(
 
     def kernel(at: Any, c: Any, q: Any, k: Any, v: Any, g: Any, t: Any, *rest: Any) -> None:
         others = list(rest)
+        qc, kc = (others.pop(0).bitcast(I32) if there else None for there in coded)
         dlse = others.pop(0) if with_lse else None
         dq, dk, dv = (others.pop(0) for _ in range(3))
         dt = others.pop(0) if of_table else None
@@ -121,20 +127,29 @@ def _kernel(
         mine = 0 if one_table else member
 
         def box(ref, tile):
-            return pltpu.bitcast(load(ref, tile.keys(heads.packing), heads), dtype)
+            return pltpu.bitcast(load(ref, tile.keys(heads.packing)), dtype)
 
         def stacked(ref, tile):
             """Block-diagonal, [(head, query), lanes]"""
-            x = by_head(load(ref, tile.queries(heads.packing), heads), heads)
+            x = by_head(load(ref, tile.queries(heads.packing)), heads)
             return pltpu.bitcast(jnp.concatenate(x, 0), dtype)
+
+        def each(x):
+            """The same for every head, [(head, query), lanes]"""
+            return pltpu.bitcast(jnp.concatenate([x] * heads.abreast, 0), dtype)
 
         def score(tile):
             s = product(box(k, tile), stacked(q, tile), (1, 1), precision)
-            scores[tile.at] = s * c[0] + t[tile.pattern, mine, 0]
+            s = s * c[Numbers().scale] + t[tile.pattern, mine, 0]
+            if kc is not None:
+                queried = None if qc is None else each(load(qc, tile.queries(heads.packing)))
+                s = jnp.where(matched(queried, box(kc, tile), s.shape[1], keys_first=True), s, hiding_score(F32))
+            scores[tile.at] = s
             products[tile.at] = product(box(v, tile), stacked(g, tile), (1, 1), precision)
 
         def differentiate(tile):
             s, of_p = scores[tile.at], products[tile.at]
+            s, slope = capped(s, c) if soft_cap else (s, None)
             maximum = s.max(0, keepdims=True)
             p = jnp.exp2(s - maximum)
             share = 1.0 / p.sum(0, keepdims=True)
@@ -143,6 +158,7 @@ def _kernel(
             if dlse is not None:
                 inner = inner - dlse[0, 0, 0, tile.i, tile.j : tile.j + 1]
             d = p * (of_p - inner)
+            d = d if slope is None else d * slope
             if dt is not None:
                 dt[tile.pattern, mine, 0] = dt[tile.pattern, mine, 0] + d
             weights[tile.at], of_scores[tile.at] = p.astype(dtype), d.astype(dtype)
@@ -154,7 +170,12 @@ def _kernel(
             sum_v[keys] = sum_v[keys] + product(p, stacked(g, tile), (1, 0), precision).reshape(boxed)
             sum_k[keys] = sum_k[keys] + product(d, stacked(q, tile), (1, 0), precision).reshape(boxed)
             x = product(d, box(k, tile), (0, 0), precision)
-            put(dq, tile, own([x[h : h + plan.queries] for h in range(0, len(x), plan.queries)], heads) * c[1])
+            put(
+                dq,
+                tile,
+                own([x[h : h + plan.queries] for h in range(0, len(x), plan.queries)], heads)
+                * c[Numbers().plain_scale],
+            )
 
         def iterate(n, _):
             for phase in (score, differentiate, send):
@@ -177,7 +198,7 @@ def _kernel(
         @pl.when(member == heads.members - 1)
         def _():
             def write(y):
-                dk[(0, y)] = (sum_k[y] * c[1]).astype(dtype)
+                dk[(0, y)] = (sum_k[y] * c[Numbers().plain_scale]).astype(dtype)
                 dv[(0, y)] = sum_v[y].astype(dtype)
 
             over(rows, write)

@@ -28,6 +28,8 @@ COPY = 8  # cycles a query, where queries are put in another order or filled up 
 # scores in an iteration: more of them hide latency better, and compile longer
 UNROLLED = {"forward": 13 * 2**18, "backward": 2**19}
 MOST_QUERIES = 512  # of a tile
+# A query sees a key where the product of their codes, of 128 numbers each, is MATCH; lane ANY is of keys that all see.
+MATCH = ANY = 64
 MOST_PLACES = 64  # tiles along the last axis, each of which is written out
 
 
@@ -196,9 +198,9 @@ def plan_axis(axis: Axis, tile: int, unit: int, align: int) -> AxisPlan:
 
 
 @functools.lru_cache(maxsize=256)
-def make_plan(options: Options, heads: Heads, relative: bool, way: str, vmem: int) -> Plan | str:
+def make_plan(options: Options, heads: Heads, relative: bool, masked: bool, way: str, vmem: int) -> Plan | str:
     """The cheapest plan by `_cost` of those that fit into `vmem` bytes; or why there is none. `way` is "forward" or
-    "backward", `relative` whether there is a relative_bias."""
+    "backward", `relative` whether there is a relative_bias, `masked` whether a mask of keys or segments."""
     choices, found = _choices(options, heads), []
     for axes in itertools.product(*choices):
         plan = Plan(heads, axes, 1, 0)
@@ -208,7 +210,7 @@ def make_plan(options: Options, heads: Heads, relative: bool, way: str, vmem: in
             found.append((count * _cost(plan, way) + copied, tuple(axis.tile for axis in axes), plan))
     reason = "no tile of it is small enough"
     for _, _, plan in sorted(found)[:256]:
-        made = _fit(plan, relative, way, vmem)
+        made = _fit(plan, relative, masked, way, vmem)
         if isinstance(made, Plan):
             return made
         reason = made
@@ -243,7 +245,7 @@ def _cost(plan: Plan, way: str) -> float:
     return (4 * scores + mixed) / 4 + 0.1 * columns + 30
 
 
-def _fit(plan: Plan, relative: bool, way: str, vmem: int) -> Plan | str:
+def _fit(plan: Plan, relative: bool, masked: bool, way: str, vmem: int) -> Plan | str:
     """The plan with as many tile rows an iteration as it can have, or why it can't be."""
     heads = plan.heads
     if plan.queries % (SUBLANES * heads.packing):  # the compiler takes many minutes
@@ -253,13 +255,13 @@ def _fit(plan: Plan, relative: bool, way: str, vmem: int) -> Plan | str:
     scores = plan.tile_columns * heads.abreast * plan.queries * -(-plan.keys // LANES) * LANES
     most = max(1, UNROLLED[way] // scores)
     plan = plan._replace(rows=max(n for n in range(1, plan.tile_rows + 1) if plan.tile_rows % n == 0 and n <= most))
-    held = _held(plan, relative, way)
+    held = _held(plan, relative, masked, way)
     if held > SHARE * vmem:
         return f"a step would hold {held / MIB:.0f} MiB, and VMEM is {vmem / MIB:.0f} MiB"
     return plan._replace(vmem=held)
 
 
-def _held(plan: Plan, relative: bool, way: str) -> int:
+def _held(plan: Plan, relative: bool, masked: bool, way: str) -> int:
     """Bytes of VMEM: blocks twice, for one is copied while another is worked on, and what is kept between phases."""
     heads = plan.heads
     queries = math.prod(axis.places for axis in plan.axes) * heads.lanes
@@ -267,10 +269,11 @@ def _held(plan: Plan, relative: bool, way: str) -> int:
     tall = -(-heads.abreast * plan.queries // LANES) * LANES * plan.keys  # scores of a tile
     wide = heads.abreast * plan.queries * -(-plan.keys // LANES) * LANES  # transposed, as the forward kernel has them
     tables = 2 * 4 * plan.patterns * (heads.members if relative else 1)
+    codes = 2 * heads.itemsize * LANES * (queries + keys) // heads.lanes if masked else 0
     if way == "forward":
         kept = wide + heads.abreast * plan.queries * LANES
         lse = 2 * 4 * queries  # whether or not it is asked for
-        return 2 * 2 * (queries + keys) * heads.itemsize + lse + tables * wide + plan.at_once * 4 * kept
+        return 2 * 2 * (queries + keys) * heads.itemsize + codes + lse + tables * wide + plan.at_once * 4 * kept
     blocks = 2 * (3 * queries + 4 * keys) * heads.itemsize + 2 * 4 * keys
     lse = 2 * 4 * max(plan.tile_columns, SUBLANES) * plan.tile_rows * tall // plan.keys
-    return blocks + lse + tables * tall * (1 + relative) + plan.at_once * tall * 2 * (4 + heads.itemsize)
+    return blocks + codes + lse + tables * tall * (1 + relative) + plan.at_once * tall * 2 * (4 + heads.itemsize)

@@ -58,28 +58,31 @@ def test_in_half_precision(interpreted, geometry):
 
 
 HIDDEN = [
-    ((9,), dict(size=3, boundary="wrap"), jnp.float32, ("mask", "segment_ids", "logits_soft_cap")),
+    ((9,), dict(size=3, boundary="wrap"), jnp.float32, ("mask", "segment_ids", "logits_soft_cap", "extra")),
     ((6, 5), dict(size=(3, 3), boundary="zero"), jnp.float32, ("mask", "segment_ids", "logits_soft_cap")),
     ((6, 5), dict(size=(3, 3)), jnp.float32, ("mask",)),
-    ((7, 6), dict(size=(3, 3), boundary="mask", stride=2), jnp.bfloat16, ("segment_ids", "logits_soft_cap")),
+    ((6, 5), dict(size=(3, 3)), jnp.float32, ("extra",)),
+    ((7, 6), dict(size=(3, 3), boundary="mask", stride=2), jnp.bfloat16, ("segment_ids", "logits_soft_cap", "extra")),
 ]
 
 
 @pytest.mark.core(1)
 @pytest.mark.parametrize(("grid", "given", "dtype", "names"), HIDDEN)
-def test_masks_segments_and_a_soft_cap(interpreted, grid, given, dtype, names):
-    """Against the formula; keys that all segments see, for they stand around the grid, and queries that see nothing."""
+def test_masks_segments_a_soft_cap_and_extra_tokens(interpreted, grid, given, dtype, names):
+    """Against the formula, with keys around the grid, that all segments see, and queries that see nothing."""
     window, rng = jaxattn.Window(**given), np.random.default_rng(0)
     queries = window.query_grid(grid)
     ids = tuple(rng.integers(-2, 2, (2, *n)) * 2**20 for n in (queries, grid))
     all_of = dict(mask=rng.random((2, *grid)) < 0.6, segment_ids=ids, logits_soft_cap=1.5)
-    options = {name: all_of[name] for name in names}
+    options = {name: x for name, x in all_of.items() if name in names}
     shapes = [(2, *queries, 2, 64), (2, *grid, 1, 64), (2, *grid, 1, 64), (2, *(2 * k - 1 for k in window.sizes))]
+    shapes += [(2, 3, 1, 64)] * 2 if "extra" in names else []
     arrays = [rng.normal(size=shape).astype(dtype) for shape in shapes]
 
     def run(implementation, arrays):
-        def both(query, key, value, bias):
+        def both(query, key, value, bias, *extra):
             settings = dict(window=window, return_residuals=True, implementation=implementation)
+            settings |= dict(zip(("extra_key", "extra_value"), extra, strict=False))
             return attention(query, key, value, relative_bias=bias, **settings, **options)
 
         found, pull = jax.vjp(both, *arrays)
@@ -243,8 +246,9 @@ def test_what_it_refuses_goes_to_xla(given, reason):
     assert f"not tpu: {reason}" in str(made)
 
 
-def test_masks_segments_and_a_soft_cap_are_taken():
+def test_masks_segments_a_soft_cap_and_extra_tokens_are_taken():
     given = dict(mask=np.ones((2, 16, 16), bool), segment_ids=np.ones((2, 16, 16), int), logits_soft_cap=30.0)
+    given |= {f"extra_{name}": jax.ShapeDtypeStruct((2, 1, 4, 64), jnp.bfloat16) for name in ("key", "value")}
     assert "tpu" not in plan_of(**given).refused
 
 

@@ -6,6 +6,7 @@ are, that is the array itself, seen otherwise: nothing is copied.
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,21 @@ def flat_keys(x: Array, plan: Plan) -> Array:
     return _at(_padded(x, plan.heads).reshape(*x.shape[:-2], -1), [axis.keys for axis in plan.axes])
 
 
+class Beside(NamedTuple):
+    """What kernels are given beside the grids of tokens, where it is there."""
+
+    of_queries: Array | None = None  # codes: [entries, *places, 128]
+    of_keys: Array | None = None
+    extra_key: Array | None = None  # [entries, extra_places, blocks · lanes]
+    extra_value: Array | None = None
+
+
+def flat_extra(x: Array, plan: Plan) -> Array:
+    """[*batch, extra, key_heads, dim] as [entries, extra_places, blocks · lanes]."""
+    x = _padded(_entries(x, 1), plan.heads)
+    return jnp.pad(x.reshape(*x.shape[:2], -1), [(0, 0), (0, plan.extra_places - plan.extra), (0, 0)])
+
+
 def by_query(x: Array, plan: Plan, shape: tuple[int, ...]) -> Array:
     """`flat_queries`, undone, for an array of this shape."""
     heads, rank = plan.heads, len(plan.axes)
@@ -51,7 +67,7 @@ def _at(x: Array, places: Sequence[np.ndarray | None]) -> Array:
     return x
 
 
-def codes(operands: Operands, plan: Plan) -> tuple[Array | None, Array | None]:
+def codes(operands: Operands, plan: Plan) -> Beside:
     """Who sees whom by a mask of keys and by segments: of queries and of keys 128 numbers each, whose product is MATCH
     where one sees the other, else less by 2 at least. Both flat; of the queries None where all of them are alike.
 
@@ -60,7 +76,7 @@ def codes(operands: Operands, plan: Plan) -> tuple[Array | None, Array | None]:
     mask, of_queries, of_keys = operands.key_mask, operands.query_segments, operands.key_segments
     rank, dtype = len(plan.axes), operands.query.dtype
     if mask is None and of_keys is None:
-        return None, None
+        return Beside()
     batch, grid = operands.key.shape[: -rank - 2], operands.key.shape[-rank - 2 : -2]
     seen = jnp.ones((1,) * (len(batch) + rank), bool) if mask is None else mask
     seen = jnp.broadcast_to(seen, (*batch, *grid)).astype(dtype)[..., None]
@@ -78,7 +94,7 @@ def codes(operands: Operands, plan: Plan) -> tuple[Array | None, Array | None]:
         if axis.keys is not None and (outside := axis.keys < 0).any():
             beyond = np.expand_dims(outside, [n for n in range(keys.ndim - 1) if n != a])
             keys = keys.at[..., ANY].set(jnp.where(beyond, MATCH, keys[..., ANY]))
-    return queries, keys
+    return Beside(queries, keys)
 
 
 def _bits(numbers: Array, dtype: DTypeLike) -> Array:
@@ -95,13 +111,26 @@ def score_table(relative_bias: Array | None, plan: Plan, keys_first: bool) -> Ar
     hide = hiding_score(jnp.float32)
     seen = _sees(plan, keys_first or relative_bias is not None)
     if relative_bias is None:
-        return jnp.where(seen, 0.0, hide).astype(jnp.float32)[:, None, None]
+        table = jnp.where(seen, 0.0, hide).astype(jnp.float32)[:, None, None]
+        return _and_extra(table, plan, -2 if keys_first else -1)
     spread, table = _spread(jnp.where(relative_bias <= hide / 2, hide, relative_bias), plan), []
     for n, at in enumerate(np.ndindex(*[len(axis.low) for axis in plan.axes])):
         box = [slice(axis.offset(p), axis.offset(p) + axis.columns) for axis, p in zip(plan.axes, at, strict=True)]
-        bias = spread[:, :, *box].reshape(*spread.shape[:2], plan.keys, -1)
+        bias = spread[:, :, *box].reshape(*spread.shape[:2], plan.box, -1)
         table.append(jnp.where(seen[n], bias, hide))
-    return jnp.stack(table) if keys_first else jnp.swapaxes(jnp.stack(table), -1, -2)
+    found = _and_extra(jnp.stack(table), plan, -2)
+    return found if keys_first else jnp.swapaxes(found, -1, -2)
+
+
+def _and_extra(table: Array, plan: Plan, axis: int) -> Array:
+    """With the scores of extra tokens behind those of a box: every query sees them, and none what fills them up."""
+    if not plan.extra:
+        return table
+    shape = list(table.shape)
+    shape[axis] = plan.extra_places
+    place = lax.broadcasted_iota(jnp.int32, shape, table.ndim + axis)
+    extra = jnp.where(place < plan.extra, 0.0, hiding_score(jnp.float32)).astype(table.dtype)
+    return jnp.concatenate([table, extra], axis)
 
 
 def _spread(relative_bias: Array, plan: Plan) -> Array:

@@ -15,7 +15,7 @@ from jaxattn.kernels.tpu.plan import VMEM, Heads, Plan, chip, lanes_of, make_pla
 from jaxattn.normalize import softmax
 
 TAKEN = ("query", "key", "value", "scale", "soft_cap", "relative_bias", "key_mask", "query_segments", "key_segments")
-TAKEN += ("sink",)  # which is no kernel's
+TAKEN += ("extra_key", "extra_value", "sink")  # of which `sink` is no kernel's
 PRECISIONS = (None, jax.lax.Precision.DEFAULT, jax.lax.Precision.HIGHEST)
 
 
@@ -55,7 +55,7 @@ def forward(operands: Operands, options: Options, *, interpret: bool = False) ->
         arrange.flat_keys(operands.value, plan),
         arrange.score_table(operands.relative_bias, plan, keys_first=False),
         block.numbers(operands.scale, operands.soft_cap),
-        arrange.codes(operands, plan),
+        arrange.codes(operands, plan)._replace(**_flat_extra(_extra(operands), plan)),
         plan,
         soft_cap=operands.soft_cap is not None,
         residuals=options.residuals,
@@ -89,6 +89,7 @@ def backward(
     key, pull_key = jax.vjp(lambda key: arrange.flat_keys(key, plan), operands.key)
     value, pull_value = jax.vjp(lambda value: arrange.flat_keys(value, plan), operands.value)
     table, pull_table = jax.vjp(lambda bias: arrange.score_table(bias, plan, keys_first=True), operands.relative_bias)
+    extra, pull_extra = jax.vjp(lambda extra: _flat_extra(extra, plan), _extra(operands))
     of_table = "relative_bias" in wanted
     (of_query, of_key, of_value, *rest) = pull(
         arrange.flat_queries(query, plan),
@@ -98,7 +99,7 @@ def backward(
         arrange.tiled_rows(cotangents[1], plan) if options.residuals else None,
         table,
         block.numbers(operands.scale, operands.soft_cap),
-        arrange.codes(operands, plan),
+        arrange.codes(operands, plan)._replace(**extra),
         plan,
         soft_cap=operands.soft_cap is not None,
         of_table=of_table,
@@ -111,9 +112,10 @@ def backward(
         "key": pull_key(of_key)[0],
         "value": pull_value(of_value)[0],
     }
+    found |= pull_extra(dict(zip(extra, rest, strict=False)))[0]
     if of_table:
         untransposed = jax.linear_transpose(lambda table: table, table)
-        found["relative_bias"] = pull_table(untransposed(rest[0])[0])[0]
+        found["relative_bias"] = pull_table(untransposed(rest[-1])[0])[0]
     return {name: found[name] for name in wanted}
 
 
@@ -142,8 +144,9 @@ def cost(operands: Operands, options: Options) -> Cost:
 
 
 def _plan(operands: Operands, options: Options, way: str) -> Plan | str:
+    extra = 0 if operands.extra_key is None else operands.extra_key.shape[-3]
     relative = operands.relative_bias is not None
-    return make_plan(options, _heads(operands), relative, _is_masked(operands), way, VMEM[chip() or "v5e"])
+    return make_plan(options, _heads(operands), extra, relative, _is_masked(operands), way, VMEM[chip() or "v5e"])
 
 
 def _planned(operands: Operands, options: Options, way: str) -> Plan:
@@ -169,6 +172,16 @@ def _precision(options: Options) -> object:
 def _is_masked(operands: Operands) -> bool:
     """Whether keys may be hidden from a query, or from all, wherever the window is."""
     return operands.key_mask is not None or operands.key_segments is not None
+
+
+def _extra(operands: Operands) -> dict[str, Array]:
+    """The extra tokens that there are."""
+    given = {"extra_key": operands.extra_key, "extra_value": operands.extra_value}
+    return {name: x for name, x in given.items() if x is not None}
+
+
+def _flat_extra(extra: dict[str, Array], plan: Plan) -> dict[str, Array]:
+    return {name: arrange.flat_extra(x, plan) for name, x in extra.items()}
 
 
 def _some_see_nothing(operands: Operands, plan: Plan) -> bool:

@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxattn.kernels.operands import hiding_score
-from jaxattn.kernels.tpu.plan import ANY, MATCH, Heads, Plan
+from jaxattn.kernels.tpu.plan import ANY, LANES, MATCH, Heads, Plan
 
 I32, F32 = jnp.int32, jnp.float32
 LOG2E = math.log2(math.e)
@@ -71,6 +71,12 @@ def load(ref: Any, places: Places) -> jax.Array:
     return x.reshape(-1, x.shape[-1])
 
 
+def joined(ref: Any, extra: Any, places: Places) -> jax.Array:
+    """Keys or values of a box, and the extra ones behind it."""
+    x = load(ref, places)
+    return x if extra is None else jnp.concatenate([x, load(extra, (slice(None),))], 0)
+
+
 def put(ref: Any, tile: Tile, x: jax.Array) -> None:
     """Write [queries, lanes] where the tile's queries are."""
     shape = (*(axis.tile for axis in tile.plan.axes), tile.plan.heads.lanes)
@@ -115,12 +121,12 @@ def capped(scores: jax.Array, c: Any) -> tuple[jax.Array, jax.Array]:
     return jnp.where(hidden, hiding_score(F32), c[Numbers().cap] * bent), 1 - bent * bent
 
 
-def matched(queries: jax.Array | None, keys: jax.Array, count: int, keys_first: bool) -> jax.Array:
-    """Whether a query sees a key, by the codes of `arrange.codes`, [count, keys] or the other way round. Without codes
-    of queries, all of them are alike."""
-    if queries is None:
-        lane = lax.broadcasted_iota(I32, (count, keys.shape[1]), 1)
-        queries = jnp.where(lane == ANY, 1.0, 0.0).astype(keys.dtype)
+def matched(queries: jax.Array | None, keys: jax.Array, count: int, extra: int, keys_first: bool) -> jax.Array:
+    """Whether a query sees a key, by the codes of `arrange.codes`, [count, keys + extra] or the other way round.
+    Without codes of queries, all of them are alike."""
+    alike = lambda n, x: jnp.where(lax.broadcasted_iota(I32, (n, LANES), 1) == ANY, x, 0.0).astype(keys.dtype)
+    queries = alike(count, 1.0) if queries is None else queries
+    keys = jnp.concatenate([keys, alike(extra, MATCH)], 0) if extra else keys
     found = product(*((keys, queries) if keys_first else (queries, keys)), (1, 1), None)
     return found > MATCH - 1
 

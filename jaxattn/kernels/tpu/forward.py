@@ -9,7 +9,6 @@ products with the values. Between them stand addresses that the compiler cannot 
 of product different matrix units, and keeps both busy.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,8 +19,22 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxattn.kernels.operands import hiding_score
-from jaxattn.kernels.tpu.arrange import shape_of
-from jaxattn.kernels.tpu.block import F32, I32, LOG2E, Numbers, by_head, capped, load, matched, own, product, put, tiles
+from jaxattn.kernels.tpu.arrange import Beside, shape_of
+from jaxattn.kernels.tpu.block import (
+    F32,
+    I32,
+    LOG2E,
+    Numbers,
+    by_head,
+    capped,
+    joined,
+    load,
+    matched,
+    own,
+    product,
+    put,
+    tiles,
+)
 from jaxattn.kernels.tpu.plan import LANES, Plan
 
 reciprocal = getattr(pltpu, "reciprocal", None) or pl.reciprocal  # where jax 0.12 has it, and where 0.10 does
@@ -33,7 +46,7 @@ def attend(
     value: jax.Array,
     table: jax.Array,  # [patterns, members|1, blocks|1, abreast · queries, keys]
     given: jax.Array,  # `block.numbers`
-    codes: tuple[jax.Array | None, jax.Array | None],  # `arrange.codes`
+    beside: Beside,
     plan: Plan,
     *,
     soft_cap: bool,
@@ -49,21 +62,21 @@ def attend(
 
     def kernel(at: Any, c: Any, q: Any, k: Any, v: Any, t: Any, *rest: Any) -> None:
         others = list(rest)
-        qc, kc = (None if x is None else others.pop(0).bitcast(I32) for x in codes)
+        qc, kc, ke, ve = (None if x is None else others.pop(0).bitcast(I32) for x in beside)
         y, lse = others.pop(0), (others.pop(0) if residuals else None)
         scores, most = others
         q, k, v = (x.bitcast(I32) for x in (q, k, v))
-        mine = 0 if table.shape[1] == 1 else pl.program_id(2)
+        member = 0 if table.shape[1] == 1 else pl.program_id(2)
 
         def score(tile):
-            keys = number(load(k, tile.keys(heads.packing)))
-            seen = None
+            keys, seen = number(joined(k, ke, tile.keys(heads.packing))), None
             if kc is not None:
-                queried = None if qc is None else number(load(qc, tile.queries(heads.packing)))
-                seen = matched(queried, number(load(kc, tile.keys(heads.packing))), rows, keys_first=False)
+                mine = None if qc is None else number(load(qc, tile.queries(heads.packing)))
+                theirs = number(load(kc, tile.keys(heads.packing)))
+                seen = matched(mine, theirs, rows, plan.extra_places, keys_first=False)
             for h, queries in enumerate(by_head(load(q, tile.queries(heads.packing)), heads)):
                 s = product(number(queries), keys, (1, 1), precision) * c[Numbers().scale]
-                s = s + t[tile.pattern, mine, 0, h * rows : h * rows + rows]
+                s = s + t[tile.pattern, member, 0, h * rows : h * rows + rows]
                 s = s if seen is None else jnp.where(seen, s, hiding_score(F32))
                 s = capped(s, c)[0] if soft_cap else s
                 scores[tile.at, h] = s
@@ -71,7 +84,7 @@ def attend(
 
         def mix(tile):
             maxima, mixed, totals = [], [], []
-            for h, values in enumerate(by_head(load(v, tile.keys(heads.packing)), heads, ones)):
+            for h, values in enumerate(by_head(joined(v, ve, tile.keys(heads.packing)), heads, ones)):
                 p = jnp.exp2(scores[tile.at, h] - _wide(most[tile.at, h], plan.keys))
                 mixed.append(product(p.astype(dtype), number(values), (1, 0), precision))
                 maxima.append(_wide(most[tile.at, h], heads.lanes))
@@ -96,7 +109,7 @@ def attend(
         lax.fori_loop(np.int32(0), np.int32(plan.tile_rows // plan.rows), iterate, I32(0))
 
     of_queries, of_keys, of_scores, _ = specs(plan, query, key, table)
-    inputs = [query, key, value, table * LOG2E, *(x for x in codes if x is not None)]
+    inputs = [query, key, value, table * LOG2E, *(x for x in beside if x is not None)]
     out_shape = [shape_of(query.shape, x, query) for x in (dtype, F32)[: 1 + residuals]]
     call = pl.pallas_call(
         kernel,
@@ -104,7 +117,7 @@ def attend(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(heads.blocks, query.shape[0], heads.members),
-            in_specs=[of_queries, of_keys, of_keys, of_scores, *code_specs(plan, codes)],
+            in_specs=[of_queries, of_keys, of_keys, of_scores, *beside_specs(plan, beside)],
             out_specs=[of_queries] * len(out_shape),
             scratch_shapes=[pltpu.VMEM((plan.at_once, heads.abreast, rows, n), F32) for n in (plan.keys, LANES)],
         ),
@@ -131,10 +144,16 @@ def specs(plan: Plan, query: jax.Array, key: jax.Array, table: jax.Array) -> lis
     ]
 
 
-def code_specs(plan: Plan, codes: Sequence[jax.Array | None]) -> list[pl.BlockSpec]:
-    """What a step takes of the codes that there are: those of its entry."""
+def beside_specs(plan: Plan, beside: Beside) -> list[pl.BlockSpec]:
+    """What a step takes of what is there: codes and extra tokens of its entry, these of its heads."""
     zeros = (0,) * (len(plan.axes) + 1)
-    return [pl.BlockSpec((1, *x.shape[1:]), lambda c, b, m, *_: (b, *zeros)) for x in codes if x is not None]
+    codes = [pl.BlockSpec((1, *x.shape[1:]), lambda c, b, m, *_: (b, *zeros)) for x in beside[:2] if x is not None]
+    return codes + [of_extra(plan) for x in beside[2:] if x is not None]
+
+
+def of_extra(plan: Plan) -> pl.BlockSpec:
+    """Extra tokens of an entry, for a block of heads."""
+    return pl.BlockSpec((1, plan.extra_places, plan.heads.lanes), lambda c, b, m, *_: (b, 0, c))
 
 
 def limit(plan: Plan) -> int:

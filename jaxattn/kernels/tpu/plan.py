@@ -93,8 +93,9 @@ class Plan(NamedTuple):
 
     heads: Heads
     axes: tuple[AxisPlan, ...]
-    rows: int
-    vmem: int  # bytes that are planned with
+    extra: int  # tokens that every tile meets behind its box
+    rows: int = 1
+    vmem: int = 0  # bytes that are planned with
 
     @property
     def static(self) -> bool:
@@ -132,9 +133,20 @@ class Plan(NamedTuple):
         return math.prod(axis.tile for axis in self.axes)
 
     @property
-    def keys(self) -> int:
-        """Of a box."""
+    def box(self) -> int:
+        """Keys of a tile, around its queries."""
         return math.prod(axis.columns for axis in self.axes)
+
+    @property
+    def extra_places(self) -> int:
+        """Of the extra tokens, in whole registers."""
+        whole = SUBLANES * self.heads.packing
+        return -(-self.extra // whole) * whole
+
+    @property
+    def keys(self) -> int:
+        """All that a tile meets."""
+        return self.box + self.extra_places
 
     @property
     def patterns(self) -> int:
@@ -198,12 +210,14 @@ def plan_axis(axis: Axis, tile: int, unit: int, align: int) -> AxisPlan:
 
 
 @functools.lru_cache(maxsize=256)
-def make_plan(options: Options, heads: Heads, relative: bool, masked: bool, way: str, vmem: int) -> Plan | str:
+def make_plan(
+    options: Options, heads: Heads, extra: int, relative: bool, masked: bool, way: str, vmem: int
+) -> Plan | str:
     """The cheapest plan by `_cost` of those that fit into `vmem` bytes; or why there is none. `way` is "forward" or
     "backward", `relative` whether there is a relative_bias, `masked` whether a mask of keys or segments."""
     choices, found = _choices(options, heads), []
     for axes in itertools.product(*choices):
-        plan = Plan(heads, axes, 1, 0)
+        plan = Plan(heads, axes, extra)
         if options.tile or plan.queries <= MOST_QUERIES:
             count = plan.tile_rows * plan.tile_columns
             copied = COPY * math.prod(axis.places for axis in axes) * any(axis.queries is not None for axis in axes)
@@ -265,7 +279,7 @@ def _held(plan: Plan, relative: bool, masked: bool, way: str) -> int:
     """Bytes of VMEM: blocks twice, for one is copied while another is worked on, and what is kept between phases."""
     heads = plan.heads
     queries = math.prod(axis.places for axis in plan.axes) * heads.lanes
-    keys = math.prod(axis.length for axis in plan.axes) * heads.lanes
+    keys = (math.prod(axis.length for axis in plan.axes) + plan.extra_places) * heads.lanes
     tall = -(-heads.abreast * plan.queries // LANES) * LANES * plan.keys  # scores of a tile
     wide = heads.abreast * plan.queries * -(-plan.keys // LANES) * LANES  # transposed, as the forward kernel has them
     tables = 2 * 4 * plan.patterns * (heads.members if relative else 1)

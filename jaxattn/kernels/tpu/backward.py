@@ -37,7 +37,7 @@ from jaxattn.kernels.tpu.block import (
     tiles,
 )
 from jaxattn.kernels.tpu.forward import beside_specs, limit, of_extra, specs
-from jaxattn.kernels.tpu.plan import Plan
+from jaxattn.kernels.tpu.plan import SUBLANES, Plan
 
 
 def pull(
@@ -142,6 +142,7 @@ def _kernel(
         scores, products, weights, of_scores, sum_k, sum_v, *extra_sums = others
         q, k, v, g = (x.bitcast(I32) for x in (q, k, v, g))
         entry, member = pl.program_id(1), pl.program_id(2)
+        whole = 1 if plan.static else SUBLANES * heads.packing  # one axis lies across the registers
         row = 0 if one_table else member  # of the table
 
         def box(ref, tile, extra):
@@ -207,7 +208,7 @@ def _kernel(
 
         @pl.when(member == 0)
         def _():
-            over(rows, lambda y: [ref.__setitem__(y, jnp.zeros(ref[y].shape, F32)) for ref in (sum_k, sum_v)])
+            over(rows, lambda y: [ref.__setitem__(y, jnp.zeros(ref[y].shape, F32)) for ref in (sum_k, sum_v)], whole)
             for total in extra_sums:
                 total[...] = jnp.zeros(total.shape, F32)
 
@@ -225,7 +226,7 @@ def _kernel(
                 dk[(0, y)] = (sum_k[y] * c[Numbers().plain_scale]).astype(dtype)
                 dv[(0, y)] = sum_v[y].astype(dtype)
 
-            over(rows, write)
+            over(rows, write, whole)
             for y, total in zip(extra, extra_sums, strict=True):
                 factor = c[Numbers().plain_scale] if y is extra[0] else 1.0
                 y[0] = (total[...] * factor).astype(dtype)
@@ -233,7 +234,9 @@ def _kernel(
     return kernel
 
 
-def over(count: int, body: Any) -> None:
-    """`body` of every place along the first axis."""
-    unroll = next(n for n in (8, 4, 2, 1) if count % n == 0)
-    lax.fori_loop(np.int32(0), np.int32(count), lambda y, _: (body(y), I32(0))[1], I32(0), unroll=unroll)
+def over(count: int, body: Any, whole: int) -> None:
+    """`body` of every place along the first axis, of so many at once if not of one."""
+    steps = count // whole
+    unroll = next(n for n in (8, 4, 2, 1) if steps % n == 0)
+    at = lambda y: y if whole == 1 else pl.ds(pl.multiple_of(y * I32(whole), whole), whole)
+    lax.fori_loop(np.int32(0), np.int32(steps), lambda y, _: (body(at(y)), I32(0))[1], I32(0), unroll=unroll)

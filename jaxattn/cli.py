@@ -187,10 +187,12 @@ def bench(
     cases: tuple[str, ...] = (),
     json: Path | None = None,
     out: Path = Path("runs/bench"),
+    topology: str = "",
 ):
     """Measure this library against its peers: time, temporaries and compile time, in one run.
 
     Peers that are not installed (torch, NATTEN) are left out; `taskset -c 0,1 jaxattn bench ...` chooses the cores.
+    With --topology nothing is measured: it prints what a TPU's compiler expects, which needs no TPU.
 
     Args:
       what: which cases.
@@ -198,7 +200,13 @@ def bench(
       cases: names of cases, in which * stands for anything; all of them by default.
       json: a file for everything that was measured; it grows with every case.
       out: a folder for the figures, which replace those of an earlier run.
+      topology: v4, v5e, v5p or v6e and its shape, such as v5e:1x1 (this needs libtpu): compile the cases for one of its
+        chips instead, and print what the compiler estimates. There are no figures.
     """
+    if topology:
+        from jaxattn.bench import estimate
+
+        return estimate.run(what, quick, cases, topology, path_of(json) if json else None)
     from jaxattn.bench.run import run
 
     run(what, quick, cases, path_of(out), path_of(json) if json else None)

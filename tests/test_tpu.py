@@ -57,6 +57,47 @@ def test_in_half_precision(interpreted, geometry):
     check(of(geometry, [residuals]), "tpu", jnp.bfloat16)
 
 
+HIDDEN = [
+    ((9,), dict(size=3, boundary="wrap"), jnp.float32, ("mask", "segment_ids", "logits_soft_cap", "extra")),
+    ((6, 5), dict(size=(3, 3), boundary="zero"), jnp.float32, ("mask", "segment_ids", "logits_soft_cap")),
+    ((6, 5), dict(size=(3, 3)), jnp.float32, ("mask",)),
+    ((6, 5), dict(size=(3, 3)), jnp.float32, ("extra",)),
+    ((7, 6), dict(size=(3, 3), boundary="mask", stride=2), jnp.bfloat16, ("segment_ids", "logits_soft_cap", "extra")),
+]
+
+
+@pytest.mark.core(1)
+@pytest.mark.parametrize(("grid", "given", "dtype", "names"), HIDDEN)
+def test_masks_segments_a_soft_cap_and_extra_tokens(interpreted, grid, given, dtype, names):
+    """Against the formula, with keys around the grid, that all segments see, and queries that see nothing."""
+    window, rng = jaxattn.Window(**given), np.random.default_rng(0)
+    queries = window.query_grid(grid)
+    ids = tuple(rng.integers(-2, 2, (2, *n)) * 2**20 for n in (queries, grid))
+    all_of = dict(mask=rng.random((2, *grid)) < 0.6, segment_ids=ids, logits_soft_cap=1.5)
+    options = {name: x for name, x in all_of.items() if name in names}
+    shapes = [(2, *queries, 2, 64), (2, *grid, 1, 64), (2, *grid, 1, 64), (2, *(2 * k - 1 for k in window.sizes))]
+    shapes += [(2, 3, 1, 64)] * 2 if "extra" in names else []
+    arrays = [rng.normal(size=shape).astype(dtype) for shape in shapes]
+
+    def run(implementation, arrays):
+        def both(query, key, value, bias, *extra):
+            settings = dict(window=window, return_residuals=True, implementation=implementation)
+            settings |= dict(zip(("extra_key", "extra_value"), extra, strict=False))
+            return attention(query, key, value, relative_bias=bias, **settings, **options)
+
+        found, pull = jax.vjp(both, *arrays)
+        weights = [jnp.cos(jnp.arange(x.size)).reshape(x.shape).astype(x.dtype) for x in found]
+        return *found, *pull(tuple(jnp.where(jnp.isinf(x), 0, w) for x, w in zip(found, weights, strict=True)))
+
+    ours = jax.jit(functools.partial(run, "tpu"))(arrays)
+    theirs = jax.jit(functools.partial(run, "reference"))([x.astype(np.float32) for x in arrays])
+    for x, y in zip(ours, theirs, strict=True):
+        x, y = (np.asarray(z, np.float64) for z in (x, y))
+        np.testing.assert_array_equal(np.isinf(x), np.isinf(y))
+        x, y = (np.where(np.isinf(z), 0, z) for z in (x, y))
+        assert np.linalg.norm(x - y) <= (1e-5 if dtype == jnp.float32 else 2e-2) * np.linalg.norm(y)
+
+
 LANES = [(4, 4, 32, 32), (2, 2, 64, 64), (3, 3, 64, 40), (2, 1, 128, 128), (1, 1, 256, 200)]
 
 
@@ -188,8 +229,7 @@ def test_on_several_devices_it_is_for_the_inside_of_shard_map():
         (dict(dtype=jnp.float16), "its kernels have bfloat16 and float32, and these are float16"),
         (dict(normalize="relu"), "its kernels have softmax alone, without a score_mod"),
         (dict(bias=np.zeros((7, 7), np.float32)), "its kernels do not take bias"),
-        (dict(mask=np.ones((2, 16, 16), bool)), "its kernels do not take key_mask"),
-        (dict(logits_soft_cap=30.0), "its kernels do not take soft_cap"),
+        (dict(mask=(None, np.ones((7, 7), bool))), "its kernels do not take slot_mask"),
         (dict(grid_sizes=np.ones((2, 2), int)), "its kernels do not take slot_ranges"),
         (dict(dropout_rate=0.5, dropout_key=jax.random.key(0)), "its kernels do not take dropout_key"),
         (dict(shape=(2, 16, 16, 4, 512)), "its heads have at most 256 numbers, and these 512"),
@@ -204,6 +244,12 @@ def test_what_it_refuses_goes_to_xla(given, reason):
     assert made.backend == "xla"
     assert made.refused["tpu"].startswith(reason)
     assert f"not tpu: {reason}" in str(made)
+
+
+def test_masks_segments_a_soft_cap_and_extra_tokens_are_taken():
+    given = dict(mask=np.ones((2, 16, 16), bool), segment_ids=np.ones((2, 16, 16), int), logits_soft_cap=30.0)
+    given |= {f"extra_{name}": jax.ShapeDtypeStruct((2, 1, 4, 64), jnp.bfloat16) for name in ("key", "value")}
+    assert "tpu" not in plan_of(**given).refused
 
 
 def test_a_sink_is_no_kernels_affair():

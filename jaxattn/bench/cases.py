@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -56,12 +57,16 @@ class AttentionCase:
     def query_shape(self) -> tuple[int, ...]:
         return self.shape if self.queries is None else (self.shape[0], self.queries, *self.shape[-2:])
 
-    def operands(self) -> tuple[list[np.ndarray], np.ndarray]:
-        """The inputs and the cotangent of the output."""
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of the inputs, and of the output."""
         shapes = [self.query_shape, self.shape, self.shape]
         if self.bias and self.window is not None:
             shapes.append((self.shape[-2], *(2 * k - 1 for k in self.window.sizes)))
-        *inputs, cotangent = normal([*shapes, self.query_shape], self.dtype)
+        return [*shapes, self.query_shape]
+
+    def operands(self) -> tuple[list[np.ndarray], np.ndarray]:
+        """The inputs and the cotangent of the output."""
+        *inputs, cotangent = normal(self.shapes(), self.dtype)
         return inputs, cotangent
 
     def flops(self, mode: str) -> int:
@@ -70,9 +75,11 @@ class AttentionCase:
         return products * 2 * self.shape[0] * self.shape[-2] * self.shape[-1] * self.visible
 
     def bytes(self, mode: str) -> int:
-        """Every input read and every output written, once: q, k, v, o, and backward do, dq, dk, dv."""
-        once = {"forward": 1, "both": 2}[mode]
-        return once * 2 * (math.prod(self.query_shape) + math.prod(self.shape)) * jnp.dtype(self.dtype).itemsize
+        """Every input read and every output written, once: q, k, v, o, and for both also do, dq, dk, dv. Backward alone
+        does without o."""
+        queries, keys = {"forward": (2, 2), "both": (4, 4), "backward": (3, 4)}[mode]
+        moved = queries * math.prod(self.query_shape) + keys * math.prod(self.shape)
+        return moved * jnp.dtype(self.dtype).itemsize
 
     def thin(self) -> tuple["AttentionCase", int]:
         """One head of one batch entry, and how many of them the case is."""
@@ -124,9 +131,13 @@ class ConvCase:
         ]
         return (self.shape[0], *lengths, self.kernel[-1])
 
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of the inputs, and of the output."""
+        return [self.shape, self.kernel, self.output]
+
     def operands(self) -> tuple[list[np.ndarray], np.ndarray]:
         """The inputs and the cotangent of the output."""
-        x, kernel, cotangent = normal([self.shape, self.kernel, self.output], self.dtype)
+        x, kernel, cotangent = normal(self.shapes(), self.dtype)
         return [x, kernel], cotangent
 
     def flops(self, mode: str) -> int:
@@ -136,9 +147,10 @@ class ConvCase:
         return products * 2 * math.prod(positions) * math.prod(self.kernel)
 
     def bytes(self, mode: str) -> int:
-        """Every input read and every output written, once."""
-        once = math.prod(self.shape) + math.prod(self.kernel) + math.prod(self.output)
-        return {"forward": 1, "both": 2}[mode] * once * jnp.dtype(self.dtype).itemsize
+        """Every input read and every output written, once; backward alone does without the output itself."""
+        inputs, outputs = {"forward": (1, 1), "both": (2, 2), "backward": (2, 1)}[mode]
+        moved = inputs * (math.prod(self.shape) + math.prod(self.kernel)) + outputs * math.prod(self.output)
+        return moved * jnp.dtype(self.dtype).itemsize
 
     def thin(self) -> tuple["ConvCase", int]:
         """One batch entry, and how many of them the case is."""
@@ -205,6 +217,32 @@ def attention_cases(quick: bool) -> list[AttentionCase]:
     ]
 
 
+def chip_cases(quick: bool) -> list[AttentionCase]:
+    """What is compiled for a chip, in its own precision; with `quick`, some of it in small."""
+    of = functools.partial(both_boundaries, dtype="bfloat16")
+    if quick:
+        return [
+            *of("2d", (1, 16, 16, 2, 64), (3, 3)),
+            AttentionCase("global", (1, 512, 2, 64), None, dtype="bfloat16"),
+        ]
+    grid, nat, line = (8, 64, 64, 8, 64), (8, 56, 56, 16, 32), (8, 4096, 8, 64)
+    alone = functools.partial(AttentionCase, dtype="bfloat16")
+    return [
+        *of("2d", grid, (7, 7)),
+        *of("2d-large", grid, (13, 13)),
+        *of("nat", nat, (7, 7), bias=True),
+        *of("2d-head128", (8, 64, 64, 4, 128), (7, 7)),
+        alone("swin", nat, Window((7, 7), block=7), bias=True),
+        *of("3d", (1, 16, 64, 64, 8, 64), (3, 7, 7)),
+        alone("2d-dilated", grid, Window((7, 7), dilation=2)),
+        alone("2d-wrap", grid, Window((7, 7), boundary="wrap")),
+        *of("1d", line, 255),
+        alone("1d-causal", line, Window(255, causal=True, boundary="mask")),
+        alone("global", line, None),
+        alone("decode", line, None, queries=1),
+    ]
+
+
 def series_cases(quick: bool) -> list[AttentionCase]:
     """How time and temporaries grow: in the tokens at 7×7, and in the volume of the window at 64×64."""
     sides, at, sizes, grid = (
@@ -248,17 +286,18 @@ def conv_cases(quick: bool) -> list[ConvCase]:
     ]
 
 
-def select(what: str, quick: bool, patterns: Sequence[str]) -> list[Case]:
+def select(what: str, quick: bool, patterns: Sequence[str], chip: bool = False) -> list[Case]:
     """The cases of "attention", "conv" or "all" whose name matches one of `patterns`; without patterns, all of them.
+    With `chip` those that are compiled for one, in bfloat16.
 
     >>> [case.name for case in select("all", True, ["*bf16*", "global"])]
     ['2d-bf16-mask', 'global']
     """
     cases: list[Case] = []
     if what in ("attention", "all"):
-        cases += [*attention_cases(quick), *series_cases(quick)]
+        cases += chip_cases(quick) if chip else [*attention_cases(quick), *series_cases(quick)]
     if what in ("conv", "all"):
-        cases += conv_cases(quick)
+        cases += [dataclasses.replace(x, dtype="bfloat16") if chip else x for x in conv_cases(quick)]
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(case.name, pattern) for case in cases):
             names = ", ".join(case.name for case in cases)

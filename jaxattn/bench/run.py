@@ -62,7 +62,7 @@ def ways_of(case: Case, missing: Sequence[str]) -> list[Way]:
     return [way for way in ways if not any(gone and way.name.startswith(name) for name, gone in absent.items())]
 
 
-def check_writable(out: Path, json_file: Path | None):
+def check_writable(out: Path | None, json_file: Path | None):
     """Before anything is measured: the files can be written."""
     if json_file is not None:
         if not json_file.parent.is_dir() or not os.access(json_file.parent, os.W_OK):
@@ -71,6 +71,8 @@ def check_writable(out: Path, json_file: Path | None):
             )
         if json_file.is_dir():
             raise InputError(f"json (={json_file}) must be a file, not a folder")
+    if out is None:
+        return
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -6,6 +6,7 @@ are, that is the array itself, seen otherwise: nothing is copied.
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from jaxattn.kernels.loop import take
-from jaxattn.kernels.operands import hiding_score
-from jaxattn.kernels.tpu.plan import Heads, Plan
+from jaxattn.kernels.operands import Operands, hiding_score
+from jaxattn.kernels.tpu.plan import ANY, LANES, MATCH, Heads, Plan
 
 
 def flat_queries(x: Array, plan: Plan) -> Array:
@@ -33,6 +34,21 @@ def flat_keys(x: Array, plan: Plan) -> Array:
     """[*batch, *keys, key_heads, dim] as [entries, *places, blocks · lanes]."""
     x = _entries(x, len(plan.axes))
     return _at(_padded(x, plan.heads).reshape(*x.shape[:-2], -1), [axis.keys for axis in plan.axes])
+
+
+class Beside(NamedTuple):
+    """What kernels are given beside the grids of tokens, where it is there."""
+
+    of_queries: Array | None = None  # codes: [entries, *places, 128]
+    of_keys: Array | None = None
+    extra_key: Array | None = None  # [entries, extra_places, blocks · lanes]
+    extra_value: Array | None = None
+
+
+def flat_extra(x: Array, plan: Plan) -> Array:
+    """[*batch, extra, key_heads, dim] as [entries, extra_places, blocks · lanes]."""
+    x = _padded(_entries(x, 1), plan.heads)
+    return jnp.pad(x.reshape(*x.shape[:2], -1), [(0, 0), (0, plan.extra_places - plan.extra), (0, 0)])
 
 
 def by_query(x: Array, plan: Plan, shape: tuple[int, ...]) -> Array:
@@ -51,6 +67,43 @@ def _at(x: Array, places: Sequence[np.ndarray | None]) -> Array:
     return x
 
 
+def codes(operands: Operands, plan: Plan) -> Beside:
+    """Who sees whom by a mask of keys and by segments: of queries and of keys 128 numbers each, whose product is MATCH
+    where one sees the other, else less by 2 at least. Both flat; of the queries None where all of them are alike.
+
+    The bits of a segment's number are ±1, so that the product counts those that agree. What is masked has zeros.
+    """
+    mask, of_queries, of_keys = operands.key_mask, operands.query_segments, operands.key_segments
+    rank, dtype = len(plan.axes), operands.query.dtype
+    if mask is None and of_keys is None:
+        return Beside()
+    batch, grid = operands.key.shape[: -rank - 2], operands.key.shape[-rank - 2 : -2]
+    seen = jnp.ones((1,) * (len(batch) + rank), bool) if mask is None else mask
+    seen = jnp.broadcast_to(seen, (*batch, *grid)).astype(dtype)[..., None]
+    lanes = lambda x, before: jnp.pad(x, [*[(0, 0)] * (x.ndim - 1), (before, LANES - before - x.shape[-1])])
+    flat = lambda x, places: _at(_entries(x[..., None, :], rank).reshape(-1, *x.shape[-rank - 1 :]), places)
+    if of_queries is None or of_keys is None:
+        queries, keys = None, lanes(MATCH * seen, ANY)
+    else:
+        own = lanes(_bits(of_queries, dtype), 0).at[..., ANY].set(1)
+        queries = flat(own, [axis.queries for axis in plan.axes])
+        bits = _bits(of_keys, dtype)
+        keys = lanes(bits * seen * (MATCH // bits.shape[-1]), 0)
+    keys = flat(keys, [axis.keys for axis in plan.axes])
+    for a, axis in enumerate(plan.axes, 1):  # zeros around the grid are seen by all
+        if axis.keys is not None and (outside := axis.keys < 0).any():
+            beyond = np.expand_dims(outside, [n for n in range(keys.ndim - 1) if n != a])
+            keys = keys.at[..., ANY].set(jnp.where(beyond, MATCH, keys[..., ANY]))
+    return Beside(queries, keys)
+
+
+def _bits(numbers: Array, dtype: DTypeLike) -> Array:
+    """[..., bits], each 1 or -1."""
+    count = 8 * numbers.dtype.itemsize
+    bits = numbers[..., None] >> jnp.arange(count, dtype=numbers.dtype) & jnp.ones((), numbers.dtype)
+    return 2 * bits.astype(dtype) - 1
+
+
 def score_table(relative_bias: Array | None, plan: Plan, keys_first: bool) -> Array:
     """What is added to the scores of a tile, [patterns, members, blocks, abreast · queries, keys], or with the last two
     the other way round: the relative bias, and a score that hides where the window does. Without a relative bias it is
@@ -58,13 +111,26 @@ def score_table(relative_bias: Array | None, plan: Plan, keys_first: bool) -> Ar
     hide = hiding_score(jnp.float32)
     seen = _sees(plan, keys_first or relative_bias is not None)
     if relative_bias is None:
-        return jnp.where(seen, 0.0, hide).astype(jnp.float32)[:, None, None]
+        table = jnp.where(seen, 0.0, hide).astype(jnp.float32)[:, None, None]
+        return _and_extra(table, plan, -2 if keys_first else -1)
     spread, table = _spread(jnp.where(relative_bias <= hide / 2, hide, relative_bias), plan), []
     for n, at in enumerate(np.ndindex(*[len(axis.low) for axis in plan.axes])):
         box = [slice(axis.offset(p), axis.offset(p) + axis.columns) for axis, p in zip(plan.axes, at, strict=True)]
-        bias = spread[:, :, *box].reshape(*spread.shape[:2], plan.keys, -1)
+        bias = spread[:, :, *box].reshape(*spread.shape[:2], plan.box, -1)
         table.append(jnp.where(seen[n], bias, hide))
-    return jnp.stack(table) if keys_first else jnp.swapaxes(jnp.stack(table), -1, -2)
+    found = _and_extra(jnp.stack(table), plan, -2)
+    return found if keys_first else jnp.swapaxes(found, -1, -2)
+
+
+def _and_extra(table: Array, plan: Plan, axis: int) -> Array:
+    """With the scores of extra tokens behind those of a box: every query sees them, and none what fills them up."""
+    if not plan.extra:
+        return table
+    shape = list(table.shape)
+    shape[axis] = plan.extra_places
+    place = lax.broadcasted_iota(jnp.int32, shape, table.ndim + axis)
+    extra = jnp.where(place < plan.extra, 0.0, hiding_score(jnp.float32)).astype(table.dtype)
+    return jnp.concatenate([table, extra], axis)
 
 
 def _spread(relative_bias: Array, plan: Plan) -> Array:

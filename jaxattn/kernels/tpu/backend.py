@@ -14,7 +14,8 @@ from jaxattn.kernels.tpu import arrange
 from jaxattn.kernels.tpu.plan import VMEM, Heads, Plan, chip, lanes_of, make_plan
 from jaxattn.normalize import softmax
 
-TAKEN = ("query", "key", "value", "scale", "relative_bias", "sink")  # of which `sink` is no kernel's
+TAKEN = ("query", "key", "value", "scale", "soft_cap", "relative_bias", "key_mask", "query_segments", "key_segments")
+TAKEN += ("extra_key", "extra_value", "sink")  # of which `sink` is no kernel's
 PRECISIONS = (None, jax.lax.Precision.DEFAULT, jax.lax.Precision.HIGHEST)
 
 
@@ -44,6 +45,7 @@ def supports(operands: Operands, options: Options) -> str | None:
 
 def forward(operands: Operands, options: Options, *, interpret: bool = False) -> tuple[Array, ...]:
     """The output [*batch, *queries, heads, value_dim]; with `options.residuals` also lse [*batch, *queries, heads]."""
+    from jaxattn.kernels.tpu import block
     from jaxattn.kernels.tpu.forward import attend
 
     plan = _planned(operands, options, "forward")
@@ -52,8 +54,10 @@ def forward(operands: Operands, options: Options, *, interpret: bool = False) ->
         arrange.flat_keys(operands.key, plan),
         arrange.flat_keys(operands.value, plan),
         arrange.score_table(operands.relative_bias, plan, keys_first=False),
-        operands.scale,
+        block.numbers(operands.scale, operands.soft_cap),
+        arrange.codes(operands, plan)._replace(**_flat_extra(_extra(operands), plan)),
         plan,
+        soft_cap=operands.soft_cap is not None,
         residuals=options.residuals,
         some_see_nothing=_some_see_nothing(operands, plan),
         precision=_precision(options),
@@ -73,16 +77,19 @@ def backward(
 ) -> dict[str, Array]:
     """The cotangents of the operands in `wanted`, from those of what `forward` returns."""
     plan = _plan(operands, options, "backward")
-    if not isinstance(plan, Plan):  # what is added to keys does not fit into VMEM
+    # what is added to keys may not fit into VMEM; and the kernel has no cotangent of a soft cap, which is seldom wanted
+    if not isinstance(plan, Plan) or "soft_cap" in wanted:
         return xla.backward(operands, cotangents, options, wanted)
     if "scale" in wanted:  # as a factor of the query, which has a cotangent
         return _with_scale(operands, cotangents, options, wanted, interpret)
+    from jaxattn.kernels.tpu import block
     from jaxattn.kernels.tpu.backward import pull
 
     query = operands.query
     key, pull_key = jax.vjp(lambda key: arrange.flat_keys(key, plan), operands.key)
     value, pull_value = jax.vjp(lambda value: arrange.flat_keys(value, plan), operands.value)
     table, pull_table = jax.vjp(lambda bias: arrange.score_table(bias, plan, keys_first=True), operands.relative_bias)
+    extra, pull_extra = jax.vjp(lambda extra: _flat_extra(extra, plan), _extra(operands))
     of_table = "relative_bias" in wanted
     (of_query, of_key, of_value, *rest) = pull(
         arrange.flat_queries(query, plan),
@@ -91,8 +98,10 @@ def backward(
         arrange.flat_queries(cotangents[0], plan),
         arrange.tiled_rows(cotangents[1], plan) if options.residuals else None,
         table,
-        operands.scale,
+        block.numbers(operands.scale, operands.soft_cap),
+        arrange.codes(operands, plan)._replace(**extra),
         plan,
+        soft_cap=operands.soft_cap is not None,
         of_table=of_table,
         some_see_nothing=_some_see_nothing(operands, plan),
         precision=_precision(options),
@@ -103,9 +112,10 @@ def backward(
         "key": pull_key(of_key)[0],
         "value": pull_value(of_value)[0],
     }
+    found |= pull_extra(dict(zip(extra, rest, strict=False)))[0]
     if of_table:
         untransposed = jax.linear_transpose(lambda table: table, table)
-        found["relative_bias"] = pull_table(untransposed(rest[0])[0])[0]
+        found["relative_bias"] = pull_table(untransposed(rest[-1])[0])[0]
     return {name: found[name] for name in wanted}
 
 
@@ -134,7 +144,9 @@ def cost(operands: Operands, options: Options) -> Cost:
 
 
 def _plan(operands: Operands, options: Options, way: str) -> Plan | str:
-    return make_plan(options, _heads(operands), operands.relative_bias is not None, way, VMEM[chip() or "v5e"])
+    extra = 0 if operands.extra_key is None else operands.extra_key.shape[-3]
+    relative = operands.relative_bias is not None
+    return make_plan(options, _heads(operands), extra, relative, _is_masked(operands), way, VMEM[chip() or "v5e"])
 
 
 def _planned(operands: Operands, options: Options, way: str) -> Plan:
@@ -157,9 +169,24 @@ def _precision(options: Options) -> object:
         return options.precision
 
 
+def _is_masked(operands: Operands) -> bool:
+    """Whether keys may be hidden from a query, or from all, wherever the window is."""
+    return operands.key_mask is not None or operands.key_segments is not None
+
+
+def _extra(operands: Operands) -> dict[str, Array]:
+    """The extra tokens that there are."""
+    given = {"extra_key": operands.extra_key, "extra_value": operands.extra_value}
+    return {name: x for name, x in given.items() if x is not None}
+
+
+def _flat_extra(extra: dict[str, Array], plan: Plan) -> dict[str, Array]:
+    return {name: arrange.flat_extra(x, plan) for name, x in extra.items()}
+
+
 def _some_see_nothing(operands: Operands, plan: Plan) -> bool:
     """Whether a query may see no key: a relative bias of -inf hides."""
-    return operands.relative_bias is not None or not plan.everyone_sees
+    return operands.relative_bias is not None or _is_masked(operands) or not plan.everyone_sees
 
 
 TPU = Backend("tpu", supports, forward, backward, cost, platform="tpu", opaque=True)

@@ -9,7 +9,7 @@ is read. What overlapping boxes send to a key is added up in float32 in VMEM.
     dv += P·dy,  dk += scale·dS·Q,  dq = scale·dSᵀ·K,  dtable += dS
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,10 +20,24 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxattn.kernels.operands import hiding_score
-from jaxattn.kernels.tpu.arrange import shape_of
-from jaxattn.kernels.tpu.block import F32, I32, LOG2E, by_head, load, own, product, put, tiles
-from jaxattn.kernels.tpu.forward import limit, specs
-from jaxattn.kernels.tpu.plan import Plan
+from jaxattn.kernels.tpu.arrange import Beside, shape_of
+from jaxattn.kernels.tpu.block import (
+    F32,
+    I32,
+    LOG2E,
+    Numbers,
+    by_head,
+    capped,
+    joined,
+    load,
+    matched,
+    own,
+    product,
+    put,
+    tiles,
+)
+from jaxattn.kernels.tpu.forward import beside_specs, limit, of_extra, specs
+from jaxattn.kernels.tpu.plan import SUBLANES, Plan
 
 
 def pull(
@@ -33,15 +47,18 @@ def pull(
     cotangent: jax.Array,  # of the output
     of_lse: jax.Array | None,  # [entries, members, blocks, tile rows, tile columns, abreast · queries]
     table: jax.Array,  # [patterns, members|1, blocks|1, keys, abreast · queries]
-    scale: jax.Array,
+    given: jax.Array,  # `block.numbers`
+    beside: Beside,
     plan: Plan,
     *,
+    soft_cap: bool,
     of_table: bool,
     some_see_nothing: bool,
     precision: Any,
     interpret: bool,
 ) -> tuple[jax.Array, ...]:
-    """The cotangents of query, key and value, flat as they are, and with `of_table` of the table."""
+    """The cotangents of query, key and value, flat as they are, of the extra ones where there are any, and with
+    `of_table` of the table."""
     heads, dtype = plan.heads, query.dtype
     tall = plan.keys, heads.abreast * plan.queries
 
@@ -50,19 +67,20 @@ def pull(
         dtype,
         rows=key.shape[1],
         one_table=table.shape[1] == 1,
+        there=[x is not None for x in beside],
+        soft_cap=soft_cap,
         with_lse=of_lse is not None,
         of_table=of_table,
         some_see_nothing=some_see_nothing,
         precision=precision,
     )
     of_queries, of_keys, of_scores, of_rows = specs(plan, query, key, table)
-    inputs, in_specs = (
-        [query, key, value, cotangent, table * LOG2E],
-        [of_queries, of_keys, of_keys, of_queries, of_scores],
-    )
+    inputs = [query, key, value, cotangent, table * LOG2E, *(x for x in beside if x is not None)]
+    in_specs = [of_queries, of_keys, of_keys, of_queries, of_scores, *beside_specs(plan, beside)]
     if of_lse is not None:
         inputs.append(of_lse)
         in_specs.append(of_rows)
+    extra = [x for x in beside[2:] if x is not None]
     like = lambda x: shape_of(x.shape, x.dtype, query)
     call = pl.pallas_call(
         kernel,
@@ -71,22 +89,22 @@ def pull(
             num_scalar_prefetch=2,
             grid=(heads.blocks, query.shape[0], heads.members),
             in_specs=in_specs,
-            out_specs=[of_queries, of_keys, of_keys, *[of_scores] * of_table],
+            out_specs=[of_queries, of_keys, of_keys, *[of_extra(plan)] * len(extra), *[of_scores] * of_table],
             scratch_shapes=[
                 *[pltpu.VMEM((plan.at_once, *tall), F32)] * 2,
                 *[pltpu.VMEM((plan.at_once, *tall), dtype)] * 2,
                 *[pltpu.VMEM((*key.shape[1:-1], heads.lanes), F32)] * 2,
+                *[pltpu.VMEM((plan.extra_places, heads.lanes), F32)] * len(extra),
             ],
         ),
-        out_shape=[*map(like, (query, key, value)), *[like(table)] * of_table],
+        out_shape=[*map(like, (query, key, value, *extra)), *[like(table)] * of_table],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=limit(plan)
         ),
         interpret=interpret,
     )
-    inputs = [jnp.asarray(plan.table()), jnp.stack([scale * LOG2E, scale]).astype(F32), *inputs]
     with jax.enable_x64(False):  # a TPU's kernels count in 32 bits
-        return call(*inputs)
+        return call(jnp.asarray(plan.table()), given, *inputs)
 
 
 def _kernel(
@@ -95,6 +113,8 @@ def _kernel(
     *,
     rows: int,
     one_table: bool,
+    there: Sequence[bool],
+    soft_cap: bool,
     with_lse: bool,
     of_table: bool,
     some_see_nothing: bool,
@@ -105,6 +125,8 @@ def _kernel(
     Args:
       rows: of the keys' grid.
       one_table: whether the members share a score table.
+      there: which of `Beside` there are.
+      soft_cap: whether scores are capped.
       with_lse: whether lse has a cotangent.
       of_table: whether the table's is wanted.
     """
@@ -112,29 +134,42 @@ def _kernel(
 
     def kernel(at: Any, c: Any, q: Any, k: Any, v: Any, g: Any, t: Any, *rest: Any) -> None:
         others = list(rest)
+        qc, kc, ke, ve = (others.pop(0).bitcast(I32) if given else None for given in there)
         dlse = others.pop(0) if with_lse else None
         dq, dk, dv = (others.pop(0) for _ in range(3))
+        extra = [others.pop(0) for _ in range(2 * bool(plan.extra))]
         dt = others.pop(0) if of_table else None
-        scores, products, weights, of_scores, sum_k, sum_v = others
+        scores, products, weights, of_scores, sum_k, sum_v, *extra_sums = others
         q, k, v, g = (x.bitcast(I32) for x in (q, k, v, g))
         entry, member = pl.program_id(1), pl.program_id(2)
-        mine = 0 if one_table else member
+        whole = 1 if plan.static else SUBLANES * heads.packing  # one axis lies across the registers
+        row = 0 if one_table else member  # of the table
 
-        def box(ref, tile):
-            return pltpu.bitcast(load(ref, tile.keys(heads.packing), heads), dtype)
+        def box(ref, tile, extra):
+            return pltpu.bitcast(joined(ref, extra, tile.keys(heads.packing)), dtype)
 
         def stacked(ref, tile):
             """Block-diagonal, [(head, query), lanes]"""
-            x = by_head(load(ref, tile.queries(heads.packing), heads), heads)
+            x = by_head(load(ref, tile.queries(heads.packing)), heads)
             return pltpu.bitcast(jnp.concatenate(x, 0), dtype)
 
+        def each(x):
+            """The same for every head, [(head, query), lanes]"""
+            return pltpu.bitcast(jnp.concatenate([x] * heads.abreast, 0), dtype)
+
         def score(tile):
-            s = product(box(k, tile), stacked(q, tile), (1, 1), precision)
-            scores[tile.at] = s * c[0] + t[tile.pattern, mine, 0]
-            products[tile.at] = product(box(v, tile), stacked(g, tile), (1, 1), precision)
+            s = product(box(k, tile, ke), stacked(q, tile), (1, 1), precision)
+            s = s * c[Numbers().scale] + t[tile.pattern, row, 0]
+            if kc is not None:
+                mine = None if qc is None else each(load(qc, tile.queries(heads.packing)))
+                seen = matched(mine, box(kc, tile, None), s.shape[1], plan.extra_places, keys_first=True)
+                s = jnp.where(seen, s, hiding_score(F32))
+            scores[tile.at] = s
+            products[tile.at] = product(box(v, tile, ve), stacked(g, tile), (1, 1), precision)
 
         def differentiate(tile):
             s, of_p = scores[tile.at], products[tile.at]
+            s, slope = capped(s, c) if soft_cap else (s, None)
             maximum = s.max(0, keepdims=True)
             p = jnp.exp2(s - maximum)
             share = 1.0 / p.sum(0, keepdims=True)
@@ -143,18 +178,27 @@ def _kernel(
             if dlse is not None:
                 inner = inner - dlse[0, 0, 0, tile.i, tile.j : tile.j + 1]
             d = p * (of_p - inner)
+            d = d if slope is None else d * slope
             if dt is not None:
-                dt[tile.pattern, mine, 0] = dt[tile.pattern, mine, 0] + d
+                dt[tile.pattern, row, 0] = dt[tile.pattern, row, 0] + d
             weights[tile.at], of_scores[tile.at] = p.astype(dtype), d.astype(dtype)
 
         def send(tile):
             p, d = weights[tile.at], of_scores[tile.at]
             keys = (*tile.keys(), slice(None))
             boxed = (*(axis.columns for axis in plan.axes), heads.lanes)
-            sum_v[keys] = sum_v[keys] + product(p, stacked(g, tile), (1, 0), precision).reshape(boxed)
-            sum_k[keys] = sum_k[keys] + product(d, stacked(q, tile), (1, 0), precision).reshape(boxed)
-            x = product(d, box(k, tile), (0, 0), precision)
-            put(dq, tile, own([x[h : h + plan.queries] for h in range(0, len(x), plan.queries)], heads) * c[1])
+            found = product(p, stacked(g, tile), (1, 0), precision), product(d, stacked(q, tile), (1, 0), precision)
+            for x, total in zip(found, (sum_v, sum_k), strict=True):
+                total[keys] = total[keys] + x[: plan.box].reshape(boxed)
+            for x, total in zip(found, reversed(extra_sums), strict=False):
+                total[...] = total[...] + x[plan.box :]
+            x = product(d, box(k, tile, ke), (0, 0), precision)
+            put(
+                dq,
+                tile,
+                own([x[h : h + plan.queries] for h in range(0, len(x), plan.queries)], heads)
+                * c[Numbers().plain_scale],
+            )
 
         def iterate(n, _):
             for phase in (score, differentiate, send):
@@ -164,7 +208,9 @@ def _kernel(
 
         @pl.when(member == 0)
         def _():
-            over(rows, lambda y: [ref.__setitem__(y, jnp.zeros(ref[y].shape, F32)) for ref in (sum_k, sum_v)])
+            over(rows, lambda y: [ref.__setitem__(y, jnp.zeros(ref[y].shape, F32)) for ref in (sum_k, sum_v)], whole)
+            for total in extra_sums:
+                total[...] = jnp.zeros(total.shape, F32)
 
         if dt is not None:
 
@@ -177,15 +223,20 @@ def _kernel(
         @pl.when(member == heads.members - 1)
         def _():
             def write(y):
-                dk[(0, y)] = (sum_k[y] * c[1]).astype(dtype)
+                dk[(0, y)] = (sum_k[y] * c[Numbers().plain_scale]).astype(dtype)
                 dv[(0, y)] = sum_v[y].astype(dtype)
 
-            over(rows, write)
+            over(rows, write, whole)
+            for y, total in zip(extra, extra_sums, strict=True):
+                factor = c[Numbers().plain_scale] if y is extra[0] else 1.0
+                y[0] = (total[...] * factor).astype(dtype)
 
     return kernel
 
 
-def over(count: int, body: Any) -> None:
-    """`body` of every place along the first axis."""
-    unroll = next(n for n in (8, 4, 2, 1) if count % n == 0)
-    lax.fori_loop(np.int32(0), np.int32(count), lambda y, _: (body(y), I32(0))[1], I32(0), unroll=unroll)
+def over(count: int, body: Any, whole: int) -> None:
+    """`body` of every place along the first axis, of so many at once if not of one."""
+    steps = count // whole
+    unroll = next(n for n in (8, 4, 2, 1) if steps % n == 0)
+    at = lambda y: y if whole == 1 else pl.ds(pl.multiple_of(y * I32(whole), whole), whole)
+    lax.fori_loop(np.int32(0), np.int32(steps), lambda y, _: (body(at(y)), I32(0))[1], I32(0), unroll=unroll)

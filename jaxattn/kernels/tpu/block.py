@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxattn.kernels.tpu.plan import Heads, Plan
+from jaxattn.kernels.operands import hiding_score
+from jaxattn.kernels.tpu.plan import ANY, LANES, MATCH, Heads, Plan
 
 I32, F32 = jnp.int32, jnp.float32
 LOG2E = math.log2(math.e)
@@ -64,9 +65,16 @@ def tiles(plan: Plan, table: Any, iteration: Any) -> list[Tile]:
     return [Tile(plan, table, first + I32(r), j, r * columns + j) for r, j in places]
 
 
-def load(ref: Any, places: Places, heads: Heads) -> jax.Array:
+def load(ref: Any, places: Places) -> jax.Array:
     """Tokens in 32 bits, [tokens / packing, lanes]."""
-    return ref[(0, *places, slice(None))].reshape(-1, heads.lanes)
+    x = ref[(0, *places, slice(None))]
+    return x.reshape(-1, x.shape[-1])
+
+
+def joined(ref: Any, extra: Any, places: Places) -> jax.Array:
+    """Keys or values of a box, and the extra ones behind it."""
+    x = load(ref, places)
+    return x if extra is None else jnp.concatenate([x, load(extra, (slice(None),))], 0)
 
 
 def put(ref: Any, tile: Tile, x: jax.Array) -> None:
@@ -89,6 +97,38 @@ def own(parts: Sequence[jax.Array], heads: Heads) -> jax.Array:
     for h, part in enumerate(parts[1:], 1):
         whole = jnp.where(lanes == h, part, whole)
     return whole
+
+
+class Numbers(NamedTuple):
+    """Where they stand among those that a kernel is given. Scores are in units of log 2, whose exponential is exp2."""
+
+    scale: int = 0  # in such units
+    plain_scale: int = 1
+    cap: int = 2  # in such units
+    inverse_cap: int = 3
+
+
+def numbers(scale: jax.Array, soft_cap: jax.Array | None) -> jax.Array:
+    """As `Numbers` has them."""
+    scale, cap = (x.astype(F32) for x in (scale, jnp.ones_like(scale) if soft_cap is None else soft_cap))
+    return jnp.stack([scale * LOG2E, scale, cap * LOG2E, 1 / (cap * LOG2E)])
+
+
+def capped(scores: jax.Array, c: Any) -> tuple[jax.Array, jax.Array]:
+    """cap·tanh(s / cap), but where a score hides; and its derivative."""
+    bent = jnp.tanh(scores * c[Numbers().inverse_cap])
+    hidden = scores <= hiding_score(F32) / 2
+    return jnp.where(hidden, hiding_score(F32), c[Numbers().cap] * bent), 1 - bent * bent
+
+
+def matched(queries: jax.Array | None, keys: jax.Array, count: int, extra: int, keys_first: bool) -> jax.Array:
+    """Whether a query sees a key, by the codes of `arrange.codes`, [count, keys + extra] or the other way round.
+    Without codes of queries, all of them are alike."""
+    alike = lambda n, x: jnp.where(lax.broadcasted_iota(I32, (n, LANES), 1) == ANY, x, 0.0).astype(keys.dtype)
+    queries = alike(count, 1.0) if queries is None else queries
+    keys = jnp.concatenate([keys, alike(extra, MATCH)], 0) if extra else keys
+    found = product(*((keys, queries) if keys_first else (queries, keys)), (1, 1), None)
+    return found > MATCH - 1
 
 
 def _head_of_lane(x: jax.Array, heads: Heads) -> jax.Array:

@@ -19,8 +19,22 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxattn.kernels.operands import hiding_score
-from jaxattn.kernels.tpu.arrange import shape_of
-from jaxattn.kernels.tpu.block import F32, I32, LOG2E, by_head, load, own, product, put, tiles
+from jaxattn.kernels.tpu.arrange import Beside, shape_of
+from jaxattn.kernels.tpu.block import (
+    F32,
+    I32,
+    LOG2E,
+    Numbers,
+    by_head,
+    capped,
+    joined,
+    load,
+    matched,
+    own,
+    product,
+    put,
+    tiles,
+)
 from jaxattn.kernels.tpu.plan import LANES, Plan
 
 reciprocal = getattr(pltpu, "reciprocal", None) or pl.reciprocal  # where jax 0.12 has it, and where 0.10 does
@@ -31,9 +45,11 @@ def attend(
     key: jax.Array,  # [entries, *places, blocks · lanes]
     value: jax.Array,
     table: jax.Array,  # [patterns, members|1, blocks|1, abreast · queries, keys]
-    scale: jax.Array,
+    given: jax.Array,  # `block.numbers`
+    beside: Beside,
     plan: Plan,
     *,
+    soft_cap: bool,
     residuals: bool,
     some_see_nothing: bool,
     precision: Any,
@@ -44,22 +60,31 @@ def attend(
     ones = int(np.array([1] * heads.packing, dtype).view(np.int32)[0])  # as many as 32 bits hold
     number = lambda x: pltpu.bitcast(x, dtype)
 
-    def kernel(at: Any, c: Any, q: Any, k: Any, v: Any, t: Any, y: Any, *rest: Any) -> None:
-        lse, (scores, most) = (rest[0] if residuals else None), rest[-2:]
+    def kernel(at: Any, c: Any, q: Any, k: Any, v: Any, t: Any, *rest: Any) -> None:
+        others = list(rest)
+        qc, kc, ke, ve = (None if x is None else others.pop(0).bitcast(I32) for x in beside)
+        y, lse = others.pop(0), (others.pop(0) if residuals else None)
+        scores, most = others
         q, k, v = (x.bitcast(I32) for x in (q, k, v))
-        mine = 0 if table.shape[1] == 1 else pl.program_id(2)
+        member = 0 if table.shape[1] == 1 else pl.program_id(2)
 
         def score(tile):
-            keys = number(load(k, tile.keys(heads.packing), heads))
-            for h, queries in enumerate(by_head(load(q, tile.queries(heads.packing), heads), heads)):
-                s = product(number(queries), keys, (1, 1), precision) * c[0]
-                s = s + t[tile.pattern, mine, 0, h * rows : h * rows + rows]
+            keys, seen = number(joined(k, ke, tile.keys(heads.packing))), None
+            if kc is not None:
+                mine = None if qc is None else number(load(qc, tile.queries(heads.packing)))
+                theirs = number(load(kc, tile.keys(heads.packing)))
+                seen = matched(mine, theirs, rows, plan.extra_places, keys_first=False)
+            for h, queries in enumerate(by_head(load(q, tile.queries(heads.packing)), heads)):
+                s = product(number(queries), keys, (1, 1), precision) * c[Numbers().scale]
+                s = s + t[tile.pattern, member, 0, h * rows : h * rows + rows]
+                s = s if seen is None else jnp.where(seen, s, hiding_score(F32))
+                s = capped(s, c)[0] if soft_cap else s
                 scores[tile.at, h] = s
                 most[tile.at, h] = jnp.broadcast_to(s.max(-1, keepdims=True), (rows, LANES))
 
         def mix(tile):
             maxima, mixed, totals = [], [], []
-            for h, values in enumerate(by_head(load(v, tile.keys(heads.packing), heads), heads, ones)):
+            for h, values in enumerate(by_head(joined(v, ve, tile.keys(heads.packing)), heads, ones)):
                 p = jnp.exp2(scores[tile.at, h] - _wide(most[tile.at, h], plan.keys))
                 mixed.append(product(p.astype(dtype), number(values), (1, 0), precision))
                 maxima.append(_wide(most[tile.at, h], heads.lanes))
@@ -84,6 +109,7 @@ def attend(
         lax.fori_loop(np.int32(0), np.int32(plan.tile_rows // plan.rows), iterate, I32(0))
 
     of_queries, of_keys, of_scores, _ = specs(plan, query, key, table)
+    inputs = [query, key, value, table * LOG2E, *(x for x in beside if x is not None)]
     out_shape = [shape_of(query.shape, x, query) for x in (dtype, F32)[: 1 + residuals]]
     call = pl.pallas_call(
         kernel,
@@ -91,7 +117,7 @@ def attend(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(heads.blocks, query.shape[0], heads.members),
-            in_specs=[of_queries, of_keys, of_keys, of_scores],
+            in_specs=[of_queries, of_keys, of_keys, of_scores, *beside_specs(plan, beside)],
             out_specs=[of_queries] * len(out_shape),
             scratch_shapes=[pltpu.VMEM((plan.at_once, heads.abreast, rows, n), F32) for n in (plan.keys, LANES)],
         ),
@@ -99,9 +125,8 @@ def attend(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3, vmem_limit_bytes=limit(plan)),
         interpret=interpret,
     )
-    inputs = [jnp.asarray(plan.table()), (scale * LOG2E).reshape(1).astype(F32), query, key, value, table * LOG2E]
     with jax.enable_x64(False):  # a TPU's kernels count in 32 bits
-        return call(*inputs)
+        return call(jnp.asarray(plan.table()), given, *inputs)
 
 
 def specs(plan: Plan, query: jax.Array, key: jax.Array, table: jax.Array) -> list[pl.BlockSpec]:
@@ -117,6 +142,18 @@ def specs(plan: Plan, query: jax.Array, key: jax.Array, table: jax.Array) -> lis
         pl.BlockSpec((*table.shape[:2], 1, *table.shape[3:]), lambda c, b, m, *_: (0, 0, c if blocks > 1 else 0, 0, 0)),
         pl.BlockSpec(of_members, lambda c, b, m, *_: (b, m, c, 0, 0, 0)),
     ]
+
+
+def beside_specs(plan: Plan, beside: Beside) -> list[pl.BlockSpec]:
+    """What a step takes of what is there: codes and extra tokens of its entry, these of its heads."""
+    zeros = (0,) * (len(plan.axes) + 1)
+    codes = [pl.BlockSpec((1, *x.shape[1:]), lambda c, b, m, *_: (b, *zeros)) for x in beside[:2] if x is not None]
+    return codes + [of_extra(plan) for x in beside[2:] if x is not None]
+
+
+def of_extra(plan: Plan) -> pl.BlockSpec:
+    """Extra tokens of an entry, for a block of heads."""
+    return pl.BlockSpec((1, plan.extra_places, plan.heads.lanes), lambda c, b, m, *_: (b, 0, c))
 
 
 def limit(plan: Plan) -> int:

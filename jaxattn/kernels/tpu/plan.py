@@ -28,6 +28,8 @@ COPY = 8  # cycles a query, where queries are put in another order or filled up 
 # scores in an iteration: more of them hide latency better, and compile longer
 UNROLLED = {"forward": 13 * 2**18, "backward": 2**19}
 MOST_QUERIES = 512  # of a tile
+# A query sees a key where the product of their codes, of 128 numbers each, is MATCH; lane ANY is of keys that all see.
+MATCH = ANY = 64
 MOST_PLACES = 64  # tiles along the last axis, each of which is written out
 
 
@@ -91,8 +93,9 @@ class Plan(NamedTuple):
 
     heads: Heads
     axes: tuple[AxisPlan, ...]
-    rows: int
-    vmem: int  # bytes that are planned with
+    extra: int  # tokens that every tile meets behind its box
+    rows: int = 1
+    vmem: int = 0  # bytes that are planned with
 
     @property
     def static(self) -> bool:
@@ -130,9 +133,20 @@ class Plan(NamedTuple):
         return math.prod(axis.tile for axis in self.axes)
 
     @property
-    def keys(self) -> int:
-        """Of a box."""
+    def box(self) -> int:
+        """Keys of a tile, around its queries."""
         return math.prod(axis.columns for axis in self.axes)
+
+    @property
+    def extra_places(self) -> int:
+        """Of the extra tokens, in whole registers."""
+        whole = SUBLANES * self.heads.packing
+        return -(-self.extra // whole) * whole
+
+    @property
+    def keys(self) -> int:
+        """All that a tile meets."""
+        return self.box + self.extra_places
 
     @property
     def patterns(self) -> int:
@@ -196,19 +210,21 @@ def plan_axis(axis: Axis, tile: int, unit: int, align: int) -> AxisPlan:
 
 
 @functools.lru_cache(maxsize=256)
-def make_plan(options: Options, heads: Heads, relative: bool, way: str, vmem: int) -> Plan | str:
+def make_plan(
+    options: Options, heads: Heads, extra: int, relative: bool, masked: bool, way: str, vmem: int
+) -> Plan | str:
     """The cheapest plan by `_cost` of those that fit into `vmem` bytes; or why there is none. `way` is "forward" or
-    "backward", `relative` whether there is a relative_bias."""
+    "backward", `relative` whether there is a relative_bias, `masked` whether a mask of keys or segments."""
     choices, found = _choices(options, heads), []
     for axes in itertools.product(*choices):
-        plan = Plan(heads, axes, 1, 0)
+        plan = Plan(heads, axes, extra)
         if options.tile or plan.queries <= MOST_QUERIES:
             count = plan.tile_rows * plan.tile_columns
             copied = COPY * math.prod(axis.places for axis in axes) * any(axis.queries is not None for axis in axes)
             found.append((count * _cost(plan, way) + copied, tuple(axis.tile for axis in axes), plan))
     reason = "no tile of it is small enough"
     for _, _, plan in sorted(found)[:256]:
-        made = _fit(plan, relative, way, vmem)
+        made = _fit(plan, relative, masked, way, vmem)
         if isinstance(made, Plan):
             return made
         reason = made
@@ -243,7 +259,7 @@ def _cost(plan: Plan, way: str) -> float:
     return (4 * scores + mixed) / 4 + 0.1 * columns + 30
 
 
-def _fit(plan: Plan, relative: bool, way: str, vmem: int) -> Plan | str:
+def _fit(plan: Plan, relative: bool, masked: bool, way: str, vmem: int) -> Plan | str:
     """The plan with as many tile rows an iteration as it can have, or why it can't be."""
     heads = plan.heads
     if plan.queries % (SUBLANES * heads.packing):  # the compiler takes many minutes
@@ -253,24 +269,25 @@ def _fit(plan: Plan, relative: bool, way: str, vmem: int) -> Plan | str:
     scores = plan.tile_columns * heads.abreast * plan.queries * -(-plan.keys // LANES) * LANES
     most = max(1, UNROLLED[way] // scores)
     plan = plan._replace(rows=max(n for n in range(1, plan.tile_rows + 1) if plan.tile_rows % n == 0 and n <= most))
-    held = _held(plan, relative, way)
+    held = _held(plan, relative, masked, way)
     if held > SHARE * vmem:
         return f"a step would hold {held / MIB:.0f} MiB, and VMEM is {vmem / MIB:.0f} MiB"
     return plan._replace(vmem=held)
 
 
-def _held(plan: Plan, relative: bool, way: str) -> int:
+def _held(plan: Plan, relative: bool, masked: bool, way: str) -> int:
     """Bytes of VMEM: blocks twice, for one is copied while another is worked on, and what is kept between phases."""
     heads = plan.heads
     queries = math.prod(axis.places for axis in plan.axes) * heads.lanes
-    keys = math.prod(axis.length for axis in plan.axes) * heads.lanes
+    keys = (math.prod(axis.length for axis in plan.axes) + plan.extra_places) * heads.lanes
     tall = -(-heads.abreast * plan.queries // LANES) * LANES * plan.keys  # scores of a tile
     wide = heads.abreast * plan.queries * -(-plan.keys // LANES) * LANES  # transposed, as the forward kernel has them
     tables = 2 * 4 * plan.patterns * (heads.members if relative else 1)
+    codes = 2 * heads.itemsize * LANES * (queries + keys) // heads.lanes if masked else 0
     if way == "forward":
         kept = wide + heads.abreast * plan.queries * LANES
         lse = 2 * 4 * queries  # whether or not it is asked for
-        return 2 * 2 * (queries + keys) * heads.itemsize + lse + tables * wide + plan.at_once * 4 * kept
+        return 2 * 2 * (queries + keys) * heads.itemsize + codes + lse + tables * wide + plan.at_once * 4 * kept
     blocks = 2 * (3 * queries + 4 * keys) * heads.itemsize + 2 * 4 * keys
     lse = 2 * 4 * max(plan.tile_columns, SUBLANES) * plan.tile_rows * tall // plan.keys
-    return blocks + lse + tables * tall * (1 + relative) + plan.at_once * tall * 2 * (4 + heads.itemsize)
+    return blocks + codes + lse + tables * tall * (1 + relative) + plan.at_once * tall * 2 * (4 + heads.itemsize)

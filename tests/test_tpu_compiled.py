@@ -1,0 +1,60 @@
+"""The TPU's kernels, through the TPU's own compiler: what is interpreted rightly may still be refused by it."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+COMPILED = """
+import jax, jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+import jaxattn
+from jaxattn.train.compile import find_devices
+
+one = SingleDeviceSharding(find_devices("v5e:1x1")[0])
+EVERYTHING = ("bias", "mask", "segments", "extra", "cap", "lse")
+
+def compile(grid, given, names=EVERYTHING, dtype=jnp.bfloat16, heads=4, key_heads=2, dim=64):
+    window = jaxattn.Window(**given)
+    of = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=one)
+    queries, offsets = window.query_grid(grid), [2 * k - 1 for k in window.sizes]
+    arrays = dict(query=of(2, *queries, heads, dim), key=of(2, *grid, key_heads, dim), value=of(2, *grid, key_heads, dim))
+    if "bias" in names:
+        arrays["relative_bias"] = of(heads, *offsets)
+    if "extra" in names:
+        arrays |= {f"extra_{name}": of(2, 3, key_heads, dim) for name in ("key", "value")}
+    fixed = {"mask": of(2, *grid, dtype=bool)} if "mask" in names else {}
+    if "segments" in names:
+        fixed["segment_ids"] = of(2, *queries, dtype=jnp.int32), of(2, *grid, dtype=jnp.int32)
+    settings = dict(window=window, implementation="tpu", return_residuals="lse" in names)
+    settings |= dict(logits_soft_cap=30.0) if "cap" in names else {}
+
+    def loss(arrays, fixed):
+        found = jaxattn.attention(**arrays, **fixed, **settings)
+        return sum((x.astype(jnp.float32) ** 2).sum() for x in jax.tree.leaves(found))
+
+    with jaxattn.traced_for("tpu", 1):
+        compiled = jax.jit(jax.grad(loss)).trace(arrays, fixed).lower(lowering_platforms=("tpu",)).compile()
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2, (grid, given)
+    print("compiled", grid, given, flush=True)
+
+compile((64,), dict(size=9, causal=True, boundary="mask"))
+compile((64,), dict(size=9), names=(), heads=2)
+compile((64,), dict(size=9, boundary="wrap", dilation=2), dtype=jnp.float32)
+compile((15, 17), dict(size=(3, 5), dilation=(2, 1)), names=("lse",), dtype=jnp.float32, dim=32)
+compile((16, 16), dict(size=(4, 4), block=4, boundary="zero"), dim=32)
+compile((8, 16), dict(size=(3, 3), stride=2, boundary="mask"), names=("mask",), dim=256)
+compile((2, 4, 16), dict(size=(1, 3, 3)), names=("cap", "extra"), dim=128)
+"""
+
+
+@pytest.mark.full
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU's compiler is not installed")
+def test_the_compiler_takes_them():
+    """In a process of its own, for libtpu ends the one whose XLA_FLAGS it does not know."""
+    environment = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    run = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("compiled") == 7

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxattn.train.data import batches, load
-from jaxattn.train.data.relational import _draw
+from jaxattn.train.data.made import draw
 
 MANY = np.arange(2000)
 NAMES = ["relational:same-different", "relational:copy", "relational:match"]
@@ -162,12 +162,12 @@ def test_draws_are_splitmix64():
         return z ^ (z >> 31)
 
     assert mix(0x9E3779B97F4A7C15) == 0xE220A8397B1DCDAF  # the first number of the published generator for seed 0
-    found = _draw(5, np.array([0, 3, 2**40]), 2)
+    found = draw(5, np.array([0, 3, 2**40]), 2)
     for column, index in enumerate((0, 3, 2**40)):
         key = mix((mix(5) + index * 0x9E3779B97F4A7C15) & mask)
         for row in range(2):
             assert int(found[row, column]) == mix((key + (row + 1) * 0x9E3779B97F4A7C15) & mask)
-    bits = np.unpackbits(_draw(0, np.arange(1000), 4).view(np.uint8).reshape(4, 1000, 8), axis=-1)
+    bits = np.unpackbits(draw(0, np.arange(1000), 4).view(np.uint8).reshape(4, 1000, 8), axis=-1)
     assert np.abs(bits.mean(1) - 0.5).max() < 0.08
 
 

@@ -154,6 +154,7 @@ def test_the_command_prints_the_verdicts(tmp_path, capsys):
         ({"claims": ""}, r"claims \(=''\) must be numbers"),
         ({"seeds": 0}, r"seeds \(=0\) must be at least 1"),
         ({"jobs": 0}, r"jobs \(=0\) must be at least 1"),
+        ({"runs": 0}, r"runs \(=0\) must be at least 1"),
         ({"data": "numpy:nowhere.npz"}, "nowhere.npz"),
         ({"data": "mnist"}, r"data \(='mnist'\) must be one of"),
     ],
@@ -189,6 +190,29 @@ def test_a_judge_sees_all_seeds(here, tmp_path):
     claim = json.loads((tmp_path / "two" / "report.json").read_text())["claims"][0]
     assert claim["numbers"] == {"value": [0.25, 1.25]}
     assert (claim["verdict"], claim["summary"], claim["notes"]) == ("holds", {"mean of <all>": 0.75}, "A note.")
+
+
+def test_how_often_a_verdict_comes_out(here, tmp_path):
+    """Each run has other seeds, the first those of a study without runs; what is kept of one serves the other."""
+    run.study("4", "quick", 2, "digits", tmp_path)
+    found = run.study(NUMBERS, "quick", 2, "digits", tmp_path, runs=3)
+    assert CALLS.count("drawn") == 6
+    assert found[3].numbers == {"value": [0.25, 1.25]}
+    assert run.summary(found).splitlines() == [
+        "claim  1: holds, 3 of 3",
+        "claim  2: failed to run, 3 of 3 (RuntimeError: no <luck>)",
+        "claim  3: depends on the seed, 3 of 3",
+        "claim  4: holds, 3 of 3",
+    ]
+    found = run.study("3", "quick", 1, "digits", tmp_path, runs=3)
+    assert found[0].runs == ["fails", "holds", "fails"]
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert '<td class="fail">fails, 2 of 3</td>' in page
+    assert "Of 3 runs with other seeds: fails 2, holds 1." in page
+    assert "| fails, 2 of 3 |" in (tmp_path / "verdicts.md").read_text(encoding="utf-8")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["claims"][0]["runs"] == ["fails", "holds", "fails"]
+    assert report["settings"]["runs"] == 3
 
 
 def test_an_interval_is_students():

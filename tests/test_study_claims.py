@@ -9,7 +9,7 @@ from flax import nnx
 
 from jaxattn import zoo
 from jaxattn.study.claim import Setting
-from jaxattn.study.claims import CLAIMS, ablation, curves, distance, replacement, selection, template
+from jaxattn.study.claims import CLAIMS, ablation, composed, curves, distance, replacement, selection, template
 from jaxattn.study.claims.curves import CURVES
 from jaxattn.study.mixers import SIZES, network, train
 from jaxattn.train.data import load
@@ -56,6 +56,7 @@ def fewer_points():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(curves.SHARES, "quick", (0.04, 1.0))
         patch.setitem(curves.COUNTS, "quick", (20_000,))
+        patch.setitem(composed.SWEEPS, "quick", composed.Sweep((), (), ()))
         yield
 
 
@@ -159,6 +160,46 @@ def test_where_curves_cross():
     assert curves.crossing((10, 1000), (0.2, -0.2)) == pytest.approx(100)  # half way, on a scale of logarithms
     assert math.isnan(curves.crossing((10, 1000), (0.2, 0.1)))
     assert math.isnan(curves.crossing((10, 1000), (-0.2, 0.1)))
+
+
+def composed_seeds(conv, attention):
+    """Numbers of three seeds: those of images, and accuracies on composed ones with 100, 1,000 and 10,000."""
+    return seeds(**{"global attention": (0.5, 0.79)}) | {
+        f"count after 250 steps, {count}: {mixer}": [value - 0.01, value, value + 0.01]
+        for mixer, accuracies in {"convolution": conv, "global attention": attention}.items()
+        for count, value in zip((100, 1000, 10_000), accuracies, strict=True)
+    }
+
+
+@pytest.mark.parametrize(
+    ("numbers", "expected", "note"),
+    [
+        (
+            composed_seeds((0.5, 0.6, 0.7), (0.4, 0.65, 0.8)),
+            "depends on the task and the steps",
+            "count after 250 steps: the curves cross; convolution leads with 100 images; global attention leads with "
+            "1,000, 10,000 images; convolution's lead is +10.0 points (+10.0 to +10.0) with 100 and -5.0 points "
+            "(-5.0 to -5.0) with 1,000.",
+        ),
+        # convolution leads with the most again
+        (composed_seeds((0.5, 0.6, 0.8), (0.4, 0.65, 0.7)), "depends on how much data is much", "no crossing"),
+        (composed_seeds((0.5, 0.6, 0.7), (0.5, 0.6, 0.7)), "depends on how much data is much", "neither leads"),
+        # attention leads from the first on, or with little data only: no crossing of that kind
+        (composed_seeds((0.4, 0.5, 0.6), (0.5, 0.6, 0.7)), "depends on how much data is much", "no crossing"),
+        (composed_seeds((0.4, 0.5, 0.9), (0.5, 0.6, 0.7)), "depends on how much data is much", "no crossing"),
+    ],
+)
+def test_where_the_curves_of_composed_images_cross(numbers, expected, note):
+    made = curves.little_and_much(numbers)
+    assert made.verdict == expected
+    assert note in made.notes
+
+
+def test_noise_is_no_crossing():
+    """Leads of +10 and -5 points that the seeds do not bear out."""
+    numbers = composed_seeds((0.5, 0.6, 0.7), (0.4, 0.65, 0.8))
+    numbers = {n: [v[0] - 0.2, v[1], v[2] + 0.2] if ": conv" in n and "count" in n else v for n, v in numbers.items()}
+    assert curves.little_and_much(numbers).verdict == "depends on how much data is much"
 
 
 def test_two_filters_solve_all_sixteen_patterns_by_hand():

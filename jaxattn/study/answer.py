@@ -54,8 +54,8 @@ ANSWER: tuple[tuple[int, Mapping[str, str]], ...] = (
         10,
         {
             "hold": "With few images the convolution's prior won, and with many attention did.",
-            "depend": "With few images the convolution's prior won, and with all of them it won by less; that "
-            "attention wins with more was not seen.",
+            "depend": "With few images the convolution's prior won, and with many it won by less; whether attention "
+            "then wins, and from how many on, is a matter of the task and of the training.",
             "fail": "That more data turns the lead from convolution to attention was not seen at this size.",
         },
     ),

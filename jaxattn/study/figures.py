@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import EngFormatter, NullFormatter
 
 from jaxattn.plots import COLORS, INK, styled
 from jaxattn.study.seeds import interval
@@ -78,8 +78,9 @@ def curves(panels: Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]], xl
                     low, high = [value.low for value in found], [value.high for value in found]
                     axes.fill_between(list(curve), low, np.minimum(high, 1), color=color, alpha=0.15, linewidth=0)
             axes.set(title=title, xlabel=xlabel, xscale="log", ylim=(None, 1.02))
-            axes.set_xticks(list(next(iter(mixers.values()))))
-            axes.xaxis.set_major_formatter("{x:,.0f}")
+            counts = list(next(iter(mixers.values())))
+            axes.set_xticks(counts)
+            axes.xaxis.set_major_formatter("{x:,.0f}" if max(counts) < 100_000 else EngFormatter(sep=""))
             axes.xaxis.set_minor_formatter(NullFormatter())
             axes.grid(axis="y", color=INK, alpha=0.2, linewidth=0.6)
         grid[0].set_ylabel("test accuracy")

@@ -10,7 +10,6 @@ import optax
 from flax import nnx
 
 from jaxattn.study.compiler import LOOP
-from jaxattn.train.augment import normalize
 from jaxattn.train.data import Dataset
 
 TEST_BATCH = 500
@@ -62,6 +61,35 @@ class Examples(NamedTuple):
     images: jax.Array | np.ndarray
     labels: jax.Array | np.ndarray
 
+    @property
+    def size(self) -> int:
+        return len(self.labels)
+
+    def take(self, chosen: np.ndarray) -> "Examples":
+        return Examples(self.images[chosen], self.labels[chosen])
+
+    def shuffled(self, seed: int) -> "Examples":
+        """The same images with each other's labels."""
+        return self._replace(labels=np.random.default_rng(seed).permutation(self.labels))
+
+
+class Streamed(NamedTuple):
+    """The first `size` training images of a data set, of which only those are made that are taken."""
+
+    data: Dataset
+    size: int
+    labels_from: int = 0  # so many images on
+
+    def take(self, chosen: np.ndarray) -> Examples:
+        made = _ready(self.data, *self.data.train.fetch(chosen))
+        if not self.labels_from:
+            return made
+        return made._replace(labels=self.data.train.fetch(chosen + self.labels_from)[1])
+
+    def shuffled(self, seed: int) -> "Streamed":
+        """The same images, each with the label of one that is not among them."""
+        return self._replace(labels_from=self.size)
+
 
 class Trained(NamedTuple):
     """What training gave: the network, its accuracy on the test images, and what was watched, now and then."""
@@ -71,19 +99,25 @@ class Trained(NamedTuple):
     seen: list[Any]
 
 
-def examples(data: Dataset, seed: int, count: int) -> tuple[Examples, Examples]:
+def examples(data: Dataset, seed: int, count: int) -> tuple[Examples | Streamed, Examples]:
     """The first `count` training images, in an order that the seed draws, and the test images.
 
-    Where there are fewer, all. Of an endless source, others for each seed.
+    Where there are fewer, all. Of an endless source, others for each seed. Composed images are as many as one asks for,
+    and the data set's own seed draws them.
     """
-
-    def ready(images, labels):
-        return Examples(np.asarray(normalize(images, data.mean, data.std), np.float32), labels)
-
+    test = _ready(data, *data.test.fetch(np.arange(len(data.test))))
+    if data.originals:
+        return Streamed(data, count), test
     everything = len(data.train)
     first = seed * everything + np.arange(count)  # of an endless source, which is as random there as anywhere
     order = first if data.train.endless else np.random.default_rng(seed).permutation(everything)[:count]
-    return ready(*data.train.fetch(order)), ready(*data.test.fetch(np.arange(len(data.test))))
+    return _ready(data, *data.train.fetch(order)), test
+
+
+def _ready(data: Dataset, images: np.ndarray, labels: np.ndarray) -> Examples:
+    """As `augment.normalize` has them; by NumPy, for a batch at a time that takes longer on its way to JAX and back."""
+    unit = images.astype(np.float32) / np.float32(255 if images.dtype == np.uint8 else 1)
+    return Examples((unit - np.asarray(data.mean, np.float32)) / np.asarray(data.std, np.float32), labels)
 
 
 def classifier(build: Callable[[nnx.Rngs], nnx.Module], steps: int, batch: int, rate: float) -> Callable[..., Trained]:
@@ -113,7 +147,9 @@ def classifier(build: Callable[[nnx.Rngs], nnx.Module], steps: int, batch: int, 
         model.eval()
         return (model(images).argmax(-1) == labels).sum()
 
-    def train(seed: int, known: Examples, test: Examples, watch: Callable[[nnx.Module], Any] | None = None) -> Trained:
+    def train(
+        seed: int, known: Examples | Streamed, test: Examples, watch: Callable[[nnx.Module], Any] | None = None
+    ) -> Trained:
         _, weights, rest = nnx.split(build(nnx.Rngs(seed)), nnx.Param, ...)  # compiled, this takes longer than the rest
         moments = optimizer.init(weights)
         seen, draw = [], np.random.default_rng(seed)
@@ -121,8 +157,8 @@ def classifier(build: Callable[[nnx.Rngs], nnx.Module], steps: int, batch: int, 
         for n in range(steps):
             if watch is not None and n % max(1, steps // FRAMES) == 0:
                 seen.append(watch(nnx.merge(graph, weights, rest)))
-            chosen = draw.integers(len(known.labels), size=batch)
-            weights, rest, moments = step(weights, rest, moments, known.images[chosen], known.labels[chosen])
+            images, labels = known.take(draw.integers(known.size, size=batch))
+            weights, rest, moments = step(weights, rest, moments, images, labels)
         found = sum(right(weights, rest, *part) for part in _parts(test))
         model = nnx.merge(graph, weights, rest, copy=True)
         seen += [] if watch is None else [watch(model)]

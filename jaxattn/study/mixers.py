@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from jaxattn import nn
@@ -153,7 +152,7 @@ def train(
     """
     known, test = examples(data, setting.seed, count or everything(data))
     if shuffled:
-        known = known._replace(labels=np.random.default_rng(setting.seed).permutation(known.labels))
+        known = known.shuffled(setting.seed)
     run = trainer(mixer, data.image_shape, len(data.class_names), sized(setting, data, **size))
     return run(setting.seed, known, test, watch)
 

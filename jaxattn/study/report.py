@@ -37,6 +37,8 @@ class Outcome(Protocol):
     def error(self) -> str: ...
     @property
     def seconds(self) -> float: ...
+    @property
+    def runs(self) -> Sequence[str]: ...
 
 
 def write_report(
@@ -66,6 +68,7 @@ def write_report(
             "notes": result.notes,
             "error": result.error,
             "seconds": round(result.seconds, 1),
+            "runs": list(result.runs),
         }
         for claim, result in results
     ]
@@ -75,10 +78,16 @@ def write_report(
 def verdicts(results: Sequence[tuple[Claim, Outcome]]) -> str:
     """The table of verdicts, in Markdown, and what the judges noted."""
     lines = ["| | claim | who | verdict |", "|---|---|---|---|"]
-    lines += [f"| {claim.number} | {claim.text} | {claim.author} | {result.verdict} |" for claim, result in results]
+    lines += [f"| {claim.number} | {claim.text} | {claim.author} | {often(result)} |" for claim, result in results]
     noted = [(claim, result) for claim, result in results if claim.judge is not None and result.notes]
     lines += ["", *(f"- {claim.number}: {result.notes[0].upper()}{result.notes[1:]}" for claim, result in noted)]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def often(result: Outcome) -> str:
+    """The verdict; and of several runs, how many came out so: "holds, 9 of 10"."""
+    same = sum(verdict == result.verdict for verdict in result.runs)
+    return f"{result.verdict}, {same} of {len(result.runs)}" if result.runs else result.verdict
 
 
 def _write(path: Path, text: str):
@@ -116,6 +125,9 @@ def section(claim: Claim, result: Outcome) -> str:
     parts += [f"<p>{html.escape(claim.about)}</p>"]
     for name, text in (("Hypothesis", claim.hypothesis), ("Threshold", claim.threshold), ("Note", result.notes)):
         parts += [f"<p><b>{name}.</b> {html.escape(text)}</p>"] if text else []
+    if len(set(result.runs)) > 1:
+        counted = ", ".join(f"{verdict} {count}" for verdict, count in Counter(result.runs).most_common())
+        parts += [f"<p><b>By the seed.</b> Of {len(result.runs)} runs with other seeds: {html.escape(counted)}.</p>"]
     parts += [f'<p class="error">{html.escape(result.error)}</p>'] if result.error else []
     caption = "The first seed." if claim.judge is None else "All seeds."
     parts += [f"<figure>{result.svg}<figcaption>{caption}</figcaption></figure>"] if result.svg else []
@@ -157,7 +169,7 @@ def _row(claim: Claim, result: Outcome) -> str:
     return (
         f'<tr><td>{claim.number}</td><th scope="row"><a href="#claim-{claim.number}">{html.escape(claim.text)}</a>'
         f'<span lang="zh">{html.escape(claim.chinese)}</span></th><td>{html.escape(claim.author)}</td>'
-        f'<td class="{kind(result.verdict)}">{html.escape(result.verdict)}</td></tr>'
+        f'<td class="{kind(result.verdict)}">{html.escape(often(result))}</td></tr>'
     )
 
 

@@ -11,7 +11,7 @@ from jaxattn.errors import InputError
 from jaxattn.study.claim import FAILED, Claim, Profile, decide
 from jaxattn.study.kept import Kept, drawing
 from jaxattn.study.progress import Progress
-from jaxattn.study.report import write_report
+from jaxattn.study.report import often, write_report
 from jaxattn.study.seeds import UNDECIDED
 from jaxattn.study.worker import Job, Task
 from jaxattn.study.workers import answers, default_jobs
@@ -34,60 +34,73 @@ class Result:
     svg: str = ""
     error: str = ""
     seconds: float = 0.0
+    runs: list[str] = dataclasses.field(default_factory=list)  # the verdict of each run, this one's first
 
 
 def study(
-    claims: str | None, profile: Profile, seeds: int | None, data: str, out: Path, jobs: int | None = None
+    claims: str | None,
+    profile: Profile,
+    seeds: int | None,
+    data: str,
+    out: Path,
+    jobs: int | None = None,
+    runs: int = 1,
 ) -> list[Result]:
     """Runs the claims that `claims` names, as "5,10,21", or all, in `jobs` processes.
 
-    Says on the standard error how far it is, and writes report.html, report.json and verdicts.md into `out`.
+    Says on the standard error how far it is, and writes report.html, report.json and verdicts.md into `out`. Each of
+    several `runs` has seeds of its own; what is reported is the first, and how many came out as it did.
 
     Raises:
-      ValueError: a claim that is no number from 1 to 22, seeds or jobs below 1, data that cannot be loaded, or a folder
-        that cannot be written to.
+      ValueError: a claim that is no number from 1 to 22, seeds, jobs or runs below 1, data that cannot be loaded, or a
+        folder that cannot be written to.
     """
     chosen = select(claims)
     count = SEEDS[profile] if seeds is None else seeds
     jobs = default_jobs() if jobs is None else jobs
-    for name, value in (("seeds", count), ("jobs", jobs)):
+    for name, value in (("seeds", count), ("jobs", jobs), ("runs", runs)):
         if value < 1:
             raise InputError(f"{name} (={value}) must be at least 1")
     load(data)  # what is wrong with it is said before anything runs
-    settings = {"profile": profile, "seeds": count, "data": data}
+    settings = {"profile": profile, "seeds": count, "data": data} | ({"runs": runs} if runs > 1 else {})
     cache = out / "cache"
     try:
         cache.mkdir(parents=True, exist_ok=True)
         write_json(out / "settings.json", settings)
     except OSError as error:
         raise InputError(f"out (={out}) must be a folder that can be written to: {error.strerror}") from error
-    results, made_with = run_all(chosen, count, Job(SOURCE, profile, data, str(cache)), jobs)
+    results, made_with = run_all(chosen, count, runs, Job(SOURCE, profile, data, str(cache)), jobs)
     write_report(out, list(zip(chosen, results, strict=True)), settings, made_with)
     return results
 
 
-def run_all(chosen: Sequence[Claim], seeds: int, job: Job, jobs: int) -> tuple[list[Result], Mapping[str, str]]:
-    """The result of each claim, in their order, and what they were made with."""
+def run_all(
+    chosen: Sequence[Claim], seeds: int, runs: int, job: Job, jobs: int
+) -> tuple[list[Result], Mapping[str, str]]:
+    """The result of each claim, in their order, and what they were made with. Run r has the `seeds` from r seeds on."""
     sharing: dict[Callable[..., Any], list[Claim]] = {}  # by their experiment, the longest first
     for claim in sorted(chosen, key=lambda claim: -claim.cost):
         sharing.setdefault(claim.experiment, []).append(claim)
     claims_of = {claims[0].number: claims for claims in sharing.values()}
-    tasks = [[Task(number, seed) for seed in range(seeds)] for number in claims_of]
+    total = seeds * runs
+    tasks = [[Task(number, seed) for seed in range(total)] for number in claims_of]
     settled: dict[int, list[Kept]] = {number: [] for number in claims_of}
     results: dict[int, Result] = {}
     made_with: Mapping[str, str] = {}
-    cost = sum(seeds * claims[0].cost for claims in claims_of.values())
+    cost = sum(total * claims[0].cost for claims in claims_of.values())
     with Progress(cost, len(chosen)) as progress, contextlib.closing(answers(job, tasks, jobs)) as found:
         for task, answer in found:
             claims, error = claims_of[task.claim], answer.get("error")
-            progress.goes_on(claims[0].cost * (seeds - task.seed if error else 1))
+            progress.goes_on(claims[0].cost * (total - task.seed if error else 1))
             if error is None:
                 made_with = answer["environment"]
                 settled[task.claim].append(Kept(**answer["kept"]))
-                if len(settled[task.claim]) < seeds:
+                if len(settled[task.claim]) < total:
                     continue
             for claim in claims:
-                results[claim.number] = conclude(claim, settled[task.claim], error)
+                each = [conclude(claim, settled[task.claim][n : n + seeds], error) for n in range(0, total, seeds)]
+                verdicts = [result.verdict for result in each]
+                results[claim.number] = dataclasses.replace(each[0], runs=verdicts if runs > 1 else [])
                 progress.ended(line(results[claim.number]))
     return [results[claim.number] for claim in chosen], made_with
 
@@ -140,5 +153,5 @@ def summary(results: Sequence[Result]) -> str:
 
 
 def line(result: Result) -> str:
-    """A claim's number and verdict, with the error if there was one."""
-    return f"claim {result.number:2d}: {result.verdict}" + (f" ({result.error})" if result.error else "")
+    """A claim's number and verdict, how often it came out, and the error if there was one."""
+    return f"claim {result.number:2d}: {often(result)}" + (f" ({result.error})" if result.error else "")

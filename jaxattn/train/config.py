@@ -48,7 +48,8 @@ class Config:
     """What the learning rate of each block is multiplied by for every block behind it, from the images on."""
     data: str = "digits"
     """Data set: `digits` (scikit-learn's), `fashion-mnist:PATH`, `mnist:PATH`, `cifar10:PATH`, `cifar100:PATH`,
-    `folder:PATH`, `parquet:PATH`, `numpy:PATH.npz`, or `relational` (made on the fly)."""
+    `folder:PATH`, `parquet:PATH`, `numpy:PATH.npz`, `relational:TASK` (made on the fly), or `compose:DATA` (made of
+    several images of another data set)."""
     epochs: int = 15
     """Passes over the training images."""
     batch_size: int = 50

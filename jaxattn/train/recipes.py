@@ -1,6 +1,7 @@
 """Recipes: what a run's settings default to, with what each was measured to cost and to reach."""
 
 import dataclasses
+import re
 
 from jaxattn.errors import InputError
 from jaxattn.train.config import Config, DtypeName, Mix, OptimizerName, RecipeName
@@ -151,7 +152,7 @@ RECIPES: dict[str, Config] = {
 
 def recipe(name: str | None, data: str | None) -> Config:
     """The recipe of that name, or without one the recipe that suits the data; with that data in it."""
-    kind = (data or "digits").partition(":")[0]
+    kind = re.split("[:?]", (data or "digits").removeprefix("compose:"))[0]
     name = name or {"digits": "digits", "mnist": "digits", "fashion-mnist": "fashion"}.get(kind, "resnet")
     if name not in RECIPES:
         raise InputError(f"recipe (={name!r}) must be one of {', '.join(RECIPES)}")

@@ -48,7 +48,8 @@ class Arrays:
 class Dataset:
     """Three disjoint parts of one data set, and the mean and standard deviation of its training images in [0, 1].
 
-    `skipped` names the examples that `skip_bad` left out, each with what is wrong with it.
+    `skipped` names the examples that `skip_bad` left out, each with what is wrong with it. Of images that are composed
+    of others, `originals` are those, part by part.
     """
 
     name: str
@@ -60,3 +61,4 @@ class Dataset:
     validation: Source
     test: Source
     skipped: tuple[str, ...] = ()
+    originals: tuple[Source, ...] = ()

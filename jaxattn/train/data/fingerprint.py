@@ -5,9 +5,10 @@ import hashlib
 import numpy as np
 
 from jaxattn.train.data.dataset import Dataset, Source
+from jaxattn.train.data.made import Made
 
 AT_ONCE = 1024  # images
-OF_ENDLESS = 64  # of those that are made, which their code decides
+OF_MADE = 64  # their code decides them
 
 
 def fingerprint(data: Dataset) -> str:
@@ -18,8 +19,8 @@ def fingerprint(data: Dataset) -> str:
     True
     """
     whole = hashlib.sha256(repr((data.class_names, data.image_shape)).encode())
-    for source in (data.train, data.validation, data.test):
-        count = OF_ENDLESS if source.endless else len(source)
+    for source in (data.train, data.validation, data.test, *data.originals):
+        count = min(OF_MADE, len(source)) if isinstance(source, Made) else len(source)
         whole.update(repr((len(source), count)).encode())
         for start in range(0, count, AT_ONCE):
             _add(whole, source, np.arange(start, min(start + AT_ONCE, count)))

@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from urllib.parse import urlencode
 
 from jaxattn.errors import InputError
 from jaxattn.files import cut, path_of
 from jaxattn.train.data.cifar import read_cifar10, read_cifar100
+from jaxattn.train.data.compose import OPTIONS as COMPOSING
+from jaxattn.train.data.compose import compose
 from jaxattn.train.data.dataset import Dataset
 from jaxattn.train.data.digits import read_digits
 from jaxattn.train.data.folder import read_folder
@@ -27,7 +30,7 @@ READERS: Mapping[str, tuple[Reader, tuple[str, ...]]] = {
     "folder": (lambda path, options, skip_bad, _: read_folder(path, options, skip_bad), ("size",)),
     "parquet": (read_parquet, ("size", "image", "label")),
 }
-ALLOWED = ", ".join(["'digits'", *(f"'{kind}:PATH'" for kind in READERS), "'relational:TASK'"])
+ALLOWED = ", ".join(["'digits'", *(f"'{kind}:PATH'" for kind in READERS), "'relational:TASK'", "'compose:DATA'"])
 
 
 def load(name: str, seed: int = 0, skip_bad: bool = False, limit: int | None = None) -> Dataset:
@@ -44,7 +47,9 @@ def load(name: str, seed: int = 0, skip_bad: bool = False, limit: int | None = N
         Images must be of one size, unless `?size=N` after the PATH of a folder or parquet makes all N×N. All of them
         are decoded into memory, as uint8. A PATH that exists with a `?` in it is taken as it is.
         `relational:same-different`, `relational:copy` and `relational:match` are made on the fly, without end (see
-        `relational.py` for their options).
+        `relational.py` for their options). `compose:` and the name of one of the others, as `compose:digits` or
+        `compose:folder:PATH?size=28&task=match&n=100000`, composes images of several of its images, without end or n
+        distinct ones (see `compose.py` for the tasks and options).
       seed: draws the validation images from the training images, stratified, where there are none apart. The test
         images never depend on it, so that the accuracies of different seeds are comparable.
       skip_bad: leaves out a bad example instead of refusing the data set, and lists it in `skipped`. A damaged
@@ -63,12 +68,29 @@ def load(name: str, seed: int = 0, skip_bad: bool = False, limit: int | None = N
         return assemble(name, read_digits(), seed, skip_bad, validation_size=200)
     if kind == "relational":
         return make_relational(rest, seed)
+    if kind == "compose":
+        source, given = _composed(rest)
+        return compose(load(source, seed, skip_bad, limit), given, seed)
     path, options = split_path(rest)
     if kind not in READERS or not path:
         raise InputError(f"data (={cut(name)!r}) must be one of {ALLOWED}")
     read, allowed = READERS[kind]
     found = read(path_of(path), read_options(options, allowed), skip_bad, limit)
     return assemble(kind, found, seed, skip_bad)
+
+
+def _composed(text: str) -> tuple[str, dict[str, str]]:
+    """The name of the originals, with the options that are theirs, and the options of what is composed of them.
+
+    >>> _composed("folder:images?size=28&task=match")
+    ('folder:images?size=28', {'task': 'match'})
+    """
+    kind, colon, rest = text.partition(":")
+    path, options = split_path(rest if colon else text)
+    _, theirs = READERS.get(kind, (None, ()))
+    given = read_options(options, (*COMPOSING, *theirs))
+    kept = urlencode({name: given.pop(name) for name in theirs if name in given})
+    return f"{kind if colon else ''}{colon}{path}{'?' if kept else ''}{kept}", given
 
 
 def split_path(text: str) -> tuple[str, str]:
@@ -90,6 +112,8 @@ def absolute(name: str) -> str:
     ('digits', 'folder:/data/images?size=64')
     """
     kind, _, rest = name.partition(":")
+    if kind == "compose":
+        return f"compose:{absolute(rest)}"
     if kind not in READERS:
         return name
     path, options = split_path(rest)

@@ -12,14 +12,11 @@ from jaxtyping import Int, UInt64
 
 from jaxattn.errors import InputError
 from jaxattn.train.data.dataset import Dataset
+from jaxattn.train.data.made import EPOCH, FIRST, TEST, VALIDATION, Made, Pair, draw, mix
 from jaxattn.train.data.options import read_options, whole_number
 from jaxattn.train.data.split import statistics
 
-EPOCH, VALIDATION, TEST = 20_000, 2_000, 4_000
-FIRST = 2**32  # of training: the indices before it are of the validation and test parts
 DARK, BRIGHT = 85, 255  # of a glyph, on black
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-Pair = tuple[np.ndarray, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +42,7 @@ class SameDifferent:
 
     def make(self, seed: int, indices: Int[np.ndarray, "n"]) -> Pair:
         n, bits = len(indices), self.glyph**2
-        draws = _draw(seed, indices, 5)
+        draws = draw(seed, indices, 5)
         first, place = draws[0] >> (64 - bits), _places(draws[1:3], self.offset, self.size - self.glyph + 1)
         labels = draws[3] >> 63  # the highest bit
         change = 1 + (draws[4] >> 1) % (2**bits - 1)  # what differs: at least one pixel, every set of them alike
@@ -86,7 +83,7 @@ class Copy:
 
     def make(self, seed: int, indices: Int[np.ndarray, "n"]) -> Pair:
         n = len(indices)
-        draws = _draw(seed, indices, 2 + self.size**2)
+        draws = draw(seed, indices, 2 + self.size**2)
         symbols = ((draws[2:].T >> 32) % self.classes).astype(int).reshape(n, self.size, self.size)
         mark = _places(draws[:2], self.offset, self.size)
         source = mark + np.array(self.offset)
@@ -126,7 +123,7 @@ class Match:
 
     def make(self, seed: int, indices: Int[np.ndarray, "n"]) -> Pair:
         n, pixels = len(indices), self.size**2
-        draws = _draw(seed, indices, pixels + 3)
+        draws = draw(seed, indices, pixels + 3)
         held = (draws[3:] >> (64 - self.bits)).T  # [n, pixels]
         mark, step = (draws[0] % pixels).astype(int), 1 + (draws[1] % (pixels - 1)).astype(int)
         labels, rows = (draws[2] >> 63).astype(np.int32), np.arange(n)
@@ -143,26 +140,9 @@ def _absent(held: UInt64[np.ndarray, "n pixels"], draw: UInt64[np.ndarray, "n"],
     wanted, taken, tries = np.zeros_like(draw), np.ones(len(draw), bool), 0
     while taken.any():
         tries += 1
-        wanted[taken] = _mix(draw[taken] + np.uint64(tries)) >> (64 - bits)
+        wanted[taken] = mix(draw[taken] + np.uint64(tries)) >> (64 - bits)
         taken = (held == wanted[:, None]).any(1)
     return wanted
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Made:
-    """A source that makes its examples: number i is the task's number `first + i`."""
-
-    task: SameDifferent | Copy | Match
-    seed: int
-    first: int
-    length: int
-    endless: bool
-
-    def __len__(self) -> int:
-        return self.length
-
-    def fetch(self, indices: Int[np.ndarray, "b"]) -> Pair:
-        return self.task.make(self.seed, indices + self.first)
 
 
 def make_relational(text: str, seed: int) -> Dataset:
@@ -230,16 +210,3 @@ def _places(draws: UInt64[np.ndarray, "2 n"], offset: tuple[int, int], room: int
     """Pixels below `room` whose offset is one as well, all alike."""
     axes = [max(0, -step) + (draw % (room - abs(step))).astype(int) for draw, step in zip(draws, offset, strict=True)]
     return np.stack(axes, -1)
-
-
-def _draw(seed: int, indices: Int[np.ndarray, "n"], count: int) -> UInt64[np.ndarray, "count n"]:
-    """Random bits as a function of (seed, index, place): SplitMix64 (Steele, Lea and Flood 2014), for whole arrays."""
-    key = _mix(np.array([seed % 2**64], np.uint64))
-    keys = _mix(key + indices.astype(np.uint64) * GOLDEN)  # [n]
-    return _mix(keys + np.arange(1, count + 1, dtype=np.uint64)[:, None] * GOLDEN)
-
-
-def _mix(z: UInt64[np.ndarray, "..."]) -> UInt64[np.ndarray, "..."]:
-    z = (z ^ (z >> 30)) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> 27)) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> 31)

@@ -22,6 +22,8 @@ Every layer of this library is that line. They differ only in where the weights 
 `jaxattn.nn` as Flax modules, `jaxattn.models` networks made of them, and `jaxattn.train` trains those.
 """
 
+from typing import TYPE_CHECKING
+
 from .at import attention_at as attention_at
 from .attention import attention as attention
 from .attention import merge_attentions as merge_attentions
@@ -37,17 +39,24 @@ from .parts import mix as mix
 from .window import Window as Window
 from .zoo import conv as conv
 
+if TYPE_CHECKING:  # what is imported when asked for
+    from . import equivalence as equivalence
+    from . import measure as measure
+    from . import models as models
+    from . import nn as nn
+    from . import plots as plots
+    from .models.remix import remix as remix
+    from .models.remix import remix_report as remix_report
+
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str):
-    """`jaxattn.nn`, `models`, `equivalence`, `measure`, `plots` and `remix`, imported when first asked for."""
-    if name == "remix":
-        from .models.remix import remix
+    """`jaxattn.nn`, `models`, `equivalence`, `measure`, `plots`, `remix` and its report, imported when asked for."""
+    import importlib
 
-        return remix
+    if name in ("remix", "remix_report"):
+        return getattr(importlib.import_module("jaxattn.models.remix"), name)
     if name in ("nn", "models", "equivalence", "measure", "plots"):
-        import importlib
-
         return importlib.import_module(f"jaxattn.{name}")
     raise AttributeError(f"module 'jaxattn' has no attribute {name!r}")

@@ -207,9 +207,12 @@ POSITION: dict[Any, dict[str, Any]] = {
     position.alibi_slopes: {"num_heads": 3},
     position.crop: {"table": draw(2, 5, 5), "window": Window((3, 3)), "clipped": Window((2, 3))},
 }
+REMIX = {"model": models.ConvNeXt((1,), (4,), rngs=nnx.Rngs(0)), "to": "attention", "stages": [0], "alpha": 8.0}
 OWN: dict[Any, dict[str, Any]] = {
     zoo.Slide: {"size": (3, 3), "strides": 1, "padding": "SAME", "dilation": 1, "boundary": "zero"},
     Window: {"size": (3, 3), "stride": 1, "dilation": 1, "block": 1, "causal": False, "boundary": "shift"},
+    jaxattn.remix: REMIX,
+    jaxattn.remix_report: REMIX,
     jaxattn.attention: {
         "query": draw(1, 8, 2, 4), "key": draw(1, 8, 2, 4), "value": draw(1, 8, 2, 4), "window": Window(3),
         "bias": draw(8, 2, 3), "scale": 0.5, "relative_bias": draw(2, 5), "logits_soft_cap": 5.0, "tile": 4,

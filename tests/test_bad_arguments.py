@@ -38,7 +38,9 @@ ATTENTIONS = ("attention", "attention_at", "attention_scores", "attention_weight
 MEANS = {  # by the argument, or by "function.argument"
     **dict.fromkeys(("scale", "query_scale", "gate", "locality_strength"), ("0", "-1", "1.5")),
     **dict.fromkeys(("halo", "shift", "dropout_rate", "drop_path", "dropout"), ("0",)),
-    **dict.fromkeys(("error_bound.alpha", "convert.alpha", "conv_to_attention.alpha"), ("1.5", "inf")),
+    **dict.fromkeys(
+        [f"{f}.alpha" for f in ("error_bound", "convert", "conv_to_attention", "remix", "remix_report")], ("1.5", "inf")
+    ),
     **dict.fromkeys(("conv.x", "conv.kernel", "conv_transpose.x", "conv_transpose.kernel"), ("complex",)),
     **dict.fromkeys(("patch_kernel.kernel",), ("complex", "an axis more")),
     "conv_to_attention.kernel": ("an axis more",),  # of three dimensions

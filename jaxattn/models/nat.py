@@ -57,15 +57,21 @@ class Neighborhood(Splittable):
 
     def __call__(self, x: Float[Array, "*batch height width features"], *, sow_weights: bool = False):
         rows, columns = x.shape[-3:-1]
-        whole = (rows * shard_count(self.axis_name), columns)
-        lacking = [max(side - n, 0) for side, n in zip(self.sides, whole, strict=True)]
-        if lacking[0] and self.axis_name is not None:
-            raise ValueError(
-                f"NAT: window · dilation (={self.sides}) must be at most the grid's rows, where these are split over "
-                f"{self.axis_name!r}"
-            )
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(0, n) for n in lacking] + [(0, 0)])
-        return self.attention(x, sow_weights=sow_weights)[..., :rows, :columns, :]
+        return self.attention(widened(x, self.sides, self.axis_name), sow_weights=sow_weights)[..., :rows, :columns, :]
+
+
+def widened(
+    x: Float[Array, "*batch height width features"], sides: tuple[int, ...], axis_name: str | None
+) -> Float[Array, "*batch height2 width2 features"]:
+    """x on a grid that reaches `sides`, with zeros at its end where it does not."""
+    whole = (x.shape[-3] * shard_count(axis_name), x.shape[-2])
+    lacking = [max(side - n, 0) for side, n in zip(sides, whole, strict=True)]
+    if lacking[0] and axis_name is not None:
+        raise ValueError(
+            f"NAT: window · dilation (={sides}) must be at most the grid's rows, where these are split over "
+            f"{axis_name!r}"
+        )
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(0, n) for n in lacking] + [(0, 0)])
 
 
 class Downsample(Splittable):

@@ -394,26 +394,16 @@ def _seen(axis: Axis) -> np.ndarray:
 
 
 def _on_part(place: _Place, low: int, high: int, before: int, tables, options) -> Callable[..., Any]:
-    """Attention of a shard's queries on its part of the grid, given the keys of the widest part.
-
-    The other queries of the part are zeros, and what they see is dropped.
-    """
-    first, axis = low // place.stride, place.axis
-    queries = -(-(low + place.length + high) // place.stride)
-    pad = (first, queries - first - place.queries, 0)
-
-    def widened(x, axis):
-        return lax.pad(x, jnp.zeros((), x.dtype), [pad if n == axis else (0, 0, 0) for n in range(x.ndim)])
+    """Attention of a shard's queries on its part of the grid, given the keys of the widest part."""
+    offset = (low // place.stride, *(0,) * (place.window.rank - 1))
 
     def attend(query, key, value, bias, mask):
-        def part(x):
-            return None if x is None else lax.slice_in_dim(x, before - low, before + place.length + high, axis=axis)
+        ours = slice(before - low, before + place.length + high)
 
-        along = -2 * place.window.rank - 1  # of the queries in a bias that has this axis
-        if bias is not None and bias.ndim >= -along and bias.shape[along] != 1:
-            bias = widened(bias, bias.ndim + along)
+        def part(x):
+            return None if x is None else lax.slice_in_dim(x, ours.start, ours.stop, axis=place.axis)
+
         keys = [part(key), part(value), bias, (part(mask), None)]
-        y = attention(widened(query, axis), *keys, window=place.window, **tables, **options)
-        return jax.tree.map(lambda y: lax.slice_in_dim(y, first, first + place.queries, axis=axis), y)
+        return attention(query, *keys, window=place.window, query_offset=offset, **tables, **options)
 
     return attend

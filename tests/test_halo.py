@@ -182,6 +182,17 @@ def test_split_attention(name):
     agree(whole, parts, (made,))
 
 
+@pytest.mark.full
+def test_a_shard_computes_its_own_queries_alone():
+    """Where every query sees the whole grid, so that no shard's keys are fewer."""
+    x = normal(0, (256, 1, 32))
+    attend = lambda x: split_attention(x, x, x, axis_name="space", window=Window(256))
+    parts = jax.jit(split(attend, 4, (P("space"),), P("space"))).lower(x).compile()
+    whole = jax.jit(lambda x: attention(x, x, x, window=Window(256))).lower(x).compile()
+    np.testing.assert_allclose(parts(x), whole(x), atol=1e-10)
+    assert parts.cost_analysis()["flops"] < whole.cost_analysis()["flops"] / 2
+
+
 @pytest.mark.parametrize("name", ["mask, offset", "shift, strided"])
 def test_split_attention_with_embeddings_by_axis(name):
     grid, window = WINDOWS[name]

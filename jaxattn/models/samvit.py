@@ -211,7 +211,8 @@ class SAMViT(Backbone):
 
 
 def samvit_base(**kwargs: Any) -> SAMViT:
-    """89,670,912 parameters without a head, for images of 1024 × 1024, as all three."""
+    """89,670,912 parameters without a head, for images of 1024 × 1024, as all three. SAM has their longer side at 1024,
+    and zeros below or to the right; `pretrained.preprocess` takes the square in the middle, as timm does."""
     return SAMViT((3,) * 4, 768, 12, **{"num_classes": 0, **kwargs})
 
 

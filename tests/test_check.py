@@ -13,7 +13,7 @@ from jaxattn.kernels.reference import REFERENCE
 from jaxattn.kernels.tpu.backend import INTERPRETED as TPU
 from jaxattn.kernels.xla import XLA
 
-SMALL = CheckCase((6, 5), dict(size=(3, 3), boundary="mask"), ("relative_bias", "mask of keys", "lse"))
+SMALL = CheckCase((6, 5), dict(size=(3, 3), boundary="mask"), ("relative_bias", "mask by slot", "lse"))
 TINY = CheckCase((5,), dict(size=3))
 
 
@@ -41,10 +41,10 @@ def test_what_is_right_wrong_broken_and_not_supported():
     assert str(wrong) == "1e+00 dkey WRONG"
     assert (str(broken), broken.error) == ("FAILED", "RuntimeError: no memory")
     assert (str(refused), refused.wrong) == ("-", False)
-    assert refused.reason == "its kernels do not take key_mask"
+    assert refused.reason == "its kernels do not take slot_mask"
     text = check.table([right, wrong, broken, refused]).splitlines()
     assert text[0].split() == ["case", "xla", "double", "fails", "tpu"]
-    assert text[1].startswith("6×5 3×3, boundary mask; relative_bias; mask of keys; lse  ")
+    assert text[1].startswith("6×5 3×3, boundary mask; relative_bias; mask by slot; lse  ")
     assert text[2] == f"fails, {SMALL.name}: RuntimeError: no memory"
 
 

@@ -129,9 +129,9 @@ def test_the_command(tmp_path):
     attention, conv = json.loads(file.read_text())["cases"]
     assert (attention["name"], conv["name"]) == ("2d-mask", "dense-1x1")
     found = {(x["way"], x["mode"]): x for x in attention["estimates"]}
-    for mode, kernels in (("forward", 1), ("backward", 1)):
+    for mode, cycles in (("forward", 765), ("backward", 1270)):  # libtpu 0.0.52: another may schedule worse
         ours = found["jaxattn, tpu", mode]
-        assert len(ours["kernels"]) == kernels
+        assert [kernel["cycles"] for kernel in ours["kernels"]] == [pytest.approx(cycles, rel=0.05)]
         assert ours["known"]
         assert attention["bound_seconds"][mode] < ours["seconds"] < found["splash", mode]["seconds"]
     assert len(found["splash", "backward"]["kernels"]) == 3  # its forward pass, dq, and dk with dv

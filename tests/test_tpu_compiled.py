@@ -20,7 +20,8 @@ def compile(grid, given, names=EVERYTHING, dtype=jnp.bfloat16, heads=4, key_head
     window = jaxattn.Window(**given)
     of = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=one)
     queries, offsets = window.query_grid(grid), [2 * k - 1 for k in window.sizes]
-    arrays = dict(query=of(2, *queries, heads, dim), key=of(2, *grid, key_heads, dim), value=of(2, *grid, key_heads, dim))
+    tokens = of(2, *grid, key_heads, dim)
+    arrays = dict(query=of(2, *queries, heads, dim), key=tokens, value=tokens)
     if "bias" in names:
         arrays["relative_bias"] = of(heads, *offsets)
     if "extra" in names:

@@ -161,7 +161,7 @@ CASES = (
 )
 # each property of the kernels once: an interpreted kernel is slow
 INTERPRETED = (
-    CheckCase((24,), _of(size=5, causal=True), ("lse",)),
+    CheckCase((24,), _of(size=5, causal=True), ("mask of keys", "segments", "extra tokens", "soft cap", "lse")),
     CheckCase((8, 8), dict(size=(3, 3)), ("relative_bias",)),
     CheckCase((8, 32), dict(size=(3, 3), dilation=2, boundary="wrap"), (), "bfloat16"),
     CheckCase((4, 3, 8), _of(size=(3, 3, 3)), ("lse",)),

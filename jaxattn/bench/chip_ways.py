@@ -15,7 +15,7 @@ from jaxattn.bench import attention_ways, conv_ways
 from jaxattn.bench.cases import AttentionCase
 from jaxattn.bench.ways import Function, Way, cannot_unless, optional
 
-BLOCK = 512  # queries and keys of a block of splash attention
+BLOCK, COMPUTED = 1024, 512  # of splash attention, by its estimates over 4096 tokens: queries and keys, keys at once
 
 
 def named(implementation: str, case: AttentionCase) -> Function:
@@ -40,8 +40,9 @@ def splash(case: AttentionCase) -> Function:
         mask = kernels.LocalMask((tokens, tokens), (behind, along.size - 1 - behind), 0)
     else:
         mask = kernels.NumpyMask(attention_ways.dense_mask(case))
-    n = min(BLOCK, tokens)
-    sizes = dict.fromkeys(("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq"), n)
+    names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+    sizes = dict.fromkeys(names, min(BLOCK, tokens))
+    sizes |= dict.fromkeys(("block_kv_compute", "block_kv_dkv_compute"), min(COMPUTED, tokens))
     attend = kernels.make_splash_mha_single_device(
         kernels.MultiHeadMask([mask] * heads), block_sizes=kernels.BlockSizes(**sizes)
     )

@@ -70,6 +70,23 @@ def test_the_answer_by_looking(task, objects):
             assert np.abs(counts[labels == answer].mean(0) - objects / KINDS).max() < 0.1
 
 
+def test_what_one_object_says_of_the_answer():
+    """The best guess from the class of one object, drawn at random: all of the answer where recognition is enough."""
+    says = {}
+    for task in ("alone", "match", "count", "repeat"):
+        data = made(task=task, clutter=0, objects=1 if task == "alone" else 4)
+        images, labels = data.train.fetch(np.arange(1500))
+        counts, _ = seen(images)
+        joint = np.zeros((KINDS, len(data.class_names)))  # of an object's class and the answer
+        for row, label in zip(counts / counts.sum(1, keepdims=True), labels, strict=True):
+            joint[:, label] += row
+        says[task] = joint.max(1).sum() / joint.sum()
+    assert says["alone"] == 1
+    assert 0.48 < says["match"] < 0.55  # a coin
+    assert says["count"] < 0.45
+    assert says["repeat"] < 0.6  # two of four objects are of the answer's class
+
+
 def test_sizes_places_and_clutter_are_drawn():
     images, _ = made(task="alone", clutter=3).train.fetch(np.arange(2000))
     lit = cells(images) > 0

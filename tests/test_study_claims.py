@@ -1,5 +1,6 @@
 """Each verdict as it is computed, and that it flips when the mechanism is sabotaged."""
 
+import dataclasses
 import math
 
 import jax
@@ -11,6 +12,7 @@ from jaxattn import zoo
 from jaxattn.study.claim import Setting
 from jaxattn.study.claims import CLAIMS, ablation, composed, curves, distance, replacement, selection, template
 from jaxattn.study.claims.curves import CURVES
+from jaxattn.study.fit import examples
 from jaxattn.study.mixers import SIZES, network, train
 from jaxattn.train.data import load
 from jaxattn.train.evaluate import count_parameters
@@ -56,7 +58,7 @@ def fewer_points():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(curves.SHARES, "quick", (0.04, 1.0))
         patch.setitem(curves.COUNTS, "quick", (20_000,))
-        patch.setitem(composed.SWEEPS, "quick", composed.Sweep((), (), ()))
+        patch.setitem(composed.SWEEPS, "quick", [])
         yield
 
 
@@ -162,10 +164,10 @@ def test_where_curves_cross():
     assert math.isnan(curves.crossing((10, 1000), (-0.2, 0.1)))
 
 
-def composed_seeds(conv, attention):
+def composed_seeds(conv, attention, of="count after 250 steps"):
     """Numbers of three seeds: those of images, and accuracies on composed ones with 100, 1,000 and 10,000."""
     return seeds(**{"global attention": (0.5, 0.79)}) | {
-        f"count after 250 steps, {count}: {mixer}": [value - 0.01, value, value + 0.01]
+        f"{of}, {count}: {mixer}": [value - 0.01, value, value + 0.01]
         for mixer, accuracies in {"convolution": conv, "global attention": attention}.items()
         for count, value in zip((100, 1000, 10_000), accuracies, strict=True)
     }
@@ -187,6 +189,11 @@ def composed_seeds(conv, attention):
         # attention leads from the first on, or with little data only: no crossing of that kind
         (composed_seeds((0.4, 0.5, 0.6), (0.5, 0.6, 0.7)), "depends on how much data is much", "no crossing"),
         (composed_seeds((0.4, 0.5, 0.9), (0.5, 0.6, 0.7)), "depends on how much data is much", "no crossing"),
+        (  # recognition alone is no task
+            composed_seeds((0.5, 0.6, 0.7), (0.4, 0.65, 0.8), "alone after 250 steps"),
+            "depends on how much data is much",
+            "alone after 250 steps: the curves cross",
+        ),
     ],
 )
 def test_where_the_curves_of_composed_images_cross(numbers, expected, note):
@@ -200,6 +207,62 @@ def test_noise_is_no_crossing():
     numbers = composed_seeds((0.5, 0.6, 0.7), (0.4, 0.65, 0.8))
     numbers = {n: [v[0] - 0.2, v[1], v[2] + 0.2] if ": conv" in n and "count" in n else v for n, v in numbers.items()}
     assert curves.little_and_much(numbers).verdict == "depends on how much data is much"
+
+
+def test_what_is_swept(setting, monkeypatch):
+    """Each task, number of images, of steps, and mixer once, on images that the study's seed composes of its own."""
+    asked = []
+    monkeypatch.setattr(composed, "accuracy", lambda *given, **how: asked.append((*given, how)) or 0.5)
+    other = dataclasses.replace(setting, seed=1)
+    names = dict(zip(CURVES, CURVES[::-1], strict=True))
+    found = composed.accuracies(other, names, composed.SWEEPS["full"], width=8)
+    assert len(found) == len(asked) == 3 * 4 * 2 * 4 + 2 * 2 * 2
+    assert {len(mixers) for mixers in composed.swept(found).values()} == {4, 2}
+    mixer, given, data, how = asked[0]
+    assert (mixer, given) == ("global attention", other)  # in convolution's place
+    assert how == {"count": 100, "shuffled": False, "grid": 6, "rate": 3e-3, "width": 8, "steps": 500}
+    assert data.name == "compose-digits-count"
+    images, _ = data.train.fetch(np.arange(20))
+    assert (images != composed.composed(setting.data, "count", 0).train.fetch(np.arange(20))[0]).any()
+
+
+def test_composed_images_are_streamed(setting):
+    known, test = examples(composed.composed(setting.data, "repeat", 0), 0, 1_000_000)
+    assert test.images.shape == (4000, 30, 30, 1)
+    chosen = np.array([999_999, 3])
+    images, labels = known.take(chosen)
+    assert (images.dtype, images.shape) == (np.float32, (2, 30, 30, 1))
+    made, answers = known.data.train.fetch(chosen)
+    np.testing.assert_allclose(images, (made / 255 - known.data.mean) / known.data.std, atol=1e-5)
+    np.testing.assert_array_equal(labels, answers)
+    few = np.arange(200)
+    same, others = known._replace(size=200).shuffled(0).take(few)
+    np.testing.assert_array_equal(same, known.take(few).images)
+    assert (others == known.take(few).labels).mean() < 0.3
+
+
+@pytest.mark.full
+def test_composed_images_teach_and_sabotage_shows(setting):
+    """Trained for real on many images, where tokens are cells: attention then counts better than convolution, and the
+    labels of other images teach neither. If only recognition is asked for, it does not matter to the verdict who leads.
+    """
+    both = {name: name for name in (composed.CONV, composed.GLOBAL)}
+    sweep = composed.Sweep(("count",), (1_000_000,), (300,), tuple(both))
+    few = {f"count after 300 steps, 100: {name}": 0.5 - 0.1 * (name != composed.CONV) for name in both}
+
+    def judged(found):
+        numbers = {name: [value - 0.02, value, value + 0.02] for name, value in found.items()}
+        return curves.little_and_much(seeds(**{"global attention": (0.5, 0.79)}) | numbers).verdict
+
+    with jax.enable_x64(False):
+        found, shuffled = (composed.accuracies(setting, both, [sweep], how, grid=3) for how in (False, True))
+    conv, attention = found.values()
+    assert attention - 0.05 > conv > 0.5  # a guess is right in a fifth
+    assert max(shuffled.values()) < 0.3
+    assert judged(few | found) == "depends on the task and the steps"
+    assert judged(few | shuffled) == "depends on how much data is much"
+    alone = {name.replace("count", composed.CONTROL): value for name, value in (few | found).items()}
+    assert judged(alone) == "depends on how much data is much"
 
 
 def test_two_filters_solve_all_sixteen_patterns_by_hand():

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int, UInt8, UInt64
+from jaxtyping import Float, Float32, Int, UInt8, UInt64
 
 from jaxattn.errors import InputError
 from jaxattn.train.data.dataset import Dataset, Source
@@ -129,10 +129,10 @@ def unit(bits: UInt64[np.ndarray, "..."]) -> Float32[np.ndarray, "..."]:
 def resample(
     pixels: int,
     cell: int,
-    scale: Float32[np.ndarray, "n items"],
-    place: Float32[np.ndarray, "n items"],
-    start: Float32[np.ndarray, "n items"],
-    part: Float32[np.ndarray, "n items"],
+    scale: Float[np.ndarray, "n items"],
+    place: Float[np.ndarray, "n items"],
+    start: Float[np.ndarray, "n items"],
+    part: Float[np.ndarray, "n items"],
 ) -> Float32[np.ndarray, "n items cell pixels"]:
     """How much each pixel of the original gives to each of the cell, along one axis: its linear interpolation.
 
@@ -154,7 +154,9 @@ def resample(
     corner = place * (cell - scale * pixels)
     at = (np.arange(cell, dtype=np.float32)[:, None] + 0.5 - corner) / scale - 0.5
     triangle = lambda distance: np.maximum(0, 1 - np.abs(distance) * np.minimum(scale, 1))
-    everywhere = triangle(at % 1 - np.arange(-1, 3)).sum(-1, keepdims=True)  # as if the original had no end
+    everywhere = triangle(at % 1 - np.arange(-1, 3, dtype=np.float32)).sum(
+        -1, keepdims=True
+    )  # as if the original had no end
     weights = triangle(at - source) / everywhere
     first = np.rint(start * (1 - part) * pixels)
     return weights * ((source >= first) & (source < first + np.rint(part * pixels)))

@@ -1,7 +1,7 @@
 """Sources that make their examples: number i is a function of (seed, i) alone, so that a run can go on."""
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, UInt64
@@ -12,6 +12,7 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 Pair = tuple[np.ndarray, np.ndarray]
 
 
+@runtime_checkable
 class Task(Protocol):
     """What makes the images and int32 labels of these numbers: a pure function, for any numbers at once."""
 

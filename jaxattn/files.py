@@ -74,7 +74,8 @@ def path_of(text: str | os.PathLike[str]) -> Path:
 
 @contextlib.contextmanager
 def reading(path: object, what: str = "{}: cannot be read: ", form: tuple[bytes, ...] = ()) -> Iterator[None]:
-    """Whatever is raised inside becomes an `InputError` that begins with `what`, which names the file.
+    """Whatever is raised inside becomes an `InputError` that begins with `what`, which names the file. By default one
+    that is already one begins with the file, too, and not with the function that reads it.
 
     It also says what the file is instead, where it begins like something else than `form`.
 
@@ -84,7 +85,10 @@ def reading(path: object, what: str = "{}: cannot be read: ", form: tuple[bytes,
     """
     try:
         yield
-    except InputError:
+    except InputError as error:
+        function, named, rest = str(error).partition(f": {path}: ")
+        if what.startswith("{}") and named and function.isidentifier():
+            raise InputError(f"{path}: {rest}") from error
         raise
     except Exception as error:
         raise InputError(f"{what.format(path)}{reason(error)}{_begins(path, form)}") from error

@@ -116,6 +116,7 @@ def test_predict_names_classes_and_what_cannot_be_read(run, tmp_path, capsys):
         ),
         (("predict", "resnet18:nowhere.pth", "."), "nowhere.pth: cannot be read: "),
         (("predict", "resnet18:x.onnx", "."), "x.onnx: cannot be read: read_weights: path (="),
+        (("predict", "", "a.png"), "network (='') must be the folder of a run, a published network"),
         (("predict", ".", "a.png"), "run (=.) must be a folder that `jaxattn train` wrote: config.json is missing"),
         (("predict", ".", "a.png", "--top", "0"), "top (=0) must be at least 1"),
         (("predict", ".", "a.png", "--json", "no/where.json"), "json (=no/where.json) must be a file in a folder"),
@@ -131,6 +132,14 @@ def test_a_mistake_is_explained_and_leaves_nothing(tmp_path, monkeypatch, argume
     monkeypatch.chdir(tmp_path)
     assert f"jaxattn: {message}" in fails(*arguments)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["cut.safetensors", "cut.pth"])
+def test_an_error_of_a_file_begins_with_the_file(tmp_path, monkeypatch, name):
+    """And not with the function that reads it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_bytes(b"PK\3\4" + bytes(9))
+    assert f"jaxattn: {name}: " in fails("predict", f"resnet18:{name}", ".")
 
 
 def test_images_are_cut_and_resized_as_published_networks_are_evaluated(tmp_path):

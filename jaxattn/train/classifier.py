@@ -47,7 +47,7 @@ def find(text: str) -> Classifier:
     """
     name, _, file = text.partition(":")
     if name not in registry.names():
-        if not path_of(text).exists():
+        if not text or not path_of(text).exists():
             raise InputError(
                 f"network (={cut(text)!r}) must be the folder of a run, a published network and its weights as "
                 f"NAME:FILE, or one of {', '.join(packaged.FILES)}; the names are {', '.join(registry.names())}"

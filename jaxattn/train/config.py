@@ -125,7 +125,9 @@ class Config:
                 raise InputError(f"{name} (={value}) must be {'at most' if name == 'warmup' else 'less than'} 1")
         if self.weights == "" and (self.freeze or not self.new_head):
             name = "freeze" if self.freeze else "new_head"
-            raise InputError(f"{name} (={getattr(self, name)}) must not be given without weights, of which it is")
+            raise InputError(
+                f"{name} (={getattr(self, name)}) must not be given without weights, a file, to begin with"
+            )
         if self.model in RESNETS:
             fitting = ("both", "conv", "attention", "own")
         elif self.model == "volume_small":

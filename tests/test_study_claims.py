@@ -251,7 +251,9 @@ def test_composed_images_teach_and_sabotage_shows(setting):
     few = {f"count after 300 steps, 100: {name}": 0.5 - 0.1 * (name != composed.CONV) for name in both}
 
     def judged(found):
-        numbers = {name: [value - 0.02, value, value + 0.02] for name, value in found.items()}
+        """As if seeds differed by so much that a lead of 6 points is none: convolution's go up, attention's down."""
+        up = {name: 0.012 if name.endswith(composed.CONV) else -0.012 for name in found}
+        numbers = {name: [value - up[name], value, value + up[name]] for name, value in found.items()}
         return curves.little_and_much(seeds(**{"global attention": (0.5, 0.79)}) | numbers).verdict
 
     with jax.enable_x64(False):

@@ -59,8 +59,8 @@ def attend(x, a, prefix, heads, window, dilation):
     return out[:, :rows, :columns]
 
 
-def network(a, x, window, dilations, scaled):
-    """Logits, and the features of both stages."""
+def network(a, x, window, dilations, scaled, sizes=SIZES):
+    """Logits, and the features of every stage."""
 
     def apply(function, name, x):
         return function(x, a[f"{name}.weight"], a[f"{name}.bias"])
@@ -70,20 +70,20 @@ def network(a, x, window, dilations, scaled):
 
     x = apply(norm, "patch_embed.norm", apply(conv, "patch_embed.proj.1", apply(conv, "patch_embed.proj.0", x)))
     features = []
-    for level, depth in enumerate(SIZES["depths"]):
+    for level, depth in enumerate(sizes["depths"]):
         for n in range(depth):
             block = f"levels.{level}.blocks.{n}"
             dilation = dilations[level] if n % 2 else 1
             y = apply(norm, f"{block}.norm1", x)
-            y = attend(y, a, f"{block}.attn", SIZES["num_heads"][level], window, dilation)
+            y = attend(y, a, f"{block}.attn", sizes["num_heads"][level], window, dilation)
             x = x + (a[f"{block}.gamma1"] * y if scaled else y)
             y = apply(linear, f"{block}.mlp.fc1", apply(norm, f"{block}.norm2", x))
             y = apply(linear, f"{block}.mlp.fc2", np.asarray(jax.nn.gelu(y, approximate=False)))
             x = x + (a[f"{block}.gamma2"] * y if scaled else y)
         features.append(x)
-        if level == 0:
-            x = conv(x, a["levels.0.downsample.reduction.weight"])
-            x = apply(norm, "levels.0.downsample.norm", x)
+        if level + 1 < len(sizes["depths"]):
+            x = conv(x, a[f"levels.{level}.downsample.reduction.weight"])
+            x = apply(norm, f"levels.{level}.downsample.norm", x)
     return apply(linear, "head", apply(norm, "norm", x).mean((1, 2))), features
 
 
@@ -106,6 +106,24 @@ def test_the_equations(size, dilations, scaled):
     np.testing.assert_allclose(mine, logits, rtol=0, atol=1e-10)
     for ours, theirs in zip(pyramid, features, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-10)
+
+
+@pytest.mark.full
+def test_a_published_size():
+    """DiNAT-Mini in float32, to 1e-5 of the largest logit."""
+    sizes = {"depths": (3, 4, 6, 5), "num_heads": (2, 4, 8, 16)}
+    model = nnx.eval_shape(lambda: models.dinat_mini(num_classes=5, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    entries = model.translations[0].entries(model)
+    arrays = {name: rng.normal(size=entry.shape) / entry.shape[-1] ** 0.5 for name, entry in entries.items()}
+    arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
+    pretrained.fill(model, arrays)
+    images = rng.normal(size=(1, 96, 64, 3)).astype(np.float32)
+    wide = {name: array.astype(np.float64) for name, array in arrays.items()}
+    expected, _ = network(wide, images.astype(np.float64), 7, (8, 4, 2, 1), False, sizes)
+    graphdef, state = nnx.split(model)
+    found = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))(state, images)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 def test_names_of_hugging_face():

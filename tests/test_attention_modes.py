@@ -14,7 +14,7 @@ from jaxattn.window import Window
 IMPLEMENTATIONS = ["reference", "xla"]
 
 
-@pytest.mark.core(8)
+@pytest.mark.core(4)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("normalize", ["softmax", "relu", "sigmoid", "sparsemax", "none"])
 @pytest.mark.parametrize("window", [Window(3, boundary="mask"), None])
@@ -35,6 +35,7 @@ def test_nothing_to_attend_to_is_zero_with_zero_gradient(window, normalize, impl
     assert all(jnp.isfinite(x).all() for x in (output, *gradients))
 
 
+@pytest.mark.core(2)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("low", [-jnp.inf, jnp.finfo(float).min])
 def test_a_bias_of_minus_infinity_masks(low, implementation):
@@ -56,6 +57,7 @@ def test_a_bias_of_minus_infinity_masks(low, implementation):
     assert jnp.isfinite(gradient).all()
 
 
+@pytest.mark.core(2)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("causal", [False, True])
 def test_against_jax_nn(causal, implementation):

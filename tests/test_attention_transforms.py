@@ -217,7 +217,7 @@ def test_the_derivative_of_dropout_is_no_second_use_of_its_key(implementation):
     np.testing.assert_allclose(run(x, rbg), jax.jit(run)(x, rbg), rtol=1e-12)
 
 
-@pytest.mark.core(1)
+@pytest.mark.full
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_ranks_may_be_kept_apart_outside(implementation):
     """The library broadcasts on purpose, also in what is traced later: derivatives, and what is lowered."""

@@ -139,6 +139,7 @@ def test_derivatives_of_any_order(smaller):
         close(mine, theirs, 1e-11)
 
 
+@pytest.mark.core(2)
 @pytest.mark.parametrize("mapped", [(0, None), (None, 0), (0, 0), (1, 2)], ids=str)
 def test_vmap(mapped):
     axes = GEOMETRIES["strided"]
@@ -192,6 +193,7 @@ def test_value_and_gradients_of_an_equation(name):
     close((y, back(cotangent)), (want, tuple(oracle.gradients(arrays, np.asarray(cotangent)))))
 
 
+@pytest.mark.core(4)
 @on_cpu
 @pytest.mark.parametrize("name", [name for name in CALLS if name not in ("strided, dilated", "scattered")])
 def test_the_plan_takes_it(name):
@@ -237,6 +239,7 @@ def test_a_narrower_result_is_not_taken():
     assert jaxattn.plan(equation, *wide, preferred_element_type="float32", **options).lowering == "slices"
 
 
+@pytest.mark.core(2)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-2), ("float16", 2e-3)])
 @pytest.mark.parametrize("name", ["scores", "mix"])
 def test_half_precision_is_rounded_once(name, dtype, tolerance):

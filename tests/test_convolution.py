@@ -198,6 +198,7 @@ def test_transposed_is_lax_conv_transpose(drawn):
     np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.core(2)
 @pytest.mark.parametrize(
     "limits", [{}, {"WORK": 0}, {"WORK": 0, "COPIED": 0}], ids=["at once", "apart, by taps", "apart"]
 )
@@ -355,7 +356,7 @@ def test_conv_errors(shapes, options, message):
         jaxattn.conv(*arrays(*shapes), **options)
 
 
-@pytest.mark.core(20)
+@pytest.mark.core(8)
 @pytest.mark.parametrize("boundary", ["zero", "edge", "reflect", "wrap"])
 @pytest.mark.parametrize("padding", [None, "SAME", 1, (2, 0), (-1, 1)], ids=str)
 @pytest.mark.parametrize("token", ["2*i+3*r", "i-r", "3*i+r"])

@@ -89,6 +89,7 @@ def test_rows_longer_than_a_box():
     close(loss(ours), loss(peer))
 
 
+@pytest.mark.core(2)
 @pytest.mark.parametrize("mapped", [(0, None), (None, 0), (0, 0), (1, 2)], ids=str)
 def test_vmap(mapped):
     axes = GEOMETRIES["strided"]

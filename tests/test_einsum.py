@@ -64,7 +64,7 @@ def check(equation, arrays, options, run):
         np.testing.assert_allclose(mine, grad, rtol=1e-12, atol=1e-12 * max(abs(grad).max(initial=0), 1))
 
 
-@pytest.mark.core(30)
+@pytest.mark.core(15)
 @pytest.mark.parametrize("implementation", [None, "reference", "xla"])
 @pytest.mark.parametrize("name", TABLE)
 def test_table_of_the_notation(name, implementation):
@@ -233,7 +233,7 @@ EMPTY = [
 ]
 
 
-@pytest.mark.core(3)
+@pytest.mark.core(1)
 @pytest.mark.parametrize(("equation", "sizes", "axes"), EMPTY, ids=lambda case: case if isinstance(case, str) else "")
 def test_an_empty_axis(equation, sizes, axes):
     """A sum over nothing is zero, and so is every gradient; both implementations agree on the shapes."""

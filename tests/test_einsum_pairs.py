@@ -27,6 +27,7 @@ TABLE = {
 }  # fmt: skip
 
 
+@pytest.mark.core(6)
 @pytest.mark.parametrize("name", TABLE)
 def test_pairs(name):
     equation, shapes, options = TABLE[name]

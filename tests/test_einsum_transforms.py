@@ -91,7 +91,7 @@ def test_half_precision_accumulates_in_float32(lowering, equation, batch, implem
     assert jaxattn.einsum(equation, x, w, implementation=implementation).item() == 4096
 
 
-@pytest.mark.core(5)
+@pytest.mark.core(2)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
     ("equation", "shapes", "options"),

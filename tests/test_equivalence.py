@@ -85,7 +85,7 @@ def lax_padding(options, grid, window):
     return tuple(pairs)
 
 
-@pytest.mark.core(2)
+@pytest.mark.core(1)
 @pytest.mark.parametrize("size", range(1, 8))
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_every_size(rank, size):
@@ -129,7 +129,7 @@ def test_a_finite_alpha_is_within_its_bound(grid, window, features, out, options
     assert bound <= 2 * error_bound(alpha, len(window)) * jnp.abs(kernel).sum(range(kernel.ndim - 1)).max()
 
 
-@pytest.mark.core(2)
+@pytest.mark.core(1)
 @pytest.mark.parametrize(
     ("window", "alpha", "options"),
     [
@@ -192,6 +192,7 @@ def test_error_bound_at_its_ends():
     assert f"{error_bound(8, 2):.1e} {error_bound(16, 2):.1e}" == "1.3e-03 4.5e-07"
 
 
+@pytest.mark.core(2)
 @pytest.mark.parametrize("boundary", ["zero", "edge", "reflect", "wrap"])
 def test_boundaries(boundary):
     x, kernel = normal(5, 5, 6, 2), normal(6, 3, 4, 2, 3)
@@ -246,6 +247,7 @@ def best(kernel, centres, alphas):
     return {**params, "value": value, "window": slide}, np.linalg.norm(weights.T @ values - matrix)
 
 
+@pytest.mark.full
 def test_fewer_heads_than_taps_fail_by_the_singular_values():
     """8 heads leave at least a generic 3 × 3 kernel's smallest singular value, wherever they look; 9 leave none."""
     kernel = normal(11, 3, 3, 3, 4)

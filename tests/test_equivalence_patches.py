@@ -137,6 +137,7 @@ def test_a_finite_alpha_is_within_its_bound(alpha):
     np.testing.assert_allclose(zoo.conv(split(x, patch), back), attend(split(x, patch), params), atol=TOLERANCE)
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 def test_gradients_and_dtypes(dtype):
     """The gradients of the pixels and of the kernel are those of the convolution."""

@@ -120,7 +120,7 @@ def test_what_has_been_traced_is_traced_again_for_another_machine():
     assert str(function.trace(x).jaxpr) == here
 
 
-@pytest.mark.core(2)
+@pytest.mark.core(1)
 @pytest.mark.parametrize(
     ("equation", "shapes"),
     [

@@ -169,7 +169,7 @@ def operands_of(grid, window, heads=2, head_dim=3):
     }
 
 
-@pytest.mark.core(2)
+@pytest.mark.core(1)
 @pytest.mark.parametrize("name", WINDOWS)
 def test_split_attention(name):
     grid, window = WINDOWS[name]
@@ -193,6 +193,7 @@ def test_a_shard_computes_its_own_queries_alone():
     assert parts.cost_analysis()["flops"] < whole.cost_analysis()["flops"] / 2
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("name", ["mask, offset", "shift, strided"])
 def test_split_attention_with_embeddings_by_axis(name):
     grid, window = WINDOWS[name]
@@ -239,6 +240,7 @@ def test_split_attention_without_a_window():
     agree(lambda made: attention(**made, mask=mask), lambda made: parts(made, mask), (made,))
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("boundary", ["mask", "shift"])
 def test_tangents_of_split_attention(boundary):
     window = Window((3, 3), boundary=boundary)

@@ -24,7 +24,7 @@ def without_a_square():
     return layer
 
 
-@pytest.mark.core(3)
+@pytest.mark.core(1)
 @pytest.mark.parametrize("alpha", [8.0, 16.0])
 @pytest.mark.parametrize(("grid", "heads"), [((7,), 5), ((5, 4), 9), ((4, 4), 4), ((3, 2, 3), 8)])
 def test_gpsa_is_a_convolution(grid, heads, alpha):

@@ -346,7 +346,7 @@ def attention_loop(layer, x):
 MASKED = Window((3, 2), boundary="mask")
 
 
-@pytest.mark.core(3)
+@pytest.mark.core(1)
 @pytest.mark.parametrize(
     ("window", "grid", "relative_bias", "key_embedding"),
     [

@@ -136,6 +136,7 @@ def test_every_module_is_here():
     assert set(LAYERS) | set(ATTENTION_LAYERS) | elsewhere == public
 
 
+@pytest.mark.core(4)
 @pytest.mark.parametrize(
     ("module", "kwargs"),
     [

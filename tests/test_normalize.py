@@ -16,7 +16,7 @@ def rows(seed=0, scale=1.0, dtype=np.float64, slots=9):
     return (scale * rng.normal(size=(20, slots))).astype(dtype), mask
 
 
-@pytest.mark.core(15)
+@pytest.mark.core(6)
 @pytest.mark.parametrize("name", NORMALIZERS)
 @pytest.mark.parametrize("scale", [0.3, 3.0])
 @pytest.mark.parametrize("slots", [1, 9, FEW, FEW + 1])
@@ -29,6 +29,7 @@ def test_against_loops(name, scale, slots):
     )
 
 
+@pytest.mark.core(2)
 @pytest.mark.parametrize("name", NORMALIZERS)
 def test_first_and_second_derivatives(name):
     """Along a direction, against central differences of the loops and of the first derivative."""
@@ -47,6 +48,7 @@ def test_first_and_second_derivatives(name):
     np.testing.assert_allclose(jax.jvp(along, (scores,), (direction,))[1], second, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.core(4)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("name", NORMALIZERS)
 def test_enormous_scores_and_empty_rows_give_no_nan(name, dtype):

@@ -9,7 +9,7 @@ from contract import ARGUMENTS, dropout, problem
 OF_ALL_QUERIES = [name for name in ARGUMENTS if "part of the queries" not in name]  # which are a part of these
 
 
-@pytest.mark.core(40)
+@pytest.mark.core(14)
 @pytest.mark.parametrize("arguments", OF_ALL_QUERIES)
 @pytest.mark.parametrize("geometry", ["edge and reflect", "zero and valid", "block 3, dilation 2", "global, one query"])
 def test_the_oracle_itself(geometry, arguments):

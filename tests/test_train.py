@@ -79,6 +79,7 @@ def step_of(config, data, optimizer):
     return init_state(config, model, optimizer), jax.jit(step, donate_argnums=0)
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_a_step_is_what_flax_and_optax_do(small, smoothing):
     data = make_data()

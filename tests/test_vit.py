@@ -299,6 +299,7 @@ def test_drop_path_rises_with_depth():
     assert depth_rates(0.2, 1) == [0.2]
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("setting", ["local", "global"])
 def test_a_block_that_is_left_out_is_the_identity(setting):
     """Each example of a block takes each of its two branches twofold, or not at all; in evaluation, once."""
@@ -337,6 +338,7 @@ def resnet(**kwargs):
     return tiny(mix=("conv", "attention"), window=3, width=8, zero_init_residual=False, rngs=nnx.Rngs(0), **kwargs)
 
 
+@pytest.mark.full
 def test_resnet_drops_paths():
     images = normal(0, 8, 8, 8, 1)
     model = resnet(drop_path=0.5)
@@ -470,6 +472,7 @@ def test_where_the_papers_start():
     np.testing.assert_allclose(centers.var(), 2, rtol=0.2)  # of 1,200 draws
 
 
+@pytest.mark.full
 def test_a_function_makes_the_mixing_layer():
     """In every block or in some; it is given the width and what all layers are given, and its layer sees the grid."""
     seen = []

@@ -56,7 +56,7 @@ def test_a_token_sees_its_window_alone():
     np.testing.assert_array_equal(seen > 0, np.abs(middle[:, None] - np.arange(8)) <= 1)
 
 
-@pytest.mark.core(1)
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_step_moves_every_weight(dtype):
     model = make(dtype=dtype, param_dtype=jnp.float32, drop_path=0.2, remat=True)

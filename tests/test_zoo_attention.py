@@ -275,7 +275,7 @@ def a_case(name, *batch):
     return partial(getattr(zoo, layer), **kwargs), loop, draw(9, *batch, *grid, FEATURES), params
 
 
-@pytest.mark.core(4)
+@pytest.mark.core(2)
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_batches_and_transformations(name):
     """Two batch axes, one of them by vmap; and forward and reverse mode are each other's adjoint."""
@@ -295,6 +295,7 @@ def test_batches_and_transformations(name):
     np.testing.assert_allclose((moved * cotangent).sum(), (back * tangent).sum(), rtol=1e-10)
 
 
+@pytest.mark.core(4)
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_precision_and_implementation_reach_their_place(name):
     function, _, x, params = a_case(name)

@@ -222,7 +222,7 @@ def test_the_formula(case):
 FIRST = {CASES[case][0]: case for case in reversed(CASES)}  # a case of one dimension for each layer
 
 
-@pytest.mark.core(14)
+@pytest.mark.core(5)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", FIRST)
 def test_dtypes_and_batches(name, dtype):

@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxattn import attention, conv
 from jaxattn.halo import halo, split_attention, split_pad
-from jaxattn.models import resnet
-from jaxattn.models.resnet import AttentionStem
+from jaxattn.models import pooling
+from jaxattn.models.attention_stem import AttentionStem
 from jaxattn.nn import Attention, Conv
 from jaxattn.window import Window
 
@@ -340,7 +340,7 @@ def test_a_split_layer(name):
 def test_split_pools(padding):
     x, spec = normal(0, (2, 16, 6, 3)), P(None, "space")
     pools = lambda x, axis_name: (
-        resnet.max_pool(x, (3, 3), (2, 2), padding, axis_name) + resnet.average_pool(x, axis_name)
+        pooling.max_pool(x, (3, 3), (2, 2), padding, axis_name) + pooling.average_pool(x, axis_name)
     )
     agree(lambda x: pools(x, None), split(lambda x: pools(x, "space"), 4, (spec,), spec), (x,))
 

@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 
 from jaxattn.models import ResNet, resnet18, resnet50, tiny
-from jaxattn.models.resnet import AttentionStem, average_pool
+from jaxattn.models.attention_stem import AttentionStem
+from jaxattn.models.pooling import average_pool
 
 
 def normal(seed, *shape, dtype=jnp.float32):

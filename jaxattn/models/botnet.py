@@ -13,8 +13,9 @@ from jaxtyping import Array, Float
 from jaxattn.checked import Natural, checked
 from jaxattn.models.backbone import Backbone, Stage, linear_head
 from jaxattn.models.botnet_mixers import BOTNET, HALO, LAMBDA, LambdaMixer, PositionAttention
+from jaxattn.models.pooling import max_pool
 from jaxattn.models.residual import check_rates, depth_rates, drop_path
-from jaxattn.models.resnet import batch_norm, he_init, max_pool
+from jaxattn.models.resnet_blocks import batch_norm, he_init
 from jaxattn.models.translation import Table, Translation, under
 from jaxattn.nn.conv import Conv
 from jaxattn.nn.grid import Splittable

@@ -10,8 +10,9 @@ from jaxtyping import Array, Float
 
 from jaxattn.attention import attention
 from jaxattn.halo import shard_count, split_attention
+from jaxattn.models.pooling import average_pool
 from jaxattn.models.resize import resize_offsets
-from jaxattn.models.resnet import average_pool, batch_norm
+from jaxattn.models.resnet_blocks import batch_norm
 from jaxattn.models.translation import Rule, Table
 from jaxattn.nn.attention import Attention
 from jaxattn.nn.conv import Conv

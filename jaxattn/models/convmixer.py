@@ -12,7 +12,7 @@ from jaxattn.checked import Natural, checked
 from jaxattn.models.backbone import Backbone, Stage, linear_head
 from jaxattn.models.gelu import gelu
 from jaxattn.models.residual import check_rates, depth_rates, drop_path
-from jaxattn.models.resnet import batch_norm
+from jaxattn.models.resnet_blocks import batch_norm
 from jaxattn.models.translation import Rule, Table, Translation
 from jaxattn.nn.conv import Conv
 from jaxattn.nn.grid import Splittable

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from jaxattn.models.vit import ViT, quick_gelu
+from jaxattn.models.vit import ViT
+from jaxattn.models.vit_blocks import quick_gelu
 
 
 def _vit(patch_size: int, width: int, depth: int, num_heads: int, kwargs: dict[str, Any]) -> ViT:

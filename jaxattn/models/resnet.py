@@ -7,25 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.nnx.nn import dtypes
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float, Num
 
-from jaxattn.attention import merge_attentions
 from jaxattn.checked import Natural, checked
-from jaxattn.einsum import einsum
-from jaxattn.halo import shard_count, split_attention, split_pad
-from jaxattn.models.residual import check_rates, check_rngs, depth_rates, drop_path, run_block
+from jaxattn.models.attention_stem import AttentionStem
+from jaxattn.models.pooling import max_pool
+from jaxattn.models.residual import check_rates, check_rngs, depth_rates, run_block
+from jaxattn.models.resnet_blocks import EXPANSION, MIXES, Block, batch_norm, he_init
 from jaxattn.models.translation import Rule, Table, Translation, under
-from jaxattn.nn.attention import Attention
 from jaxattn.nn.conv import Conv
 from jaxattn.nn.grid import Splittable
 from jaxattn.sizes import Size, ints
-from jaxattn.window import Window
 
-MIXES = ("conv", "attention")
 STEMS = ("cifar", "imagenet")
-EXPANSION = {"basic": 1, "bottleneck": 4}
 # a block's names in timm's and torchvision's files, which are the same; its layers are numbered from one
 PYTORCH: Table = {
     **{f"layers.{n}": f"conv{n + 1}" for n in range(3)},
@@ -34,214 +29,6 @@ PYTORCH: Table = {
     "shortcut": "downsample.0",
     "shortcut_norm": "downsample.1",
 }
-he_init = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
-
-
-def average_pool(
-    x: Float[Array, "*batch height width channels"], axis_name: str | None = None
-) -> Float[Array, "*batch height2 width2 channels"]:
-    """2 × 2 means, stride 2; an odd edge has nothing beyond it to average with, and repeating it says so."""
-    quarter = jnp.full((2, 2), 0.25, x.dtype)
-    if axis_name is not None:
-        x = split_pad(x, x.ndim - 3, axis_name, (0, 0), size=2, stride=2)
-    return einsum("... 2*i+r 2*j+s c, r s -> ... i j c", x, quarter, padding="SAME", boundary="edge")
-
-
-def max_pool(
-    x: Float[Array, "*batch height width channels"],
-    size: tuple[int, int],
-    strides: tuple[int, int],
-    padding: Any,
-    axis_name: str | None = None,
-) -> Float[Array, "*batch height2 width2 channels"]:
-    """Maxima over windows; nothing stands outside the grid."""
-    if axis_name is None:
-        return nnx.max_pool(x, size, strides, padding)
-    height, width = x.shape[-3] * shard_count(axis_name), x.shape[-2]
-    if isinstance(padding, str):
-        padding = jax.lax.padtype_to_pads((height, width), size, strides, padding)
-    rows, columns = padding
-    # a window that leaves the grid holds the edge already: repeating that changes no maximum
-    x = split_pad(x, x.ndim - 3, axis_name, rows, size=size[0], stride=strides[0], boundary="edge")
-    pads: Any = ((0, 0), columns)
-    return nnx.max_pool(x, size, strides, pads)
-
-
-class AttentionStem(Splittable):
-    """SASA's stem: attention in 4 × 4 windows, whose values know where in the window they stand,
-
-        y_i = Σ_{j in N(i)} softmax_j(q_i · k_j) Σ_m p_m[j-i] W_V,m x_j,   p_m[δ] = softmax_m((row[δ₁] + col[δ₂]) · ν_m)
-
-    (Ramachandran et al. 2019, section 3.2). Since the p_m sum to one over m, the sum over m joins M attentions with the
-    relative biases log p_m as `merge_attentions` joins partial ones, exactly.
-
-    `[*batch, height, width, in_features]` to `[*batch, height, width, features]`.
-    """
-
-    size = (4, 4)
-
-    def __init__(
-        self,
-        in_features: int,
-        features: int,
-        *,
-        num_heads: int,
-        mixtures: int = 4,
-        dtype=None,
-        param_dtype,
-        rngs: nnx.Rngs,
-    ):
-        if features % num_heads:
-            raise ValueError(f"AttentionStem: num_heads (={num_heads}) must divide features (={features})")
-        head_dim = features // num_heads
-
-        def linear(*out_features):
-            return nnx.LinearGeneral(
-                in_features, out_features, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-            )
-
-        def table(rows):
-            return nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (rows, head_dim), param_dtype))
-
-        self.query, self.key = linear(num_heads, head_dim), linear(num_heads, head_dim)
-        self.value = linear(mixtures, num_heads, head_dim)
-        # the logits of p are sums of head_dim products of which ν brings the 1/√head_dim: of order one at first
-        self.row, self.column, self.mixture = table(self.size[0]), table(self.size[1]), table(mixtures)
-        self.window = Window(self.size, boundary="mask")
-        self.dtype = dtype
-
-    def log_mixture(self) -> Float[Array, "mixtures height width"]:
-        """log p_m[δ]: how a token's value is mixed at each slot of the window."""
-        position = self.row[...][:, None] + self.column[...]
-        nu = self.mixture[...] * self.mixture.shape[-1] ** -0.5
-        return jax.nn.log_softmax(jnp.einsum("ijd,md->mij", position, nu), axis=0)
-
-    def __call__(self, x: Num[Array, "*batch height width channels"]) -> Float[Array, "*batch height width features"]:
-        query, key, values = dtypes.promote_dtype((self.query(x), self.key(x), self.value(x)), dtype=self.dtype)
-        heads = query.shape[-2]
-        # slot u of an even window is the offset u - k // 2, which the relative table keeps at k - 1 + u - k // 2
-        pads = [(k - 1 - k // 2, k // 2) for k in self.size]
-        tables = jnp.pad(self.log_mixture(), [(0, 0), *pads]).astype(query.dtype)
-        parts = [
-            split_attention(
-                query,
-                key,
-                values[..., m, :, :],
-                axis_name=self.axis_name,
-                window=self.window,
-                relative_bias=jnp.broadcast_to(table, (heads, *table.shape)),
-                return_residuals=True,
-            )
-            for m, table in enumerate(tables)
-        ]
-        y = merge_attentions([out for out, _ in parts], [lse for _, lse in parts])
-        return y.reshape(*x.shape[:-1], -1)
-
-
-class GridMixer(Splittable):
-    """A block's spatial mixing: a 3 × 3 convolution, or local attention as in SASA; either with a stride.
-
-    The attention is Ramachandran et al.'s: relative embeddings factorised into row and column, no bias, no output
-    projection, tokens beyond the border left out, and a 2 × 2 average pool where the convolution would have a stride.
-    Their q·k has no 1/√head_dim; here it has, which is the same layer with W_K scaled, and starts with small scores.
-    """
-
-    def __init__(
-        self, in_features: int, features: int, stride: int, mix: str, *, window: int, num_heads: int, **kwargs: Any
-    ):
-        self.pool = mix == "attention" and stride == 2
-        if mix == "conv":
-            self.layer = Conv(
-                in_features, features, (3, 3), stride, padding=1, use_bias=False, kernel_init=he_init, **kwargs
-            )
-        else:
-            self.layer = Attention(
-                num_heads,
-                in_features,
-                features,
-                window=Window((window, window), boundary="mask"),
-                key_embedding="factorized",
-                use_bias=False,
-                out_projection=False,
-                **kwargs,
-            )
-
-    def __call__(self, x: Num[Array, "*batch height width channels"], *, sow_weights: bool = False):
-        y = self.layer(x, sow_weights=sow_weights) if isinstance(self.layer, Attention) else self.layer(x)
-        return average_pool(y, self.axis_name) if self.pool else y
-
-
-class Block(Splittable):
-    """A residual block: relu(shortcut(x) + branch(x)), each convolution or attention followed by BatchNorm. In training
-    the branch is left out at random (stochastic depth).
-
-    "basic": two mixers. "bottleneck": 1 × 1, mixer, 1 × 1 to four times the features. The stride is the (first)
-    mixer's (v1.5, as torchvision), and the shortcut is a 1 × 1 projection where the shape changes.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        features: int,
-        stride: int,
-        *,
-        block: str,
-        mix: str,
-        window: int,
-        num_heads: int,
-        zero_init_residual: bool,
-        drop_path_rate: float,
-        dtype: Any,
-        param_dtype: Any,
-        rngs: nnx.Rngs,
-    ):
-        kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        out_features = features * EXPANSION[block]
-
-        def pointwise(in_features, features, stride=1):
-            # pads none: a 1 × 1 kernel stands at every stride-th token
-            return Conv(
-                in_features, features, (1, 1), stride, padding="VALID", use_bias=False, kernel_init=he_init, **kwargs
-            )
-
-        def mixer(in_features, stride):
-            return GridMixer(in_features, features, stride, mix, window=window, num_heads=num_heads, **kwargs)
-
-        if block == "basic":
-            layers = [mixer(in_features, stride), mixer(features, 1)]
-        else:
-            layers = [pointwise(in_features, features), mixer(features, stride), pointwise(features, out_features)]
-        self.layers = nnx.List(layers)
-        self.norms = nnx.List([batch_norm(features, **kwargs) for _ in layers[:-1]])
-        scale_init = nnx.initializers.zeros if zero_init_residual else nnx.initializers.ones
-        self.norms.append(batch_norm(out_features, scale_init=scale_init, **kwargs))
-        self.shortcut = self.shortcut_norm = nnx.data(None)
-        if stride != 1 or in_features != out_features:
-            self.shortcut = pointwise(in_features, out_features, stride)
-            self.shortcut_norm = batch_norm(out_features, **kwargs)
-        self.drop_path = drop_path(drop_path_rate, 3)
-
-    def __call__(
-        self,
-        x: Num[Array, "*batch height width channels"],
-        *,
-        sow_weights: bool = False,
-        rngs: nnx.Rngs | None = None,
-    ):
-        y = x
-        for n, (layer, norm) in enumerate(zip(self.layers, self.norms, strict=True), 1):
-            y = norm(layer(y, sow_weights=sow_weights) if isinstance(layer, GridMixer) else layer(y))
-            y = y if n == len(self.layers) else jax.nn.relu(y)
-        if self.shortcut is not None and self.shortcut_norm is not None:
-            x = self.shortcut_norm(self.shortcut(x))
-        return jax.nn.relu(x + self.drop_path(y, rngs=rngs))
-
-
-def batch_norm(features: int, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs, **kwargs: Any) -> nnx.BatchNorm:
-    """Running statistics keep 0.9 of their past at each step (PyTorch's momentum of 0.1)."""
-    return nnx.BatchNorm(
-        features, momentum=0.9, epsilon=1e-5, dtype=dtype, param_dtype=param_dtype, rngs=rngs, **kwargs
-    )
 
 
 class ResNet(Splittable):

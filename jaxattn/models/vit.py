@@ -13,27 +13,29 @@ from jaxtyping import Array, ArrayLike, Float, Num
 
 from jaxattn.checked import Natural, checked
 from jaxattn.halo import shard_count
-from jaxattn.models.backbone import linear_head, scale, scaled
+from jaxattn.models.backbone import linear_head
 from jaxattn.models.gelu import gelu
 from jaxattn.models.latent_pool import LatentPool
-from jaxattn.models.residual import check_rates, check_rngs, depth_rates, drop_path, run_block
+from jaxattn.models.residual import check_rates, check_rngs, depth_rates, run_block
 from jaxattn.models.translation import Translation
+from jaxattn.models.vit_blocks import (
+    MIXES,
+    Block,
+    Mix,
+    layer_norm,
+    small_init,
+    xavier_init,
+)
 from jaxattn.models.vit_names import translations_of
-from jaxattn.nn.attention import Attention
 from jaxattn.nn.conv import Conv
 from jaxattn.nn.gated import GPSA
 from jaxattn.nn.grid import Splittable
 from jaxattn.nn.quadratic import QuadraticAttention
 from jaxattn.sizes import Size, per_axis
 
-MIXES = ("global", "local", "quadratic", "gpsa")
 POOLS = ("token", "mean", "attention")
 POSITIONS = ("learned", "sincos2d", "none")
 NORMS = ("pre", "post")
-Mix = str | Callable[..., nnx.Module]
-small_init = nnx.initializers.normal(0.02)
-xavier_init = nnx.initializers.xavier_uniform()
-torch_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # what PyTorch's linear maps start from
 
 
 def sincos_2d(height: int, width: int, features: int) -> np.ndarray:
@@ -50,135 +52,6 @@ def sincos_2d(height: int, width: int, features: int) -> np.ndarray:
     omega = 10_000.0 ** -(np.arange(features // 4) / (features // 4))
     row, column = (index[..., None] * omega for index in np.indices((height, width)))
     return np.concatenate([np.sin(column), np.cos(column), np.sin(row), np.cos(row)], axis=-1)
-
-
-class TokenMixer(Splittable):
-    """A block's mixing of tokens, `[*batch, *tokens, width]` to the same; "global" takes a grid or a sequence of them.
-
-    "global": `nn.Attention` of all tokens. "local": the same in a window, with a relative bias (NAT, Hassani et al.
-    2022, arXiv 2204.07143). "gpsa": `nn.GPSA`. "quadratic": `nn.QuadraticAttention`, each head with a whole value
-    matrix, and a linear map after it (Cordonnier, Loukas & Jaggi 2020, arXiv 1911.03584, as in their code). A function
-    makes its own: `mix(width, dtype=..., param_dtype=..., rngs=...)` gives a module that keeps a grid's shape.
-    """
-
-    def __init__(
-        self,
-        width: int,
-        num_heads: int,
-        mix: Mix,
-        *,
-        window: tuple[int, ...],
-        qkv_bias: bool,
-        kernel_init: Callable[..., Any],
-        **kwargs: Any,
-    ):
-        self.out = nnx.data(None)
-        if not isinstance(mix, str):
-            self.layer = mix(width, **kwargs)
-        elif mix == "quadratic":
-            self.layer = QuadraticAttention(num_heads, width, kernel_init=kernel_init, **kwargs)
-            self.out = nnx.Linear(width, width, kernel_init=kernel_init, **kwargs)
-        elif mix == "gpsa":
-            self.layer = GPSA(num_heads, width, use_bias=qkv_bias, kernel_init=kernel_init, **kwargs)
-        else:
-            place: dict[str, Any] = {"window": window, "relative_bias": True} if mix == "local" else {"rank": 1}
-            self.layer = Attention(
-                num_heads, width, use_bias=qkv_bias, kernel_init=kernel_init, keep_rngs=False, **place, **kwargs
-            )
-            if not qkv_bias:  # which leaves the projection out its bias
-                heads = (num_heads, width // num_heads)
-                self.layer.out = nnx.LinearGeneral(heads, width, axis=(-2, -1), kernel_init=kernel_init, **kwargs)
-        self.flat = mix == "global"
-
-    def __call__(self, x: Float[Array, "*batch width"], *, axes: int, sow_weights: bool = False):
-        """`axes`: how many axes of tokens x has."""
-        tokens = x.reshape(*x.shape[: -1 - axes], -1, x.shape[-1]) if self.flat else x
-        # the others have no weights to show
-        shown = partial(self.layer, sow_weights=sow_weights) if isinstance(self.layer, Attention) else self.layer
-        y = shown(tokens).reshape(x.shape)
-        return y if self.out is None else self.out(y)
-
-
-class MLP(Splittable):
-    """W₂ φ(W₁ x + b₁) + b₂, with φ the gelu by erf unless given, and dropout after each linear map."""
-
-    def __init__(
-        self,
-        width: int,
-        hidden: int,
-        *,
-        dropout: float,
-        activation: Callable[[Array], Array] = gelu,
-        **kwargs: Any,
-    ):
-        self.activation = activation
-        self.first, self.second = nnx.Linear(width, hidden, **kwargs), nnx.Linear(hidden, width, **kwargs)
-        self.dropout = nnx.Dropout(dropout)
-
-    def __call__(self, x: Float[Array, "*batch width"], *, rngs: nnx.Rngs | None = None):
-        hidden = self.dropout(self.activation(self.first(x)), rngs=rngs)
-        return self.dropout(self.second(hidden), rngs=rngs)
-
-
-class Block(Splittable):
-    """A transformer's block: x + mix(norm(x)), and then x + MLP(norm(x)); or with the norm after the sum, "post". With
-    `layer_scale`, a factor for each feature of each branch, which begins there.
-
-    `axes` of tokens come in: 3 for a volume, 2 for a grid, 1 for a sequence.
-    """
-
-    def __init__(
-        self,
-        width: int,
-        num_heads: int,
-        mlp_dim: int,
-        mix: Mix,
-        *,
-        axes: int,
-        norm: str,
-        window: tuple[int, ...],
-        qkv_bias: bool,
-        drop_path_rate: float,
-        dropout: float,
-        kernel_init: Callable[..., Any],
-        layer_scale: float | None = None,
-        activation: Callable[[Array], Array] = gelu,
-        epsilon: float = 1e-6,
-        **kwargs: Any,
-    ):
-        self.axes, self.post = axes, norm == "post"
-        self.mix = TokenMixer(
-            width, num_heads, mix, window=window, qkv_bias=qkv_bias, kernel_init=kernel_init, **kwargs
-        )
-        self.mlp = MLP(width, mlp_dim, dropout=dropout, activation=activation, kernel_init=kernel_init, **kwargs)
-        self.mix_norm, self.mlp_norm = (layer_norm(width, epsilon, **kwargs) for _ in range(2))
-        self.gamma1, self.gamma2 = (scale(width, layer_scale, kwargs["param_dtype"]) for _ in range(2))
-        self.dropout, self.drop_path = nnx.Dropout(dropout), drop_path(drop_path_rate, axes + 1)
-
-    def __call__(self, x: Float[Array, "*batch width"], *, sow_weights: bool = False, rngs: nnx.Rngs | None = None):
-        def mix(x):
-            return self.dropout(self.mix(x, axes=self.axes, sow_weights=sow_weights), rngs=rngs)
-
-        mlp = partial(self.mlp, rngs=rngs)
-        for branch, norm, gamma in ((mix, self.mix_norm, self.gamma1), (mlp, self.mlp_norm, self.gamma2)):
-            y = branch(x) if self.post else branch(norm(x))
-            x = x + self.drop_path(scaled(y, gamma), rngs=rngs)
-            x = norm(x) if self.post else x
-        return x
-
-
-def layer_norm(width: int, epsilon: float = 1e-6, **kwargs: Any) -> nnx.LayerNorm:
-    """With ViT's epsilon; its statistics are in float32, or in float64."""
-    return nnx.LayerNorm(width, epsilon=epsilon, **kwargs)
-
-
-def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """x σ(1.702 x), with which OpenAI's CLIP was trained.
-
-    >>> [round(y, 4) for y in quick_gelu(jnp.array([-1.0, 0.0, 1.0])).tolist()]
-    [-0.1542, 0.0, 0.8458]
-    """
-    return x * jax.nn.sigmoid(1.702 * x)
 
 
 class ViT(Splittable):
@@ -486,92 +359,3 @@ def _check_mixes(mixes: Sequence[Mix], depth: int, class_token: bool, window: tu
         )
     if "local" in mixes and any(w > n for w, n in zip(window, grid, strict=True)):
         raise ValueError(f"ViT: window (={window}) must fit in the grid of the patches, {grid}")
-
-
-def vit_ti(**kwargs: Any) -> ViT:
-    """ViT-Ti/16, for images of 224 × 224: 5,717,416 parameters with its defaults (Touvron et al. 2021, DeiT, arXiv
-    2012.12877)."""
-    return _vit16(192, 3, kwargs)
-
-
-def vit_s(**kwargs: Any) -> ViT:
-    """ViT-S/16, for images of 224 × 224: 22,050,664 parameters with its defaults (Touvron et al. 2021, DeiT, arXiv
-    2012.12877)."""
-    return _vit16(384, 6, kwargs)
-
-
-def vit_b(**kwargs: Any) -> ViT:
-    """ViT-B/16, for images of 224 × 224: 86,567,656 parameters with its defaults (Dosovitskiy et al. 2021, arXiv
-    2010.11929).
-
-    >>> import jax
-    >>> from flax import nnx
-    >>> model = nnx.eval_shape(lambda: vit_b(rngs=nnx.Rngs(0)))
-    >>> sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
-    86567656
-    """
-    return _vit16(768, 12, kwargs)
-
-
-def convit_ti(**kwargs: Any) -> ViT:
-    """ConViT-Ti, for images of 224 × 224: 5.7 M parameters (d'Ascoli et al. 2021, arXiv 2103.10697).
-
-    Ten blocks of "gpsa", which start as a convolution does, and two of "global", which the class token joins.
-    """
-    return _convit(4, kwargs)
-
-
-def convit_s(**kwargs: Any) -> ViT:
-    """ConViT-S, for images of 224 × 224: 27.8 M parameters (d'Ascoli et al. 2021, arXiv 2103.10697).
-
-    >>> from flax import nnx
-    >>> model = nnx.eval_shape(lambda: convit_s(rngs=nnx.Rngs(0)))
-    >>> model.joins  # blocks before the class token
-    10
-    """
-    return _convit(9, kwargs)
-
-
-def cordonnier(**kwargs: Any) -> ViT:
-    """The fully attentional network of Cordonnier, Loukas & Jaggi (2020, arXiv 1911.03584) for CIFAR-10, with quadratic
-    heads: 12.1 M parameters. Patches of 2 × 2 pixels, six blocks of nine heads with the norm after the sum, no position
-    but the heads' own, and the mean of all tokens.
-
-    Theirs also drops, at a rate of 0.1, attention weights and what the linear maps add to the sum.
-
-    >>> from flax import nnx
-    >>> model = cordonnier(width=8, depth=2, mlp_dim=8, rngs=nnx.Rngs(0))
-    >>> model.centers().shape  # layers, heads, row and column
-    (2, 9, 2)
-    """
-    sizes = {"image_size": 32, "patch_size": 2, "in_features": 3, "num_classes": 10}
-    layers = {"width": 400, "depth": 6, "num_heads": 9, "mlp_dim": 512, "mix": "quadratic", "norm": "post"}
-    ends = {"class_token": False, "position": "none", "kernel_init": torch_init}
-    return ViT(**{**sizes, **layers, **ends, **kwargs})
-
-
-def vit_tiny8(**kwargs: Any) -> ViT:
-    """For 8 × 8 digits: patches of 2 × 2, four blocks of width 64, windows of 3, and no class token, so that every
-    `mix` works."""
-    sizes = {"image_size": 8, "patch_size": 2, "in_features": 1, "num_classes": 10, "window": 3}
-    layers = {"width": 64, "depth": 4, "num_heads": 4, "mlp_dim": 128, "class_token": False}
-    return ViT(**{**sizes, **layers, **kwargs})
-
-
-def vit_small32(**kwargs: Any) -> ViT:
-    """For images of 28 (`image_size=28`) or 32 pixels: patches of 4 × 4, six blocks of width 128, windows of 3, and no
-    class token, so that every `mix` works."""
-    sizes = {"image_size": 32, "patch_size": 4, "in_features": 3, "num_classes": 10, "window": 3}
-    layers = {"width": 128, "depth": 6, "num_heads": 4, "mlp_dim": 256, "class_token": False}
-    return ViT(**{**sizes, **layers, **kwargs})
-
-
-def _vit16(width: int, num_heads: int, kwargs: dict[str, Any]) -> ViT:
-    sizes = {"image_size": 224, "patch_size": 16, "in_features": 3, "num_classes": 1000}
-    layers = {"width": width, "depth": 12, "num_heads": num_heads, "mlp_dim": 4 * width}
-    return ViT(**{**sizes, **layers, **kwargs})
-
-
-def _convit(num_heads: int, kwargs: dict[str, Any]) -> ViT:
-    mix = {"mix": ("gpsa",) * 10 + ("global",) * 2, "qkv_bias": False, "kernel_init": small_init}
-    return _vit16(48 * num_heads, num_heads, {**mix, **kwargs})

@@ -13,9 +13,9 @@ from jaxattn.models.backbone import Backbone, MixBlock, Stage, layer_norm, linea
 from jaxattn.models.gelu import gelu
 from jaxattn.models.residual import check_rates, depth_rates
 from jaxattn.models.resize import resize_grid
-from jaxattn.models.resnet import batch_norm
+from jaxattn.models.resnet_blocks import batch_norm
 from jaxattn.models.translation import FUSED, OUT, Rule, Table, Translation, under
-from jaxattn.models.vit import TokenMixer
+from jaxattn.models.vit_blocks import TokenMixer
 from jaxattn.nn.attention import Attention
 from jaxattn.nn.conv import Conv
 from jaxattn.nn.grid import Splittable

@@ -10,7 +10,7 @@ from jaxtyping import Array, ArrayLike, Float, Num
 
 from jaxattn.checked import checked
 from jaxattn.models.residual import check_rates, check_rngs, depth_rates, run_block
-from jaxattn.models.vit import Block, layer_norm, small_init, xavier_init
+from jaxattn.models.vit_blocks import Block, layer_norm, small_init, xavier_init
 from jaxattn.nn.conv import Conv
 from jaxattn.nn.grid import Splittable
 from jaxattn.sizes import Size, per_axis

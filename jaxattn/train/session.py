@@ -16,7 +16,7 @@ from jaxattn import plots
 from jaxattn.errors import InputError
 from jaxattn.files import path_of, reason
 from jaxattn.measure import attention_maps, mean_by_offset
-from jaxattn.models.resnet import GridMixer
+from jaxattn.models.resnet_blocks import GridMixer
 from jaxattn.models.vit import ViT
 from jaxattn.nn.attention import Attention
 from jaxattn.nn.conv import Conv

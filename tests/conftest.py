@@ -27,6 +27,7 @@ for name, examples in tiers.PROFILES.items():
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="all tests; by default the core, which leaves out many cases")
+    parser.addoption("--part", metavar="K/N", help="of the tests that are asked for, one of N parts, as CI takes them")
     parser.addoption("--shapes", action="store_true", help="check every shape annotation, as --full does: a sixth more")
 
 
@@ -41,8 +42,12 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     """Without --full, what is marked `full` is left out, unless it is asked for by its name."""
     tiers.mark(items)
-    if config.getoption("--full") or any("::" in str(argument) for argument in config.args):
-        return
-    left_out = [item for item in items if item.get_closest_marker("full")]
-    items[:] = [item for item in items if not item.get_closest_marker("full")]
+    everything = config.getoption("--full") or any("::" in str(argument) for argument in config.args)
+    part = config.getoption("--part")
+    chosen = [
+        (everything or not item.get_closest_marker("full")) and (part is None or tiers.is_of(part, item.nodeid))
+        for item in items
+    ]
+    left_out = [item for item, taken in zip(items, chosen, strict=True) if not taken]
+    items[:] = [item for item, taken in zip(items, chosen, strict=True) if taken]
     config.hook.pytest_deselected(items=left_out)

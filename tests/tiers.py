@@ -6,9 +6,10 @@
 - `core("each")`: so many that each value of each parameter is there.
 - `core("each", parts=function)`: so many that each part is there that `function(**parameters)` finds in some case.
 
-Hypothesis draws a third as many examples in the core.
+Hypothesis draws a third as many examples in the core. `--part 1/2` takes one half of whatever is asked for.
 """
 
+import zlib
 from collections.abc import Hashable, Sequence
 from itertools import groupby
 
@@ -36,6 +37,12 @@ def chosen(cases: Sequence[pytest.Item], how: int | str, parts=lambda **given: t
         return {n * len(cases) // how for n in range(how)}
     assert how == "each", f"core({how!r}): a number, or 'each'"
     return covering([set(enumerate(map(name, parts(**case.callspec.params)))) for case in cases])
+
+
+def is_of(part: str, nodeid: str) -> bool:
+    """Whether a test is of the K-th of N parts, which are of about one size; `part` is "K/N"."""
+    k, n = map(int, part.split("/"))
+    return zlib.crc32(nodeid.encode()) % n == k - 1
 
 
 def name(part: object) -> Hashable:

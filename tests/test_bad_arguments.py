@@ -59,6 +59,7 @@ MEANS = {  # by the argument, or by "function.argument"
     "layer_scale": ("0", "-1", "1.5"),
     "Swin.padding": (),
     "ViT.epsilon": ("1.5",),
+    "SAMViT.epsilon": ("1.5",),
     "plain.text": ("'3'",),
     "can_be_drawn.text": ("'3'",),
     **{f"{name}.bias": ("1.5", "nan", "inf", "no axes") for name in ATTENTIONS},

@@ -55,7 +55,7 @@ def place(path: Path) -> tuple[int, int]:
         return 0, 0
     if first in AFTER:
         return LAST, 0
-    if first in ("blocks", "stages") and rest:
+    if first in ("blocks", "stages", "merges") and rest:  # a merge is of the stage that it follows
         return rest[0] + 1, rest[2] if len(rest) > 2 and rest[1] == "blocks" else 0
     raise InputError(
         f"freeze and layer_decay must be off, by 0 and 1, for a network with {'.'.join(map(str, path))}: it is not "

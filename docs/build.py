@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--no-notebooks", action="store_true", help="show them as they are, and do not run them")
     options = parser.parse_args()
     os.chdir(ROOT)
-    config = load_config("mkdocs.yml", strict=False)
+    config = load_config("mkdocs.yml", strict=True)
     config.extra["notebooks"] = not options.no_notebooks
     try:
         build(config)

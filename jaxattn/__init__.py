@@ -39,12 +39,7 @@ from .parts import mix as mix
 from .window import Window as Window
 from .zoo import conv as conv
 
-if TYPE_CHECKING:  # what is imported when asked for
-    from . import equivalence as equivalence
-    from . import measure as measure
-    from . import models as models
-    from . import nn as nn
-    from . import plots as plots
+if TYPE_CHECKING:  # else a checker takes it for the module of that name
     from .models.remix import remix as remix
     from .models.remix import remix_report as remix_report
 

@@ -113,7 +113,7 @@ def _composed_figures(numbers: Numbers):
     for what, mixers in composed.swept(numbers).items():
         task, steps = what.split(" after ")
         panels.setdefault(steps, {})[f"{task}, {steps}"] = mixers
-    return [figures.curves(made, "composed images") for made in panels.values()]
+    return [figures.curves(made, "composed images", CURVES) for made in panels.values()]
 
 
 ABOUT = (

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jaxattn import arguments, head_groups, machine
@@ -283,5 +283,5 @@ def under_mesh(attend: Callable, query: Array, outputs: int = 1) -> Callable:
     sharding = jax.typeof(query).sharding
     if not sharding.mesh.explicit_axes:
         return attend
-    spec = PartitionSpec(*sharding.spec[:-1])
-    return jax.sharding.auto_axes(attend, axes=sharding.mesh.explicit_axes, out_sharding=(spec,) * outputs)
+    lies = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:-1]))  # with the mesh, for it may not be set
+    return jax.sharding.auto_axes(attend, axes=sharding.mesh.explicit_axes, out_sharding=(lies,) * outputs)

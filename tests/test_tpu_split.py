@@ -73,6 +73,39 @@ def test_gradients(interpreted, over):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("over", [("data", "model"), (None, "model")])
+def test_what_hides_and_what_all_see(interpreted, over):
+    """Masks of keys, segments and extra tokens lie as batch and heads do; one mask for all is whole everywhere."""
+    (data, model), mesh, drawn = over, mesh_of(), np.random.default_rng(0)
+    given = dict(query=normal(4, 8, 4, 8), key=normal(4, 8, 2, 8), extra=normal(4, 3, 2, 8))
+    hidden = dict(mask=drawn.random((4, 8)) > 0.3, one=drawn.random((1, 8)) > 0.2, ids=drawn.integers(0, 2, (4, 8)))
+
+    def loss(how):
+        def run(given, mask, ids):
+            tokens, extra = (given["query"], given["key"], given["key"]), given["extra"]
+            y = attention(
+                *tokens,
+                mask=mask,
+                segment_ids=ids,
+                extra_key=extra,
+                extra_value=extra,
+                window=jaxattn.Window(3),
+                implementation=how,
+            )
+            return (y * jnp.cos(y)).sum()
+
+        return jax.jit(jax.value_and_grad(run))
+
+    parts = {name: put(mesh, x, data, None, model) for name, x in given.items()}
+    for mask in ("mask", "one"):
+        expected = loss("reference")(given, hidden[mask], hidden["ids"])
+        for lying in ((data,), ()):
+            found = loss("tpu")(parts, put(mesh, hidden[mask]), put(mesh, hidden["ids"], *lying))
+            for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+                np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
+
+
 ELSEWHERE = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P

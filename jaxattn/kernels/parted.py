@@ -49,17 +49,22 @@ def attend(compute: Callable[[Operands], tuple[Array, ...]], operands: Operands,
 
 
 def axes_of(given: Mapping[str, Array], options: Options) -> dict[str, Axes]:
-    """The names of the axes of each operand that a windowed kernel takes; of any other, all whole."""
+    """The names of the axes of each operand that a kernel may take; others, and what is broadcast, are whole."""
     rank = len(options.axes)
     batch = tuple(f"batch{n}" for n in range(given["query"].ndim - rank - 2))
-    tokens: Axes = (*batch, *[None] * rank, HEADS, None)
-    of: dict[str, Axes] = {name: (None,) * x.ndim for name, x in given.items()}
-    of |= dict.fromkeys(("query", "key", "value"), tokens)
-    if "relative_bias" in given:
-        of["relative_bias"] = (HEADS, *[None] * rank)
+    grid = (None,) * rank
+    of: dict[str, Axes] = dict.fromkeys(("query", "key", "value"), (*batch, *grid, HEADS, None))
+    of |= dict.fromkeys(("extra_key", "extra_value"), (*batch, None, HEADS, None))
+    of |= dict.fromkeys(("key_mask", "query_segments", "key_segments"), (*batch, *grid))
+    of["relative_bias"] = (HEADS, *grid)
     if "sink" in given:
-        of["sink"] = (HEADS,) if given["sink"].ndim == 1 else tokens[:-1]
-    return of
+        of["sink"] = (HEADS,) if given["sink"].ndim == 1 else (*batch, *grid, HEADS)
+    axes = {name: of.get(name, (None,) * x.ndim) for name, x in given.items()}
+    split = {
+        name: [None if n == 1 else axis for n, axis in zip(x.shape, axes[name], strict=True)]
+        for name, x in given.items()
+    }
+    return {name: tuple(found) for name, found in split.items()}
 
 
 def mesh_axes(axes: Mapping[str, Axes], given: Mapping[str, Array]) -> dict[str, tuple[str, ...]]:

@@ -167,7 +167,7 @@ def parts(implementation, geometry, arguments):
     properties = {"rank": len(grid), "boundary": sorted(set(spread("boundary", "shift").tolist()))}
     properties |= {name: bool((spread(name, 1) > 1).any()) for name in ("stride", "dilation", "block")}
     properties |= {"causal": bool(spread("causal", False).any()), "offset": "offset" in given}
-    properties |= {"all of the grid": bool((spread("size", 1) >= grid).any()), "backend": backend}
+    properties |= {"all of the grid": bool((spread("size", 1) >= grid).any())}
     return (*argument, *itertools.combinations(properties.items(), 2))
 
 

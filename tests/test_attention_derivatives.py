@@ -21,7 +21,7 @@ def inner(a, b):
     return sum(jax.tree.leaves(jax.tree.map(lambda x, y: (x * y).sum(), a, b)))
 
 
-@pytest.mark.core(1)
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("implementation", "geometry", "arguments"),
     [
@@ -51,6 +51,7 @@ def test_forward_mode_is_a_difference(implementation, geometry, arguments):
 @pytest.mark.parametrize(
     ("implementation", "geometry", "arguments"),
     [
+        (SMALL, "dilated", "dropout, extra"),
         (SMALL, "5 x 5, mask", "everything"),
         (SMALL, "causal and not", "everything"),
         (SMALL, "129 of 300, causal, mask", "residuals"),
@@ -59,7 +60,6 @@ def test_forward_mode_is_a_difference(implementation, geometry, arguments):
         ("xla", "3-D, all at once", "everything, embedded by axis"),
         ("xla", "global, 700", "the first keys"),
         *((SMALL, "edge and reflect", arguments) for arguments in (*NORMALIZERS, "nothing but extra tokens")),
-        (SMALL, "dilated", "dropout, extra"),
     ],
 )
 def test_second_derivatives(implementation, geometry, arguments):

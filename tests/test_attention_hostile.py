@@ -33,7 +33,7 @@ def sees(grid, size, **options):
     return seen
 
 
-@pytest.mark.core(2)
+@pytest.mark.core(1)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("normalize", ["softmax", "relu", "sigmoid", "sparsemax", "none"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -79,7 +79,7 @@ def test_a_nan_bias_is_no_mask(implementation):
         assert found.sum() == 1
 
 
-@pytest.mark.core(2)
+@pytest.mark.core(1)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_the_least_number_of_a_bias_hides(implementation, dtype):
@@ -187,7 +187,7 @@ EMPTY = {
 }
 
 
-@pytest.mark.core(2)
+@pytest.mark.core(1)
 @pytest.mark.parametrize("implementation", ["xla", "reference", SMALL])
 @pytest.mark.parametrize("shapes", EMPTY.values(), ids=EMPTY)
 def test_empty_axes(shapes, implementation):

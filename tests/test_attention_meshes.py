@@ -144,7 +144,7 @@ def test_inside_shard_map(geometry, over, implementation):
     agree(jax.jit(inside, compiler_options=quicker)(given, cotangents), expected, "inside")
 
 
-@pytest.mark.core(1)
+@pytest.mark.full
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_inside_shard_map_over_one_axis_of_two(implementation, kind):

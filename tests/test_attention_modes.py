@@ -35,7 +35,7 @@ def test_nothing_to_attend_to_is_zero_with_zero_gradient(window, normalize, impl
     assert all(jnp.isfinite(x).all() for x in (output, *gradients))
 
 
-@pytest.mark.core(2)
+@pytest.mark.core(1)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("low", [-jnp.inf, jnp.finfo(float).min])
 def test_a_bias_of_minus_infinity_masks(low, implementation):
@@ -57,7 +57,7 @@ def test_a_bias_of_minus_infinity_masks(low, implementation):
     assert jnp.isfinite(gradient).all()
 
 
-@pytest.mark.core(2)
+@pytest.mark.core(1)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("causal", [False, True])
 def test_against_jax_nn(causal, implementation):
@@ -90,7 +90,7 @@ def test_dropout_is_unbiased_and_zeroes_its_share(implementation):
     assert (weights != again).any()
 
 
-@pytest.mark.core(1)
+@pytest.mark.full
 @pytest.mark.parametrize("window", [Window((3, 3)), Window((4, 5), boundary="zero")])
 def test_merging_windows_and_their_rest(window):
     """Two masks that part the keys, merged, are no mask at all; and derivatives pass through lse."""
@@ -108,6 +108,7 @@ def test_merging_windows_and_their_rest(window):
     np.testing.assert_allclose(gradient(merged), gradient(whole), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.full
 def test_merging_nothing_gives_zeros_and_zero_gradients():
     outputs, lses = (
         [jnp.ones((3, 1, 2))] * 2,

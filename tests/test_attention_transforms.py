@@ -89,7 +89,7 @@ def test_nested_vmaps_over_axes_anywhere(implementation):
     agree(jnp.moveaxis(output, (1, -1), (0, 1)), made.expected(made.cotangents())[0][0], "nested")
 
 
-@pytest.mark.core(1)
+@pytest.mark.full
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_scan_and_checkpoint(implementation):
     """Through a loop, with and without recomputation, derivatives are those of layers written out."""
@@ -111,7 +111,7 @@ def test_scan_and_checkpoint(implementation):
     agree(gradient(functools.partial(jax.checkpoint, policy=keep), False), expected, "checkpoint with a policy")
 
 
-@pytest.mark.core(1)
+@pytest.mark.full
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_inside_while_and_cond(implementation):
     """Forward mode through a loop without a known end, reverse mode through a branch."""
@@ -199,7 +199,7 @@ def test_jet_has_no_rule_for_xla_and_reference_needs_none():
         jet.jet(run("xla"), (x,), ((y, 0 * y),))
 
 
-@pytest.mark.core(1)
+@pytest.mark.full
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_the_derivative_of_dropout_is_no_second_use_of_its_key(implementation):
     x = jnp.ones((1, 6, 2, 4))

@@ -179,7 +179,7 @@ CALLS = {  # equation, shapes, options
 }
 
 
-@pytest.mark.core(4)
+@pytest.mark.core(2)
 @pytest.mark.parametrize("name", CALLS)
 def test_value_and_gradients_of_an_equation(name):
     """Whatever the plan prefers."""

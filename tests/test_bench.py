@@ -400,6 +400,7 @@ def test_wrong_results_make_the_command_fail(tmp_path, monkeypatch, capsys):
     assert "some results are wrong or missing" in said
 
 
+@pytest.mark.full
 def test_a_run_that_is_stopped_leaves_what_it_has_measured(tmp_path, monkeypatch):
     def stop_at_the_second(case, *arguments):
         if case.name == "swin":

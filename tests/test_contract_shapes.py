@@ -68,7 +68,7 @@ def broadcasts(full):
 WINDOWED, GLOBAL = problem("stride 2").full, problem("global, more keys").full
 
 
-@pytest.mark.core(3)
+@pytest.mark.core(2)
 @pytest.mark.parametrize(
     ("geometry", "of_bias", "of_mask"),
     [

@@ -57,7 +57,7 @@ def test_layers(size, kwargs, padding):
     np.testing.assert_allclose(run(back, x), y, atol=TOLERANCE)
 
 
-@pytest.mark.core(2)
+@pytest.mark.core(1)
 @pytest.mark.parametrize("kind", [nn.Conv, nnx.Conv])
 def test_more_layers(kind):
     """SAME_LOWER, a mask, strides of None; and the model is left as it was."""

@@ -64,7 +64,7 @@ def close(mine, theirs, tolerance=1e-12):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * max(float(abs(b).max()), 1))
 
 
-@pytest.mark.core(2)
+@pytest.mark.core(1)
 @pytest.mark.parametrize("box", [depthwise.BOX, 4, 1])
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_value_and_gradients_are_those_of_lax(name, box, monkeypatch):
@@ -127,6 +127,7 @@ def test_derivatives_of_any_order():
         close(mine, theirs, 1e-11)
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-2), ("float16", 2e-3)])
 def test_half_precision_is_rounded_once(dtype, tolerance):
     axes = (TapAxis(1, 1, 3, 40, 40, 7), TapAxis(1, 1, 3, 30, 30, 7))

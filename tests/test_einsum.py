@@ -201,6 +201,7 @@ def test_drawn_equations(drawn, implementation):
     check_drawn(drawn, implementation)
 
 
+@pytest.mark.full
 @examples(6)
 @hypothesis.given(equations(convolution=True))
 def test_drawn_convolutions(drawn):

@@ -27,7 +27,7 @@ TABLE = {
 }  # fmt: skip
 
 
-@pytest.mark.core(6)
+@pytest.mark.core(4)
 @pytest.mark.parametrize("name", TABLE)
 def test_pairs(name):
     equation, shapes, options = TABLE[name]

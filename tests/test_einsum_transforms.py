@@ -54,7 +54,7 @@ def test_the_cases_are_one_for_each_lowering():
     assert lowerings == ["plain", "convolution", *of_a_cpu, "slices", "convolution", "pairs", "gather"]
 
 
-@pytest.mark.core(8)
+@pytest.mark.core(4)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("implementation", [None, "reference"])
 def test_dtypes_under_strict_promotion(case, dtype, implementation):
@@ -281,6 +281,7 @@ def test_long_windows_are_a_loop(monkeypatch, unroll):
             np.testing.assert_allclose(mine, grad, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("name", ["local scores", "local mix", "involution"])
 def test_no_unfold_is_materialised(name):
     """The unfold of a 7 × 7 window is 49 copies of the keys. Seven slices, a row of the window, are written out."""

@@ -157,6 +157,7 @@ def test_the_bound_is_reached(window, alpha, options):
     np.testing.assert_allclose(error, bound, rtol=1e-9)
 
 
+@pytest.mark.core(6)
 @pytest.mark.parametrize("rtol", [0.3, 1e-2, 1e-6])
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 @pytest.mark.parametrize("window", [(5,), (2, 3, 2)])
@@ -204,6 +205,7 @@ def test_boundaries(boundary):
     np.testing.assert_allclose(zoo.conv(x, back, **options), expected, atol=TOLERANCE)
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("window", [None, zoo.Slide((3, 3), boundary="mask")])
 def test_weights_over_the_tokens_inside_are_edge_padding(window):
     """Normalised inside, over the whole grid or a window: with α the attention nears "edge", and never "zero"."""
@@ -285,7 +287,7 @@ def test_one_head_is_a_gaussian_blur():
     np.testing.assert_allclose(y, lax_conv(x, kernel), atol=TOLERANCE)
 
 
-@pytest.mark.core(1)
+@pytest.mark.full
 @pytest.mark.parametrize("groups", [1, 2])
 def test_head_dim(groups):
     """A kernel whose taps have rank 2 takes heads of 2, and no fewer."""
@@ -322,7 +324,7 @@ def test_transformations(implementation):
         np.testing.assert_allclose(a, b, atol=TOLERANCE)
 
 
-@pytest.mark.core(1)
+@pytest.mark.full
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
 def test_narrow_types(dtype, tolerance):
     x, kernel = normal(22, 6, 5, 4).astype(dtype), normal(23, 3, 3, 4, 4).astype(dtype)
@@ -359,6 +361,7 @@ def test_nearest_conv_of_a_convolution_is_itself():
     assert residual == 0
 
 
+@pytest.mark.full
 def test_residual_of_the_border():
     """Masked at the border, even hard heads are no convolution with zeros: the mean over queries leaves a residual."""
     heads = zoo.Slide((3,), boundary="mask")

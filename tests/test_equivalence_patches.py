@@ -87,6 +87,7 @@ def test_a_patch_at_least_as_large_as_the_kernel_takes_nine_heads():
         assert (jnp.abs(matrices).max((2, 3)) > 0).all()  # and none could be left out
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("boundary", ["zero", "wrap", "edge"])
 def test_boundaries(boundary):
     """Zeros and a ring are the same to patches as to pixels; the last patch repeated is not the last pixel."""

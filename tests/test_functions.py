@@ -97,6 +97,7 @@ def test_a_call_with_a_function_is_compiled_once(name):
     assert not np.allclose(run(3.0), first)
 
 
+@pytest.mark.full
 def test_state_is_read_at_every_call():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 6, 1, 4)))
     bias = Bias(1.0)

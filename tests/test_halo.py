@@ -208,7 +208,7 @@ def test_split_attention_with_embeddings_by_axis(name):
     agree(whole, parts, (made,))
 
 
-@pytest.mark.core(1)
+@pytest.mark.full
 @pytest.mark.parametrize("boundary", ["mask", "zero", "shift"])
 def test_split_attention_with_everything(boundary):
     """Key mask, bias by slot, extra tokens, grouped heads and the log-sum-exp."""
@@ -253,6 +253,7 @@ def test_tangents_of_split_attention(boundary):
     chex.assert_trees_all_close(jax.jvp(parts, (made,), (tangents,)), expected, atol=1e-10)
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_split_attention_mapped_and_in_other_dtypes(dtype):
     """vmap inside the shards, over an axis before the batch; the result keeps its dtype."""

@@ -178,7 +178,7 @@ def test_errors(change, message):
         jax.eval_shape(lambda: attention(**{"query": x, "key": x, "value": x, "window": [Window(3)] * 3, **change}))
 
 
-@pytest.mark.core(1)
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("kind", "grid"), [({"key_embedding": "factorized"}, GRID), ({"key_embedding": True, "clip": True}, (2, 6))]
 )

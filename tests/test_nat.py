@@ -87,7 +87,7 @@ def network(a, x, window, dilations, scaled, sizes=SIZES):
     return apply(linear, "head", apply(norm, "norm", x).mean((1, 2))), features
 
 
-@pytest.mark.core(2)
+@pytest.mark.core(1)
 @pytest.mark.parametrize("size", [(32, 40), (33, 50), (24, 12)])
 @pytest.mark.parametrize(("dilations", "scaled"), [((1, 1), True), ((2, 1), False)])
 def test_the_equations(size, dilations, scaled):

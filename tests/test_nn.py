@@ -546,6 +546,7 @@ def test_attention_input_errors():
         layer(jnp.ones((9, 4)), jnp.ones((9, 3)))
 
 
+@pytest.mark.full
 def test_transformations():
     """jit, vmap, checkpoint and jvp leave the numbers as they are, in float32 and bfloat16."""
     for dtype in (jnp.float32, jnp.bfloat16):

@@ -29,7 +29,7 @@ def test_against_loops(name, scale, slots):
     )
 
 
-@pytest.mark.core(2)
+@pytest.mark.core(1)
 @pytest.mark.parametrize("name", NORMALIZERS)
 def test_first_and_second_derivatives(name):
     """Along a direction, against central differences of the loops and of the first derivative."""

@@ -214,6 +214,7 @@ def test_the_same_figure_gives_the_same_svg():
     assert one == two
 
 
+@pytest.mark.full
 def test_matplotlibs_own_state_is_left_alone():
     before = dict(matplotlib.rcParams)
     for name, figure in figures().items():

@@ -122,6 +122,7 @@ def float64_statistics(model):
     return model
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("grid", [(32, 32), (29, 18)])
 def test_efficientnet_is_what_pytorch_names(grid):
     arrays = random_arrays(lite_shapes(STAGES, 7))
@@ -209,7 +210,7 @@ def test_images_that_do_not_fit(make):
         nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))(jnp.ones((8, 8, 2))))
 
 
-@pytest.mark.core(1)
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", ["efficientnet", "digits"])
 def test_learns_a_step(name, dtype):
@@ -322,6 +323,7 @@ def transposed_by_loops(x, weight, bias, stride):
     return y
 
 
+@pytest.mark.core(2)
 @pytest.mark.parametrize("transpose_kernel", [False, True])
 @pytest.mark.parametrize("make", [nnx.ConvTranspose, jaxattn_nn.ConvTranspose])
 def test_a_transposed_convolution(make, transpose_kernel):

@@ -51,7 +51,7 @@ WRAPPINGS = {
 }
 
 
-@pytest.mark.core(3)
+@pytest.mark.core(2)
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
 def test_checkpoints_are_unwrapped(small, tmp_path, wrapping, form):
@@ -113,6 +113,7 @@ def test_only_the_head_may_differ(small, tmp_path):
         pretrained.load("small", path)
 
 
+@pytest.mark.full
 def test_dtypes_and_modes(small, tmp_path):
     """The state is evaluation's; parameters and statistics have the dtype asked for, statistics at least float32."""
     path = write(tmp_path / "weights.pth", tensors(small), "zip")

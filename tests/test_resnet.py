@@ -99,7 +99,7 @@ def torch_like_forward(state, images, *, block, strides):
     return x.mean(axis=(1, 2)) @ state["head"]["kernel"] + state["head"]["bias"]
 
 
-@pytest.mark.core(1)
+@pytest.mark.full
 @pytest.mark.parametrize("block", ["basic", "bottleneck"])
 def test_forward_is_a_resnet(block):
     model = ResNet((1, 2), block=block, width=4, num_classes=5, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
@@ -115,7 +115,7 @@ def test_forward_is_a_resnet(block):
     np.testing.assert_allclose(run(model, images), expected, rtol=1e-10)
 
 
-@pytest.mark.core(1)
+@pytest.mark.full
 @pytest.mark.parametrize("mix", ["conv", "attention"])
 @pytest.mark.parametrize("stem_mix", ["conv", "attention"])
 def test_grids(mix, stem_mix):

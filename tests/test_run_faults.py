@@ -207,6 +207,7 @@ def test_an_absolute_name_keeps_its_options(tmp_path, monkeypatch):
 # More epochs
 
 
+@pytest.mark.full
 def test_a_whole_run_goes_on_to_more_epochs(small, monkeypatch):
     train()
     assert [epoch["step"] for epoch in read_epochs(Path("run"))] == [3, 6]

@@ -173,6 +173,7 @@ def test_activations_fall_with_space():
     assert eight < 1.3 * one / 8
 
 
+@pytest.mark.full
 def test_arguments_fall_with_fsdp():
     one, eight = (memory(n, "fsdp", resnet((1,), width=64), 8).argument_size_in_bytes for n in (1, 8))
     assert eight < 1.1 * one / 8

@@ -49,7 +49,7 @@ def ours(arrays, slot_mask=None, **rest):
     return attention(**arrays, mask=by_head(slot_mask), **rest, return_residuals=True)
 
 
-@pytest.mark.core(2)
+@pytest.mark.core(1)
 @pytest.mark.parametrize(
     "made",
     [

@@ -138,6 +138,7 @@ def test_the_numbers_are_json_that_all_can_read(here, monkeypatch, tmp_path):
     assert strict["claims"][0]["numbers"] == {"first": [None]}
 
 
+@pytest.mark.full
 def test_the_command_prints_the_verdicts(tmp_path, capsys):
     with jax.enable_x64(False):
         cli.main(["study", "--claims", "19,2", "--seeds", "1", "--out", str(tmp_path / "new" / "study")])

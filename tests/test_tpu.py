@@ -108,6 +108,7 @@ def test_heads_in_lanes(interpreted, heads, key_heads, head_dim, value_dim):
     check(of(((6, 8), dict(size=(3, 3))), [relative_bias, residuals], **sizes), "tpu", jnp.float32)
 
 
+@pytest.mark.full
 def test_scores_of_ten_thousand_and_a_bias_that_hides(interpreted):
     x = 100 * jax.random.normal(jax.random.key(0), (5, 6, 1, 4), jnp.float32)
     bias = jnp.zeros((1, 5, 5)).at[:, :2].set(-jnp.inf).at[:, 2, 1].set(jnp.finfo(float).min).astype(jnp.float32)
@@ -150,6 +151,7 @@ def test_transformations(interpreted):
             np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-3 * float(jnp.abs(y).max()))
 
 
+@pytest.mark.full
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
 def test_inside_shard_map(interpreted):
     x = jax.random.normal(jax.random.key(0), (2, 5, 4, 2, 8), jnp.float32)

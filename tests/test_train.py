@@ -122,6 +122,7 @@ def test_the_mean_of_the_weights_follows_them(small):
     assert decay == 0.4  # the number that was asked for is reached
 
 
+@pytest.mark.full
 def test_a_step_draws_by_its_number_alone(small):
     """Random shifts: the same step twice is the same, another step draws others."""
     data = make_data()
@@ -183,6 +184,7 @@ def leaves(model):
     return jax.tree.leaves(nnx.to_pure_dict(nnx.state(model)))
 
 
+@pytest.mark.full
 def test_training_is_decided_by_the_seed(run):
     config = dataclasses.replace(CONFIG, epochs=2, shift=1)
     (one, first, _), (two, second, _) = run(config), run(config)
@@ -210,6 +212,7 @@ def test_a_batch_larger_than_the_data_is_refused(run):
         run(dataclasses.replace(CONFIG, batch_size=61))
 
 
+@pytest.mark.full
 def test_the_mean_of_the_weights_is_what_a_run_returns(run):
     config = dataclasses.replace(CONFIG, epochs=2, ema=0.999, learning_rate=0.1)
     (mean, _, _), (last, _, _) = run(config), run(dataclasses.replace(config, ema=0.0))

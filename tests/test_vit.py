@@ -205,7 +205,7 @@ def test_sincos_2d(shape):
         np.testing.assert_allclose(sincos_2d(*shape)[i, j, m::quarter], expected, atol=1e-15)
 
 
-@pytest.mark.core(1)
+@pytest.mark.full
 @pytest.mark.parametrize("setting", ["mean", "quadratic", "convit"])
 def test_any_batch_axes_and_vmap(setting):
     model, images = small(setting), normal(0, 2, 3, 6, 8, 2)
@@ -244,7 +244,7 @@ def loss_and_gradients(model, images, labels, key=None):
     return loss, gradients, rest
 
 
-@pytest.mark.core(1)
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("setting", "dtype"), [("global", None), *((s, jnp.bfloat16) for s in ("global", "local", "quadratic", "convit"))]
 )
@@ -317,7 +317,7 @@ def test_a_block_that_is_left_out_is_the_identity(setting):
     np.testing.assert_allclose(block(x), x + mix + mlp(x + mix), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.core(1)
+@pytest.mark.full
 @pytest.mark.parametrize("make", [partial(small, "local", drop_path=0.5), partial(small, "global", dropout=0.5)])
 def test_keys_decide_what_is_dropped(make):
     model, images = make(), normal(0, 8, 6, 8, 2)
@@ -350,6 +350,7 @@ def test_resnet_drops_paths():
         model(images)
 
 
+@pytest.mark.full
 def test_a_resnets_block_that_is_left_out_is_its_shortcut():
     """relu(shortcut + 2 · branch), or relu(shortcut); what BatchNorm keeps is the branch's all the same."""
     block = resnet(drop_path=0.5).blocks[1]
@@ -422,6 +423,7 @@ def test_weights_are_sown_by_every_attention(remat):
         assert [weights.get_value()[0].shape for _, weights in nnx.to_flat_state(sown)] == shapes
 
 
+@pytest.mark.full
 def test_a_quadratic_network_learns_and_its_centres_are_drawn():
     """Of Cordonnier et al., small: the class is where a bright pixel is seen, and the heads' centres move."""
     model = cordonnier(image_size=8, in_features=1, width=16, depth=2, mlp_dim=16, num_heads=4, rngs=nnx.Rngs(0))
@@ -452,6 +454,7 @@ def test_a_quadratic_network_learns_and_its_centres_are_drawn():
     assert [axes.get_title() for axes in figure.axes] == ["layer 1", "layer 2"]
 
 
+@pytest.mark.full
 def test_where_the_papers_start():
     """ViT: Xavier's kernels. ConViT: N(0, 0.02²), and a convolution's heads. Cordonnier: centres of N(0, 2)."""
     block = small("global").blocks[0]

@@ -46,6 +46,7 @@ def test_a_split_volume_gives_the_same_logits_and_gradients():
         np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.full
 def test_a_token_sees_its_window_alone():
     """Of one block with windows of 3 patches, a patch moves with the patches beside it and no farther."""
     model = make(depth=1)

@@ -211,7 +211,7 @@ CASES |= {
 }
 
 
-@pytest.mark.core(9)
+@pytest.mark.core(6)
 @pytest.mark.parametrize("name", CASES)
 def test_a_layer_is_its_formula(name):
     is_its_formula(*CASES[name])
@@ -337,6 +337,7 @@ def test_global_attention_over_a_grid_is_over_its_tokens():
     np.testing.assert_array_equal(zoo.global_attention(x, params, rank=2), expected)
 
 
+@pytest.mark.full
 def test_a_shift_of_nothing_and_of_a_whole_partition():
     """Shifted by half a window twice, a torus of windows is itself again; here the border cuts it."""
     params, x = projections() | biases((4, 4)), draw(9, 8, 8, FEATURES)

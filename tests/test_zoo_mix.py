@@ -193,7 +193,7 @@ def flipped(name, arrays):
     return arrays if name != "conv_transpose" else arrays | {"kernel": np.flip(kernel, range(kernel.ndim - 2))}
 
 
-@pytest.mark.core(14)
+@pytest.mark.core(10)
 @pytest.mark.parametrize("case", CASES)
 def test_the_formula(case):
     """Values, the derivative in a random direction of everything at once, and in one of each input and parameter."""

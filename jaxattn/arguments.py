@@ -58,7 +58,7 @@ class Settings(NamedTuple):
     dropout_rate: float
     precision: jax.lax.PrecisionLike
     tile: int | tuple[int, ...] | None
-    implementation: str | None
+    asked: tuple[str | None, ...]
     return_residuals: bool
     broadcast_dropout: bool
     query_offset: tuple[int, ...] | str | None
@@ -112,7 +112,7 @@ def read(
         dropout_rate=float(dropout_rate),
         precision=tuple(precision) if isinstance(precision, list) else precision,
         tile=_integers(tile),
-        implementation=backends.wanted(implementation),
+        asked=backends.asked(implementation),
         return_residuals=bool(return_residuals),
         broadcast_dropout=bool(broadcast_dropout),
         query_offset=query_offset,

@@ -121,9 +121,9 @@ def attention(
             "tpu" is kernels for a TPU, for softmax over windows with no other term than relative_bias, on one device,
             inside `shard_map`, or on a mesh of Explicit axes, over which it splits batch and heads as they lie (Auto
             axes tell it nothing, and the compiler gathers what is sharded). No chip has run them yet, so they are not
-            chosen by None. The environment's JAXATTN_IMPLEMENTATION goes before it: JAXATTN_IMPLEMENTATION=xla turns
-            the kernels off in a job whose code names them (what is compiled already, as a whole training step, stays as
-            it is).
+            chosen by None. The environment's JAXATTN_IMPLEMENTATION goes before it, wherever what it names can: "tpu"
+            turns the kernels on in a job, and "xla" turns them off where the code names them (what is compiled already,
+            as a whole training step, stays as it is).
         tile: queries per tile along each axis of the grid, multiples of the window's block, for "xla" (and "tpu", which
             rounds them up to whole registers); an int serves all axes. None chooses by a model of the cost, from shapes
             and backend. It changes speed and memory only.
@@ -263,13 +263,13 @@ def _attend(arrays: Arrays, settings: Settings, platform: str) -> tuple[Array, .
 
     def attend(operands: Operands, offset: Any) -> tuple[Array, ...]:
         whole = placed.whole(operands, options, offset)
-        backend, _ = backends.choose(settings.implementation, *whole)
+        backend, _ = backends.choose(settings.asked, *whole)
         output, *lse = sink.attend(*whole, backend)
         grid = operands.query.shape[:-1]
         return output.reshape(*grid, output.shape[-1]), *(x.reshape(grid) for x in lse)
 
-    if settings.implementation is not None and parted.known(operands) and arrays.query_offset is None:
-        backend, _ = backends.choose(settings.implementation, operands, options)
+    if settings.asked != (None,) and parted.known(operands) and arrays.query_offset is None:
+        backend, _ = backends.choose(settings.asked, operands, options)
         if backend.opaque:
             return parted.attend(functools.partial(attend, offset=None), operands, options)
     return under_mesh(attend, operands.query, 1 + options.residuals)(operands, arrays.query_offset)

@@ -110,7 +110,7 @@ def attention_plan(
         return operands
 
     operands = jax.eval_shape(check, arrays)
-    backend, refused = backends.choose(settings.implementation, operands, found[0])
+    backend, refused = backends.choose(settings.asked, operands, found[0])
     empty = any(x.size == 0 for x in operands if x is not None)
     nothing = Cost(found[0].queries, columns=0, steps=0, held=0, flops=0)
     cost = nothing if empty else backend.cost(operands, found[0])

@@ -189,7 +189,7 @@ def test_it_is_taken_on_a_tpu_alone_and_by_its_name():
 
 
 def test_the_environment_goes_before_what_the_program_names(monkeypatch):
-    """So kernels are turned off in a job whose code names them."""
+    """So kernels are turned off in a job whose code names them, and on in one whose code does not."""
     assert plan_of(implementation="tpu").backend == "tpu"
     x = jnp.ones((4, 1, 8))
     with pytest.raises(ValueError, match="runs on a tpu alone"):
@@ -197,6 +197,11 @@ def test_the_environment_goes_before_what_the_program_names(monkeypatch):
     monkeypatch.setenv("JAXATTN_IMPLEMENTATION", "xla")
     assert plan_of(implementation="tpu").backend == "xla"
     assert attention(x, x, x, implementation="tpu").shape == x.shape  # also where that call was seen before
+    monkeypatch.setenv("JAXATTN_IMPLEMENTATION", "tpu")  # a wish: where it can't, it is as if it were not there
+    assert plan_of().backend == "tpu"
+    assert plan_of(normalize="relu").backend == "xla"
+    assert plan_of(devices=4).backend == "xla"  # the axes of whose mesh are perhaps Auto
+    assert attention(x, x, x).shape == x.shape
     monkeypatch.setenv("JAXATTN_IMPLEMENTATION", "cuda")
     with pytest.raises(
         ValueError, match=r"JAXATTN_IMPLEMENTATION \(='cuda'\) must be unset or one of 'xla', 'tpu', 'r"

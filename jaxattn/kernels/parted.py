@@ -19,6 +19,8 @@ HEADS = "heads"  # of query and key: contiguous heads of the query share one of 
 
 def known(operands: Operands) -> bool:
     """Whether it is known how they lie: every axis of their mesh is Explicit."""
+    if isinstance(operands.query, jax.ShapeDtypeStruct):
+        return False
     mesh = jax.typeof(operands.query).sharding.mesh
     return not mesh.empty and len(mesh.explicit_axes) == len(mesh.axis_names)
 

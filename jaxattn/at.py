@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxattn import arguments, machine
+from jaxattn import arguments, explicit, machine
 from jaxattn.arguments import Arrays, Operand, Settings
-from jaxattn.attention import attention, under_mesh
+from jaxattn.attention import attention
 from jaxattn.checked import shown
 from jaxattn.kernels.operands import Operands, Options, embedding_parts, statistics_dtype
 from jaxattn.normalize import Normalizer
@@ -158,7 +158,7 @@ def _row(axis: Axis, causal: bool, position: Array) -> _Row:
 def _attend(arrays: Arrays, positions: Any, settings: Settings, platform: str) -> Any:
     del platform  # by which a compiled call is found
     attend = lambda arrays, positions: _gather(arrays, positions, settings)
-    found = under_mesh(attend, jnp.asarray(arrays.query), 1 + settings.return_residuals)(arrays, positions)
+    found = explicit.as_query(attend, jnp.asarray(arrays.query), 1 + settings.return_residuals)(arrays, positions)
     return found if settings.return_residuals else found[0]
 
 

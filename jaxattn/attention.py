@@ -1,16 +1,15 @@
 """Attention over windows of any rank: check, choose a backend, call."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from jaxattn import arguments, head_groups, machine
+from jaxattn import arguments, explicit, head_groups, machine
 from jaxattn.arguments import Arrays, Operand, Settings
 from jaxattn.checked import shown
 from jaxattn.kernels import backends, parted, placed, sink
@@ -272,16 +271,7 @@ def _attend(arrays: Arrays, settings: Settings, platform: str) -> tuple[Array, .
         backend, _ = backends.choose(settings.asked, operands, options)
         if backend.opaque:
             return parted.attend(functools.partial(attend, offset=None), operands, options)
-    return under_mesh(attend, operands.query, 1 + options.residuals)(operands, arrays.query_offset)
+    return explicit.as_query(attend, operands.query, 1 + options.residuals)(operands, arrays.query_offset)
 
 
 _attend_compiled = jax.jit(_attend, static_argnums=(1, 2))
-
-
-def under_mesh(attend: Callable, query: Array, outputs: int = 1) -> Callable:
-    """Under Explicit mesh axes, let the compiler propagate shardings inside; outputs are sharded as the query is."""
-    sharding = jax.typeof(query).sharding
-    if not sharding.mesh.explicit_axes:
-        return attend
-    lies = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:-1]))  # with the mesh, for it may not be set
-    return jax.sharding.auto_axes(attend, axes=sharding.mesh.explicit_axes, out_sharding=(lies,) * outputs)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxattn import machine, units
+from jaxattn import explicit, machine, units
 from jaxattn.checked import REFUSED, allowed_precision, shown
 from jaxattn.extents import OUTPUT, Resolved, check_options, resolve
 from jaxattn.lowerings.convolution import CONVOLUTION
@@ -99,7 +99,8 @@ def _plan(equation, shapes, dtypes, dtype, padding, boundary, sizes, implementat
     # an eager call dispatches one program; in a program that is traced it stands as if there were no jit
     @functools.partial(jax.jit, static_argnums=1, inline=True)
     def run(operands: list[jax.Array], precision: lax.PrecisionLike) -> jax.Array:
-        return evaluate(Solution(IMPLEMENTATIONS[implementation], problem, resolved, precision, dtype), operands)
+        solution = Solution(IMPLEMENTATIONS[implementation], problem, resolved, precision, dtype)
+        return explicit.as_named(functools.partial(evaluate, solution), resolved, operands)
 
     detail = lowering.describe(known, match)
     return Plan(resolved, dtypes, dtype, lowering.name, detail, flops, moved, temporaries, run)

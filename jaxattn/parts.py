@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from jaxattn import arguments, machine
+from jaxattn import arguments, explicit, machine
 from jaxattn.arguments import Arrays, Operand, Settings
-from jaxattn.attention import under_mesh
 from jaxattn.checked import checked, shown
 from jaxattn.kernels import parts
 from jaxattn.kernels.operands import Operands, Options, ScoreMod
@@ -186,7 +185,7 @@ def _call(name: str, part: Callable, arrays: Arrays, window: Any, options: dict[
 def _evaluate(part: Callable, arrays: Arrays, settings: Settings, platform: str) -> Array:
     del platform  # by which a compiled call is found, for its tiles are that machine's
     operands, options = arguments.check(arrays, settings)
-    return under_mesh(lambda operands: (part(operands, options),), operands.query)(operands)[0]
+    return explicit.as_query(lambda operands: (part(operands, options),), operands.query)(operands)[0]
 
 
 _evaluate_compiled = jax.jit(_evaluate, static_argnums=(0, 2, 3))
@@ -217,4 +216,4 @@ def _mix(weights: Array, value: Array, extra: Array | None, window: Window | Non
     rank = 1 if window is None else window.rank
     operands = Operands(weights, value, value, jnp.ones(()), extra_key=extra, extra_value=extra)
     options = Options(window, weights.shape[-2 - rank : -2], value.shape[-2 - rank : -2], precision=precision)
-    return under_mesh(lambda operands: (parts.mix(operands, options),), weights)(operands)[0]
+    return explicit.as_query(lambda operands: (parts.mix(operands, options),), weights)(operands)[0]

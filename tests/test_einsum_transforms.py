@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from oracle_einsum import Einsum
 
@@ -254,6 +255,59 @@ def test_a_sharded_batch_stays_sharded(name, axis_type):
     wanted = jax.jit(jax.grad(lambda *xs: (run(*xs) ** 2).sum(), range(len(shapes))))(*local)
     for mine, want in zip(grads, wanted, strict=True):
         np.testing.assert_allclose(np.asarray(mine), want, rtol=1e-11, atol=1e-11)
+
+
+CONV = "n i+r j+s c, r s c o -> n i j o"
+LYING = {  # operands' shapes, and how they and the result lie on a mesh of Explicit axes
+    "features out": (
+        CONV,
+        ((4, 5, 6, 4), P("data")),
+        ((2, 3, 4, 6), P(None, None, None, "model")),
+        P("data", None, None, "model"),
+    ),
+    "summed": (CONV, ((4, 5, 6, 4), P("data", None, None, "model")), ((2, 3, 4, 6), P(None, None, "model")), P("data")),
+    "along the grid": (CONV, ((4, 5, 6, 4), P(None, None, "data")), ((2, 3, 4, 6), P()), P()),
+    "scattered": (
+        "n i c, r c o -> n 2*i+r o",
+        ((4, 5, 4), P("data")),
+        ((3, 4, 6), P(None, None, "model")),
+        P("data", None, "model"),
+    ),
+    "composed": (
+        "n i (g c), g c o -> n i (g o)",
+        ((4, 3, 8), P("data")),
+        ((2, 4, 3), P("model")),
+        P("data", None, "model"),
+    ),
+    "a scale of features": (
+        "n i+r c, r c -> n i c",
+        ((4, 5, 4), P("data")),
+        ((3, 4), P(None, "model")),
+        P("data", None, "model"),
+    ),
+}
+
+
+@pytest.mark.core(2)
+@pytest.mark.parametrize("name", LYING)
+def test_results_lie_as_their_axes_do_in_the_operands(name):
+    """On a mesh that is not set; JAX itself asks for `out_sharding` where features of a convolution are split."""
+    equation, *given, lies = LYING[name]
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2, devices=jax.devices()[:4])
+    local = arrays([shape for shape, _ in given])
+    placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, (_, spec) in zip(local, given, strict=True)]
+
+    @jax.jit
+    def run(*operands):
+        y, back = jax.vjp(functools.partial(jaxattn.einsum, equation), *operands)
+        return y, back(jnp.sin(y))
+
+    (y, mine), (expected, gradients) = run(*placed), run(*local)
+    assert y.sharding.is_equivalent_to(NamedSharding(mesh, lies), y.ndim)
+    np.testing.assert_allclose(y, expected, rtol=1e-12, atol=1e-12)
+    for x, want, operand in zip(mine, gradients, placed, strict=True):
+        assert x.sharding.is_equivalent_to(operand.sharding, x.ndim)
+        np.testing.assert_allclose(x, want, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.core(1)

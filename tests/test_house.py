@@ -24,6 +24,7 @@ FLOOR = {
     "window": 1,
     "normalize": 1,
     "position": 2,
+    "explicit": 2,
     "kernels": 2,
     "plots": 2,
     "lowerings": 2,

@@ -18,7 +18,7 @@ from jaxattn.checked import checked
 from jaxattn.einsum import einsum
 from jaxattn.halo import shard_count, split_pad
 from jaxattn.nn.grid import GridModule
-from jaxattn.nn.layer import default_bias_init, default_kernel_init
+from jaxattn.nn.layer import Init, default_bias_init, default_kernel_init
 from jaxattn.sizes import Size
 from jaxattn.zoo.equations import Padding, pads, read_padding
 from jaxattn.zoo.parameters import biased
@@ -100,8 +100,8 @@ class Conv(GridModule):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         precision: lax.PrecisionLike = None,
-        kernel_init: Callable[..., Any] = default_kernel_init,
-        bias_init: Callable[..., Any] = default_bias_init,
+        kernel_init: Init = default_kernel_init,
+        bias_init: Init = default_bias_init,
         conv_general_dilated: Callable[..., Any] = lax.conv_general_dilated,
         promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
         preferred_element_type: DTypeLike | None = None,

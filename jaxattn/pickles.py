@@ -92,30 +92,70 @@ def walk(stream: IO[bytes] | Clipped, admit: Callable[[str, str], Any], objects:
     Raises:
       pickle.UnpicklingError: an instruction, or what it would make, is not let through; in words.
     """
-    stack: list[_Thing] = []
-    below: list[list[_Thing]] = []  # the stacks under each mark
-    memo: dict[int, _Thing] = {}
-    work = 0  # what a call copies of its arguments counts too: one list may be given to a call again and again
+    machine = _Machine(admit, objects)
     for name, argument in _instructions(stream):
-        work += 1
-        if name in TEXT:
-            stack.append(_Thing(True, argument if len(argument) < 200 else None))
-        elif name in BYTES:
-            stack.append(_Thing(True))
-        elif name in INTEGERS:
-            if argument.bit_length() > BITS:
-                raise pickle.UnpicklingError(f"an integer of {argument.bit_length()} bits; allowed: {BITS}")
-            stack.append(_Thing(not isinstance(argument, bool) and abs(argument) < SMALL_KEY))
-        elif name in OTHERS or name in EMPTY:
-            stack.append(_Thing())
-        elif name == "MARK":
-            below.append(stack)
-            stack = []
-        elif name in MADE_OF_ALL:
-            parts, stack = stack, below.pop()
+        machine.obey(name, argument)
+        if machine.work > INSTRUCTIONS:
+            raise pickle.UnpicklingError(f"more than {INSTRUCTIONS:,} instructions")
+    if len(machine.stack) != 1 or machine.below:
+        raise pickle.UnpicklingError("damaged: it ends with other than one thing on its stack")
+
+
+class _Machine:
+    """An unpickler that builds nothing: its stack and its memo hold what each instruction would make."""
+
+    def __init__(self, admit: Callable[[str, str], Any], objects: bool):
+        self.admit, self.objects = admit, objects
+        self.stack: list[_Thing] = []
+        self.below: list[list[_Thing]] = []  # the stacks under each mark
+        self.memo: dict[int, _Thing] = {}
+        self.work = 0  # what a call copies of its arguments counts too: one list may be given to a call again and again
+
+    def obey(self, name: str, argument: Any):
+        """Does one instruction, by the first of these that knows it."""
+        self.work += 1
+        if (thing := _alone(name, argument)) is not None:
+            self.stack.append(thing)
+            return
+        known = self._moves(name, argument) or self._holds(name) or self._names_or_calls(name, argument)
+        if not known and name not in ("PROTO", "FRAME", "STOP"):
+            raise pickle.UnpicklingError(f"has the instruction {name}; allowed: those of dictionaries, lists and text")
+
+    def _since_mark(self) -> list[_Thing]:
+        """All since the last mark, which is taken away with them."""
+        parts, self.stack = self.stack, self.below.pop()
+        return parts
+
+    def _moves(self, name: str, argument: Any) -> bool:
+        """Marks, takes away, remembers, and fetches what was remembered."""
+        if name == "MARK":
+            self.below.append(self.stack)
+            self.stack = []
+        elif name == "POP_MARK" or (name == "POP" and not self.stack):
+            self._since_mark()
+        elif name == "POP":
+            self.stack.pop()
+        elif name in PUTS or name == "MEMOIZE":
+            index = len(self.memo) if name == "MEMOIZE" else argument
+            if not 0 <= index < INSTRUCTIONS:
+                raise pickle.UnpicklingError(f"remembers under the number {index}; allowed: up to {INSTRUCTIONS:,}")
+            self.memo[index] = self.stack[-1]
+        elif name in GETS:
+            if argument not in self.memo:
+                raise pickle.UnpicklingError(f"refers to number {argument}, which is not there")
+            self.stack.append(self.memo[argument])
+        else:
+            return False
+        return True
+
+    def _holds(self, name: str) -> bool:
+        """Makes tuples, lists and dictionaries of what is on the stack, or puts it into one that is there."""
+        stack = self.stack
+        if name in MADE_OF_ALL:
+            parts = self._since_mark()
             if name == "DICT":
                 _check_keys(parts)
-            stack.append(_Thing().hold(parts))
+            self.stack.append(_Thing().hold(parts))
         elif name in TUPLES:
             parts = stack[-TUPLES[name] :]
             if len(parts) < TUPLES[name]:
@@ -125,58 +165,57 @@ def walk(stream: IO[bytes] | Clipped, admit: Callable[[str, str], Any], objects:
         elif name == "APPEND":
             part = stack.pop()
             stack[-1].hold([part])
-        elif name == "APPENDS":
-            parts, stack = stack, below.pop()
-            stack[-1].hold(parts)
         elif name == "SETITEM":
             parts = [stack.pop(-2), stack.pop()]
             _check_keys(parts)
             stack[-1].hold(parts)
-        elif name == "SETITEMS":
-            parts, stack = stack, below.pop()
-            _check_keys(parts)
-            stack[-1].hold(parts)
-        elif name == "POP":
-            if stack:
-                stack.pop()
-            else:
-                stack = below.pop()
-        elif name == "POP_MARK":
-            stack = below.pop()
-        elif name in PUTS or name == "MEMOIZE":
-            index = len(memo) if name == "MEMOIZE" else argument
-            if not 0 <= index < INSTRUCTIONS:
-                raise pickle.UnpicklingError(f"remembers under the number {index}; allowed: up to {INSTRUCTIONS:,}")
-            memo[index] = stack[-1]
-        elif name in GETS:
-            if argument not in memo:
-                raise pickle.UnpicklingError(f"refers to number {argument}, which is not there")
-            stack.append(memo[argument])
-        elif name == "GLOBAL":
-            admit(*argument.split(" ", 1))
+        elif name in ("APPENDS", "SETITEMS"):
+            parts = self._since_mark()
+            if name == "SETITEMS":
+                _check_keys(parts)
+            self.stack[-1].hold(parts)
+        else:
+            return False
+        return True
+
+    def _names_or_calls(self, name: str, argument: Any) -> bool:
+        """What a pickle names must be let in; what it calls holds what it is called with."""
+        stack = self.stack
+        if name == "GLOBAL":
+            self.admit(*argument.split(" ", 1))
             stack.append(_Thing(encodes=argument == "_codecs encode"))
         elif name == "STACK_GLOBAL":
             what, module = stack.pop().text, stack.pop().text
             if module is None or what is None:
                 raise pickle.UnpicklingError("names something by what is no name")
-            admit(module, what)
+            self.admit(module, what)
             stack.append(_Thing(encodes=(module, what) == ("_codecs", "encode")))
-        elif name == "REDUCE" or (name == "NEWOBJ" and objects):
+        elif name == "REDUCE" or (name == "NEWOBJ" and self.objects):
             given, called = stack.pop(), stack.pop()
-            work += given.length
+            self.work += given.length
             stack.append(_Thing(called.encodes).hold([given, called]))  # so Python 3 writes bytes for Python 2
         elif name == "BUILD":
             state = stack.pop()
-            work += state.length
+            self.work += state.length
             stack[-1].hold([state])
         elif name == "BINPERSID":
             stack.append(_Thing().hold([stack.pop()]))
-        elif name not in ("PROTO", "FRAME", "STOP"):
-            raise pickle.UnpicklingError(f"has the instruction {name}; allowed: those of dictionaries, lists and text")
-        if work > INSTRUCTIONS:
-            raise pickle.UnpicklingError(f"more than {INSTRUCTIONS:,} instructions")
-    if len(stack) != 1 or below:
-        raise pickle.UnpicklingError("damaged: it ends with other than one thing on its stack")
+        else:
+            return False
+        return True
+
+
+def _alone(name: str, argument: Any) -> _Thing | None:
+    """What an instruction makes of its argument alone; None if it makes nothing so."""
+    if name in TEXT:
+        return _Thing(True, argument if len(argument) < 200 else None)
+    if name in BYTES:
+        return _Thing(True)
+    if name in INTEGERS:
+        if argument.bit_length() > BITS:
+            raise pickle.UnpicklingError(f"an integer of {argument.bit_length()} bits; allowed: {BITS}")
+        return _Thing(not isinstance(argument, bool) and abs(argument) < SMALL_KEY)
+    return _Thing() if name in OTHERS or name in EMPTY else None
 
 
 def _check_keys(parts: list[_Thing]):

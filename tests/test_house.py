@@ -94,3 +94,11 @@ def test_an_assert_says_what_is_wrong():
 def test_the_types_are_rarely_silenced():
     silenced = [path.name for path in FILES for line in path.read_text().splitlines() if "pyright: ignore" in line]
     assert len(silenced) <= 9, f"{len(silenced)} times 'pyright: ignore': {', '.join(silenced)}; give better types"
+
+
+def test_a_network_is_read_at_a_sitting():
+    """A family's file has at most 250 lines, docstrings and tables of names included."""
+    lines = {path.name: len(path.read_text().splitlines()) for path in FILES if path.parent.name == "models"}
+    assert len(lines) > 20
+    long = {name: count for name, count in lines.items() if count > 250}
+    assert not long, f"divide by idea, as vit_tokens.py is out of vit.py: {long}"

@@ -14,8 +14,8 @@ safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is no
 from flax import nnx  # noqa: E402
 
 from jaxattn import models, pretrained  # noqa: E402
+from jaxattn.models.layout import Entry, layout  # noqa: E402
 from jaxattn.models.resize import resize_flat_table, resize_positions  # noqa: E402
-from jaxattn.models.translation import Entry, layout  # noqa: E402
 from jaxattn.models.vit_blocks import quick_gelu  # noqa: E402
 
 FAST_COMPILATION = {"xla_backend_optimization_level": 0}  # each is run a few times at most

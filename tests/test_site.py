@@ -7,6 +7,8 @@ import jax
 import numpy as np
 import pytest
 
+from jaxattn import zoo
+
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 
 
@@ -78,6 +80,7 @@ def test_where_a_layer_looks_is_its_weights(monkeypatch):
     looks = module("looks")
     with jax.enable_x64(False):
         found = looks.weights("global_attention")
+    assert set(looks.LAYERS) | {"parameter_key_attention"} == set(zoo.ROWS)  # which looks at no pixel
     x = np.asarray(looks.scene()[1], np.float64).reshape(-1, looks.FEATURES)
     at = [i * looks.SIDE + j for i, j in looks.PIXELS]
     scores = looks.SHARP**2 * x[at] @ x.T / np.sqrt(looks.FEATURES)

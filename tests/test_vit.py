@@ -13,7 +13,7 @@ from flax import nnx
 from jaxattn import plots
 from jaxattn.models import ViT, convit_ti, cordonnier, tiny, vit_small32, vit_ti, vit_tiny8
 from jaxattn.models.residual import depth_rates, drop_path
-from jaxattn.models.vit import sincos_2d
+from jaxattn.models.vit_tokens import sincos_2d
 
 FAST_COMPILATION = {"xla_backend_optimization_level": 0}  # each is run a few times at most
 SIZES = {

@@ -5,7 +5,7 @@ import math
 import jax
 import numpy as np
 
-from jaxattn.models.translation import Entry
+from jaxattn.models.layout import Entry
 
 
 def resize_flat_table(table: np.ndarray, entry: Entry) -> np.ndarray:
@@ -14,7 +14,7 @@ def resize_flat_table(table: np.ndarray, entry: Entry) -> np.ndarray:
     Where the offsets of the one window stand among those of the other is a geometric series from the middle, and
     between them values are interpolated linearly (BEiT, Bao et al. 2022, arXiv 2106.08254, with timm's interpolation).
 
-    >>> from jaxattn.models.translation import layout
+    >>> from jaxattn.models.layout import layout
     >>> entry = Entry(["bias"], [(1, 5, 5)], [layout("head row column -> (row column) head")])
     >>> resize_flat_table(np.arange(9.0)[:, None], entry).reshape(5, 5)[2]
     array([3., 3., 4., 5., 5.])
@@ -34,7 +34,7 @@ def resize_flat_table(table: np.ndarray, entry: Entry) -> np.ndarray:
 def resize_table(table: np.ndarray, entry: Entry) -> np.ndarray:
     """The same of a table `[heads, *offsets]`.
 
-    >>> from jaxattn.models.translation import layout
+    >>> from jaxattn.models.layout import layout
     >>> entry = Entry(["bias"], [(1, 5, 5)], [layout("a b c -> a b c")])
     >>> resize_table(np.ones((1, 3, 3)), entry).shape
     (1, 5, 5)
@@ -74,7 +74,7 @@ def resize_positions(position: np.ndarray, prefix: int, grid: tuple[int, int]) -
 def resize_grid(position: np.ndarray, entry: Entry) -> np.ndarray:
     """Learned positions `[1, *grid, features]` for the grid of ours, as `resize_positions` has them.
 
-    >>> from jaxattn.models.translation import layout
+    >>> from jaxattn.models.layout import layout
     >>> entry = Entry(["position"], [(3, 4, 2)], [layout("row column c -> 1 row column c")])
     >>> resize_grid(np.ones((1, 2, 2, 2)), entry).shape
     (1, 3, 4, 2)
@@ -88,7 +88,7 @@ def resize_offsets(table: np.ndarray, entry: Entry) -> np.ndarray:
     """Embeddings of the offsets along one axis, `[offsets, features]`, for as many of ours: interpolated linearly, each
     as the middle of its share of the line (Li et al. 2022, MViTv2, arXiv 2112.01526).
 
-    >>> from jaxattn.models.translation import layout
+    >>> from jaxattn.models.layout import layout
     >>> entry = Entry(["rows"], [(5, 1)], [layout("offset dim -> offset dim")])
     >>> resize_offsets(np.array([[0.0], [1.0], [2.0]]), entry).ravel().round(1)
     array([0. , 0.4, 1. , 1.6, 2. ])

@@ -12,49 +12,21 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float, Num
 
 from jaxattn.checked import Natural, checked
-from jaxattn.halo import shard_count
 from jaxattn.models.backbone import linear_head
 from jaxattn.models.gelu import gelu
 from jaxattn.models.latent_pool import LatentPool
 from jaxattn.models.residual import check_rates, check_rngs, depth_rates, run_block
 from jaxattn.models.translation import Translation
-from jaxattn.models.vit_blocks import (
-    MIXES,
-    Block,
-    Mix,
-    layer_norm,
-    small_init,
-    xavier_init,
-)
+from jaxattn.models.vit_blocks import Block, Mix, layer_norm, small_init, xavier_init
+from jaxattn.models.vit_checks import check_mixes, check_settings, check_split
 from jaxattn.models.vit_names import translations_of
-from jaxattn.nn.conv import Conv
+from jaxattn.models.vit_tokens import Tokens, patch_grid
 from jaxattn.nn.gated import GPSA
-from jaxattn.nn.grid import Splittable
 from jaxattn.nn.quadratic import QuadraticAttention
 from jaxattn.sizes import Size, per_axis
 
-POOLS = ("token", "mean", "attention")
-POSITIONS = ("learned", "sincos2d", "none")
-NORMS = ("pre", "post")
 
-
-def sincos_2d(height: int, width: int, features: int) -> np.ndarray:
-    """Where each token stands, `[height, width, features]`: of the column j and then of the row i, all sines and then
-    all cosines of
-
-        j ω_m, i ω_m,   ω_m = 10000^(-m / M),   m = 0 … M - 1,   M = features / 4
-
-    (Chen, Xie & He 2021, MoCo v3, arXiv 2104.02057).
-
-    >>> sincos_2d(1, 2, 4)[0, 1].round(4)  # sin 1, cos 1, sin 0, cos 0
-    array([0.8415, 0.5403, 0.    , 1.    ])
-    """
-    omega = 10_000.0 ** -(np.arange(features // 4) / (features // 4))
-    row, column = (index[..., None] * omega for index in np.indices((height, width)))
-    return np.concatenate([np.sin(column), np.cos(column), np.sin(row), np.cos(row)], axis=-1)
-
-
-class ViT(Splittable):
+class ViT(Tokens):
     """A Vision Transformer (Dosovitskiy et al. 2021, arXiv 2010.11929), whose blocks mix tokens as `mix` says,
 
         x = patches W + b + position,   x ← x + mix(norm(x)),   x ← x + MLP(norm(x))   in each block,
@@ -145,27 +117,27 @@ class ViT(Splittable):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.image_size, self.patch_size = _pair("image_size", image_size), _pair("patch_size", patch_size)
-        window = _pair("window", window)
-        self.in_features, self.position_kind = in_features, position
-        self.pool = ("token" if class_token else "mean") if pool is None else pool
-        self.remat = remat
+        pool = ("token" if class_token else "mean") if pool is None else pool
+        image_size, patch_size, window = (
+            per_axis("ViT", name, size, 2)
+            for name, size in (("image_size", image_size), ("patch_size", patch_size), ("window", window))
+        )
         mixes = (mix,) * depth if isinstance(mix, str) or callable(mix) else tuple(mix)
         check_rates("ViT", drop_path=drop_path, dropout=dropout)
-        _check_names(self.pool, position, norm, class_token, width)
-        if registers and not class_token:
-            raise ValueError(f"ViT: registers (={registers}) must be 0 without a class token")
-        if epsilon <= 0:
-            raise ValueError(f"ViT: epsilon (={epsilon}) must be a number > 0")
-        _check_mixes(mixes, depth, class_token, window, self._grid(self.image_size))
-        self.joins = _joins(mixes) if class_token else depth
+        check_settings(
+            pool=pool, position=position, norm=norm, class_token=class_token, registers=registers, width=width,
+            epsilon=epsilon,
+        )  # fmt: skip
+        check_mixes(mixes, depth, class_token, window, patch_grid(image_size, patch_size))
 
         kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.strides, self.widths = (self.patch_size[0],), (width,)
-        self.patches = Conv(
-            in_features, width, self.patch_size, self.patch_size, padding="VALID", use_bias=not norm_before, **kwargs
-        )
-        self._make_tokens(class_token, class_position, registers, width, param_dtype, rngs)
+        super().__init__(
+            image_size, patch_size, in_features, width, position=position, class_token=class_token,
+            class_position=class_position, registers=registers, joins=_joins(mixes) if class_token else depth,
+            use_bias=not norm_before, **kwargs,
+        )  # fmt: skip
+        self.pool, self.remat = pool, remat
+        self.strides, self.widths = (patch_size[0],), (width,)
         self.norm_before = layer_norm(width, epsilon, **kwargs) if norm_before else nnx.data(None)
         self.dropout = nnx.Dropout(dropout)
         make = partial(
@@ -190,73 +162,17 @@ class ViT(Splittable):
         gated = {n: vars(layer)["gate"].shape[0] for n, layer in enumerate(layers) if isinstance(layer, GPSA)}
         return translations_of(gated)
 
-    def _make_tokens(
-        self, class_token: bool, class_position: bool, registers: int, width: int, dtype: Any, rngs: nnx.Rngs
-    ):
-        """The parameters that are added to the patches, or stand beside them."""
-
-        def table(*shape):
-            return nnx.Param(small_init(rngs.params(), (*shape, width), dtype))
-
-        learned, first = self.position_kind == "learned", class_token and class_position and self.joins == 0
-        self.position = table(*self._grid(self.image_size)) if learned else nnx.data(None)
-        self.class_token = table() if class_token else nnx.data(None)
-        self.class_position = table() if learned and first else nnx.data(None)
-        self.registers = table(registers) if registers else nnx.data(None)
-
-    def _grid(self, size: Sequence[int]) -> tuple[int, int]:
-        """The grid of the patches of an image of `size` (height, width)."""
-        if any(n < 1 or n % p for n, p in zip(size, self.patch_size, strict=True)):
-            raise ValueError(f"ViT: patch_size (={self.patch_size}) must divide the image's size (={tuple(size)})")
-        rows, columns = (n // p for n, p in zip(size, self.patch_size, strict=True))
-        return rows, columns
-
-    def _tokens(self, images: Array) -> Float[Array, "*batch height width features"]:
-        """The patches, and where they stand."""
-        x = self.patches(images)
-        rows, columns, features = x.shape[-3:]
-        if self.position is not None:
-            position = self.position[...].astype(x.dtype)
-        elif self.position_kind == "sincos2d":
-            position = jnp.asarray(sincos_2d(rows * shard_count(self.axis_name), columns, features), x.dtype)
-        else:
-            return x
-        if self.axis_name is not None:
-            position = jax.lax.dynamic_slice_in_dim(position, jax.lax.axis_index(self.axis_name) * rows, rows)
-        return x + position
-
-    def _join(
-        self, x: Float[Array, "*batch height width features"], token: Float[Array, "features"]
-    ) -> Float[Array, "*batch tokens features"]:
-        """The class token, the registers, and then all others."""
-        token = token if self.class_position is None else token + self.class_position[...]
-        tokens = token[None] if self.registers is None else jnp.concatenate([token[None], self.registers[...]])
-        batch, features = x.shape[:-3], x.shape[-1]
-        first = jnp.broadcast_to(tokens.astype(x.dtype), (*batch, *tokens.shape))
-        return jnp.concatenate([first, x.reshape(*batch, -1, features)], axis=-2)
-
     def features(
         self, images: Num[ArrayLike, "..."], *, sow_weights: bool = False, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "..."]:
         """The last norm's output: a grid `[*batch, height, width, features]`, or with a class token a sequence
         `[*batch, 1 + registers + height · width, features]`."""
-        images = jnp.asarray(images)
-        self._check_images(images)
-        if self.axis_name is not None and self.class_token is not None:
-            raise ValueError(
-                f"ViT: class_token (=True) must be False where the grid is split over {self.axis_name!r}: the token is "
-                "on no shard"
-            )
-        if self.axis_name is not None and self.latent_pool is not None:
-            raise ValueError(
-                f"ViT: pool (='attention') must be 'mean' where the grid is split over {self.axis_name!r}: the query "
-                "must see all of it"
-            )
+        check_split(self.axis_name, self.class_token, self.latent_pool)
         check_rngs("ViT", rngs, drop_path=self.blocks[-1].drop_path, dropout=self.dropout)
-        x = self._tokens(images)
+        x = self.placed(jnp.asarray(images))
         for n, block in enumerate(self.blocks):
             if self.class_token is not None and n == self.joins:
-                x = self._join(x, self.class_token[...])
+                x = self.joined(x, self.class_token[...])
             # what joins first is dropped with the rest, after the position
             x = self.dropout(x, rngs=rngs) if n == 0 else x
             x = self.norm_before(x) if n == 0 and self.norm_before is not None else x
@@ -281,7 +197,7 @@ class ViT(Splittable):
             x = x.mean(axis=(-3, -2))
             x = x if self.axis_name is None else jax.lax.pmean(x, self.axis_name)
         else:
-            x = x[..., 0, :] if self.pool == "token" else x[..., self._first_patch :, :].mean(axis=-2)
+            x = x[..., 0, :] if self.pool == "token" else x[..., self.first_patch :, :].mean(axis=-2)
         return x if self.head is None else self.head(x)
 
     def pyramid(
@@ -289,15 +205,7 @@ class ViT(Splittable):
     ) -> list[Float[Array, "..."]]:
         """The last norm's output as a grid, without the class token and registers: the one stage of `strides`."""
         x = self.features(images, sow_weights=sow_weights, rngs=rngs)
-        if self.class_token is not None:
-            rows, columns = self._grid(jnp.shape(images)[-3:-1])
-            x = x[..., self._first_patch :, :].reshape(*x.shape[:-2], rows, columns, x.shape[-1])
-        return [x]
-
-    @property
-    def _first_patch(self) -> int:
-        """How many tokens stand before the patches."""
-        return 1 if self.registers is None else 1 + self.registers.shape[0]
+        return [x if self.class_token is None else self.as_grid(x, jnp.shape(images)[-3:-1])]
 
     def centers(self) -> Float[np.ndarray, "layers heads 2"]:
         """Where the heads of each "quadratic" layer look, in tokens: rows and columns away from the query."""
@@ -314,48 +222,7 @@ class ViT(Splittable):
             raise ValueError("ViT: mix must be 'quadratic' in some block: only such heads have centres")
         return layers
 
-    def _check_images(self, images: Array):
-        size = self.image_size if self.position_kind == "learned" else ("height", "width")
-        fits = images.ndim >= 3 and images.shape[-1] == self.in_features
-        whole = (images.shape[-3] * shard_count(self.axis_name), images.shape[-2]) if fits else ()
-        if not fits or (self.position_kind == "learned" and whole != self.image_size):
-            shape = f"[*batch, {size[0]}, {size[1]}, in_features (={self.in_features})]"
-            raise ValueError(f"ViT: images (={images.shape}) must be {shape}")
-        self._grid(whole)
-
-
-def _pair(name: str, size: Size) -> tuple[int, int]:
-    height, width = per_axis("ViT", name, size, 2)
-    return height, width
-
 
 def _joins(mixes: Sequence[Mix]) -> int:
     """The first of the blocks that end the network in "global": from there on, no layer needs a grid."""
     return max((n + 1 for n, mix in enumerate(mixes) if mix != "global"), default=0)
-
-
-def _check_names(pool: str, position: str, norm: str, class_token: bool, width: int):
-    for name, value, allowed in (("pool", pool, POOLS), ("position", position, POSITIONS), ("norm", norm, NORMS)):
-        if value not in allowed:
-            raise ValueError(f"ViT: {name} (={value!r}) must be one of {', '.join(map(repr, allowed))}")
-    if pool == "token" and not class_token:
-        raise ValueError("ViT: class_token (=False) must be True with pool='token'; pool='mean' needs none")
-    if pool == "attention" and class_token:
-        raise ValueError("ViT: class_token (=True) must be False with pool='attention', whose query stands for it")
-    if position == "sincos2d" and width % 4:
-        raise ValueError(f"ViT: width (={width}) must be a multiple of 4 with position='sincos2d'")
-
-
-def _check_mixes(mixes: Sequence[Mix], depth: int, class_token: bool, window: tuple[int, int], grid: tuple[int, int]):
-    if len(mixes) != depth:
-        raise ValueError(f"ViT: mix (={mixes!r}) must be a string, a function, or one per block ({depth})")
-    for mix in mixes:
-        if not callable(mix) and not (isinstance(mix, str) and mix in MIXES):
-            raise ValueError(f"ViT: mix (={mix!r}) must be one of {', '.join(map(repr, MIXES))}, or a function")
-    if class_token and mixes[-1] != "global":
-        raise ValueError(
-            f"ViT: class_token (=True) must be False (and pool 'mean') with mix={mixes[-1]!r}, which needs a grid; or "
-            "give a mix that ends in 'global', where the token then joins"
-        )
-    if "local" in mixes and any(w > n for w, n in zip(window, grid, strict=True)):
-        raise ValueError(f"ViT: window (={window}) must fit in the grid of the patches, {grid}")

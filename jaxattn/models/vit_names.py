@@ -5,8 +5,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from jaxattn.models import latent_pool
+from jaxattn.models.layout import Entry
 from jaxattn.models.resize import resize_positions
-from jaxattn.models.translation import BY_HEAD, FUSED, OUT, Entry, Rule, Table, Translation, below, under
+from jaxattn.models.translation import BY_HEAD, FUSED, OUT, Rule, Table, Translation, below, under
 
 
 def resize(position: np.ndarray, entry: Entry) -> np.ndarray:

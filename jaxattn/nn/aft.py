@@ -1,6 +1,6 @@
 """The attention-free transformer's layers as Flax modules."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from jaxattn import zoo
 from jaxattn.checked import checked
-from jaxattn.nn.layer import Layer, default_kernel_init, small_init
+from jaxattn.nn.layer import Init, Layer, default_kernel_init, small_init
 from jaxattn.sizes import Size
 from jaxattn.zoo.equations import divided
 
@@ -54,20 +54,12 @@ class AFT(Layer):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         precision: lax.PrecisionLike = None,
-        kernel_init: Callable[..., Any] = default_kernel_init,
-        position_init: Callable[..., Any] = small_init,
+        kernel_init: Init = default_kernel_init,
+        position_init: Init = small_init,
         rngs: nnx.Rngs,
     ):
-        self.dtype, self.precision = dtype, precision
-        sizes = _sizes(in_features, hidden_features, out_features)
-        self.draw(
-            sizes | {"grid": self.sized("grid", grid, rank)},
-            kernel_init=kernel_init,
-            use_bias=use_bias,
-            position=position_init,
-            rngs=rngs,
-            dtype=param_dtype,
-        )
+        given = locals()  # the arguments, by name
+        self.draw(given, _sizes(given) | {"grid": self.sized("grid", grid, rank)})
 
 
 class AFTConv(Layer):
@@ -110,20 +102,18 @@ class AFTConv(Layer):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         precision: lax.PrecisionLike = None,
-        kernel_init: Callable[..., Any] = default_kernel_init,
-        position_init: Callable[..., Any] = small_init,
+        kernel_init: Init = default_kernel_init,
+        position_init: Init = small_init,
         rngs: nnx.Rngs,
     ):
-        self.dtype, self.precision = dtype, precision
-        sizes = _sizes(in_features, hidden_features, out_features)
+        given = locals()  # the arguments, by name
+        sizes = _sizes(given)
         divided("AFTConv", "num_heads", num_heads, sizes["hidden"], "hidden_features")
-        sizes |= {"window": self.sized("kernel_size", kernel_size, rank), "heads": num_heads}
-        self.draw(
-            sizes, kernel_init=kernel_init, use_bias=use_bias, position=position_init, rngs=rngs, dtype=param_dtype
-        )
+        self.draw(given, sizes | {"window": self.sized("kernel_size", kernel_size, rank), "heads": num_heads})
 
 
-def _sizes(features: int, hidden: int | None, out: int | None) -> dict[str, Any]:
-    """Of the linear maps; None is the features."""
-    default = {"features": features, "hidden": features, "out_features": features}
-    return default | {name: n for name, n in (("hidden", hidden), ("out_features", out)) if n is not None}
+def _sizes(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the linear maps; None is `in_features`."""
+    features, hidden, out = given["in_features"], given["hidden_features"], given["out_features"]
+    default = lambda size: features if size is None else size
+    return {"features": features, "hidden": default(hidden), "out_features": default(out)}

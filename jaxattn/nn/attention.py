@@ -1,7 +1,8 @@
 """Attention as a Flax module: projections around `jaxattn.attention`, with tables for its relative terms.
 
-What surrounds it has files of its own: `projected`, before and after it attends; `attention_terms`, what else it
-depends on; `attention_checks`, what it refuses; `decode`, one token after another.
+What surrounds it has files of its own: `projected`, before and after it attends; `attend`, by what it does, and what
+it shows of it; `attention_terms`, what else it depends on; `attention_checks`, what it refuses; `decode`, one token
+after another.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,15 +19,14 @@ from jaxtyping import Array, ArrayLike, Float, Real
 
 from jaxattn import position
 from jaxattn.checked import checked
-from jaxattn.halo import split_attention
+from jaxattn.nn import attend
 from jaxattn.nn import attention_checks as checks
 from jaxattn.nn import attention_terms as terms
 from jaxattn.nn import decode as decoding
 from jaxattn.nn.dropout import dropout_key
-from jaxattn.nn.layer import Normalize, default_bias_init, default_kernel_init, small_init
+from jaxattn.nn.layer import Init, Normalize, default_bias_init, default_kernel_init, small_init
 from jaxattn.nn.projected import Projected
 from jaxattn.nn.rotary import learned_frequencies
-from jaxattn.parts import attention_weights
 from jaxattn.sizes import Size
 from jaxattn.window import Window
 
@@ -147,11 +147,11 @@ class Attention(Projected):
         dropout_rate: float = 0.0,
         deterministic: bool | None = None,
         precision: lax.PrecisionLike = None,
-        kernel_init: Callable[..., Any] = default_kernel_init,
-        out_kernel_init: Callable[..., Any] | None = None,
-        bias_init: Callable[..., Any] = default_bias_init,
-        out_bias_init: Callable[..., Any] | None = None,
-        relative_init: Callable[..., Any] | None = small_init,
+        kernel_init: Init = default_kernel_init,
+        out_kernel_init: Init | None = None,
+        bias_init: Init = default_bias_init,
+        out_bias_init: Init | None = None,
+        relative_init: Init | None = small_init,
         sinks: bool = False,
         use_bias: bool = True,
         out_projection: bool = True,
@@ -262,45 +262,14 @@ class Attention(Projected):
         if self.attention_fn is not None:
             known = {} if input_positions is None else {"input_positions": input_positions}
             known |= {"is_causal": is_causal and not decode, "module": self if sow_weights else None}
-            y = self._attend_by_function(query, key, value, mask, dropped, **known)
+            y = attend.by_function(self, query, key, value, mask, dropped, **known)
         else:
             given = terms.of_call(self, query.dtype, mask, bias, segment_ids, grid_sizes)
             given = given | place if decode else terms.clipped(self, given, key)
             if sow_weights:
-                self._sow(query, key, given, jnp.shape(inputs_q))
-            y = self._attend(query, key, value, given, dropped)
+                attend.sow(self, query, key, given, jnp.shape(inputs_q))
+            y = attend.by_terms(self, query, key, value, given, dropped)
         return self.project_back(y, jnp.shape(inputs_q), out_sharding)
-
-    def _attend(self, query, key, value, given: dict[str, Any], dropped) -> Array:
-        return split_attention(
-            query,
-            key,
-            value,
-            **given,
-            axis_name=self.keys_axis_name,
-            dropout_rate=0.0 if dropped is None else self.dropout_rate,
-            dropout_key=dropped,
-            broadcast_dropout=self.broadcast_dropout,
-            precision=self.precision,
-            implementation=self.implementation,
-        )
-
-    def _attend_by_function(self, query, key, value, mask, dropped, **known: Any) -> Array:
-        """By `attention_fn`, as flax calls it."""
-        attend: Any = self.attention_fn
-        return attend(
-            query,
-            key,
-            value,
-            mask=mask,
-            dropout_rng=dropped,
-            dropout_rate=self.dropout_rate,
-            broadcast_dropout=self.broadcast_dropout,
-            deterministic=dropped is None,
-            dtype=self.dtype,
-            precision=self.precision,
-            **known,
-        )
 
     @checked
     def init_cache(self, input_shape: Sequence[int], dtype: DTypeLike = jnp.float32):
@@ -341,24 +310,7 @@ class Attention(Projected):
         checks.check_weights(self, "weights")
         query, key, _ = self.project(inputs_q, inputs_k, None)
         given = terms.clipped(self, terms.of_call(self, query.dtype, mask, bias, segment_ids), key)
-        return self._weights(query, key, given, jnp.shape(inputs_q))
-
-    def _weights(self, query: Array, key: Array, given: dict[str, Any], shape: tuple[int, ...]) -> Array:
-        """[*batch, *query_grid, heads, slots]."""
-        given = dict(given)
-        if given.pop("grid_sizes") is not None:
-            raise ValueError(f"{type(self).__name__}: grid_sizes must be None where the weights are asked for")
-        weights = attention_weights(query, key, **given, precision=self.precision)
-        before = query.shape[:-2] if self.window is not None else shape[:-1]
-        return weights.reshape(*before, self.num_heads, weights.shape[-1])
-
-    def _sow(self, query: Array, key: Array, given: dict[str, Any], shape: tuple[int, ...]) -> None:
-        """Store the weights as `nnx.Intermediate`."""
-        checks.check_weights(self, "sow_weights")
-        weights = self._weights(query, key, given, shape)
-        if self.window is None:
-            weights = jnp.swapaxes(weights.reshape(*query.shape[:-1], weights.shape[-1]), -2, -3)
-        self.sow(nnx.Intermediate, "attention_weights", weights)
+        return attend.weights(self, query, key, given, jnp.shape(inputs_q))
 
     @checked
     def set_view(

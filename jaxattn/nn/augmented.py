@@ -1,8 +1,5 @@
 """Attention-augmented convolution as a Flax module."""
 
-from collections.abc import Callable
-from typing import Any
-
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
@@ -10,7 +7,7 @@ from jax.typing import DTypeLike
 
 from jaxattn import zoo
 from jaxattn.checked import checked
-from jaxattn.nn.layer import Layer, default_kernel_init
+from jaxattn.nn.layer import Init, Layer, default_kernel_init
 from jaxattn.sizes import Size
 from jaxattn.zoo.equations import divided
 from jaxattn.zoo.heads import offsets
@@ -61,9 +58,10 @@ class AugmentedConv(Layer):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         precision: lax.PrecisionLike = None,
-        kernel_init: Callable[..., Any] = default_kernel_init,
+        kernel_init: Init = default_kernel_init,
         rngs: nnx.Rngs,
     ):
+        given = locals()  # the arguments, by name
         grid, window = (self.sized(name, size, rank) for name, size in (("grid", grid), ("kernel_size", kernel_size)))
         key_features = 2 * value_features if key_features is None else key_features
         if len(grid) != len(window):
@@ -72,7 +70,6 @@ class AugmentedConv(Layer):
             raise ValueError(
                 f"AugmentedConv: value_features (={value_features}) must be below out_features (={out_features})"
             )
-        self.dtype, self.precision = dtype, precision
         dim = divided("AugmentedConv", "num_heads", num_heads, key_features, "key_features")
         sizes = {
             "window": window,
@@ -84,5 +81,4 @@ class AugmentedConv(Layer):
             "attention_features": value_features,
             "offsets": offsets(grid),
         }
-        embedding = nnx.initializers.normal(dim**-0.5)
-        self.draw(sizes, kernel_init=kernel_init, use_bias=use_bias, embedding=embedding, rngs=rngs, dtype=param_dtype)
+        self.draw(given, sizes, embedding=nnx.initializers.normal(dim**-0.5))

@@ -1,8 +1,5 @@
 """The module of axial attention."""
 
-from collections.abc import Callable
-from typing import Any
-
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
@@ -10,7 +7,7 @@ from jax.typing import DTypeLike
 
 from jaxattn import zoo
 from jaxattn.checked import AnyInt, checked
-from jaxattn.nn.layer import Layer, default_kernel_init, head_sizes
+from jaxattn.nn.layer import Init, Layer, default_kernel_init, head_sizes
 
 
 class AxialAttention(Layer):
@@ -58,20 +55,20 @@ class AxialAttention(Layer):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         precision: lax.PrecisionLike = None,
-        kernel_init: Callable[..., Any] = default_kernel_init,
-        embedding_init: Callable[..., Any] | None = None,
+        kernel_init: Init = default_kernel_init,
+        embedding_init: Init | None = None,
         rngs: nnx.Rngs,
     ):
+        given = locals()  # the arguments, by name
         if axis == -1:
             raise ValueError("AxialAttention: axis (=-1) must be another than the last, the features")
-        given = [n for n in (length, window) if n is not None]
-        if len(given) != 1:
+        tokens = [n for n in (length, window) if n is not None]
+        if len(tokens) != 1:
             raise ValueError(f"AxialAttention: give one of length (={length}) and window (={window})")
-        self.axis, self.window, self.dtype, self.precision = axis, window, dtype, precision
-        sizes = head_sizes(self, num_heads, in_features, qkv_features, out_features, out_projection)
+        self.axis, self.window = axis, window
+        sizes = head_sizes(self, given) | {"heads|1": 1, "offsets": 2 * tokens[0] - 1}
         init = nnx.initializers.normal(sizes["head_dim"] ** -0.5) if embedding_init is None else embedding_init
         self.draw(
-            sizes | {"heads|1": 1, "offsets": 2 * given[0] - 1}, kernel_init=kernel_init, use_bias=use_bias,
-            without=() if out_projection else ("out",), query_embedding=init, key_embedding=init, value_embedding=init,
-            rngs=rngs, dtype=param_dtype,
+            given, sizes, without=() if out_projection else ("out",),
+            query_embedding=init, key_embedding=init, value_embedding=init,
         )  # fmt: skip

@@ -1,13 +1,13 @@
 """Layers of the field that are `Attention` with settings."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from flax import nnx
 
 from jaxattn.checked import checked
 from jaxattn.nn.attention import Attention
-from jaxattn.nn.layer import glorot_init, small_init
+from jaxattn.nn.layer import Init, glorot_init, small_init
 from jaxattn.sizes import Size
 from jaxattn.window import Window
 from jaxattn.zoo.sliding import halo_window
@@ -43,7 +43,7 @@ class GlobalAttention(Attention):
         qkv_features: int | None = None,
         out_features: int | None = None,
         *,
-        kernel_init: Callable[..., Any] = glorot_init,
+        kernel_init: Init = glorot_init,
         rngs: nnx.Rngs,
         **settings: Any,
     ):
@@ -138,7 +138,7 @@ class HaloAttention(Attention):
         scale: float | None = 1.0,
         use_bias: bool = False,
         out_projection: bool = False,
-        relative_init: Callable[..., Any] | None = None,
+        relative_init: Init | None = None,
         rngs: nnx.Rngs,
         **settings: Any,
     ):
@@ -182,7 +182,7 @@ class NeighborhoodAttention(Attention):
         *,
         window: Window | Size,
         relative_bias: bool = True,
-        kernel_init: Callable[..., Any] = small_init,
+        kernel_init: Init = small_init,
         rngs: nnx.Rngs,
         **settings: Any,
     ):

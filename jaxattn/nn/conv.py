@@ -16,11 +16,10 @@ from jaxtyping import Array, ArrayLike, Float, Num, Real
 from jaxattn import zoo
 from jaxattn.checked import checked
 from jaxattn.einsum import einsum
-from jaxattn.halo import shard_count, split_pad
 from jaxattn.nn.grid import GridModule
-from jaxattn.nn.layer import default_bias_init, default_kernel_init
+from jaxattn.nn.layer import Init, default_bias_init, default_kernel_init
 from jaxattn.sizes import Size
-from jaxattn.zoo.equations import Padding, pads, read_padding
+from jaxattn.zoo.equations import Padding, pads, read_padding, same, with_neighbours
 from jaxattn.zoo.parameters import biased
 
 PADDINGS = ("SAME", "SAME_LOWER", "VALID", "CAUSAL", "CIRCULAR", "REFLECT")
@@ -100,8 +99,8 @@ class Conv(GridModule):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         precision: lax.PrecisionLike = None,
-        kernel_init: Callable[..., Any] = default_kernel_init,
-        bias_init: Callable[..., Any] = default_bias_init,
+        kernel_init: Init = default_kernel_init,
+        bias_init: Init = default_bias_init,
         conv_general_dilated: Callable[..., Any] = lax.conv_general_dilated,
         promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
         preferred_element_type: DTypeLike | None = None,
@@ -171,12 +170,17 @@ class Conv(GridModule):
             y = self._by_the_given(x, kernel, out_sharding)
             return y if bias is None else biased(y, {"bias": bias})
         if any(d != 1 for d in self.input_dilation):
+            if self.axis_name is not None:
+                raise ValueError(
+                    f"Conv: input_dilation (={self.input_dilation}) must be 1 where axis_name (={self.axis_name!r}) is "
+                    "given"
+                )
             axes = [f"i{n}" for n in range(rank)]
             dilated = [f"{d}*{axis}" for d, axis in zip(self.input_dilation, axes, strict=True)]
             x = einsum(f"... {' '.join(axes)} c -> ... {' '.join(dilated)} c", x)
-        padding, boundary = self._pads(x.shape[-1 - rank : -1])
-        if self.axis_name is not None:
-            x, padding = self._with_neighbours(x, self.axis_name)
+        (padding, boundary), geometry = self._around(), (self.kernel_size, self.strides, self.kernel_dilation)
+        x, padding = with_neighbours(x, self.axis_name, padding, *geometry, boundary)
+        padding = pads(padding, x.shape[-1 - rank : -1], *geometry)
         y = zoo.conv(
             x,
             kernel,
@@ -198,8 +202,8 @@ class Conv(GridModule):
         x = x.reshape(-1, *spatial)
         padding: Any = self.padding
         if padding in ("CIRCULAR", "REFLECT", "CAUSAL"):
-            pads, boundary = self._pads(spatial[:-1])
-            x = jnp.pad(x, [(0, 0), *pads, (0, 0)], mode={"zero": "constant"}.get(boundary, boundary))
+            around, boundary = self._around()
+            x = jnp.pad(x, [(0, 0), *around, (0, 0)], mode={"zero": "constant"}.get(boundary, boundary))
             padding = "VALID"
         last = x.ndim - 1
         lhs = (0, last, *range(1, last))
@@ -221,28 +225,13 @@ class Conv(GridModule):
         )
         return y.reshape(*batch, *y.shape[1:])
 
-    def _with_neighbours(self, x: Array, axis_name: str) -> tuple[Array, Any]:
-        """A shard's input with what it sees of its neighbours', and the pads of the axes that are whole."""
-        if any(d != 1 for d in self.input_dilation):
-            raise ValueError(
-                f"Conv: input_dilation (={self.input_dilation}) must be 1 where axis_name (={axis_name!r}) is given"
-            )
-        axis = x.ndim - 1 - self.rank
-        padding, boundary = self._pads((x.shape[axis] * shard_count(axis_name), *x.shape[axis + 1 : -1]))
-        size, stride, dilation = self.kernel_size[0], self.strides[0], self.kernel_dilation[0]
-        geometry = {"size": size, "stride": stride, "dilation": dilation}
-        x = split_pad(x, axis, axis_name, padding[0], **geometry, boundary=boundary)
-        return x, [(0, 0), *padding[1:]]
-
-    def _pads(self, spatial: tuple[int, ...]) -> tuple[Any, str]:
-        """The (low, high) pads of each axis of the input, and what they are filled with."""
-        spans = [(k - 1) * d for k, d in zip(self.kernel_size, self.kernel_dilation, strict=True)]
-        if self.padding == "CAUSAL":
-            return [(spans[0], 0)], "zero"
-        if self.padding in ("CIRCULAR", "REFLECT"):
-            boundary = "wrap" if self.padding == "CIRCULAR" else "reflect"
-            return [(span // 2, span - span // 2) for span in spans], boundary
-        return pads(self.padding, spatial, self.kernel_size, self.strides, self.kernel_dilation), "zero"
+    def _around(self) -> tuple[Any, str]:
+        """The (low, high) pads of each axis, or the word for them, and what they are filled with."""
+        if self.padding not in ("CAUSAL", "CIRCULAR", "REFLECT"):
+            return self.padding, "zero"
+        causal = self.padding == "CAUSAL"
+        boundary = "zero" if causal else "wrap" if self.padding == "CIRCULAR" else "reflect"
+        return same(self.kernel_size, self.kernel_dilation, causal), boundary
 
 
 def kernel_mask(where: str, mask: Any, shape: tuple[int, ...]) -> Any:

@@ -1,8 +1,5 @@
 """CvT's attention as a Flax module."""
 
-from collections.abc import Callable
-from typing import Any
-
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
@@ -10,7 +7,7 @@ from jax.typing import DTypeLike
 
 from jaxattn import zoo
 from jaxattn.checked import checked
-from jaxattn.nn.layer import Layer, default_kernel_init, head_sizes, of_window, small_init
+from jaxattn.nn.layer import Init, Layer, default_kernel_init, head_sizes, of_window, small_init
 from jaxattn.sizes import Size
 
 
@@ -60,16 +57,13 @@ class CvTAttention(Layer):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         precision: lax.PrecisionLike = None,
-        kernel_init: Callable[..., Any] = small_init,
-        conv_init: Callable[..., Any] = default_kernel_init,
+        kernel_init: Init = small_init,
+        conv_init: Init = default_kernel_init,
         rngs: nnx.Rngs,
     ):
+        given = locals()  # the arguments, by name
         window = self.sized("kernel_size", kernel_size, rank)
         self.strides, self.kv_strides = self.each("strides", strides), self.each("kv_strides", kv_strides)
-        self.scale, self.dtype, self.precision = scale, dtype, precision
-        sizes = head_sizes(self, num_heads, in_features, qkv_features, out_features)
-        conv = of_window(conv_init)
-        self.draw(
-            sizes | {"window": window}, kernel_init=kernel_init,
-            use_bias=use_bias, query_kernel=conv, key_kernel=conv, value_kernel=conv, rngs=rngs, dtype=param_dtype,
-        )  # fmt: skip
+        self.scale, conv = scale, of_window(conv_init)
+        sizes = head_sizes(self, given) | {"window": window}
+        self.draw(given, sizes, query_kernel=conv, key_kernel=conv, value_kernel=conv)

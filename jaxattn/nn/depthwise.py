@@ -1,8 +1,5 @@
 """Modules of depthwise convolution: learned weights by offset, each channel or head its own."""
 
-from collections.abc import Callable
-from typing import Any
-
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
@@ -10,14 +7,7 @@ from jax.typing import DTypeLike
 
 from jaxattn import zoo
 from jaxattn.checked import checked
-from jaxattn.nn.layer import (
-    Layer,
-    default_bias_init,
-    default_kernel_init,
-    glorot_init,
-    of_kernel,
-    of_window,
-)
+from jaxattn.nn.layer import Init, Layer, default_bias_init, default_kernel_init, glorot_init, of_kernel, of_window
 from jaxattn.sizes import Size
 from jaxattn.zoo.equations import Padding, divided, read_padding
 
@@ -65,23 +55,49 @@ class DepthwiseConv(Layer):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         precision: lax.PrecisionLike = None,
-        kernel_init: Callable[..., Any] = default_kernel_init,
-        bias_init: Callable[..., Any] = default_bias_init,
+        kernel_init: Init = default_kernel_init,
+        bias_init: Init = default_bias_init,
         rngs: nnx.Rngs,
     ):
+        given = locals()  # the arguments, by name
         window = self.sized("kernel_size", kernel_size, rank)
-        self.strides = self.each("strides", strides)
-        self.dilation = self.each("dilation", dilation)
+        self.strides, self.dilation = self.each("strides", strides), self.each("dilation", dilation)
         self.padding = read_padding("DepthwiseConv", padding, self.rank)
         self.out_features = in_features * multiplier
-        self.dtype, self.precision = dtype, precision
         sizes = {"features": in_features, "window": window, "features·m": self.out_features}
-        self.draw(sizes, kernel=of_window(kernel_init), rngs=rngs, dtype=param_dtype)
+        self.draw(given, sizes, kernel=of_window(kernel_init))
         bias = nnx.Param(bias_init(rngs.params(), (self.out_features,), param_dtype)) if use_bias else None
         self.bias = nnx.data(bias)
 
 
-class LightConv(Layer):
+class KernelOfHeads(Layer):
+    """What `LightConv` and `DynamicConv` take: their kernels are a window's, for each head."""
+
+    @checked
+    def __init__(
+        self,
+        num_heads: int,
+        in_features: int,
+        kernel_size: Size,
+        *,
+        rank: int | None = None,
+        dilation: Size = 1,
+        causal: bool = False,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: lax.PrecisionLike = None,
+        kernel_init: Init = glorot_init,
+        rngs: nnx.Rngs,
+    ):
+        given = locals()  # the arguments, by name
+        divided(type(self).__name__, "num_heads", num_heads, in_features, "in_features")
+        window = self.sized("kernel_size", kernel_size, rank)
+        self.dilation, self.causal = self.each("dilation", dilation), causal
+        sizes = {"features": in_features, "window": window, "heads": num_heads}
+        self.draw(given, sizes, kernel=of_window(kernel_init))
+
+
+class LightConv(KernelOfHeads):
     """A depthwise convolution whose weights a softmax makes sum to one: `jaxattn.zoo.light_conv` with its parameter.
 
     The convolution alone, without the linear maps and the gate around it. (Wu et al. 2019, arXiv 1901.10430.)
@@ -104,26 +120,3 @@ class LightConv(Layer):
     """
 
     function = staticmethod(of_kernel(zoo.light_conv))
-
-    @checked
-    def __init__(
-        self,
-        num_heads: int,
-        in_features: int,
-        kernel_size: Size,
-        *,
-        rank: int | None = None,
-        dilation: Size = 1,
-        causal: bool = False,
-        dtype: DTypeLike | None = None,
-        param_dtype: DTypeLike = jnp.float32,
-        precision: lax.PrecisionLike = None,
-        kernel_init: Callable[..., Any] = glorot_init,
-        rngs: nnx.Rngs,
-    ):
-        divided("LightConv", "num_heads", num_heads, in_features, "in_features")
-        self.causal, self.dtype, self.precision = causal, dtype, precision
-        window = self.sized("kernel_size", kernel_size, rank)
-        self.dilation = self.each("dilation", dilation)
-        sizes = {"features": in_features, "window": window, "heads": num_heads}
-        self.draw(sizes, kernel=of_window(kernel_init), rngs=rngs, dtype=param_dtype)

@@ -1,7 +1,6 @@
 """Modules of convolutions whose weights are made from the data."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +10,13 @@ from jax.typing import DTypeLike
 
 from jaxattn import zoo
 from jaxattn.checked import checked
-from jaxattn.nn.layer import Layer, default_kernel_init, glorot_init, of_kernel
+from jaxattn.nn.depthwise import KernelOfHeads
+from jaxattn.nn.layer import Init, Layer, default_kernel_init, of_kernel
 from jaxattn.sizes import Size
 from jaxattn.zoo.equations import divided
 
 
-class DynamicConv(Layer):
+class DynamicConv(KernelOfHeads):
     """`LightConv` whose kernel each position makes of its own features: `jaxattn.zoo.dynamic_conv` with its parameter.
 
     The convolution alone, without the linear maps and the gate around it. (Wu et al. 2019, arXiv 1901.10430.)
@@ -39,29 +39,6 @@ class DynamicConv(Layer):
     """
 
     function = staticmethod(of_kernel(zoo.dynamic_conv))
-
-    @checked
-    def __init__(
-        self,
-        num_heads: int,
-        in_features: int,
-        kernel_size: Size,
-        *,
-        rank: int | None = None,
-        dilation: Size = 1,
-        causal: bool = False,
-        dtype: DTypeLike | None = None,
-        param_dtype: DTypeLike = jnp.float32,
-        precision: lax.PrecisionLike = None,
-        kernel_init: Callable[..., Any] = glorot_init,
-        rngs: nnx.Rngs,
-    ):
-        divided("DynamicConv", "num_heads", num_heads, in_features, "in_features")
-        self.causal, self.dtype, self.precision = causal, dtype, precision
-        window = self.sized("kernel_size", kernel_size, rank)
-        self.dilation = self.each("dilation", dilation)
-        sizes = {"features": in_features, "window": window, "heads": num_heads}
-        self.draw(sizes, kernel_init=kernel_init, rngs=rngs, dtype=param_dtype)
 
 
 class Involution(Layer):
@@ -104,16 +81,17 @@ class Involution(Layer):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         precision: lax.PrecisionLike = None,
-        kernel_init: Callable[..., Any] = default_kernel_init,
+        kernel_init: Init = default_kernel_init,
         rngs: nnx.Rngs,
     ):
+        given = locals()  # the arguments, by name
         divided("Involution", "groups", groups, in_features, "in_features")
-        self.activation, self.dtype, self.precision = activation, dtype, precision
+        self.activation = activation
         reduced = divided("Involution", "reduction", reduction, in_features, "in_features")
         window = self.sized("kernel_size", kernel_size, rank)
         self.strides, self.dilation = self.each("strides", strides), self.each("dilation", dilation)
         sizes = {"features": in_features, "reduced": reduced, "window": window, "groups": groups}
-        self.draw(sizes, kernel_init=kernel_init, use_bias=True, rngs=rngs, dtype=param_dtype)
+        self.draw(given, sizes, biased=("reduce", "span"))
 
 
 class DynamicDepthwiseConv(Layer):
@@ -153,12 +131,13 @@ class DynamicDepthwiseConv(Layer):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         precision: lax.PrecisionLike = None,
-        kernel_init: Callable[..., Any] = default_kernel_init,
+        kernel_init: Init = default_kernel_init,
         rngs: nnx.Rngs,
     ):
-        self.activation, self.dtype, self.precision = activation, dtype, precision
+        given = locals()  # the arguments, by name
+        self.activation = activation
         reduced = divided("DynamicDepthwiseConv", "reduction", reduction, in_features, "in_features")
         window = self.sized("kernel_size", kernel_size, rank)
         self.dilation = self.each("dilation", dilation)
         sizes = {"features": in_features, "reduced": reduced, "window": window}
-        self.draw(sizes, kernel_init=kernel_init, use_bias=True, rngs=rngs, dtype=param_dtype)
+        self.draw(given, sizes, biased=("reduce", "span"))

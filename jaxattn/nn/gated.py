@@ -1,8 +1,5 @@
 """GPSA's module, and where its heads begin."""
 
-from collections.abc import Callable
-from typing import Any
-
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -11,7 +8,7 @@ from jax.typing import DTypeLike
 
 from jaxattn import zoo
 from jaxattn.checked import checked
-from jaxattn.nn.layer import Layer, head_sizes, small_init
+from jaxattn.nn.layer import Init, Layer, head_sizes, small_init
 
 
 class GPSA(Layer):
@@ -59,20 +56,19 @@ class GPSA(Layer):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         precision: lax.PrecisionLike = None,
-        kernel_init: Callable[..., Any] = small_init,
+        kernel_init: Init = small_init,
         rngs: nnx.Rngs,
     ):
+        given = locals()  # the arguments, by name
         if identity_value and qkv_features not in (None, in_features):
             raise ValueError(
                 f"GPSA: with identity_value, qkv_features (={qkv_features}) must be in_features (={in_features})"
             )
-        self.rank, self.dtype, self.precision = rank, dtype, precision
-        sizes = head_sizes(self, num_heads, in_features, qkv_features, out_features)
+        self.rank = rank
         position = -locality_strength * np.insert(-2 * head_centres(num_heads, rank), 0, 1, axis=1)
         self.draw(
-            sizes | {"coordinates": rank + 1}, kernel_init=kernel_init, use_bias=use_bias, biased=("out",), rngs=rngs,
-            dtype=param_dtype, position=lambda key, shape, dtype: jnp.asarray(position, dtype),
-            gate=nnx.initializers.constant(gate),
+            given, head_sizes(self, given) | {"coordinates": rank + 1}, biased=("out",),
+            position=lambda key, shape, dtype: jnp.asarray(position, dtype), gate=nnx.initializers.constant(gate),
         )  # fmt: skip
         if identity_value:
             identity = jnp.eye(in_features, dtype=param_dtype)

@@ -1,8 +1,5 @@
 """The lambda layer as a Flax module."""
 
-from collections.abc import Callable
-from typing import Any
-
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
@@ -10,7 +7,7 @@ from jax.typing import DTypeLike
 
 from jaxattn import zoo
 from jaxattn.checked import checked
-from jaxattn.nn.layer import Layer, default_kernel_init, small_init
+from jaxattn.nn.layer import Init, Layer, default_kernel_init, small_init
 from jaxattn.sizes import Size
 from jaxattn.zoo.equations import divided
 
@@ -59,15 +56,12 @@ class LambdaLayer(Layer):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         precision: lax.PrecisionLike = None,
-        kernel_init: Callable[..., Any] = default_kernel_init,
-        position_init: Callable[..., Any] = small_init,
+        kernel_init: Init = default_kernel_init,
+        position_init: Init = small_init,
         rngs: nnx.Rngs,
     ):
+        given = locals()  # the arguments, by name
         out_features = in_features if out_features is None else out_features
         width = divided("LambdaLayer", "num_heads", num_heads, out_features, "out_features")
-        self.dtype, self.precision = dtype, precision
         sizes = {"features": in_features, "heads": num_heads, "key_dim": key_dim, "depth": depth, "value_dim": width}
-        self.draw(
-            sizes | {"window": self.sized("kernel_size", kernel_size, rank)}, kernel_init=kernel_init,
-            use_bias=use_bias, position=position_init, rngs=rngs, dtype=param_dtype,
-        )  # fmt: skip
+        self.draw(given, sizes | {"window": self.sized("kernel_size", kernel_size, rank)})

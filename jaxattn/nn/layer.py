@@ -22,13 +22,15 @@ default_bias_init = nnx.initializers.zeros_init()
 glorot_init = nnx.initializers.xavier_uniform()
 Normalize = Literal["softmax", "relu", "sigmoid", "sparsemax", "none"] | Callable[..., Array]  # `attention`'s
 small_init = nnx.initializers.truncated_normal(0.02)
+Init = Callable[..., Any]  # an initialiser, called positionally: (key, shape, dtype)
 
 
 class Layer(GridModule):
     """A function of the zoo with its parameters.
 
     A layer is a docstring, its `function` and a constructor. That keeps what the function takes by keyword under the
-    keyword's name, and draws the parameters by the shapes in the function's line of the registry. What can be computed
+    keyword's name, and hands its own arguments to `draw`, which makes the parameters by the shapes in the function's
+    line of the registry and keeps `dtype` and `precision`. What can be computed
     on a grid that is split over a mesh has an `axis_name`, the mesh axis, as a function has that takes one; what can't
     says why in `needs_whole_grid`.
     """
@@ -52,27 +54,26 @@ class Layer(GridModule):
     @final
     def draw(
         self,
+        given: Mapping[str, Any],
         sizes: Mapping[str, int | tuple[int, ...]],
         *,
-        rngs: nnx.Rngs,
-        dtype: Any,
-        kernel_init: Callable[..., Any] = default_kernel_init,
-        use_bias: bool = False,
         biased: Collection[str] = (),
         without: Collection[str] = (),
-        **inits: Callable[..., Any],
+        **inits: Init,
     ) -> None:
         """Give the layer the function's parameters.
 
         Args:
+          given: the constructor's arguments by name: `kernel_init` is of linear maps, each drawn as the matrix that it
+            is, so that an initialiser sees its true fans; `use_bias`, whether these have biases, which begin at zero;
+            `position_init` is of "position", and so on; `dtype`, `param_dtype`, `precision`, `rngs`.
           sizes: of "features" and of the axes in their shapes; a tuple is of all axes of a grid or a window.
-          rngs, dtype: of the parameters.
-          kernel_init: of linear maps, each drawn as the matrix that it is, so that an initialiser sees its true fans.
-          use_bias: whether they have biases, which begin at zero.
-          biased: those that have one in any case.
+          biased: linear maps that have a bias in any case.
           without: parameters that this layer does not have.
-          **inits: of the others by name; "embedding" serves "embedding_0" and so on.
+          **inits: initialisers in place of those given; "embedding" serves "embedding_0" and so on.
         """
+        self.dtype, self.precision = given["dtype"], given["precision"]
+        rngs, dtype, kernel_init = given["rngs"], given["param_dtype"], given["kernel_init"]
         (self.in_features,) = _shape("features", sizes)
         shapes = spelled(ROWS[type(self).function.__name__].shapes, self.rank)
         for name, axes in shapes.items():
@@ -87,9 +88,10 @@ class Layer(GridModule):
                 init = drawn_as(kernel_init, lambda shape, summed=summed: (summed, math.prod(shape) // summed))
                 setattr(self, name, nnx.Param(init(rngs.params(), shape, dtype)))
             elif owner == name:
-                init = inits[name.rstrip("_0123456789")]
+                group = name.rstrip("_0123456789")
+                init = inits[group] if group in inits else given[f"{group}_init"]
                 setattr(self, name, nnx.Param(init(rngs.params(), shape, dtype)))
-            elif use_bias or owner in biased:
+            elif owner in biased or given.get("use_bias", False):
                 setattr(self, name, nnx.Param(jnp.zeros(shape, dtype)))
 
 
@@ -120,7 +122,7 @@ def of_kernel(function: Callable[..., Array]) -> Callable[..., Array]:
     return of_parameters
 
 
-def drawn_as(init: Callable[..., Any], shape_of: Callable[[tuple[int, ...]], tuple[int, ...]]) -> Callable[..., Any]:
+def drawn_as(init: Init, shape_of: Callable[[tuple[int, ...]], tuple[int, ...]]) -> Callable[..., Any]:
     """Draws a parameter in another shape, whose fans are its own; the names of its axes, if any, are of its own."""
 
     def drawn(key: Array, shape: tuple[int, ...], dtype: Any) -> Any:
@@ -133,30 +135,25 @@ def drawn_as(init: Callable[..., Any], shape_of: Callable[[tuple[int, ...]], tup
     return drawn
 
 
-def of_window(init: Callable[..., Any]) -> Callable[..., Any]:
+def of_window(init: Init) -> Callable[..., Any]:
     """Draws `[*window, features]` as a convolution's kernel of one input, so that its fan is the window."""
     return drawn_as(init, lambda shape: (*shape[:-1], 1, shape[-1]))
 
 
-def head_sizes(
-    layer: nnx.Module,
-    num_heads: int,
-    in_features: int,
-    qkv_features: int | None,
-    out_features: int | None,
-    out_projection: bool = True,
-) -> dict[str, Any]:
-    """The sizes that attention layers share. None for `qkv_features` and `out_features` is `in_features`."""
-    name, qkv_features = type(layer).__name__, in_features if qkv_features is None else qkv_features
-    head_dim = divided(name, "num_heads", num_heads, qkv_features, "qkv_features")
-    if not out_projection and out_features not in (None, qkv_features):
+def head_sizes(layer: nnx.Module, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The sizes that attention layers share, by their constructors' arguments. None for `qkv_features` and
+    `out_features` is `in_features`."""
+    name, in_features, out_features = type(layer).__name__, given["in_features"], given["out_features"]
+    qkv_features = in_features if given.get("qkv_features") is None else given["qkv_features"]
+    head_dim = divided(name, "num_heads", given["num_heads"], qkv_features, "qkv_features")
+    if not given.get("out_projection", True) and out_features not in (None, qkv_features):
         raise ValueError(
             f"{name}: without an output projection, out_features (={out_features}) must be qkv_features "
             f"(={qkv_features})"
         )
     return {
         "features": in_features,
-        "heads": num_heads,
+        "heads": given["num_heads"],
         "head_dim": head_dim,
         "value_dim": head_dim,
         "out_features": in_features if out_features is None else out_features,

@@ -1,8 +1,5 @@
 """Modules of attention in which one side of the pair is learned: the queries, or the keys."""
 
-from collections.abc import Callable
-from typing import Any
-
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
@@ -10,7 +7,7 @@ from jax.typing import DTypeLike
 
 from jaxattn import zoo
 from jaxattn.checked import checked
-from jaxattn.nn.layer import Layer, Normalize, default_bias_init, default_kernel_init, head_sizes
+from jaxattn.nn.layer import Init, Layer, Normalize, default_bias_init, default_kernel_init, head_sizes
 from jaxattn.sizes import Size
 
 unit_init = nnx.initializers.normal(1.0)
@@ -62,19 +59,15 @@ class QnA(Layer):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         precision: lax.PrecisionLike = None,
-        kernel_init: Callable[..., Any] = default_kernel_init,
-        query_init: Callable[..., Any] = short_init,
-        bias_init: Callable[..., Any] = default_bias_init,
+        kernel_init: Init = default_kernel_init,
+        query_init: Init = short_init,
+        bias_init: Init = default_bias_init,
         rngs: nnx.Rngs,
     ):
+        given = locals()  # the arguments, by name
         window = self.sized("kernel_size", kernel_size, rank)
         self.strides, self.scale = self.each("strides", strides), scale
-        self.dtype, self.precision = dtype, precision
-        sizes = head_sizes(self, num_heads, in_features, qkv_features, out_features)
-        self.draw(
-            sizes | {"window": window}, kernel_init=kernel_init, use_bias=use_bias,
-            query=query_init, bias=bias_init, rngs=rngs, dtype=param_dtype,
-        )  # fmt: skip
+        self.draw(given, head_sizes(self, given) | {"window": window})
 
 
 class ParameterKeyAttention(Layer):
@@ -122,14 +115,11 @@ class ParameterKeyAttention(Layer):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         precision: lax.PrecisionLike = None,
-        kernel_init: Callable[..., Any] = default_kernel_init,
-        key_init: Callable[..., Any] = unit_init,
-        value_init: Callable[..., Any] = unit_init,
+        kernel_init: Init = default_kernel_init,
+        key_init: Init = unit_init,
+        value_init: Init = unit_init,
         rngs: nnx.Rngs,
     ):
-        self.normalize, self.scale, self.dtype, self.precision = normalize, scale, dtype, precision
-        sizes = head_sizes(self, num_heads, in_features, qkv_features, out_features)
-        self.draw(
-            sizes | {"keys": num_keys}, kernel_init=kernel_init, use_bias=use_bias, key=key_init, value=value_init,
-            rngs=rngs, dtype=param_dtype,
-        )  # fmt: skip
+        given = locals()  # the arguments, by name
+        self.normalize, self.scale = normalize, scale
+        self.draw(given, head_sizes(self, given) | {"keys": num_keys})

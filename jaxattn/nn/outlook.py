@@ -1,8 +1,5 @@
 """Outlook attention as a Flax module."""
 
-from collections.abc import Callable
-from typing import Any
-
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
@@ -10,7 +7,7 @@ from jax.typing import DTypeLike
 
 from jaxattn import zoo
 from jaxattn.checked import checked
-from jaxattn.nn.layer import Layer, head_sizes, small_init
+from jaxattn.nn.layer import Init, Layer, head_sizes, small_init
 from jaxattn.sizes import Size
 from jaxattn.zoo.equations import divided
 
@@ -57,15 +54,11 @@ class OutlookAttention(Layer):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         precision: lax.PrecisionLike = None,
-        kernel_init: Callable[..., Any] = small_init,
+        kernel_init: Init = small_init,
         rngs: nnx.Rngs,
     ):
+        given = locals()  # the arguments, by name
         window = self.sized("kernel_size", kernel_size, rank)
         self.strides, self.scale = self.each("strides", strides), scale
-        self.dtype, self.precision = dtype, precision
         divided("OutlookAttention", "num_heads", num_heads, in_features, "in_features")
-        sizes = head_sizes(self, num_heads, in_features, None, out_features)
-        self.draw(
-            sizes | {"window": window}, kernel_init=kernel_init,
-            use_bias=use_bias, biased=("attention", "out"), rngs=rngs, dtype=param_dtype,
-        )  # fmt: skip
+        self.draw(given, head_sizes(self, given) | {"window": window}, biased=("attention", "out"))

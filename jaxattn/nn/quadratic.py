@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from jaxattn import zoo
 from jaxattn.checked import checked
-from jaxattn.nn.layer import Layer, default_bias_init, default_kernel_init, drawn_as
+from jaxattn.nn.layer import Init, Layer, default_bias_init, default_kernel_init, drawn_as
 from jaxattn.sizes import Size
 from jaxattn.window import Window
 from jaxattn.zoo.equations import divided
@@ -75,36 +75,36 @@ class QuadraticAttention(Layer):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         precision: lax.PrecisionLike = None,
-        kernel_init: Callable[..., Any] = default_kernel_init,
-        bias_init: Callable[..., Any] = default_bias_init,
-        centre_init: Callable[..., Any] = default_centre_init,
-        alpha_init: Callable[..., Any] = default_alpha_init,
+        kernel_init: Init = default_kernel_init,
+        bias_init: Init = default_bias_init,
+        centre_init: Init = default_centre_init,
+        alpha_init: Init = default_alpha_init,
         implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
+        given = locals()  # the arguments, by name
         out_features = in_features if out_features is None else out_features
         self.num_heads, self.out_features, self.groups, self.rank = num_heads, out_features, groups, rank
         self.window = self.each("window", window) if isinstance(window, int | tuple) else window
         if isinstance(window, zoo.Slide | Window) and window.rank != rank:
             raise ValueError(f"QuadraticAttention: window (={window}) must have {rank} axes, as rank says")
-        self.dtype, self.precision, self.implementation = dtype, precision, implementation
+        self.implementation = implementation
         part = divided("QuadraticAttention", "groups", groups, in_features, "in_features")
         out_part = divided("QuadraticAttention", "groups", groups, out_features, "out_features")
         columns = out_features if head_dim is None else groups * head_dim
         without = ("inverse_root" if isotropic else "alpha", *(() if use_bias else ("bias",)))
         self.draw(
-            {
+            given, {
                 "features": in_features, "heads": num_heads, "axes": rank, "features/groups": part,
                 "groups·head_dim": columns, "out_features/groups": out_part, "out_features": out_features,
             },
-            rngs=rngs, dtype=param_dtype, without=without if head_dim is not None else (*without, "out"),
-            centre=centre_init, alpha=alpha_init, bias=bias_init,
+            without=without if head_dim is not None else (*without, "out"),
             inverse_root=lambda key, shape, dtype: jnp.tile(jnp.eye(rank, dtype=dtype), (num_heads, 1, 1)),
             value=_matrix(kernel_init, out_features if head_dim is None else num_heads * columns),
             out=_matrix(kernel_init, out_features),
         )  # fmt: skip
 
 
-def _matrix(init: Callable[..., Any], columns: int) -> Callable[..., Any]:
+def _matrix(init: Init, columns: int) -> Callable[..., Any]:
     """Draws a parameter as a matrix of so many columns, so that the fan in is all that is summed."""
     return drawn_as(init, lambda shape: (math.prod(shape) // columns, columns))

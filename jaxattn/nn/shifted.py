@@ -1,6 +1,6 @@
 """Swin's module: windows that part the grid, shifted in every other layer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jaxtyping import Array, ArrayLike, Float, Real
 
 from jaxattn.checked import checked
 from jaxattn.nn.attention import Attention
-from jaxattn.nn.layer import small_init
+from jaxattn.nn.layer import Init, small_init
 from jaxattn.sizes import Size
 from jaxattn.window import Window
 from jaxattn.zoo.shifted import Turn, cyclic_axes, shifts_below
@@ -55,7 +55,7 @@ class ShiftedWindowAttention(Attention):
         shift_whole: bool = False,
         boundary: str | Sequence[str] = "mask",
         relative_bias: bool = True,
-        kernel_init: Callable[..., Any] = small_init,
+        kernel_init: Init = small_init,
         rngs: nnx.Rngs,
         **settings: Any,
     ):

@@ -15,7 +15,7 @@ from jaxattn import zoo
 from jaxattn.checked import checked
 from jaxattn.nn.conv import kernel_mask
 from jaxattn.nn.grid import GridModule
-from jaxattn.nn.layer import default_bias_init, default_kernel_init
+from jaxattn.nn.layer import Init, default_bias_init, default_kernel_init
 from jaxattn.sizes import Size
 from jaxattn.zoo.equations import Padding, read_padding
 from jaxattn.zoo.parameters import biased
@@ -70,8 +70,8 @@ class ConvTranspose(GridModule):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         precision: lax.PrecisionLike = None,
-        kernel_init: Callable[..., Any] = default_kernel_init,
-        bias_init: Callable[..., Any] = default_bias_init,
+        kernel_init: Init = default_kernel_init,
+        bias_init: Init = default_bias_init,
         transpose_kernel: bool = False,
         promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
         preferred_element_type: DTypeLike | None = None,

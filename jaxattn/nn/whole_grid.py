@@ -1,8 +1,5 @@
 """Modules of attention over a whole grid."""
 
-from collections.abc import Callable
-from typing import Any
-
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
@@ -10,7 +7,7 @@ from jax.typing import DTypeLike
 
 from jaxattn import zoo
 from jaxattn.checked import checked
-from jaxattn.nn.layer import Layer, default_kernel_init, head_sizes, small_init
+from jaxattn.nn.layer import Init, Layer, default_kernel_init, head_sizes, small_init
 from jaxattn.sizes import Size
 from jaxattn.zoo.heads import offsets
 
@@ -55,18 +52,15 @@ class BoTNetAttention(Layer):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         precision: lax.PrecisionLike = None,
-        kernel_init: Callable[..., Any] = default_kernel_init,
-        embedding_init: Callable[..., Any] | None = None,
+        kernel_init: Init = default_kernel_init,
+        embedding_init: Init | None = None,
         rngs: nnx.Rngs,
     ):
-        self.dtype, self.precision = dtype, precision
-        sizes = head_sizes(self, num_heads, in_features, qkv_features, out_features, out_projection)
+        given = locals()  # the arguments, by name
+        sizes = head_sizes(self, given)
         init = nnx.initializers.normal(sizes["head_dim"] ** -0.5) if embedding_init is None else embedding_init
         sizes |= {"heads|1": 1, "offsets": offsets(self.sized("grid", grid, rank)), "width": sizes["head_dim"]}
-        self.draw(
-            sizes, kernel_init=kernel_init, use_bias=use_bias, without=() if out_projection else ("out",),
-            embedding=init, rngs=rngs, dtype=param_dtype,
-        )  # fmt: skip
+        self.draw(given, sizes, without=() if out_projection else ("out",), embedding=init)
 
 
 class LearnedRelativeAttention(Layer):
@@ -108,15 +102,11 @@ class LearnedRelativeAttention(Layer):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         precision: lax.PrecisionLike = None,
-        kernel_init: Callable[..., Any] = default_kernel_init,
-        embedding_init: Callable[..., Any] = small_init,
+        kernel_init: Init = default_kernel_init,
+        embedding_init: Init = small_init,
         rngs: nnx.Rngs,
     ):
-        self.dtype, self.precision = dtype, precision
-        sizes = head_sizes(self, num_heads, in_features, qkv_features, out_features)
-        along = offsets(self.sized("grid", grid, rank))
-        self.draw(
-            sizes | {"heads|1": num_heads, "offsets": along, "width": sizes["head_dim"]}, kernel_init=kernel_init,
-            use_bias=use_bias, biased=("out",), without=() if content else ("key",), embedding=embedding_init,
-            rngs=rngs, dtype=param_dtype,
-        )  # fmt: skip
+        given = locals()  # the arguments, by name
+        sizes = head_sizes(self, given)
+        sizes |= {"heads|1": num_heads, "offsets": offsets(self.sized("grid", grid, rank)), "width": sizes["head_dim"]}
+        self.draw(given, sizes, biased=("out",), without=() if content else ("key",))

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxattn.models.translation import COUNTER, Entry, Translation
+from jaxattn.models.layout import Entry
+from jaxattn.models.translation import COUNTER, Translation
 from jaxattn.pretrained.files import read_weights, write_safetensors
 from jaxattn.pretrained.registry import published
 

@@ -5,14 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import ArrayLike, Real
 
 from jaxattn.checked import MeshAxis
 from jaxattn.einsum import einsum
 from jaxattn.kernels.operands import statistics_dtype
-from jaxattn.zoo.equations import axes, divided, same, sliding, with_neighbours
+from jaxattn.zoo.equations import axes, divided, slid
 from jaxattn.zoo.parameters import affine, parameters
 from jaxattn.zoo.registry import row
 from jaxattn.zoo.softmax import below_largest, everywhere
@@ -54,8 +53,8 @@ def aft(
     >>> aft(jnp.ones((2, 5, 7, 8)), params | {"position": jnp.ones((5, 7, 5, 7))}).shape
     (2, 5, 7, 8)
     """
-    rank = max(np.ndim(params.get("position", ())) // 2, 1)
-    p, x, _ = parameters("aft", x, params, rank, grid=np.shape(x)[max(np.ndim(x) - 1 - rank, 0) : -1])
+    p, x, grid = parameters("aft", x, params)
+    rank = len(grid)
     gate, e, ev = _exponentials(x, p, rank, precision)
     weights = jnp.exp(below_largest(p["position"].astype(e.dtype), tuple(range(rank, 2 * rank))))
     i, j = axes("i", rank), axes("j", rank)
@@ -105,18 +104,15 @@ def aft_conv(
     >>> aft_conv(jnp.ones((2, 14, 14, 8)), params | {"position": jnp.ones((7, 7, 3))}).shape
     (2, 14, 14, 8)
     """
-    rank = max(np.ndim(params.get("position", ())) - 1, 1)
-    p, x, _ = parameters("aft_conv", x, params, rank)
-    size, heads, ones = p["position"].shape[:-1], p["position"].shape[-1], (1,) * rank
+    p, x, grid = parameters("aft_conv", x, params)
+    rank, *size, heads = len(grid), *p["position"].shape
     divided("aft_conv", "heads of params['position']", heads, p["value"].shape[-1], "the hidden features")
     gate, e, ev = _exponentials(x, p, rank, precision, axis_name)
     more = jnp.expm1(p["position"].astype(e.dtype))
-    sums, window, i = sliding(ones, ones)
 
     def total(z):
-        around, padding = with_neighbours(z, axis_name, same(size, ones), size, ones, ones)
-        equation = f"... {sums} (h c), {window} h -> ... {i} (h c)"
-        near = einsum(equation, around, more, padding=padding, precision=precision)
+        equation = "... {sums} (h c), {r} h -> ... {i} (h c)"
+        near = slid(equation, z, more, size, axis_name=axis_name, precision=precision)
         return everywhere(z.sum(tuple(range(-1 - rank, -1)), keepdims=True), axis_name) + near
 
     return affine("... c, c o -> ... o", gate * (total(ev) / total(e)).astype(gate.dtype), p, "out", precision)

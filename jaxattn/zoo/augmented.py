@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import ArrayLike, Real
 
@@ -15,7 +14,7 @@ from jaxattn.window import Window
 from jaxattn.zoo.dense import conv
 from jaxattn.zoo.equations import same, with_neighbours
 from jaxattn.zoo.heads import PROJECTIONS, offsets, project
-from jaxattn.zoo.parameters import affine, biased, parameters
+from jaxattn.zoo.parameters import affine, biased, grid_rank, parameters
 from jaxattn.zoo.registry import row
 from jaxattn.zoo.whole_grid import whole_grid
 
@@ -62,7 +61,7 @@ def augmented_conv(
     >>> augmented_conv(jnp.ones((2, 5, 7, 8)), params).shape
     (2, 5, 7, 16)
     """
-    rank = max(np.ndim(params.get("kernel", ())) - 2, 1)
+    rank = grid_rank("augmented_conv", params)
     grid = whole_grid("augmented_conv", x, rank, axis_name)
     p, x, _ = parameters("augmented_conv", x, params, rank, offsets=offsets(grid))
     size, ones = p["kernel"].shape[:rank], (1,) * rank

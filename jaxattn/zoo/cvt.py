@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jax import lax
 from jaxtyping import ArrayLike, Real
 
@@ -64,20 +63,19 @@ def cvt_attention(
     >>> cvt_attention(jnp.ones((2, 7, 7, 8)), params, kv_strides=2).shape
     (2, 7, 7, 6)
     """
-    rank = max(np.ndim(params.get("query_kernel", ())) - 1, 1)
-    params, x, _ = parameters("cvt_attention", x, params, rank)
-    batch = x.shape[: x.ndim - 1 - rank]
+    params, x, grid = parameters("cvt_attention", x, params)
+    batch = x.shape[: x.ndim - 1 - len(grid)]
 
     def tokens(name, strides):
         kernel = params[f"{name}_kernel"]
-        centred = same(kernel.shape[:-1], (1,) * rank)
+        centred = same(kernel.shape[:-1], (1,) * len(grid))
         local = depthwise_conv(x, kernel, strides=strides, padding=centred, precision=precision, axis_name=axis_name)
-        projected = affine("... c, c h d -> ... h d", local, params, name, precision)
-        grid = projected.shape[len(batch) : -2]
-        return projected.reshape(*batch, math.prod(grid), *projected.shape[-2:]), grid
+        return affine("... c, c h d -> ... h d", local, params, name, precision)
 
-    query, grid = tokens("query", strides)
-    key, value = (tokens(name, kv_strides)[0] for name in ("key", "value"))
-    y = split_attention(query, key, value, axis_name=axis_name, scale=scale, precision=precision)
-    y = y.reshape(*batch, *grid, *value.shape[-2:])
+    def in_a_row(z):
+        return z.reshape(*batch, math.prod(z.shape[len(batch) : -2]), *z.shape[-2:])
+
+    query, key, value = tokens("query", strides), tokens("key", kv_strides), tokens("value", kv_strides)
+    y = split_attention(*map(in_a_row, (query, key, value)), axis_name=axis_name, scale=scale, precision=precision)
+    y = y.reshape(*query.shape[:-1], value.shape[-1])
     return affine("... h d, h d o -> ... o", y, params, "out", precision)

@@ -3,14 +3,12 @@
 from collections.abc import Sequence
 
 import jax
-import numpy as np
 from jax import lax
 from jaxtyping import ArrayLike, Real
 
 from jaxattn.checked import MeshAxis
-from jaxattn.einsum import einsum
 from jaxattn.sizes import Size, per_axis
-from jaxattn.zoo.equations import Padding, divided, read_padding, same, sliding, with_neighbours
+from jaxattn.zoo.equations import Padding, divided, read_padding, same, slid
 from jaxattn.zoo.parameters import parameters
 from jaxattn.zoo.registry import row
 from jaxattn.zoo.softmax import softmax
@@ -57,9 +55,8 @@ def depthwise_conv(
     >>> depthwise_conv(jnp.ones((2, 9, 9, 4)), jnp.ones((3, 3, 8)), strides=2).shape
     (2, 5, 5, 8)
     """
-    rank = max(np.ndim(kernel) - 1, 1)
-    p, x, _ = parameters("depthwise_conv", x, {"kernel": kernel}, rank)
-    kernel, features = p["kernel"], x.shape[-1]
+    p, x, grid = parameters("depthwise_conv", x, {"kernel": kernel})
+    kernel, features, rank = p["kernel"], x.shape[-1], len(grid)
     if features == 0 or kernel.shape[-1] % features:
         raise ValueError(
             f"depthwise_conv: kernel (={list(kernel.shape)}) must be [*window, features · m] with x's features "
@@ -68,17 +65,10 @@ def depthwise_conv(
     strides = per_axis("depthwise_conv", "strides", strides, rank)
     dilation = per_axis("depthwise_conv", "dilation", dilation, rank)
     padding = read_padding("depthwise_conv", padding, rank)
-    x, padding = with_neighbours(x, axis_name, padding, kernel.shape[:-1], strides, dilation, boundary)
-    sums, window, position = sliding(strides, dilation)
-    return einsum(
-        f"... {sums} c, {window} (c m) -> ... {position} (c m)",
-        x,
-        kernel,
-        c=features,
-        padding=padding,
-        boundary=boundary,
-        precision=precision,
-    )
+    return slid(
+        "... {sums} c, {r} (c m) -> ... {i} (c m)", x, kernel, kernel.shape[:-1], strides, dilation, c=features,
+        padding=padding, boundary=boundary, axis_name=axis_name, precision=precision,
+    )  # fmt: skip
 
 
 @row(
@@ -119,12 +109,11 @@ def light_conv(
     >>> light_conv(jnp.arange(6.0).reshape(6, 1), jnp.zeros((2, 1)), causal=True)[:, 0]  # a moving average
     Array([0. , 0.5, 1.5, 2.5, 3.5, 4.5], dtype=float32)
     """
-    rank = max(np.ndim(kernel) - 1, 1)
-    p, x, _ = parameters("light_conv", x, {"kernel": kernel}, rank)
-    kernel, size, ones = p["kernel"], p["kernel"].shape[:-1], (1,) * rank
-    divided("light_conv", "heads of kernel", kernel.shape[-1], x.shape[-1])
-    dilation = per_axis("light_conv", "dilation", dilation, rank)
-    x, padding = with_neighbours(x, axis_name, same(size, dilation, causal), size, ones, dilation)
-    sums, window, position = sliding(ones, dilation)
-    equation = f"... {sums} (h c), {window} h -> ... {position} (h c)"
-    return einsum(equation, x, softmax(kernel, tuple(range(rank))), padding=padding, precision=precision)
+    p, x, grid = parameters("light_conv", x, {"kernel": kernel})
+    *size, heads = p["kernel"].shape
+    divided("light_conv", "heads of kernel", heads, x.shape[-1])
+    dilation = per_axis("light_conv", "dilation", dilation, len(grid))
+    return slid(
+        "... {sums} (h c), {r} h -> ... {i} (h c)", x, softmax(p["kernel"], tuple(range(len(grid)))), size,
+        dilation=dilation, padding=same(size, dilation, causal), axis_name=axis_name, precision=precision,
+    )  # fmt: skip

@@ -5,14 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import ArrayLike, Real
 
 from jaxattn.checked import MeshAxis
 from jaxattn.einsum import einsum
 from jaxattn.sizes import Size, per_axis
-from jaxattn.zoo.equations import divided, same, sliding, with_neighbours
+from jaxattn.zoo.equations import axes, divided, same, slid
 from jaxattn.zoo.parameters import affine, parameters
 from jaxattn.zoo.pool import mean_pool
 from jaxattn.zoo.registry import row
@@ -58,22 +57,15 @@ def dynamic_conv(
     >>> dynamic_conv(jnp.ones((2, 9, 9, 4)), jnp.ones((4, 3, 3, 2))).shape
     (2, 9, 9, 4)
     """
-    rank = max(np.ndim(kernel) - 2, 1)
-    p, x, _ = parameters("dynamic_conv", x, {"kernel": kernel}, rank)
-    kernel, ones = p["kernel"], (1,) * rank
-    size = kernel.shape[1:-1]
-    divided("dynamic_conv", "heads of kernel", kernel.shape[-1], x.shape[-1])
-    dilation = per_axis("dynamic_conv", "dilation", dilation, rank)
-    sums, window, position = sliding(ones, dilation)
-    scores = einsum(f"... e, e {window} h -> ... {window} h", x, kernel, precision=precision)
-    around, padding = with_neighbours(x, axis_name, same(size, dilation, causal), size, ones, dilation)
-    return einsum(
-        f"... {sums} (h c), ... {position} {window} h -> ... {position} (h c)",
-        around,
-        softmax(scores, tuple(range(-1 - rank, -1))),
-        padding=padding,
-        precision=precision,
-    )
+    p, x, grid = parameters("dynamic_conv", x, {"kernel": kernel})
+    rank, _, *size, heads = len(grid), *p["kernel"].shape
+    divided("dynamic_conv", "heads of kernel", heads, x.shape[-1])
+    dilation, r = per_axis("dynamic_conv", "dilation", dilation, rank), axes("r", rank)
+    scores = einsum(f"... e, e {r} h -> ... {r} h", x, p["kernel"], precision=precision)
+    return slid(
+        "... {sums} (h c), ... {i} {r} h -> ... {i} (h c)", x, softmax(scores, tuple(range(-1 - rank, -1))), size,
+        dilation=dilation, padding=same(size, dilation, causal), axis_name=axis_name, precision=precision,
+    )  # fmt: skip
 
 
 @row(
@@ -118,22 +110,14 @@ def involution(
     >>> involution(jnp.ones((2, 9, 9, 8)), params).shape
     (2, 9, 9, 8)
     """
-    rank = max(np.ndim(params.get("span", ())) - 2, 1)
-    params, x, _ = parameters("involution", x, params, rank)
-    size, groups = params["span"].shape[1:-1], params["span"].shape[-1]
+    params, x, grid = parameters("involution", x, params)
+    _, *size, groups = params["span"].shape
     divided("involution", "groups of params['span']", groups, x.shape[-1])
-    strides = per_axis("involution", "strides", strides, rank)
-    dilation = per_axis("involution", "dilation", dilation, rank)
-    sums, window, position = sliding(strides, dilation)
-    weights = _weights(mean_pool(x, strides), params, window, activation, precision)
-    around, padding = with_neighbours(x, axis_name, same(size, dilation), size, strides, dilation)
-    return einsum(
-        f"... {sums} (g c), ... {position} {window} g -> ... {position} (g c)",
-        around,
-        weights,
-        padding=padding,
-        precision=precision,
-    )
+    strides = per_axis("involution", "strides", strides, len(grid))
+    dilation = per_axis("involution", "dilation", dilation, len(grid))
+    weights = _weights(mean_pool(x, strides), params, len(grid), activation, precision)
+    equation = "... {sums} (g c), ... {i} {r} g -> ... {i} (g c)"
+    return slid(equation, x, weights, size, strides, dilation, axis_name=axis_name, precision=precision)
 
 
 @row(
@@ -177,20 +161,18 @@ def dynamic_depthwise_conv(
     >>> dynamic_depthwise_conv(jnp.ones((2, 9, 9, 8)), params).shape
     (2, 9, 9, 8)
     """
-    rank = max(np.ndim(params.get("span", ())) - 2, 1)
-    params, x, _ = parameters("dynamic_depthwise_conv", x, params, rank)
-    size, ones = params["span"].shape[1:-1], (1,) * rank
+    params, x, grid = parameters("dynamic_depthwise_conv", x, params)
+    rank, size = len(grid), params["span"].shape[1:-1]
     dilation = per_axis("dynamic_depthwise_conv", "dilation", dilation, rank)
-    sums, window, position = sliding(ones, dilation)
     mean = jnp.mean(x, axis=tuple(range(-1 - rank, -1)))
     mean = mean if axis_name is None else lax.pmean(mean, axis_name)
-    weights = _weights(mean, params, window, activation, precision)
-    around, padding = with_neighbours(x, axis_name, same(size, dilation), size, ones, dilation)
-    equation = f"... {sums} c, ... {window} c -> ... {position} c"
-    return einsum(equation, around, weights, padding=padding, precision=precision)
+    weights = _weights(mean, params, rank, activation, precision)
+    equation = "... {sums} c, ... {r} c -> ... {i} c"
+    return slid(equation, x, weights, size, dilation=dilation, axis_name=axis_name, precision=precision)
 
 
-def _weights(x: jax.Array, params: dict[str, jax.Array], window: str, activation, precision) -> jax.Array:
+def _weights(x: jax.Array, params: dict[str, jax.Array], rank: int, activation, precision) -> jax.Array:
     """span · φ(reduce · x)."""
+    r = axes("r", rank)
     reduced = activation(affine("... c, c m -> ... m", x, params, "reduce", precision))
-    return affine(f"... m, m {window} g -> ... {window} g", reduced, params, "span", precision)
+    return affine(f"... m, m {r} g -> ... {r} g", reduced, params, "span", precision)

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import jax
 
+from jaxattn.einsum import einsum
 from jaxattn.halo import shard_count, split_pad
 from jaxattn.sizes import Size, is_int, is_sequence
 
@@ -95,3 +96,34 @@ def with_neighbours(
         x, first, axis_name, along, size=size[0], stride=strides[0], dilation=dilation[0], boundary=outside or "zero"
     )
     return x, [(0, 0), *others]
+
+
+def slid(
+    equation: str,
+    x: jax.Array,
+    weights: jax.Array,
+    size: Sequence[int],
+    strides: Sequence[int] | None = None,
+    dilation: Sequence[int] | None = None,
+    *,
+    padding: Any = None,
+    boundary: Any = None,
+    axis_name: str | None = None,
+    **options: Any,
+) -> jax.Array:
+    """The `einsum` of x `[*batch, *grid, features]`, over whose grid a window slides, and weights.
+
+    In the equation, {sums} are the tokens that a window sees, {r} the axes of the window, and {i} its positions. The
+    padding gives as many positions as the window slides over (`same`) unless it is given. The grid's first axis may be
+    split over `axis_name`.
+
+    >>> import jax.numpy as jnp
+    >>> slid("{sums} c, {r} -> {i} c", jnp.arange(4.0)[:, None], jnp.ones(3), (3,))[:, 0]
+    Array([1., 3., 6., 5.], dtype=float32)
+    """
+    strides, dilation = (step or (1,) * len(size) for step in (strides, dilation))
+    padding = same(size, dilation) if padding is None else padding
+    x, padding = with_neighbours(x, axis_name, padding, size, strides, dilation, boundary)
+    sums, window, position = sliding(strides, dilation)
+    equation = equation.format(sums=sums, r=window, i=position)
+    return einsum(equation, x, weights, padding=padding, boundary=boundary, **options)

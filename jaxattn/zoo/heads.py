@@ -1,11 +1,9 @@
 """What the attention layers share: queries, keys and values by heads, the way back, and the positions of these."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxattn.einsum import einsum
 from jaxattn.zoo.parameters import affine
@@ -24,11 +22,6 @@ def offsets(size: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(2 * k - 1 for k in size)
 
 
-def bias_rank(params: Mapping[str, Any]) -> int:
-    """As many axes as the relative bias [heads, *offsets] has, and at least one."""
-    return max(1, np.ndim(params.get("relative_bias", ())) - 1)
-
-
 def project(x: jax.Array, params: Mapping[str, jax.Array], precision) -> list[jax.Array]:
     """The query, key and value of every token of x `[*batch, *grid, features]`: `[*batch, *grid, heads, head_dim]`.
 
@@ -39,9 +32,11 @@ def project(x: jax.Array, params: Mapping[str, jax.Array], precision) -> list[ja
     return [found["query"], found.get("key", jnp.zeros_like(found["query"])), found["value"]]
 
 
-def embedding(layer: str, params: Mapping[str, jax.Array], rank: int) -> tuple[jax.Array, ...]:
+def embedding(layer: str, params: Mapping[str, jax.Array], rank: int) -> tuple[jax.Array, ...] | None:
     """r as `attention` takes it, a table for each axis: all of head_dim wide, which are added, or head_dim / rank,
-    which stand one after the other."""
+    which stand one after the other. None where there is none."""
+    if "embedding_0" not in params:
+        return None
     head_dim, width = params["query"].shape[-1], params["embedding_0"].shape[-1]
     if width != head_dim and width * rank != head_dim:
         raise ValueError(

@@ -1,17 +1,15 @@
 """The lambda layer: what a query sees is a linear map, made of its surroundings before it is asked."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jax import lax
 from jaxtyping import ArrayLike, Real
 
 from jaxattn.checked import MeshAxis
 from jaxattn.einsum import einsum
-from jaxattn.zoo.equations import axes, same, sliding, with_neighbours
+from jaxattn.zoo.equations import axes, slid
 from jaxattn.zoo.parameters import affine, parameters
 from jaxattn.zoo.registry import row
 from jaxattn.zoo.softmax import everywhere, softmax
@@ -58,18 +56,12 @@ def lambda_layer(
     >>> lambda_layer(jnp.ones((2, 7, 7, 8)), params | {"position": jnp.ones((5, 5, 3, 1))}).shape
     (2, 7, 7, 8)
     """
-    rank = max(np.ndim(params.get("position", ())) - 2, 1)
-    p, x, _ = parameters("lambda_layer", x, params, rank)
+    p, x, grid = parameters("lambda_layer", x, params)
     query, key, value = (affine("... c, c m n -> ... m n", x, p, name, precision) for name in ("query", "key", "value"))
-    i, position, ones = axes("i", rank), p["position"], (1,) * rank
-    key = softmax(key, tuple(range(-2 - rank, -2)), axis_name)
+    i, position = axes("i", len(grid)), p["position"]
+    key = softmax(key, tuple(range(-2 - len(grid), -2)), axis_name)
     content = everywhere(einsum(f"... {i} k u, ... {i} v u -> ... k v", key, value, precision=precision), axis_name)
-    sums, window, _ = sliding(ones, ones)
-    size = position.shape[:-2]
-    flat = value.reshape(*value.shape[:-2], math.prod(value.shape[-2:]))
-    around, padding = with_neighbours(flat, axis_name, same(size, ones), size, ones, ones)
-    around = around.reshape(*around.shape[:-1], *value.shape[-2:])
-    equation = f"... {sums} v u, {window} k u -> ... {i} k v"
-    local = einsum(equation, around, position, padding=padding, precision=precision)
+    equation, flat = "... {sums} (v u), {r} k u -> ... {i} k v", einsum("... v u -> ... (v u)", value)
+    local = slid(equation, flat, position, position.shape[:-2], axis_name=axis_name, precision=precision)
     y = einsum(f"... {i} h k, ... k v -> ... {i} (h v)", query, content, precision=precision)
     return y + einsum("... h k, ... k v -> ... (h v)", query, local, precision=precision)

@@ -63,14 +63,13 @@ def qna(
     >>> qna(jnp.ones((2, 7, 7, 8)), params, strides=2).shape
     (2, 4, 4, 8)
     """
-    rank = max(np.ndim(params.get("bias", ())) - 1, 1)
-    p, x, grid = parameters("qna", x, params, rank)
-    window = Window(p["bias"].shape[1:], stride=per_axis("qna", "strides", strides, rank), boundary="mask")
+    p, x, grid = parameters("qna", x, params)
+    window = Window(p["bias"].shape[1:], stride=per_axis("qna", "strides", strides, len(grid)), boundary="mask")
     key, value = (affine("... c, c h d -> ... h d", x, p, name, precision) for name in ("key", "value"))
     whole = (grid[0] * shard_count(axis_name), *grid[1:])
     first, *others = window.query_grid(whole)
     positions = (first // shard_count(axis_name), *others)
-    query = jnp.broadcast_to(p["query"], (*x.shape[: x.ndim - 1 - rank], *positions, *p["query"].shape))
+    query = jnp.broadcast_to(p["query"], (*x.shape[: x.ndim - 1 - len(grid)], *positions, *p["query"].shape))
     y = split_attention(
         query, key, value, p["bias"], axis_name=axis_name, window=window, scale=scale, precision=precision
     )

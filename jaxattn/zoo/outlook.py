@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax import lax
 from jaxtyping import ArrayLike, Real
 
@@ -63,8 +62,8 @@ def outlook_attention(
     >>> outlook_attention(jnp.ones((2, 9, 9, 8)), params, strides=2).shape
     (2, 9, 9, 8)
     """
-    rank = max((np.ndim(params.get("attention", ())) - 2) // 2, 1)
-    params, x, grid = parameters("outlook_attention", x, params, rank)
+    params, x, grid = parameters("outlook_attention", x, params)
+    rank = len(grid)
     strides = per_axis("outlook_attention", "strides", strides, rank)
     r, t, u = (axes(name, rank) for name in "rtu")
     value = affine("... c, c h d -> ... h d", x, params, "value", precision)

@@ -24,7 +24,7 @@ Shapes = Mapping[str, str]
 
 
 def parameters(
-    layer: str, x, params: Mapping[str, Any], rank: int, **sizes: int | tuple[int, ...]
+    layer: str, x, params: Mapping[str, Any], rank: int | None = None, **sizes: int | tuple[int, ...]
 ) -> tuple[dict[str, jax.Array], jax.Array, tuple[int, ...]]:
     """The parameters that a layer takes, as arrays, x as one, and its grid.
 
@@ -32,17 +32,33 @@ def parameters(
       layer: the function, by its name in the registry.
       x: `[*batch, *grid, features]`.
       params: arrays by name.
-      rank: the grid's.
+      rank: the grid's; None: as the parameters say (`grid_rank`).
       **sizes: sizes of axes that are known already; of several, `*window`, a tuple.
 
     >>> given = {"reduce": jnp.ones((2, 1)), "span": jnp.ones((1, 3, 2))}
-    >>> found, x, grid = parameters("involution", jnp.ones((5, 2)), given, 1)
+    >>> found, x, grid = parameters("involution", jnp.ones((5, 2)), given)
     >>> list(found), grid
     (['reduce', 'span'], (5,))
     """
+    rank = grid_rank(layer, params) if rank is None else rank
     check_grid(layer, x, rank)
-    found = matched(layer, params, rank, features=np.shape(x)[-1], **sizes)
-    return found, jnp.asarray(x), np.shape(x)[np.ndim(x) - 1 - rank : -1]
+    *_, features = np.shape(x)
+    grid = np.shape(x)[np.ndim(x) - 1 - rank : -1]
+    return matched(layer, params, rank, features=features, grid=grid, **sizes), jnp.asarray(x), grid
+
+
+def grid_rank(layer: str, params: Mapping[str, Any]) -> int:
+    """How many axes the grid has: as many as the first parameter that has some for it, but one at least.
+
+    >>> grid_rank("involution", {"span": jnp.ones((1, 3, 3, 2))}), grid_rank("sasa", {"embedding_0": jnp.ones((5, 4))})
+    (2, 1)
+    """
+    for name, axes in ROWS[layer].shapes.items():
+        if "{axis}" in name:
+            return max(1, sum(given.startswith(name.removesuffix("{axis}")) for given in params))
+        if stars := axes.count("*"):
+            return max(1, (np.ndim(params.get(name, ())) + stars - len(before_and_after(axes))) // stars)
+    return 1
 
 
 def matched(layer: str, params: Mapping[str, Any], rank: int, **sizes: int | tuple[int, ...]) -> dict[str, jax.Array]:

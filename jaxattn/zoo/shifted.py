@@ -14,8 +14,8 @@ from jaxattn.checked import MeshAxis
 from jaxattn.halo import halo
 from jaxattn.sizes import Size, every_axis, per_axis
 from jaxattn.window import Window
-from jaxattn.zoo.heads import PROJECTIONS, bias_rank, join, offsets, project
-from jaxattn.zoo.parameters import parameters
+from jaxattn.zoo.heads import PROJECTIONS, join, offsets, project
+from jaxattn.zoo.parameters import grid_rank, parameters
 from jaxattn.zoo.registry import row
 from jaxattn.zoo.whole_grid import whole_grid
 
@@ -76,7 +76,7 @@ def shifted_window_attention(
     (1, 8, 8, 8)
     """
     where = "shifted_window_attention"
-    sizes = every_axis(where, "window", window, bias_rank(params))
+    sizes = every_axis(where, "window", window, grid_rank(where, params))
     turn = Turn.of(where, x, sizes, shifts_below(where, shift, sizes), shift_whole, boundary, axis_name)
     p, x, _ = parameters(where, x, params, len(sizes), offsets=offsets(sizes))
     query, key, value = project(turn.there(x, 1), p, precision)

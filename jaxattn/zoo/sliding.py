@@ -7,13 +7,11 @@ import jax
 from jax import lax
 from jaxtyping import ArrayLike, Real
 
-from jaxattn.attention import attention
-from jaxattn.checked import MeshAxis
 from jaxattn.halo import split_attention
 from jaxattn.sizes import Size, every_axis, per_axis
 from jaxattn.window import Window
-from jaxattn.zoo.heads import EMBEDDINGS, PROJECTIONS, bias_rank, embedding, join, offsets, project
-from jaxattn.zoo.parameters import parameters
+from jaxattn.zoo.heads import EMBEDDINGS, PROJECTIONS, embedding, join, offsets, project
+from jaxattn.zoo.parameters import grid_rank, parameters
 from jaxattn.zoo.registry import row
 
 
@@ -61,8 +59,8 @@ def sasa(
     >>> sasa(jnp.ones((1, 6, 7, 8)), params | tables, window=(3, 3)).shape
     (1, 6, 7, 8)
     """
-    window = as_window("sasa", window, count_embeddings(params))
-    return embedded("sasa", x, params, window, scale=scale, precision=precision, implementation=implementation)
+    window = as_window("sasa", window, grid_rank("sasa", params))
+    return windowed("sasa", x, params, window, scale=scale, precision=precision, implementation=implementation)
 
 
 @row(
@@ -111,9 +109,9 @@ def halo_attention(
     >>> halo_attention(jnp.ones((1, 8, 8, 8)), params | tables, block=(4, 4), halo=1).shape
     (1, 8, 8, 8)
     """
-    blocks = every_axis("halo_attention", "block", block, count_embeddings(params))
+    blocks = every_axis("halo_attention", "block", block, grid_rank("halo_attention", params))
     window = halo_window("halo_attention", blocks, halo, boundary)
-    return embedded(
+    return windowed(
         "halo_attention", x, params, window, scale=scale, precision=precision, implementation=implementation
     )
 
@@ -167,20 +165,9 @@ def neighborhood_attention(
             f"neighborhood_attention: window (={window}) must be an int for each axis, or a Window, where params have "
             "no relative_bias, which would say how many axes there are"
         )
-    window = as_window("neighborhood_attention", window, bias_rank(params))
-    p, x, _ = parameters("neighborhood_attention", x, params, window.rank, offsets=offsets(window.sizes))
-    query, key, value = project(x, p, precision)
-    y = attention(
-        _standing(query, window),
-        key,
-        value,
-        window=window,
-        scale=scale,
-        relative_bias=p.get("relative_bias"),
-        precision=precision,
-        implementation=implementation,
-    )
-    return join(y, p, precision)
+    where = "neighborhood_attention"
+    window = as_window(where, window, grid_rank(where, params))
+    return windowed(where, x, params, window, scale=scale, precision=precision, implementation=implementation)
 
 
 def as_window(where: str, window: Window | Size, rank: int) -> Window:
@@ -190,11 +177,6 @@ def as_window(where: str, window: Window | Size, rank: int) -> Window:
     (3, 3)
     """
     return window if isinstance(window, Window) else Window(every_axis(where, "window", window, rank))
-
-
-def count_embeddings(params: Mapping[str, Any]) -> int:
-    """As many axes as there are embeddings, and at least one."""
-    return max(1, sum(name.startswith("embedding_") for name in params))
 
 
 def halo_window(where: str, blocks: Sequence[int], halo: Size, boundary: str | Sequence[str]) -> Window:
@@ -212,28 +194,33 @@ def halo_window(where: str, blocks: Sequence[int], halo: Size, boundary: str | S
     return Window([b + 2 * a for b, a in zip(blocks, halos, strict=True)], block=blocks, boundary=boundary)
 
 
-def embedded(
+def windowed(
     layer: str,
     x,
     params: Mapping[str, Any],
     window: Window,
     *,
-    scale: float | None = 1.0,
-    query_scale: float | None = 1.0,
+    scale: float | None,
     precision: lax.PrecisionLike,
     implementation: str | None,
-    axis_name: MeshAxis | None = None,
+    axis_name: str | None = None,
+    scaled: bool = False,
 ) -> jax.Array:
-    """Attention in a window with scores scale · q_i·k_j + q_i·r[j-i], the query multiplied by `query_scale` before."""
+    """Attention in a window with scores scale · q_i·k_j + q_i·r[j-i] + b[j-i], of which r and b are there where the
+    parameters have them; `scaled`, the scale is the query's, and so of both products."""
     p, x, _ = parameters(layer, x, params, window.rank, offsets=offsets(window.sizes))
     query, key, value = project(x, p, precision)
+    query = _standing(query, window)
+    if scaled:
+        query, scale = query * (query.shape[-1] ** -0.5 if scale is None else scale), 1.0
     y = split_attention(
-        _standing(query, window) * (query.shape[-1] ** -0.5 if query_scale is None else query_scale),
+        query,
         key,
         value,
         axis_name=axis_name,
         window=window,
         scale=scale,
+        relative_bias=p.get("relative_bias"),
         key_embedding=embedding(layer, p, window.rank),
         precision=precision,
         implementation=implementation,

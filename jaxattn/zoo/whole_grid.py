@@ -13,10 +13,10 @@ from jaxattn.attention import attention
 from jaxattn.checked import MeshAxis
 from jaxattn.halo import shard_count
 from jaxattn.window import Window
-from jaxattn.zoo.heads import EMBEDDINGS, PROJECTIONS, bias_rank, join, offsets, project
-from jaxattn.zoo.parameters import check_grid, parameters
+from jaxattn.zoo.heads import EMBEDDINGS, PROJECTIONS, join, project
+from jaxattn.zoo.parameters import check_grid, grid_rank, parameters
 from jaxattn.zoo.registry import row
-from jaxattn.zoo.sliding import count_embeddings, embedded
+from jaxattn.zoo.sliding import windowed
 
 
 @row(
@@ -112,21 +112,10 @@ def coatnet_attention(
     >>> coatnet_attention(jnp.ones((3, 4, 5, 8)), params | {"relative_bias": jnp.ones((2, 7, 9))}).shape
     (3, 4, 5, 8)
     """
-    rank = bias_rank(params)
-    grid = whole_grid("coatnet_attention", x, rank)
-    p, x, _ = parameters("coatnet_attention", x, params, rank, offsets=offsets(grid))
-    query, key, value = project(x, p, precision)
-    y = attention(
-        query,
-        key,
-        value,
-        window=Window(grid),
-        scale=scale,
-        relative_bias=p["relative_bias"],
-        precision=precision,
-        implementation=implementation,
+    window = Window(whole_grid("coatnet_attention", x, grid_rank("coatnet_attention", params)))
+    return windowed(
+        "coatnet_attention", x, params, window, scale=scale, precision=precision, implementation=implementation
     )
-    return join(y, p, precision)
 
 
 @row(
@@ -170,9 +159,9 @@ def botnet_attention(
     >>> botnet_attention(jnp.ones((3, 4, 5, 8)), params | tables).shape
     (3, 4, 5, 8)
     """
-    grid = whole_grid("botnet_attention", x, count_embeddings(params), axis_name)
-    return embedded(
-        "botnet_attention", x, params, Window(grid), query_scale=query_scale, precision=precision,
+    window = Window(whole_grid("botnet_attention", x, grid_rank("botnet_attention", params), axis_name))
+    return windowed(
+        "botnet_attention", x, params, window, scale=query_scale, scaled=True, precision=precision,
         implementation=implementation, axis_name=axis_name,
     )  # fmt: skip
 
@@ -219,9 +208,11 @@ def learned_relative_attention(
     >>> learned_relative_attention(jnp.ones((3, 4, 5, 8)), params | tables).shape
     (3, 4, 5, 8)
     """
-    grid = whole_grid("learned_relative_attention", x, count_embeddings(params), axis_name)
-    return embedded(
-        "learned_relative_attention", x, params, Window(grid), query_scale=query_scale, precision=precision,
+    window = Window(
+        whole_grid("learned_relative_attention", x, grid_rank("learned_relative_attention", params), axis_name)
+    )
+    return windowed(
+        "learned_relative_attention", x, params, window, scale=query_scale, scaled=True, precision=precision,
         implementation=implementation, axis_name=axis_name,
     )  # fmt: skip
 

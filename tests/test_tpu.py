@@ -243,7 +243,6 @@ def test_on_several_devices_it_is_for_the_inside_of_shard_map():
         (dict(precision="high"), "its products have the precisions default and highest"),
         (dict(shape=(1, 512, 512, 2, 64)), "its kernels hold a grid in VMEM: "),
         (dict(shape=(1, 64, 4096, 2, 64)), "its kernels hold a grid in VMEM: "),
-        (dict(shape=(2, 56, 56, 2, 64), window=jaxattn.Window((7, 7), block=7)), "its kernels hold a grid in VMEM: "),
     ],
 )
 def test_what_it_refuses_goes_to_xla(given, reason):
@@ -251,6 +250,19 @@ def test_what_it_refuses_goes_to_xla(given, reason):
     assert made.backend == "xla"
     assert made.refused["tpu"].startswith(reason)
     assert f"not tpu: {reason}" in str(made)
+
+
+def test_blocks_that_fill_no_registers_are_taken():
+    swin, halo = (jaxattn.Window(size, block=7, boundary="mask") for size in ((7, 7), (13, 13)))
+    for window in (swin, halo):
+        assert "tpu" not in plan_of(shape=(2, 56, 56, 16, 32), window=window).refused
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("window", [dict(size=(7, 7), block=7), dict(size=(5, 7), block=(3, 5), boundary="mask")])
+def test_tiles_that_overlap(interpreted, window):
+    """Blocks of odd sizes in half precision; the second grid's last two tiles begin earlier than their own queries."""
+    check(of(((7, 28) if window["block"] == 7 else (6, 26), window), [relative_bias, residuals]), "tpu", jnp.bfloat16)
 
 
 def test_masks_segments_a_soft_cap_and_extra_tokens_are_taken():
@@ -268,16 +280,32 @@ def test_a_plan_covers_every_key_of_every_query():
     for grid, given in (GEOMETRIES[name] for name in WINDOWED):
         window, heads = jaxattn.Window(**given), plan.lanes_of(2, 2, (64, 64), jnp.dtype(jnp.bfloat16))
         for axis in window.axes(grid):
-            made = plan.plan_axis(axis, -(-4 // axis.block) * axis.block, 16, heads.packing)
-            keys = np.arange(made.length) if made.keys is None else made.keys
-            queries = np.arange(made.places) if made.queries is None else made.queries
-            assert not (made.start % heads.packing).any()
-            assert made.columns % 16 == 0
-            for place, query in enumerate(queries):
-                if not 0 <= query < len(axis.query):
-                    continue
-                tile, t = divmod(place, made.tile)
-                low, high = (int(x[made.pattern[tile], t]) for x in (made.low, made.high))
-                assert high <= made.columns or low >= high
-                sees = keys[made.start[tile] + np.arange(low, max(low, high))]
-                np.testing.assert_array_equal(sees, axis.keys()[query][axis.visible()[query]])
+            own = -(-4 // axis.block) * axis.block
+            own += own % heads.packing * own
+            for tile in (own, own + -own % 16):
+                covers(axis, plan.plan_axis(axis, own, 16, heads.packing, tile), heads.packing)
+
+
+def covers(axis, made, packing):
+    keys = np.arange(made.length) if made.keys is None else made.keys
+    queries = np.arange(made.places) if made.queries is None else made.queries
+    assert len(queries) == made.places
+    assert not (made.start % packing).any()
+    assert not (made.begin % packing).any()
+    assert made.columns % 16 == 0
+    written = np.full(made.places, -1)  # by which tile, as they come one after the other
+    for tile, (begin, before) in enumerate(zip(made.begin, made.before, strict=True)):
+        written[begin + before : begin + made.tile] = tile
+    for place, query in enumerate(queries):
+        if not 0 <= query < len(axis.query):
+            continue
+        tile = written[place]
+        t = place - made.begin[tile]
+        low, high = (int(x[made.pattern[tile], t]) for x in (made.low, made.high))
+        assert high <= made.columns or low >= high
+        sees = keys[made.start[tile] + np.arange(low, max(low, high))]
+        np.testing.assert_array_equal(sees, axis.keys()[query][axis.visible()[query]])
+        for other in np.flatnonzero((made.begin <= place) & (place < made.begin + made.tile)):
+            if other != tile:  # where it is no tile's own, it sees nothing
+                at = made.pattern[other], place - made.begin[other]
+                assert made.low[at] >= made.high[at]

@@ -46,6 +46,7 @@ compile((64,), dict(size=9), names=(), heads=2)
 compile((64,), dict(size=9, boundary="wrap", dilation=2), dtype=jnp.float32)
 compile((15, 17), dict(size=(3, 5), dilation=(2, 1)), names=("lse",), dtype=jnp.float32, dim=32)
 compile((16, 16), dict(size=(4, 4), block=4, boundary="zero"), dim=32)
+compile((7, 28), dict(size=(7, 7), block=7), names=("bias", "lse"), dim=32)
 compile((8, 16), dict(size=(3, 3), stride=2, boundary="mask"), names=("mask",), dim=256)
 compile((2, 4, 16), dict(size=(1, 3, 3)), names=("cap", "extra"), dim=128)
 """
@@ -58,4 +59,4 @@ def test_the_compiler_takes_them():
     environment = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
     run = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("compiled") == 7
+    assert run.stdout.count("compiled") == 8

@@ -236,6 +236,8 @@ def tiled_rows(x: Array, plan: Plan) -> Array:
     heads, rank = plan.heads, len(plan.axes)
     x = _entries(x[..., None], rank)[..., 0]
     x = _at(x, [axis.queries for axis in plan.axes])
+    of_tiles = [np.add.outer(axis.begin, np.arange(axis.tile)).ravel() for axis in plan.axes]
+    x = _at(x, [at if axis.overlaps else None for at, axis in zip(of_tiles, plan.axes, strict=True)])
     x = x.reshape(*x.shape[:-1], heads.key_heads, heads.members)
     x = jnp.pad(x, [*[(0, 0)] * (rank + 1), (0, heads.blocks * heads.abreast - heads.key_heads), (0, 0)])
     x = x.reshape(len(x), *(n for axis in plan.axes for n in (axis.tiles, axis.tile)), -1, heads.abreast, heads.members)

@@ -103,7 +103,7 @@ def backward(
         plan,
         soft_cap=operands.soft_cap is not None,
         of_table=of_table,
-        some_see_nothing=_some_see_nothing(operands, plan),
+        some_see_nothing=_some_see_nothing(operands, plan) or plan.overlaps,
         precision=_precision(options),
         interpret=interpret,
     )

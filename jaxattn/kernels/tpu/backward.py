@@ -36,7 +36,7 @@ from jaxattn.kernels.tpu.block import (
     put,
     tiles,
 )
-from jaxattn.kernels.tpu.forward import beside_specs, limit, of_extra, specs
+from jaxattn.kernels.tpu.forward import beside_specs, in_hbm, limit, of_extra, specs
 from jaxattn.kernels.tpu.plan import SUBLANES, Plan
 
 
@@ -104,7 +104,7 @@ def pull(
         interpret=interpret,
     )
     with jax.enable_x64(False):  # a TPU's kernels count in 32 bits
-        return call(jnp.asarray(plan.table()), given, *inputs)
+        return call(jnp.asarray(plan.table()), given, *(inputs if interpret else map(in_hbm, inputs)))
 
 
 def _kernel(

@@ -41,8 +41,9 @@ class Tile(NamedTuple):
 
     def queries(self, packing: int = 1) -> Places:
         """Where its queries are, in an array that holds `packing` of them in a row."""
+        across = self.plan.across
         sizes = [axis.tile for axis in self.plan.axes]
-        return self._places(0, sizes, self.j * sizes[-1], packing)
+        return self._places(0, sizes, 0 if across is None else int(across.begin[self.j]), packing)
 
     def keys(self, packing: int = 1) -> Places:
         """Where its keys are."""
@@ -78,9 +79,14 @@ def joined(ref: Any, extra: Any, places: Places) -> jax.Array:
 
 
 def put(ref: Any, tile: Tile, x: jax.Array) -> None:
-    """Write [queries, lanes] where the tile's queries are."""
-    shape = (*(axis.tile for axis in tile.plan.axes), tile.plan.heads.lanes)
-    ref[(0, *tile.queries(), slice(None))] = x.astype(ref.dtype).reshape(shape)
+    """Write [queries, lanes] where the tile's queries are, but not over those of the tile before. The next tile writes
+    over what is not this one's."""
+    places, across = (0, *tile.queries(), slice(None)), tile.plan.across
+    x = x.reshape(*(axis.tile for axis in tile.plan.axes), x.shape[-1])
+    if across is not None and (before := across.before[tile.j]):
+        old = lax.broadcasted_iota(I32, x.shape, x.ndim - 2) < I32(before)
+        x = jnp.where(old, ref[places].astype(x.dtype), x)
+    ref[places] = x.astype(ref.dtype)
 
 
 def by_head(x: jax.Array, heads: Heads, other: int = 0) -> list[jax.Array]:

@@ -4,9 +4,9 @@
 
 Values carry ones in the lanes of the other heads: so the product with them is also the sum of the weights, for nothing.
 
-An iteration takes several tiles in two phases: first all scores and their maxima, into VMEM, then all weights and their
-products with the values. Between them stand addresses that the compiler cannot see through: so it gives the two kinds
-of product different matrix units, and keeps both busy.
+An iteration takes several tiles in two phases: first all weights, into VMEM, then all products of them with the values.
+Between them stand addresses that the compiler cannot see through: so it gives the two kinds of product different matrix
+units, and keeps both busy.
 """
 
 from typing import Any
@@ -64,7 +64,7 @@ def attend(
         others = list(rest)
         qc, kc, ke, ve = (None if x is None else others.pop(0).bitcast(I32) for x in beside)
         y, lse = others.pop(0), (others.pop(0) if residuals else None)
-        scores, most = others
+        weights, *most = others
         q, k, v = (x.bitcast(I32) for x in (q, k, v))
         member = 0 if table.shape[1] == 1 else pl.program_id(2)
 
@@ -79,26 +79,30 @@ def attend(
                 s = s + t[tile.pattern, member, 0, h * rows : h * rows + rows]
                 s = s if seen is None else jnp.where(seen, s, hiding_score(F32))
                 s = capped(s, c)[0] if soft_cap else s
-                scores[tile.at, h] = s
-                most[tile.at, h] = jnp.broadcast_to(s.max(-1, keepdims=True), (rows, LANES))
+                maximum = s.max(-1, keepdims=True)
+                if some_see_nothing:  # then all their weights are 0
+                    maximum = jnp.maximum(maximum, hiding_score(F32) / 2)
+                weights[tile.at, h] = jnp.exp2(s - maximum).astype(dtype)
+                if residuals:
+                    most[0][tile.at, h] = jnp.broadcast_to(maximum, (rows, LANES))
 
         def mix(tile):
-            maxima, mixed, totals = [], [], []
+            mixed, totals = [], []
             for h, values in enumerate(by_head(joined(v, ve, tile.keys(heads.packing)), heads, ones)):
-                p = jnp.exp2(scores[tile.at, h] - _wide(most[tile.at, h], plan.keys))
-                mixed.append(product(p.astype(dtype), number(values), (1, 0), precision))
-                maxima.append(_wide(most[tile.at, h], heads.lanes))
+                p = weights[tile.at, h]
+                mixed.append(product(p, number(values), (1, 0), precision))
                 if heads.abreast == 1:
-                    totals.append(jnp.broadcast_to(p.sum(-1, keepdims=True), mixed[h].shape))
+                    totals.append(jnp.broadcast_to(p.astype(F32).sum(-1, keepdims=True), mixed[h].shape))
             if heads.abreast > 1:  # the sum of a head stands in the lanes of the next
                 totals = [pltpu.roll(own([mixed[-1], *mixed[:-1]], heads), heads.lanes - heads.dim, 1)]
-            total = totals[0]
-            output, maximum = own(mixed, heads) * reciprocal(total, approx=dtype != F32), own(maxima, heads)
-            sees = ~(maximum <= hiding_score(F32))  # a NaN is seen
-            put(y, tile, jnp.where(sees, output, 0.0) if some_see_nothing else output)
-            if lse is not None:
-                found = (maximum + jnp.log2(total)) * (1 / LOG2E)
-                put(lse, tile, jnp.where(sees, found, -jnp.inf) if some_see_nothing else found)
+            total = divisor = totals[0]
+            if some_see_nothing:  # who sees something has a weight of 1
+                divisor = jnp.maximum(total, 0.5)
+            put(y, tile, own(mixed, heads) * reciprocal(divisor, approx=dtype != F32))
+            if residuals:
+                maximum = own([_wide(most[0][tile.at, h], heads.lanes) for h in range(heads.abreast)], heads)
+                found = (maximum + jnp.log2(divisor)) * (1 / LOG2E)
+                put(lse, tile, jnp.where(total <= 0, -jnp.inf, found) if some_see_nothing else found)
 
         def iterate(n, _):
             for phase in (score, mix):
@@ -119,14 +123,17 @@ def attend(
             grid=(heads.blocks, query.shape[0], heads.members),
             in_specs=[of_queries, of_keys, of_keys, of_scores, *beside_specs(plan, beside)],
             out_specs=[of_queries] * len(out_shape),
-            scratch_shapes=[pltpu.VMEM((plan.at_once, heads.abreast, rows, n), F32) for n in (plan.keys, LANES)],
+            scratch_shapes=[
+                pltpu.VMEM((plan.at_once, heads.abreast, rows, plan.keys), dtype),
+                *[pltpu.VMEM((plan.at_once, heads.abreast, rows, LANES), F32)] * residuals,
+            ],
         ),
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3, vmem_limit_bytes=limit(plan)),
         interpret=interpret,
     )
     with jax.enable_x64(False):  # a TPU's kernels count in 32 bits
-        return call(jnp.asarray(plan.table()), given, *inputs)
+        return call(jnp.asarray(plan.table()), given, *(inputs if interpret else map(in_hbm, inputs)))
 
 
 def specs(plan: Plan, query: jax.Array, key: jax.Array, table: jax.Array) -> list[pl.BlockSpec]:
@@ -154,6 +161,12 @@ def beside_specs(plan: Plan, beside: Beside) -> list[pl.BlockSpec]:
 def of_extra(plan: Plan) -> pl.BlockSpec:
     """Extra tokens of an entry, for a block of heads."""
     return pl.BlockSpec((1, plan.extra_places, plan.heads.lanes), lambda c, b, m, *_: (b, 0, c))
+
+
+def in_hbm(x: jax.Array) -> jax.Array:
+    """The same, which is left where it is: what the compiler fetches into VMEM before a kernel runs is copied by the
+    kernel's own loads and stores in every step."""
+    return pltpu.with_memory_space_constraint(x, pltpu.MemorySpace.HBM)
 
 
 def limit(plan: Plan) -> int:

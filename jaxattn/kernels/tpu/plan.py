@@ -55,10 +55,16 @@ class Heads(NamedTuple):
 
 
 class AxisPlan(NamedTuple):
-    """One axis. Tile j holds the queries at the places from j·tile on, and meets the keys from start[j] on."""
+    """One axis. Tile j holds the queries at the places from begin[j] on, and meets the keys from start[j] on.
+
+    Tiles may overlap, as blocks of 7 must in registers of 8: then only some of a tile's queries are its own. The rest
+    see nothing; they belong to the next tile, but for the first `before` ones, which belong to the one before.
+    """
 
     tile: int
     columns: int
+    begin: np.ndarray  # [tiles]
+    before: np.ndarray  # [tiles]
     start: np.ndarray  # [tiles]
     queries: np.ndarray | None  # the query at each place, -1 for none; None: as they are
     keys: np.ndarray | None  # the key at each place, -1 for a zero; None: as they are
@@ -67,6 +73,7 @@ class AxisPlan(NamedTuple):
     low: np.ndarray  # [patterns, tile], the first column that a query sees
     high: np.ndarray  # [patterns, tile], the column after the last
     relative: np.ndarray  # [patterns, tile], column c is entry c + relative of a table over the offsets
+    everyone_sees: bool  # whether every query sees a key in a tile of its own
 
     @property
     def tiles(self) -> int:
@@ -76,7 +83,12 @@ class AxisPlan(NamedTuple):
     @property
     def places(self) -> int:
         """Of queries."""
-        return self.tiles * self.tile
+        return int(self.begin[-1]) + self.tile
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether tiles hold queries that are not their own."""
+        return self.places < self.tiles * self.tile
 
     @property
     def step(self) -> int:
@@ -155,8 +167,13 @@ class Plan(NamedTuple):
 
     @property
     def everyone_sees(self) -> bool:
-        """Whether, by the window alone, every query sees a key."""
-        return all((axis.low < axis.high).all() for axis in self.axes)
+        """Whether, by the window alone, every query sees a key in a tile of its own."""
+        return all(axis.everyone_sees for axis in self.axes)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether tiles hold queries that are not their own, and that see nothing there."""
+        return any(axis.overlaps for axis in self.axes)
 
     def table(self) -> np.ndarray:
         """[numbers, tile rows]: for each looped axis the first place of the queries and of the keys; then the pattern,
@@ -164,7 +181,7 @@ class Plan(NamedTuple):
         at = np.unravel_index(np.arange(self.tile_rows), [axis.tiles for axis in self.looped])
         rows, pattern = [], np.zeros(self.tile_rows, int)
         for axis, j in zip(self.looped, at, strict=True):
-            rows += [j * axis.tile, axis.start[j]]
+            rows += [axis.begin[j], axis.start[j]]
             pattern = pattern * len(axis.low) + axis.pattern[j]
         return np.stack([*rows, pattern]).astype(np.int32)
 
@@ -181,31 +198,43 @@ def lanes_of(heads: int, key_heads: int, dims: tuple[int, int], dtype: jnp.dtype
     return Heads(dim, abreast, -(-key_heads // abreast), heads // key_heads, key_heads, dtype.itemsize)
 
 
-def plan_axis(axis: Axis, tile: int, unit: int, align: int) -> AxisPlan:
-    """Boxes of whole `unit`s of keys that begin at multiples of `align`; both 1 along an axis without registers."""
-    layout = lay_out(axis, tile, 1)
+def plan_axis(axis: Axis, own: int, unit: int, align: int, tile: int = 0) -> AxisPlan:
+    """Tiles of `own` queries, in `tile` places if those are more; boxes of whole `unit`s of keys that begin at
+    multiples of `align`, of which `own` is one. Both are 1 along an axis without registers."""
+    layout, tile = lay_out(axis, own, 1), tile or own
     start = layout.start // align * align
     columns = -(-int((layout.start - start).max() + layout.tiles.keys.shape[1]) // unit) * unit
     length = max(-(-layout.length // align) * align, columns)
     start = np.minimum(start, length - columns)
     keys = np.arange(layout.length) if layout.keys is None else layout.keys
     keys = np.concatenate([keys, np.full(length - layout.length, -1)])
+    first = own * np.arange(len(start))
+    begin = np.minimum(first, max(first[-1] + own, tile) - tile)
+    queries = np.arange(len(axis.query)) if layout.queries is None else layout.queries
+    queries = np.concatenate([queries, np.full(begin[-1] + tile - len(queries), -1)])
     moved = (layout.start - start)[:, None]
-    tiles = layout.tiles
-    seen = np.stack([x + tiles.shift + moved for x in (tiles.low, tiles.high)] + [tiles.relative - moved], 1)
+    low, high = (x + layout.tiles.shift + moved for x in (layout.tiles.low, layout.tiles.high))
+    relative = layout.tiles.relative - moved
+    step = -np.diff(relative, axis=1).min(initial=0)
+    at = np.arange(tile) - (first - begin)[:, None]  # among its own
+    within = lambda x: np.where((at >= 0) & (at < own), np.take_along_axis(x, np.clip(at, 0, own - 1), 1), 0)
+    seen = np.stack([within(low), within(high), relative[:, :1] - step * at], 1)
     few, pattern = np.unique(seen, axis=0, return_inverse=True)
-    low, high, relative = np.moveaxis(few, 1, 0)
+    few_low, few_high, few_relative = np.moveaxis(few, 1, 0)
     return AxisPlan(
         tile=tile,
         columns=columns,
+        begin=begin,
+        before=first - begin,
         start=start,
-        queries=layout.queries,
+        queries=None if np.array_equal(queries, np.arange(len(axis.query))) else queries,
         keys=None if np.array_equal(keys, np.arange(axis.length)) else keys,
         length=length,
         pattern=pattern.ravel(),
-        low=low,
-        high=high,
-        relative=relative,
+        low=few_low,
+        high=few_high,
+        relative=few_relative,
+        everyone_sees=bool((low < high).all()),
     )
 
 
@@ -243,6 +272,8 @@ def _choices(options: Options, heads: Heads) -> list[list[AxisPlan]]:
         if options.tile:
             sizes = [options.tile[a] + -options.tile[a] % step]
         choices.append([plan_axis(axis, t, unit, align) for t in sizes])
+        if axis.block > 1 and a == rank - 1:  # blocks that fill no registers: tiles that do, and overlap
+            choices[-1] += [plan_axis(axis, t, unit, align, t + -t % unit) for t in sizes if t % unit]
     return choices
 
 

@@ -60,7 +60,7 @@ def by_query(x: Array, plan: Plan, shape: tuple[int, ...]) -> Array:
 
 
 def _filled_up(x: Array, counts: Sequence[int]) -> Array:
-    """[entries, *grid, ...] with so many tokens along each axis. Done where heads fill the lanes: it costs least there."""
+    """[entries, *grid, ...] with so many tokens along each axis. Done once heads fill the lanes: it costs least."""
     more = [n - m for n, m in zip(counts, x.shape[1:], strict=False)]
     return jnp.pad(x, [(0, 0), *[(0, n) for n in more], *[(0, 0)] * (x.ndim - 1 - len(more))]) if any(more) else x
 

@@ -36,11 +36,11 @@ class Part(NamedTuple):
 
 
 class Run(NamedTuple):
-    """`count` words of a copy, `step` apart, with the parts of each; None is a zero."""
+    """`length` words of a copy, `step` apart, with the parts of each; None is a zero."""
 
     begin: int
     step: int
-    count: int
+    length: int
     parts: tuple[Part | None, ...]
 
     @property
@@ -54,7 +54,11 @@ class Order(NamedTuple):
 
     places: tuple[np.ndarray, ...]
     at: int
-    runs: tuple[Run, ...]  # of the last axis
+    period: int  # of the last axis: the dilation
+
+    def runs(self, packing: int) -> tuple[Run, ...]:
+        """Of the last axis, in words of so many numbers."""
+        return runs_of(self.places[-1], packing, self.period)
 
     @property
     def partial(self) -> bool:
@@ -77,7 +81,6 @@ class Orders(NamedTuple):
 def orders(plan: Plan) -> Orders:
     """From its axes."""
     tables: list[np.ndarray] = [np.zeros(1, int)]
-    packing = plan.heads.packing
 
     def begin(rows: Sequence[np.ndarray]) -> int:
         at = sum(map(len, tables))
@@ -85,7 +88,7 @@ def orders(plan: Plan) -> Orders:
         return at
 
     def order(places: Sequence[np.ndarray]) -> Order:
-        return Order(tuple(places), begin(places[:-1]), runs_of(places[-1], packing, plan.axes[-1].dilation))
+        return Order(tuple(places), begin(places[:-1]), plan.axes[-1].dilation)
 
     def there_and_back(places: list[np.ndarray | None], counts: list[int]) -> tuple[Order | None, Order | None]:
         if all(x is None for x in places):
@@ -128,8 +131,8 @@ def runs_of(tokens: np.ndarray, packing: int, period: int) -> tuple[Run, ...]:
     so on, which are fewer runs on the way back from residue classes.
 
     >>> runs_of(np.array([0, 2, 4, 6, 1, 3, 5, 7]), 1, 1)
-    (Run(begin=0, step=1, count=4, parts=(Part(word=0, step=2, half=0),)), \
-Run(begin=4, step=1, count=4, parts=(Part(word=1, step=2, half=0),)))
+    (Run(begin=0, step=1, length=4, parts=(Part(word=0, step=2, half=0),)), \
+Run(begin=4, step=1, length=4, parts=(Part(word=1, step=2, half=0),)))
     """
     words = tokens.reshape(-1, packing)
     found = []
@@ -148,7 +151,10 @@ def _runs(words: np.ndarray, first: int, step: int, packing: int) -> list[Run]:
         same = (same & (words[i:] >= 0)) | ((words[i] < 0) & (words[i:] < 0))
         same = same.all(1)
         count = len(same) if same.all() else max(1, int(np.argmin(same)))
-        parts = [None if k < 0 else Part(int(k) // packing, int(s), int(k) % packing) for k, s in zip(words[i], steps)]
+        parts = [
+            None if k < 0 else Part(int(k) // packing, int(s), int(k) % packing)
+            for k, s in zip(words[i], steps, strict=True)
+        ]
         runs.append(Run(first + i * step, step, count, tuple(parts)))
         i += count
     return runs
@@ -219,12 +225,15 @@ def narrow(total: Any, factor: Any, target: Any, dtype: Any) -> None:
 def fill(order: Order, table: Any, triples: Sequence[tuple[Any, Any, Any]]) -> None:
     """Fill each target, [1, *places, lanes], from its source, [1, *tokens, lanes], both of words; the third is a word
     for what is no token. A target of other numbers is filled row by row."""
+    length = len(order.places[-1])
+    packings = [length // x.shape[-2] if x.dtype == I32 else 4 // np.dtype(x.dtype).itemsize for x, *_ in triples]
+    runs_for = {packing: order.runs(packing) for packing in packings}
 
     def copy(*row: Any) -> None:
         tokens = [table[begin + place] for begin, place in zip(_begins(order.places, order.at), row, strict=True)]
         some = [token >= 0 for token in tokens] if order.partial else []
         tokens = [jnp.maximum(token, 0) for token in tokens] if order.partial else tokens
-        for target, source, other in triples:
+        for (target, source, other), packing in zip(triples, packings, strict=True):
             read = lambda *at, source=source: source[(FIRST, *tokens, *at, slice(None))]
 
             def words(run: Run, i: Any, n: int, read=read, other=other) -> jax.Array:
@@ -234,19 +243,18 @@ def fill(order: Order, table: Any, triples: Sequence[tuple[Any, Any, Any]]) -> N
                 return x
 
             if target.dtype == I32:
-                for run in order.runs:
+                for run in runs_for[packing]:
 
                     def put(i: Any, n: int, run=run, target=target, words=words) -> None:
-                        target[(FIRST, *row, pl.ds(run.begin + i * run.step, n, run.step), slice(None))] = words(
-                            run, i, n
-                        )
+                        at = pl.ds(run.begin + i * run.step, n, run.step)
+                        target[(FIRST, *row, at, slice(None))] = words(run, i, n)
 
                     _in_chunks(run, put)
             else:
-                whole = jnp.zeros((sum(run.count for run in order.runs), target.shape[-1]), I32)
-                for run in order.runs:
-                    for i in range(0, run.count, run.chunk):
-                        x = words(run, i, min(run.chunk, run.count - i))
+                whole = jnp.zeros((length // packing, target.shape[-1]), I32)
+                for run in runs_for[packing]:
+                    for i in range(0, run.length, run.chunk):
+                        x = words(run, i, min(run.chunk, run.length - i))
                         whole = whole | _spread(x, run.begin + i * run.step, run.step, len(whole))
                 target[(FIRST, *row)] = pltpu.bitcast(whole, target.dtype)
 
@@ -262,8 +270,7 @@ def add_twins(orders: Orders, table: Any, totals: Sequence[Any]) -> None:
     """Of sums by place, [*places, lanes] in float32: add to that of every key those of its other places."""
     assert orders.keys is not None
     lengths = [len(x) for x in orders.keys.places]
-    *begins, _ = *_begins(orders.twins, orders.twins_at), 0
-    for a, begin in enumerate(begins):
+    for a, begin in enumerate(_begins(orders.twins, orders.twins_at)):
         around = [len(orders.twins[a]) if b == a else n for b, n in enumerate(lengths[:-1])]
 
         def add(*row: Any, a=a, begin=begin) -> None:
@@ -272,14 +279,13 @@ def add_twins(orders: Orders, table: Any, totals: Sequence[Any]) -> None:
                 at = lambda place: (*row[:a], place, *row[a + 1 :])
                 total[at(to)] = total[at(to)] + total[at(of)]
 
-        over(around, add, unroll=1)  # one may meet the same key as the one before
+        over(around, add, unroll=1)  # a twin may add to the same key as the one before
     runs = _twin_runs(orders.twins[-1])
     if not runs:
         return
 
     def fold(*row: Any) -> None:
-        for run in runs:
-            (part,) = run.parts
+        for run, part in runs:
 
             def add(i: Any, n: int, run=run, part=part) -> None:
                 to = (*row, pl.ds(run.begin + i * run.step, n, abs(run.step) or 1), slice(None))
@@ -292,8 +298,8 @@ def add_twins(orders: Orders, table: Any, totals: Sequence[Any]) -> None:
     over(lengths[:-1], fold)
 
 
-def _twin_runs(twins: np.ndarray) -> list[Run]:
-    """Runs of places, with the others as their parts."""
+def _twin_runs(twins: np.ndarray) -> list[tuple[Run, Part]]:
+    """Runs of places, each with that of the others."""
     runs, i = [], 0
     while i < len(twins):
         to, of = twins[i]
@@ -301,7 +307,8 @@ def _twin_runs(twins: np.ndarray) -> list[Run]:
         line = twins[i:] == twins[i] + np.arange(len(twins) - i)[:, None] * np.array([step, by])
         same = line.all(1)
         count = len(same) if same.all() else int(np.argmin(same))
-        runs.append(Run(int(to), int(step), count, (Part(int(of), int(by), 0),)))
+        part = Part(int(of), int(by), 0)
+        runs.append((Run(int(to), int(step), count, (part,)), part))
         i += count
     return runs
 
@@ -333,7 +340,7 @@ def _words(run: Run, i: Any, n: int, read: Callable[..., jax.Array], other: Any)
 
 def _in_chunks(run: Run, body: Callable[[Any, int], None]) -> None:
     """`body(i, n)` of all words of a run, from the i-th on `n` of them."""
-    chunk, count = run.chunk, run.count
+    chunk, count = run.chunk, run.length
     whole = count // chunk
     if whole > MOST * (1 if chunk > 1 else 4):
         step = lambda n, _: (body(n * I32(chunk), chunk), I32(0))[1]
@@ -358,7 +365,7 @@ def over(counts: Sequence[int], body: Callable[..., None], unroll: int = 4) -> N
         body()
         return
     *before, last = counts
-    if before:
+    if before:  # loops in loops, of which the innermost is unrolled
         over(before, lambda *row: over([last], lambda n: body(*row, n), unroll), unroll=1)
     else:
         step = lambda n, _: (body(n), I32(0))[1]

@@ -268,7 +268,7 @@ def _spread(x: jax.Array, begin: int, step: int, length: int) -> jax.Array:
 
 def add_twins(orders: Orders, table: Any, totals: Sequence[Any]) -> None:
     """Of sums by place, [*places, lanes] in float32: add to that of every key those of its other places."""
-    assert orders.keys is not None
+    assert orders.keys is not None, "keys that are as they are have one place each"
     lengths = [len(x) for x in orders.keys.places]
     for a, begin in enumerate(_begins(orders.twins, orders.twins_at)):
         around = [len(orders.twins[a]) if b == a else n for b, n in enumerate(lengths[:-1])]

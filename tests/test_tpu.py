@@ -52,7 +52,7 @@ def test_values_and_gradients(interpreted, geometry):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("geometry", ["shift", "5 x 5, mask", "dilated", "3 x 3 x 3"])
+@pytest.mark.parametrize("geometry", ["shift", "5 x 5, mask", "dilated", "edge and reflect", "3 x 3 x 3"])
 def test_in_half_precision(interpreted, geometry):
     check(of(geometry, [residuals]), "tpu", jnp.bfloat16)
 
@@ -63,6 +63,7 @@ HIDDEN = [
     ((6, 5), dict(size=(3, 3)), jnp.float32, ("mask",)),
     ((6, 5), dict(size=(3, 3)), jnp.float32, ("extra",)),
     ((7, 6), dict(size=(3, 3), boundary="mask", stride=2), jnp.bfloat16, ("segment_ids", "logits_soft_cap", "extra")),
+    ((7, 9), dict(size=(3, 3), boundary=("wrap", "zero"), dilation=(1, 2)), jnp.bfloat16, ("mask", "segment_ids")),
 ]
 
 

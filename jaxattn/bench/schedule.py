@@ -89,19 +89,27 @@ def read_loops(source: str) -> tuple[int, list[int | None]]:
     ...   func.func @kernel(%arg0: i32) attributes {iteration_bounds = array<i64: 4, 2>} {
     ...     scf.for %i = %c0_i32 to %c6_i32 step %c2_i32 : i32 {
     ...       scf.for %j = %c0 to %c5_7 step %c1 {
+    ...       }
+    ...     }
+    ...     scf.if %first {
+    ...       scf.for %i = %c0_i32 to %c4_i32 step %c1_i32 : i32 {
+    ...       }
+    ...     }
     ...     scf.for %i = %c0_i32 to %n step %c1_i32 : i32 {
     ... ''')
-    (8, [3, 15, None])
+    (8, [3, 15, 4, None])
     """
     bounds = re.search(r"iteration_bounds = array<i64: ([\d, ]+)>", source)
     steps = math.prod(map(int, bounds[1].split(","))) if bounds else 1
     loops: list[int | None] = []
     around: list[tuple[int, int]] = []  # indentation and product of the loops that a line may stand in
     for line in source.splitlines():
+        indent = len(line) - len(line.lstrip())
+        while around and indent <= around[-1][0]:  # one ends with a brace below its first letter
+            around.pop()
         if "scf." not in line or not (loop := _LOOP.match(line)):
             continue
-        indent, ends = len(loop[1]), [_constant(x) for x in loop.groups()[1:]]
-        around = [each for each in around if each[0] < indent]
+        ends = [_constant(x) for x in loop.groups()[1:]]
         outer = around[-1][1] if around else 1
         low, high, by = ends
         length = None if low is None or high is None or by is None else max(0, -(-(high - low) // by))

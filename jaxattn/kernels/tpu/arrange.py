@@ -1,7 +1,7 @@
-"""Operands as the kernels take them: tokens in the order of tiles, heads side by side in lanes.
+"""Operands as the kernels take them: tokens in their own order, heads side by side in lanes.
 
-A flat array is [entries, *places, lanes]. Where a tile divides the grid, heads fill the lanes and the keys are as they
-are, that is the array itself, seen otherwise: nothing is copied.
+A flat array is [entries, *tokens, lanes]. Where heads fill the lanes, and the last axis whole words of 32 bits, that is
+the array itself, seen otherwise: nothing is copied.
 """
 
 import math
@@ -22,24 +22,24 @@ from jaxattn.kernels.tpu.plan import ANY, LANES, MATCH, Heads, Plan
 
 
 def flat_queries(x: Array, plan: Plan) -> Array:
-    """[*batch, *queries, heads, dim] as [entries, *places, members · blocks · lanes]."""
+    """[*batch, *queries, heads, dim] as [entries, *queries, members · blocks · lanes]."""
     heads = plan.heads
     x = _entries(x, len(plan.axes))
     x = x.reshape(*x.shape[:-2], heads.key_heads, heads.members, x.shape[-1])
     x = _padded(jnp.swapaxes(x, -2, -3), heads).reshape(*x.shape[:-3], -1)
-    return _at(x, [axis.queries for axis in plan.axes])
+    return _filled_up(x, [axis.query_count for axis in plan.axes])
 
 
 def flat_keys(x: Array, plan: Plan) -> Array:
-    """[*batch, *keys, key_heads, dim] as [entries, *places, blocks · lanes]."""
+    """[*batch, *keys, key_heads, dim] as [entries, *keys, blocks · lanes]."""
     x = _entries(x, len(plan.axes))
-    return _at(_padded(x, plan.heads).reshape(*x.shape[:-2], -1), [axis.keys for axis in plan.axes])
+    return _filled_up(_padded(x, plan.heads).reshape(*x.shape[:-2], -1), [axis.key_count for axis in plan.axes])
 
 
 class Beside(NamedTuple):
     """What kernels are given beside the grids of tokens, where it is there."""
 
-    of_queries: Array | None = None  # codes: [entries, *places, 128]
+    of_queries: Array | None = None  # codes: [entries, *tokens, 128]
     of_keys: Array | None = None
     extra_key: Array | None = None  # [entries, extra_places, blocks · lanes]
     extra_value: Array | None = None
@@ -54,17 +54,15 @@ def flat_extra(x: Array, plan: Plan) -> Array:
 def by_query(x: Array, plan: Plan, shape: tuple[int, ...]) -> Array:
     """`flat_queries`, undone, for an array of this shape."""
     heads, rank = plan.heads, len(plan.axes)
-    for a, axis in enumerate(plan.axes, 1):
-        x = x if axis.queries is None else unpick(x, axis.queries, a, shape[a - rank - 3])
+    x = x[(slice(None), *map(slice, shape[-rank - 2 : -2]))]
     x = x.reshape(*x.shape[:-1], heads.members, -1, heads.dim)[..., : heads.key_heads, : shape[-1]]
     return jnp.swapaxes(x, -2, -3).reshape(shape)
 
 
-def _at(x: Array, places: Sequence[np.ndarray | None]) -> Array:
-    """[entries, *grid, ...] in another order along each axis. Done where heads fill the lanes: it costs least there."""
-    for a, index in enumerate(places, 1):
-        x = x if index is None else pick(x, index, a)
-    return x
+def _filled_up(x: Array, counts: Sequence[int]) -> Array:
+    """[entries, *grid, ...] with so many tokens along each axis. Done once heads fill the lanes: it costs least."""
+    more = [n - m for n, m in zip(counts, x.shape[1:], strict=False)]
+    return jnp.pad(x, [(0, 0), *[(0, n) for n in more], *[(0, 0)] * (x.ndim - 1 - len(more))]) if any(more) else x
 
 
 def codes(operands: Operands, plan: Plan) -> Beside:
@@ -81,20 +79,15 @@ def codes(operands: Operands, plan: Plan) -> Beside:
     seen = jnp.ones((1,) * (len(batch) + rank), bool) if mask is None else mask
     seen = jnp.broadcast_to(seen, (*batch, *grid)).astype(dtype)[..., None]
     lanes = lambda x, before: jnp.pad(x, [*[(0, 0)] * (x.ndim - 1), (before, LANES - before - x.shape[-1])])
-    flat = lambda x, places: _at(_entries(x[..., None, :], rank).reshape(-1, *x.shape[-rank - 1 :]), places)
+    flat = lambda x, counts: _filled_up(_entries(x[..., None, :], rank).reshape(-1, *x.shape[-rank - 1 :]), counts)
     if of_queries is None or of_keys is None:
         queries, keys = None, lanes(MATCH * seen, ANY)
     else:
         own = lanes(_bits(of_queries, dtype), 0).at[..., ANY].set(1)
-        queries = flat(own, [axis.queries for axis in plan.axes])
+        queries = flat(own, [axis.query_count for axis in plan.axes])
         bits = _bits(of_keys, dtype)
         keys = lanes(bits * seen * (MATCH // bits.shape[-1]), 0)
-    keys = flat(keys, [axis.keys for axis in plan.axes])
-    for a, axis in enumerate(plan.axes, 1):  # zeros around the grid are seen by all
-        if axis.keys is not None and (outside := axis.keys < 0).any():
-            beyond = np.expand_dims(outside, [n for n in range(keys.ndim - 1) if n != a])
-            keys = keys.at[..., ANY].set(jnp.where(beyond, MATCH, keys[..., ANY]))
-    return Beside(queries, keys)
+    return Beside(queries, flat(keys, [axis.key_count for axis in plan.axes]))
 
 
 def _bits(numbers: Array, dtype: DTypeLike) -> Array:
@@ -155,56 +148,6 @@ def shape_of(shape: tuple[int, ...], dtype: DTypeLike, like: Array) -> jax.Shape
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
 
 
-def pick(x: Array, index: np.ndarray, axis: int) -> Array:
-    """Along one axis, zeros where the index is -1. Slices, where the index goes by even steps mostly, as under dilation
-    or a folding boundary: so is its transpose, and neither is a gather."""
-    runs = _runs(index)
-    if len(runs) > 64:
-        return take(x, index, axis)
-    parts = []
-    for first, step, count in runs:
-        if first < 0:
-            parts.append(jnp.zeros((*x.shape[:axis], count, *x.shape[axis + 1 :]), x.dtype))
-        elif step < 0:
-            last = first + step * (count - 1)
-            parts.append(jnp.flip(lax.slice_in_dim(x, last, first + 1, -step, axis), axis))
-        else:
-            parts.append(lax.slice_in_dim(x, first, first + step * (count - 1) + 1, step, axis))
-    return parts[0] if len(parts) == 1 else lax.concatenate(parts, axis)
-
-
-def unpick(x: Array, index: np.ndarray, axis: int, length: int) -> Array:
-    """`pick`, undone: the first place of every number from 0 to `length`, each of which has one."""
-    runs = _runs(index)
-    if len(runs) > 64:
-        return jnp.take(x, np.argsort(np.where(index < 0, length, index), kind="stable")[:length], axis=axis)
-    parts, begin = [], 0
-    for first, step, count in runs:
-        if first >= 0:  # every step-th place, with zeros between
-            around = [(0, 0, 0)] * x.ndim
-            around[axis] = first, length - 1 - first - step * (count - 1), step - 1
-            parts.append(lax.pad(lax.slice_in_dim(x, begin, begin + count, axis=axis), jnp.zeros((), x.dtype), around))
-        begin += count
-    return sum(parts[1:], parts[0])
-
-
-def _runs(index: np.ndarray) -> list[tuple[int, int, int]]:
-    """An index as runs, each (first, step, count) with a step of 0 alone where it is -1."""
-    runs, begin = [], 0
-    while begin < len(index):
-        rest = index[begin:]
-        if rest[0] < 0:
-            same = rest < 0
-            step = 0
-        else:
-            step = int(rest[1] - rest[0]) if len(rest) > 1 and rest[1] >= 0 and rest[1] != rest[0] else 1
-            same = (rest == rest[0] + step * np.arange(len(rest))) & (rest >= 0)
-        count = len(rest) if same.all() else int(np.argmin(same))
-        runs.append((int(rest[0]), step, count))
-        begin += count
-    return runs
-
-
 def _sees(plan: Plan, keys_first: bool) -> Array:
     """Whether a query sees a key, by the window alone, [patterns, abreast · queries, keys] or the other way round."""
     rank, seen = len(plan.axes), jnp.ones((), bool)
@@ -235,9 +178,12 @@ def tiled_rows(x: Array, plan: Plan) -> Array:
     """[*batch, *queries, heads] as [entries, members, blocks, tile rows, tile columns, abreast · queries]."""
     heads, rank = plan.heads, len(plan.axes)
     x = _entries(x[..., None], rank)[..., 0]
-    x = _at(x, [axis.queries for axis in plan.axes])
-    of_tiles = [np.add.outer(axis.begin, np.arange(axis.tile)).ravel() for axis in plan.axes]
-    x = _at(x, [at if axis.overlaps else None for at, axis in zip(of_tiles, plan.axes, strict=True)])
+    for a, axis in enumerate(plan.axes, 1):
+        x = x if axis.queries is None else take(x, axis.queries, a)
+    x = _filled_up(x, [axis.places for axis in plan.axes])
+    for a, axis in enumerate(plan.axes, 1):
+        of_tiles = np.add.outer(axis.begin, np.arange(axis.tile)).ravel()
+        x = take(x, of_tiles, a) if axis.overlaps else x
     x = x.reshape(*x.shape[:-1], heads.key_heads, heads.members)
     x = jnp.pad(x, [*[(0, 0)] * (rank + 1), (0, heads.blocks * heads.abreast - heads.key_heads), (0, 0)])
     x = x.reshape(len(x), *(n for axis in plan.axes for n in (axis.tiles, axis.tile)), -1, heads.abreast, heads.members)

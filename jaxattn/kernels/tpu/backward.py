@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxattn.kernels.operands import hiding_score
+from jaxattn.kernels.tpu import order
 from jaxattn.kernels.tpu.arrange import Beside, shape_of
 from jaxattn.kernels.tpu.block import (
     F32,
@@ -41,8 +42,8 @@ from jaxattn.kernels.tpu.plan import SUBLANES, Plan
 
 
 def pull(
-    query: jax.Array,  # [entries, *places, members · blocks · lanes]
-    key: jax.Array,  # [entries, *places, blocks · lanes]
+    query: jax.Array,  # [entries, *queries, members · blocks · lanes]
+    key: jax.Array,  # [entries, *keys, blocks · lanes]
     value: jax.Array,
     cotangent: jax.Array,  # of the output
     of_lse: jax.Array | None,  # [entries, members, blocks, tile rows, tile columns, abreast · queries]
@@ -61,11 +62,12 @@ def pull(
     `of_table` of the table."""
     heads, dtype = plan.heads, query.dtype
     tall = plan.keys, heads.abreast * plan.queries
+    placed, places = order.orders(plan), [axis.length for axis in plan.axes]
 
     kernel = _kernel(
         plan,
         dtype,
-        rows=key.shape[1],
+        placed=placed,
         one_table=table.shape[1] == 1,
         there=[x is not None for x in beside],
         soft_cap=soft_cap,
@@ -73,6 +75,7 @@ def pull(
         of_table=of_table,
         some_see_nothing=some_see_nothing,
         precision=precision,
+        interpret=interpret,
     )
     of_queries, of_keys, of_scores, of_rows = specs(plan, query, key, table)
     inputs = [query, key, value, cotangent, table * LOG2E, *(x for x in beside if x is not None)]
@@ -86,15 +89,16 @@ def pull(
         kernel,
         name="windowed_attention_backward",
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=3,
             grid=(heads.blocks, query.shape[0], heads.members),
             in_specs=in_specs,
             out_specs=[of_queries, of_keys, of_keys, *[of_extra(plan)] * len(extra), *[of_scores] * of_table],
             scratch_shapes=[
                 *[pltpu.VMEM((plan.at_once, *tall), F32)] * 2,
                 *[pltpu.VMEM((plan.at_once, *tall), dtype)] * 2,
-                *[pltpu.VMEM((*key.shape[1:-1], heads.lanes), F32)] * 2,
+                *[pltpu.VMEM((*places, heads.lanes), F32)] * 2,
                 *[pltpu.VMEM((plan.extra_places, heads.lanes), F32)] * len(extra),
+                *order.copies(placed, plan, beside, [dtype], cotangent=True),
             ],
         ),
         out_shape=[*map(like, (query, key, value, *extra)), *[like(table)] * of_table],
@@ -104,14 +108,15 @@ def pull(
         interpret=interpret,
     )
     with jax.enable_x64(False):  # a TPU's kernels count in 32 bits
-        return call(jnp.asarray(plan.table()), given, *(inputs if interpret else map(in_hbm, inputs)))
+        inputs = inputs if interpret else map(in_hbm, inputs)
+        return call(jnp.asarray(plan.table()), given, jnp.asarray(placed.table), *inputs)
 
 
 def _kernel(
     plan: Plan,
     dtype: Any,
     *,
-    rows: int,
+    placed: order.Orders,
     one_table: bool,
     there: Sequence[bool],
     soft_cap: bool,
@@ -119,11 +124,12 @@ def _kernel(
     of_table: bool,
     some_see_nothing: bool,
     precision: Any,
+    interpret: bool,
 ) -> Callable[..., None]:
     """What a step does: of a block of heads, an entry, and one of the query heads that share a key head.
 
     Args:
-      rows: of the keys' grid.
+      placed: where queries and keys are put.
       one_table: whether the members share a score table.
       there: which of `Beside` there are.
       soft_cap: whether scores are capped.
@@ -132,15 +138,19 @@ def _kernel(
     """
     heads = plan.heads
 
-    def kernel(at: Any, c: Any, q: Any, k: Any, v: Any, g: Any, t: Any, *rest: Any) -> None:
+    def kernel(at: Any, c: Any, rows_at: Any, q: Any, k: Any, v: Any, g: Any, t: Any, *rest: Any) -> None:
         others = list(rest)
         qc, kc, ke, ve = (others.pop(0).bitcast(I32) if given else None for given in there)
         dlse = others.pop(0) if with_lse else None
-        dq, dk, dv = (others.pop(0) for _ in range(3))
+        dq_given, dk, dv = (others.pop(0) for _ in range(3))
         extra = [others.pop(0) for _ in range(2 * bool(plan.extra))]
         dt = others.pop(0) if of_table else None
-        scores, products, weights, of_scores, sum_k, sum_v, *extra_sums = others
+        scores, products, weights, of_scores, sum_k, sum_v, *others = others
+        extra_sums, copies = others[: len(extra)], others[len(extra) :]
         q, k, v, g = (x.bitcast(I32) for x in (q, k, v, g))
+        (q, g, qc), (k, v, kc) = order.arrange(placed, rows_at, copies, (q, g, qc), (k, v, kc), dtype)
+        dq = copies[0] if copies else dq_given
+        rows = plan.axes[0].length
         entry, member = pl.program_id(1), pl.program_id(2)
         whole = 1 if plan.static else SUBLANES * heads.packing  # one axis lies across the registers
         row = 0 if one_table else member  # of the table
@@ -219,6 +229,8 @@ def _kernel(
                 dt[...] = jnp.zeros(dt.shape, F32)
 
         lax.fori_loop(np.int32(0), np.int32(plan.tile_rows // plan.rows), iterate, I32(0))
+        if placed.queries_back is not None:
+            order.put_back(placed.queries_back, rows_at, dq, dq_given, interpret)
 
         @pl.when(member == heads.members - 1)
         def _():
@@ -226,7 +238,13 @@ def _kernel(
                 dk[(0, y)] = (sum_k[y] * c[Numbers().plain_scale]).astype(dtype)
                 dv[(0, y)] = sum_v[y].astype(dtype)
 
-            over(rows, write, whole)
+            if placed.keys_back is None:
+                over(rows, write, whole)
+            else:  # by way of the copies of the keys, which have done their work
+                order.add_twins(placed, rows_at, (sum_k, sum_v))
+                for total, factor, copy, target in ((sum_k, c[Numbers().plain_scale], k, dk), (sum_v, 1.0, v, dv)):
+                    order.narrow(total, factor, copy, dtype)
+                    order.put_back(placed.keys_back, rows_at, copy, target, interpret)
             for y, total in zip(extra, extra_sums, strict=True):
                 factor = c[Numbers().plain_scale] if y is extra[0] else 1.0
                 y[0] = (total[...] * factor).astype(dtype)

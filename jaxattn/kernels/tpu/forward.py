@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxattn.kernels.operands import hiding_score
+from jaxattn.kernels.tpu import order
 from jaxattn.kernels.tpu.arrange import Beside, shape_of
 from jaxattn.kernels.tpu.block import (
     F32,
@@ -41,8 +42,8 @@ reciprocal = getattr(pltpu, "reciprocal", None) or pl.reciprocal  # where jax 0.
 
 
 def attend(
-    query: jax.Array,  # [entries, *places, members · blocks · lanes]
-    key: jax.Array,  # [entries, *places, blocks · lanes]
+    query: jax.Array,  # [entries, *queries, members · blocks · lanes]
+    key: jax.Array,  # [entries, *keys, blocks · lanes]
     value: jax.Array,
     table: jax.Array,  # [patterns, members|1, blocks|1, abreast · queries, keys]
     given: jax.Array,  # `block.numbers`
@@ -59,13 +60,17 @@ def attend(
     heads, dtype, rows = plan.heads, query.dtype, plan.queries
     ones = int(np.array([1] * heads.packing, dtype).view(np.int32)[0])  # as many as 32 bits hold
     number = lambda x: pltpu.bitcast(x, dtype)
+    placed = order.orders(plan)
 
-    def kernel(at: Any, c: Any, q: Any, k: Any, v: Any, t: Any, *rest: Any) -> None:
+    def kernel(at: Any, c: Any, rows_at: Any, q: Any, k: Any, v: Any, t: Any, *rest: Any) -> None:
         others = list(rest)
         qc, kc, ke, ve = (None if x is None else others.pop(0).bitcast(I32) for x in beside)
-        y, lse = others.pop(0), (others.pop(0) if residuals else None)
-        weights, *most = others
+        results = [others.pop(0) for _ in range(1 + residuals)]
+        weights, *others = others
+        most, copies = others[:residuals], others[residuals:]
         q, k, v = (x.bitcast(I32) for x in (q, k, v))
+        (q, qc), (k, v, kc) = order.arrange(placed, rows_at, copies, (q, qc), (k, v, kc), dtype)
+        y, lse = [*(copies or results), None][:2]
         member = 0 if table.shape[1] == 1 else pl.program_id(2)
 
         def score(tile):
@@ -111,6 +116,9 @@ def attend(
             return I32(0)
 
         lax.fori_loop(np.int32(0), np.int32(plan.tile_rows // plan.rows), iterate, I32(0))
+        if placed.queries_back is not None:
+            for source, target in zip(copies, results, strict=True):
+                order.put_back(placed.queries_back, rows_at, source, target, interpret)
 
     of_queries, of_keys, of_scores, _ = specs(plan, query, key, table)
     inputs = [query, key, value, table * LOG2E, *(x for x in beside if x is not None)]
@@ -119,21 +127,27 @@ def attend(
         kernel,
         name="windowed_attention",
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=3,
             grid=(heads.blocks, query.shape[0], heads.members),
             in_specs=[of_queries, of_keys, of_keys, of_scores, *beside_specs(plan, beside)],
             out_specs=[of_queries] * len(out_shape),
             scratch_shapes=[
                 pltpu.VMEM((plan.at_once, heads.abreast, rows, plan.keys), dtype),
                 *[pltpu.VMEM((plan.at_once, heads.abreast, rows, LANES), F32)] * residuals,
+                *order.copies(placed, plan, beside, [x.dtype for x in out_shape]),
             ],
         ),
         out_shape=out_shape,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3, vmem_limit_bytes=limit(plan)),
+        compiler_params=pltpu.CompilerParams(
+            # the members of a key head share the copies of its keys
+            dimension_semantics=("parallel", "parallel", "parallel" if placed.keys is None else "arbitrary"),
+            vmem_limit_bytes=limit(plan),
+        ),
         interpret=interpret,
     )
     with jax.enable_x64(False):  # a TPU's kernels count in 32 bits
-        return call(jnp.asarray(plan.table()), given, *(inputs if interpret else map(in_hbm, inputs)))
+        inputs = inputs if interpret else map(in_hbm, inputs)
+        return call(jnp.asarray(plan.table()), given, jnp.asarray(placed.table), *inputs)
 
 
 def specs(plan: Plan, query: jax.Array, key: jax.Array, table: jax.Array) -> list[pl.BlockSpec]:

@@ -24,7 +24,7 @@ VMEM = {"v4": 16 * MIB, "v5e": 128 * MIB, "v5p": 64 * MIB, "v6e": 128 * MIB}  # 
 KINDS = {"TPU v4": "v4", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v5 lite": "v5e", "TPU v5e": "v5e"}
 KINDS |= {"TPU v6 lite": "v6e", "TPU v6e": "v6e"}
 SHARE = 0.8  # of the VMEM, that a kernel may plan with: the rest is the compiler's, for spills
-COPY = 8  # cycles a query, where queries are put in another order or filled up to whole tiles, about
+COPY = 0.2  # cycles a query and block of heads, where queries are put in another order, there and back, about
 # scores in an iteration: more of them hide latency better, and compile longer
 UNROLLED = {"forward": 13 * 2**18, "backward": 2**19}
 MOST_QUERIES = 512  # of a tile
@@ -59,6 +59,9 @@ class AxisPlan(NamedTuple):
 
     Tiles may overlap, as blocks of 7 must in registers of 8: then only some of a tile's queries are its own. The rest
     see nothing; they belong to the next tile, but for the first `before` ones, which belong to the one before.
+
+    Queries and keys come filled up to `query_count` and `key_count`, and are put at these places by the kernel
+    (`order`).
     """
 
     tile: int
@@ -74,6 +77,9 @@ class AxisPlan(NamedTuple):
     high: np.ndarray  # [patterns, tile], the column after the last
     relative: np.ndarray  # [patterns, tile], column c is entry c + relative of a table over the offsets
     everyone_sees: bool  # whether every query sees a key in a tile of its own
+    query_count: int
+    key_count: int
+    dilation: int
 
     @property
     def tiles(self) -> int:
@@ -221,21 +227,30 @@ def plan_axis(axis: Axis, own: int, unit: int, align: int, tile: int = 0) -> Axi
     seen = np.stack([within(low), within(high), relative[:, :1] - step * at], 1)
     few, pattern = np.unique(seen, axis=0, return_inverse=True)
     few_low, few_high, few_relative = np.moveaxis(few, 1, 0)
+    query_count, key_count = (n + -n % align for n in (len(axis.query), axis.length))
     return AxisPlan(
         tile=tile,
         columns=columns,
         begin=begin,
         before=first - begin,
         start=start,
-        queries=None if np.array_equal(queries, np.arange(len(axis.query))) else queries,
-        keys=None if np.array_equal(keys, np.arange(axis.length)) else keys,
+        queries=None if _is_filled_up(queries, len(axis.query), query_count) else queries,
+        keys=None if _is_filled_up(keys, axis.length, key_count) else keys,
         length=length,
         pattern=pattern.ravel(),
         low=few_low,
         high=few_high,
         relative=few_relative,
         everyone_sees=bool((low < high).all()),
+        query_count=query_count,
+        key_count=key_count,
+        dilation=axis.dilation,
     )
+
+
+def _is_filled_up(places: np.ndarray, real: int, count: int) -> bool:
+    """Whether so many tokens stand where they stood, and nothing behind them."""
+    return len(places) == count and np.array_equal(places[:real], np.arange(real)) and bool((places[real:] < 0).all())
 
 
 @functools.lru_cache(maxsize=256)
@@ -309,8 +324,15 @@ def _fit(plan: Plan, relative: bool, masked: bool, way: str, vmem: int) -> Plan 
 def _held(plan: Plan, relative: bool, masked: bool, way: str) -> int:
     """Bytes of VMEM: blocks twice, for one is copied while another is worked on, and what is kept between phases."""
     heads = plan.heads
-    queries = math.prod(axis.places for axis in plan.axes) * heads.lanes
-    keys = (math.prod(axis.length for axis in plan.axes) + plan.extra_places) * heads.lanes
+    queries = math.prod(axis.query_count for axis in plan.axes) * heads.lanes
+    keys = (math.prod(axis.key_count for axis in plan.axes) + plan.extra_places) * heads.lanes
+    placed = (math.prod(axis.length for axis in plan.axes) + plan.extra_places) * heads.lanes
+    copied = 0  # numbers that are put in another order
+    if any(axis.queries is not None for axis in plan.axes):
+        copied += (2 if way == "forward" else 3) * math.prod(axis.places for axis in plan.axes) * heads.lanes
+    if any(axis.keys is not None for axis in plan.axes):
+        copied += 2 * placed
+    copied = int(copied * heads.itemsize * (1 + masked * LANES / heads.lanes))
     tall = -(-heads.abreast * plan.queries // LANES) * LANES * plan.keys  # scores of a tile
     wide = heads.abreast * plan.queries * -(-plan.keys // LANES) * LANES  # transposed, as the forward kernel has them
     tables = 2 * 4 * plan.patterns * (heads.members if relative else 1)
@@ -318,7 +340,9 @@ def _held(plan: Plan, relative: bool, masked: bool, way: str) -> int:
     if way == "forward":
         kept = wide + heads.abreast * plan.queries * LANES
         lse = 2 * 4 * queries  # whether or not it is asked for
-        return 2 * 2 * (queries + keys) * heads.itemsize + codes + lse + tables * wide + plan.at_once * 4 * kept
-    blocks = 2 * (3 * queries + 4 * keys) * heads.itemsize + 2 * 4 * keys
+        blocks = 2 * 2 * (queries + keys) * heads.itemsize
+        return blocks + copied + codes + lse + tables * wide + plan.at_once * 4 * kept
+    blocks = 2 * (3 * queries + 4 * keys) * heads.itemsize + 2 * 4 * placed
     lse = 2 * 4 * max(plan.tile_columns, SUBLANES) * plan.tile_rows * tall // plan.keys
-    return blocks + codes + lse + tables * tall * (1 + relative) + plan.at_once * tall * 2 * (4 + heads.itemsize)
+    of_tiles = tables * tall * (1 + relative) + plan.at_once * tall * 2 * (4 + heads.itemsize)
+    return blocks + copied + codes + lse + of_tiles

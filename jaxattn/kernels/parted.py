@@ -49,12 +49,16 @@ def attend(compute: Callable[[Operands], tuple[Array, ...]], operands: Operands,
 
 
 def axes_of(given: Mapping[str, Array], options: Options) -> dict[str, Axes]:
-    """The names of the axes of each operand that a windowed kernel takes; of any other, all whole."""
+    """The names of the axes of each operand that a kernel takes; what is broadcast along one has it whole."""
     rank = len(options.axes)
     batch = tuple(f"batch{n}" for n in range(given["query"].ndim - rank - 2))
     tokens: Axes = (*batch, *[None] * rank, HEADS, None)
     of: dict[str, Axes] = {name: (None,) * x.ndim for name, x in given.items()}
     of |= dict.fromkeys(("query", "key", "value"), tokens)
+    of |= dict.fromkeys({"extra_key", "extra_value"} & {*given}, (*batch, None, HEADS, None))
+    for name in {"key_mask", "slot_mask", "query_segments", "key_segments"} & {*given}:
+        of[name] = tuple(axis if n > 1 else None for axis, n in zip(batch, given[name].shape, strict=False))
+        of[name] += (None,) * (given[name].ndim - len(batch))
     if "relative_bias" in given:
         of["relative_bias"] = (HEADS, *[None] * rank)
     if "sink" in given:

@@ -10,9 +10,10 @@ import sys
 import pytest
 
 from jaxattn import cli
-from jaxattn.bench import estimate, schedule
+from jaxattn.bench import estimate
 from jaxattn.bench.cases import AttentionCase, ConvCase, select
 from jaxattn.bench.chip_ways import WAYS
+from jaxattn.train import schedule
 from jaxattn.window import Window
 
 RECORDED = pathlib.Path(__file__).parent / "recorded_schedule.txt"
@@ -96,7 +97,7 @@ def test_tokens_come_with_their_heads_side_by_side():
     nat = next(case for case in select("attention", False, ["nat-mask"], chip=True))
     assert estimate.flat(nat) == [(8, 56, 56, 512)] * 3 + [(16, 13, 13), (8, 56, 56, 512)]
     assert {case.dtype for case in select("all", False, [], chip=True)} == {"bfloat16"}
-    assert [way.name for way in WAYS["attention"] if way.ours] == ["jaxattn, tpu", "jaxattn, xla"]
+    assert [way.name for way in WAYS["attention"] if way.ours] == ["jaxattn, tpu", "jaxattn, splash", "jaxattn, xla"]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ products with the values. Between them stand addresses that the compiler cannot 
 of product different matrix units, and keeps both busy.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -36,6 +38,7 @@ from jaxattn.kernels.tpu.block import (
     tiles,
 )
 from jaxattn.kernels.tpu.plan import LANES, Plan
+from jaxattn.sizes import planned
 
 reciprocal = getattr(pltpu, "reciprocal", None) or pl.reciprocal  # where jax 0.12 has it, and where 0.10 does
 
@@ -123,6 +126,7 @@ def attend(
         ),
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3, vmem_limit_bytes=limit(plan)),
+        cost_estimate=estimate(plan, 2, [*inputs, *out_shape]),
         interpret=interpret,
     )
     with jax.enable_x64(False):  # a TPU's kernels count in 32 bits
@@ -154,6 +158,16 @@ def beside_specs(plan: Plan, beside: Beside) -> list[pl.BlockSpec]:
 def of_extra(plan: Plan) -> pl.BlockSpec:
     """Extra tokens of an entry, for a block of heads."""
     return pl.BlockSpec((1, plan.extra_places, plan.heads.lanes), lambda c, b, m, *_: (b, 0, c))
+
+
+def estimate(plan: Plan, products: int, moved: Sequence[Any]) -> pl.CostEstimate:
+    """What XLA is told of a kernel, which it cannot look into: so many products of each tile's queries and keys, an
+    exponential of each score, and every array moved once."""
+    heads = plan.heads
+    tiles = plan.tile_rows * plan.tile_columns * planned(moved[0].shape[0]) * heads.blocks * heads.members
+    scores = tiles * heads.abreast * plan.queries * plan.keys
+    read = sum(planned(math.prod(x.shape)) * x.dtype.itemsize for x in moved)
+    return pl.CostEstimate(flops=2 * products * scores * heads.lanes, transcendentals=scores, bytes_accessed=read)
 
 
 def limit(plan: Plan) -> int:

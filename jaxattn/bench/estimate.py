@@ -1,6 +1,7 @@
 """`jaxattn bench --topology`: what a chip's compiler expects of every way, on any machine. Nothing is run."""
 
 import dataclasses
+import fnmatch
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from jaxattn.bench.cases import Case, select
 from jaxattn.bench.chip_ways import WAYS
 from jaxattn.bench.measure import one_line
 from jaxattn.bench.report import aligned
-from jaxattn.bench.run import check_writable, say, write_json
+from jaxattn.bench.run import check_writable, say, write_json, write_text
 from jaxattn.bench.ways import CannotError, Way
 from jaxattn.errors import InputError
 from jaxattn.machine import traced_for
@@ -60,13 +61,23 @@ class Estimate:
         return max(self.kernels, key=lambda kernel: kernel.vmem, default=None)
 
 
-def run(what: str, quick: bool, patterns: Sequence[str], topology: str, json_file: Path | None):
+def run(
+    what: str,
+    quick: bool,
+    patterns: Sequence[str],
+    topology: str,
+    json_file: Path | None,
+    markdown_file: Path | None = None,
+    ways: Sequence[str] = (),
+):
     """Compiles, and prints and writes what the compiler says. See `jaxattn bench --help`."""
     cases = select(what, quick, patterns, chip=True)
     kind = topology.partition(":")[0]
     if kind == "cpu":
         raise InputError(f"topology (={topology!r}) must be a TPU's, such as v5e:1x1: for a CPU nothing is estimated")
     check_writable(None, json_file)
+    check_writable(None, markdown_file, "markdown")
+    taken = {kind: named(WAYS[kind], ways) for kind in dict.fromkeys(case.kind for case in cases)}
     folder = schedule.ask()
     device, chip = find_devices(topology)[0], CHIPS[kind]
     names = ("jaxattn", "jax", "jaxlib", "libtpu")
@@ -76,13 +87,24 @@ def run(what: str, quick: bool, patterns: Sequence[str], topology: str, json_fil
     done: list[tuple[Case, dict[str, float], list[Estimate]]] = []
     for case in cases:
         bounds = {mode: case.bytes(mode) / chip.bandwidth / 1e9 for mode in MODES}
-        found = [each for way in WAYS[case.kind] for each in estimates(way, case, device, chip, folder)]
+        found = [each for way in taken[case.kind] for each in estimates(way, case, device, chip, folder)]
         done.append((case, bounds, found))
         print(f"\n{table(case, bounds, found)}", flush=True)
         if json_file:
             write_json(json_file, as_json(header, chip, done))
+        if markdown_file:
+            write_text(markdown_file, markdown(f"{topology}; {versions}", done))
     if any(each.ours and each.status == "failed" for _, _, found in done for each in found):
         raise InputError("some results are missing: see the tables")
+
+
+def named(ways: Sequence[Way], patterns: Sequence[str]) -> list[Way]:
+    """Those whose name matches one of the patterns; without patterns, all of them."""
+    found = [way for way in ways if not patterns or any(fnmatch.fnmatchcase(way.name, p) for p in patterns)]
+    if not found:
+        names = ", ".join(repr(way.name) for way in ways)
+        raise InputError(f"ways (={', '.join(patterns)}) must name some of these, where * stands for anything: {names}")
+    return found
 
 
 def estimates(way: Way, case: Case, device: Any, chip: Chip, folder: Path) -> list[Estimate]:
@@ -158,6 +180,23 @@ def table(case: Case, bounds: dict[str, float], found: Sequence[Estimate]) -> st
         notes += [f"  {way}{where.format(x.mode)}: {x.status}: {x.note}" for x in said if x.note]
     limits = ", ".join(f"{mode} {1e6 * bounds[mode]:.0f} us" for mode in MODES)
     return "\n".join([f"{case.name}: {case}; bound: {limits}", *aligned(rows), *notes])
+
+
+def markdown(of: str, done: Sequence[tuple[Case, dict[str, float], list[Estimate]]]) -> str:
+    """The table of all cases, for a page: microseconds, and in brackets that over the bound."""
+    ways = list(dict.fromkeys(each.way for _, _, found in done for each in found if each.status == "ok"))
+    heads = ["case", *(f"{mode}, {name}" for mode in MODES for name in ("bound", *ways))]
+    rows = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+    for case, bounds, found in done:
+        by = {(each.way, each.mode): each for each in found if each.status == "ok"}
+        row = [f"`{case.name}`: {case}"]
+        for mode in MODES:
+            row.append(f"{1e6 * bounds[mode]:.0f}")
+            mine = [by.get((way, mode)) for way in ways]
+            row += ["" if x is None else f"{1e6 * x.seconds:.0f} ({x.seconds / bounds[mode]:.1f})" for x in mine]
+        rows.append(row)
+    said = f"Estimates of the TPU's compiler, in microseconds of one chip, which no chip has measured: {of}."
+    return "\n".join([said, "", *(f"| {' | '.join(row)} |" for row in rows), ""])
 
 
 def cells(each: Estimate, bound: float) -> tuple[str, ...]:

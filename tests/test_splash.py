@@ -6,7 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import check, first_keys, large_scores, mask_of_keys, problem, residuals, scalar, scale, segments, sinks
+from contract import (
+    check,
+    close,
+    first_keys,
+    large_scores,
+    mask_of_keys,
+    problem,
+    residuals,
+    scalar,
+    scale,
+    segments,
+    sinks,
+    soft_cap,
+)
 
 import jaxattn
 from jaxattn.attention import attention
@@ -77,6 +90,21 @@ def test_transformations(interpreted):
         np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-3 * float(jnp.abs(y).max()))
 
 
+@pytest.mark.full
+def test_a_soft_cap_that_is_known(interpreted):
+    made = problem("global", [soft_cap, mask_of_keys], batch=(1,), heads=2, key_heads=1)
+    made.options["logits_soft_cap"] = float(made.operands["logits_soft_cap"])
+    expected = made.expected(made.cotangents())
+    run = lambda x: made.call("splash", x)
+    operands = {name: made.operands[name].astype(np.float32) for name in ("query", "key", "value")}
+    with traced_for("tpu"):
+        found, pull = jax.vjp(run, operands)
+    close(found, expected[0][0], jnp.float32, "output")
+    gradients = pull(jnp.asarray(made.cotangents()[0], jnp.float32))[0]
+    for name, gradient in gradients.items():
+        close(gradient, expected[1][name], jnp.float32, name)
+
+
 def plan_of(shape=(2, 4096, 4, 64), dtype=jnp.bfloat16, devices=1, **options):
     x = jax.ShapeDtypeStruct(shape, dtype)
     with traced_for("tpu", devices):
@@ -89,7 +117,7 @@ def plan_of(shape=(2, 4096, 4, 64), dtype=jnp.bfloat16, devices=1, **options):
         (dict(), 4096),
         (dict(mask=np.ones((2, 1, 1, 4096), bool), segment_ids=np.ones((2, 4096), int)), 4096),
         (dict(sink_logits=np.zeros(4, np.float32), precision="default", scale=0.3), 4096),
-        (dict(window=jaxattn.Window(4096, causal=True)), 4096),
+        (dict(window=jaxattn.Window(4096, causal=True), logits_soft_cap=50.0), 4096),
         (dict(window=jaxattn.Window(513, boundary="mask")), 3072),  # a block on either side
         (dict(window=jaxattn.Window(512, causal=True, boundary="zero", offset=-511), shape=(1, 512, 1, 8)), None),
     ],
@@ -103,6 +131,7 @@ def test_what_it_takes_on_a_tpu(given, seen):
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
+        (dict(logits_soft_cap=jnp.asarray(50.0)), "its soft cap is a number that the program is traced with"),
         (dict(dtype=jnp.float16), "its kernel has bfloat16 and float32, and these are float16"),
         (dict(normalize="relu"), "its kernel has softmax alone, without a score_mod"),
         (dict(bias=np.zeros((4096, 4096), np.float32)), "its kernel does not take bias"),

@@ -19,7 +19,8 @@ from jaxattn.kernels.operands import Operands, Options
 from jaxattn.normalize import softmax
 from jaxattn.sizes import planned
 
-TAKEN = ("query", "key", "value", "scale", "key_mask", "query_segments", "key_segments", "sink")  # sink: no kernel's
+TAKEN = ("query", "key", "value", "scale", "key_mask", "query_segments", "key_segments", "soft_cap")
+TAKEN += ("sink",)  # which is no kernel's
 PRECISIONS = (None, "default", jax.lax.Precision.DEFAULT)
 LANES = 128
 BLOCK = 1024  # queries, and keys, at most
@@ -63,6 +64,8 @@ def supports(operands: Operands, options: Options, *, least: int = LEAST) -> str
         return f"its kernel does not take {', '.join(others)}"
     if options.normalize is not softmax or options.score_mod is not None:
         return "its kernel has softmax alone, without a score_mod"
+    if operands.soft_cap is not None and options.soft_cap is None:
+        return "its soft cap is a number that the program is traced with, and this one is an array"
     query, value = operands.query, operands.value
     if query.dtype not in (jnp.bfloat16, jnp.float32):
         return f"its kernel has bfloat16 and float32, and these are {query.dtype}"
@@ -175,6 +178,7 @@ def kernel_of(operands: Operands, options: Options, of_queries: Blocks, of_keys:
         splash.MultiHeadMask([mask] * operands.query.shape[-2]),
         block_sizes=sizes,
         save_residuals=options.residuals,
+        attn_logits_soft_cap=options.soft_cap,
         interpret=interpret,
     )
 

@@ -207,17 +207,17 @@ def bench(
       ways: with a topology, names of ways, in which * stands for anything; all of them by default.
       markdown: with a topology, a file for a table of all cases, which grows with every case.
     """
-    files = [path_of(file) if file else None for file in (json, markdown)]
+    json_file, markdown_file = (path_of(file) if file else None for file in (json, markdown))
     if topology:
         from jaxattn.bench import estimate
 
-        return estimate.run(what, quick, cases, topology, *files, ways)
+        return estimate.run(what, quick, cases, topology, json_file, markdown_file, ways)
     if ways or markdown:
         given = f"ways (={ways})" if ways else f"markdown (={markdown})"
         raise InputError(f"{given} must come with a topology, such as v5e:1x1: what is measured has all ways")
     from jaxattn.bench.run import run
 
-    run(what, quick, cases, path_of(out), files[0])
+    run(what, quick, cases, path_of(out), json_file)
 
 
 def check(interpret: bool = False):

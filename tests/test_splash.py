@@ -116,7 +116,7 @@ def plan_of(shape=(2, 4096, 4, 64), dtype=jnp.bfloat16, devices=1, **options):
     [
         (dict(), 4096),
         (dict(mask=np.ones((2, 1, 1, 4096), bool), segment_ids=np.ones((2, 4096), int)), 4096),
-        (dict(sink_logits=np.zeros(4, np.float32), precision="default", scale=0.3), 4096),
+        (dict(sink_logits=np.zeros(4, np.float32), precision="highest", scale=0.3), 4096),
         (dict(window=jaxattn.Window(4096, causal=True), logits_soft_cap=50.0), 4096),
         (dict(window=jaxattn.Window(513, boundary="mask")), 3072),  # a block on either side
         (dict(window=jaxattn.Window(512, causal=True, boundary="zero", offset=-511), shape=(1, 512, 1, 8)), None),
@@ -137,7 +137,7 @@ def test_what_it_takes_on_a_tpu(given, seen):
         (dict(bias=np.zeros((4096, 4096), np.float32)), "its kernel does not take bias"),
         (dict(mask=np.ones((4096, 4096), bool)), "its kernel does not take slot_mask"),
         (dict(shape=(2, 4096, 4, 512)), "its heads have at most 256 numbers, and these 512"),
-        (dict(precision="highest"), "its products have the precision default, and not"),
+        (dict(precision="high"), "its products have the precisions default and highest"),
         (dict(shape=(2, 64, 64, 4, 64), window=jaxattn.Window((7, 7))), "it takes all keys, or a window of one axis"),
         (dict(window=jaxattn.Window(511)), "it takes all keys, or a window of one axis that slides"),
         (dict(window=jaxattn.Window(511, boundary="zero")), "it takes all keys, or a window of one axis that slides"),

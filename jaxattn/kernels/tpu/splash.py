@@ -4,8 +4,10 @@ The kernel takes heads before tokens, lengths that its blocks divide, and querie
 hidden from a query is of another segment. A query that sees nothing gets the mean of the values there, zeros here.
 """
 
+import contextlib
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -16,12 +18,12 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxattn.kernels import xla
 from jaxattn.kernels.backend import Backend, Cost
 from jaxattn.kernels.operands import Operands, Options
+from jaxattn.kernels.tpu.backend import PRECISIONS, precision_of
 from jaxattn.normalize import softmax
 from jaxattn.sizes import planned
 
 TAKEN = ("query", "key", "value", "scale", "key_mask", "query_segments", "key_segments", "soft_cap")
 TAKEN += ("sink",)  # which is no kernel's
-PRECISIONS = (None, "default", jax.lax.Precision.DEFAULT)
 LANES = 128
 BLOCK = 1024  # queries, and keys, at most
 TOGETHER = 2**20  # bytes of the keys of a head, of several blocks, that the kernel may hold
@@ -71,8 +73,8 @@ def supports(operands: Operands, options: Options, *, least: int = LEAST) -> str
         return f"its kernel has bfloat16 and float32, and these are {query.dtype}"
     if max(query.shape[-1], value.shape[-1]) > 256:
         return f"its heads have at most 256 numbers, and these {max(query.shape[-1], value.shape[-1])}"
-    if options.precision not in PRECISIONS:
-        return f"its products have the precision default, and not {options.precision!r}"
+    if precision_of(options) not in PRECISIONS:
+        return f"its products have the precisions default and highest, and not {options.precision!r}"
     if len(options.queries) > 1 or reach_of(options) is None:
         return "it takes all keys, or a window of one axis that slides key by key and is cut at the border"
     if min(*options.queries, options.axes[0].size) < least:
@@ -116,7 +118,7 @@ def forward(operands: Operands, options: Options, *, interpret: bool = False) ->
     of_queries, of_keys = Blocks.of(queries), Blocks.of(keys)
     query = (operands.query.astype(operands.scale.dtype) * operands.scale).astype(operands.query.dtype)
     arrays = heads_first(query, of_queries), *(heads_first(x, of_keys) for x in (operands.key, operands.value))
-    with jax.enable_x64(False):  # a TPU's kernels count in 32 bits
+    with computing(operands, options):
         attend = kernel_of(operands, options, of_queries, of_keys, interpret)
         if (ids := segments(operands, of_queries, of_keys)) is None:
             found = jax.vmap(attend)(*arrays)
@@ -149,8 +151,18 @@ def backward(
     def attend(mine: dict[str, Array]) -> tuple[Array, ...]:
         return forward(operands._replace(**mine), options, interpret=interpret)
 
-    with jax.enable_x64(False):
+    with computing(operands, options):
         return jax.vjp(attend, {name: getattr(operands, name) for name in wanted})[1](cotangents)[0]
+
+
+@contextlib.contextmanager
+def computing(operands: Operands, options: Options) -> Iterator[None]:
+    """What the kernel takes from where it is traced: numbers of 32 bits, and the precision of its products, of which
+    bfloat16 has one."""
+    precision = "default" if operands.query.dtype == jnp.bfloat16 else precision_of(options)
+    of_products = jax.default_matmul_precision(getattr(precision, "name", precision))
+    with jax.enable_x64(False), contextlib.nullcontext() if precision is None else of_products:
+        yield
 
 
 def kernel_of(operands: Operands, options: Options, of_queries: Blocks, of_keys: Blocks, interpret: bool) -> Any:

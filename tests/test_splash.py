@@ -12,6 +12,7 @@ from contract import (
     first_keys,
     large_scores,
     mask_of_keys,
+    precision,
     problem,
     residuals,
     scalar,
@@ -50,6 +51,7 @@ CASES = [
     (((37,), dict(size=6, boundary="mask")), [mask_of_keys, segments, residuals]),
     ("global", [large_scores, residuals]),
     ("causal", [sinks]),
+    ("causal", [precision]),
 ]
 
 

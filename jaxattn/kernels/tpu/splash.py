@@ -82,7 +82,16 @@ def supports(operands: Operands, options: Options, *, least: int = LEAST) -> str
     most = MOST if options.window is None else MOST_OF_WINDOW
     if max(*options.queries, *options.keys) > most:
         return f"its blocks are looked through while a program is traced, so there may be {most} tokens at most"
+    if what_varies_is_checked():
+        return "its results do not say over which axes they vary: shard_map must have check_vma=False"
     return None
+
+
+def what_varies_is_checked() -> bool:
+    """Whether this is inside a `shard_map` that checks what varies over its axes: there the index along one does."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = () if mesh.empty else mesh.manual_axes
+    return any(jax.typeof(jax.lax.axis_index(axis)).manual_axis_type.varying for axis in axes[:1])
 
 
 def with_key_mask(operands: Operands, options: Options) -> Operands:
@@ -172,19 +181,24 @@ def kernel_of(operands: Operands, options: Options, of_queries: Blocks, of_keys:
 
     shape, reach = (of_queries.tokens, of_keys.tokens), reach_of(options)
     mask = splash.LocalMask(shape, reach, 0) if reach else splash.FullMask(shape)
-    # Chosen by the compiler's estimates of 4096 tokens. Where all keys fit, one kernel has all derivatives.
+    # Chosen by the compiler's estimates of 4096 tokens. Where all keys fit, one kernel has all derivatives; under a
+    # window the blocks are so small that some are left out.
     row = max(operands.query.shape[-1], operands.value.shape[-1], LANES) * operands.query.dtype.itemsize
     several = of_keys.size * of_keys.together(TOGETHER // row)
     whole = several == of_keys.tokens
+    of_query, of_key = of_queries.size, of_keys.size
+    if reach:
+        whole, of_query = False, of_queries.part(512)
+        several = of_key = of_keys.size if sum(reach) >= of_keys.size else of_keys.part(512)
     sizes = splash.BlockSizes(
-        block_q=of_queries.part(256),
+        block_q=of_queries.part(512 if reach else 256),
         block_kv=several,
         block_kv_compute=of_keys.part(512),
-        block_q_dkv=of_queries.part(512 if whole else BLOCK),
-        block_kv_dkv=several if whole else of_keys.size,
+        block_q_dkv=of_queries.part(512) if whole else of_query,
+        block_kv_dkv=several if whole else of_key,
         block_kv_dkv_compute=of_keys.part(512),
-        block_q_dq=None if whole else of_queries.size,
-        block_kv_dq=None if whole else of_keys.size,
+        block_q_dq=None if whole else of_query,
+        block_kv_dq=None if whole else of_key,
         use_fused_bwd_kernel=whole,
     )
     return splash.make_splash_mha_single_device(

@@ -121,7 +121,7 @@ def plan_of(shape=(2, 4096, 4, 64), dtype=jnp.bfloat16, devices=1, **options):
         (dict(mask=np.ones((2, 1, 1, 4096), bool), segment_ids=np.ones((2, 4096), int)), 4096),
         (dict(sink_logits=np.zeros(4, np.float32), precision="highest", scale=0.3), 4096),
         (dict(window=jaxattn.Window(4096, causal=True), logits_soft_cap=50.0), 4096),
-        (dict(window=jaxattn.Window(513, boundary="mask")), 3072),  # a block on either side
+        (dict(window=jaxattn.Window(513, boundary="mask")), 1536),  # a block of 512 on either side
         (dict(window=jaxattn.Window(512, causal=True, boundary="zero", offset=-511), shape=(1, 512, 1, 8)), None),
     ],
 )

@@ -181,24 +181,19 @@ def kernel_of(operands: Operands, options: Options, of_queries: Blocks, of_keys:
 
     shape, reach = (of_queries.tokens, of_keys.tokens), reach_of(options)
     mask = splash.LocalMask(shape, reach, 0) if reach else splash.FullMask(shape)
-    # Chosen by the compiler's estimates of 4096 tokens. Where all keys fit, one kernel has all derivatives; under a
-    # window the blocks are so small that some are left out.
-    row = max(operands.query.shape[-1], operands.value.shape[-1], LANES) * operands.query.dtype.itemsize
-    several = of_keys.size * of_keys.together(TOGETHER // row)
-    whole = several == of_keys.tokens
-    of_query, of_key = of_queries.size, of_keys.size
-    if reach:
-        whole, of_query = False, of_queries.part(512)
-        several = of_key = of_keys.size if sum(reach) >= of_keys.size else of_keys.part(512)
+    of_query, of_key = step_of(operands, options, of_queries, of_keys)
+    whole = not reach and of_key == of_keys.tokens  # then one kernel has all derivatives
+    backward_query = of_queries.part(512 if reach or whole else BLOCK)
+    backward_key = of_key if reach or whole else of_keys.size
     sizes = splash.BlockSizes(
-        block_q=of_queries.part(512 if reach else 256),
-        block_kv=several,
+        block_q=of_query,
+        block_kv=of_key,
         block_kv_compute=of_keys.part(512),
-        block_q_dkv=of_queries.part(512) if whole else of_query,
-        block_kv_dkv=several if whole else of_key,
+        block_q_dkv=backward_query,
+        block_kv_dkv=backward_key,
         block_kv_dkv_compute=of_keys.part(512),
-        block_q_dq=None if whole else of_query,
-        block_kv_dq=None if whole else of_key,
+        block_q_dq=None if whole else backward_query,
+        block_kv_dq=None if whole else backward_key,
         use_fused_bwd_kernel=whole,
     )
     return splash.make_splash_mha_single_device(
@@ -208,6 +203,15 @@ def kernel_of(operands: Operands, options: Options, of_queries: Blocks, of_keys:
         attn_logits_soft_cap=options.soft_cap,
         interpret=interpret,
     )
+
+
+def step_of(operands: Operands, options: Options, of_queries: Blocks, of_keys: Blocks) -> tuple[int, int]:
+    """The queries and keys of a step forward, by the compiler's estimates of 4096 tokens: as many keys as fit, or under
+    a window so few that some blocks are left out."""
+    if reach := reach_of(options):
+        return of_queries.part(512), of_keys.size if sum(reach) >= of_keys.size else of_keys.part(512)
+    row = max(operands.query.shape[-1], operands.value.shape[-1], LANES) * operands.query.dtype.itemsize
+    return of_queries.part(256), of_keys.size * of_keys.together(TOGETHER // row)
 
 
 def heads_first(x: Float[Array, "*batch tokens heads dim"], blocks: Blocks) -> Float[Array, "entries heads places dim"]:
@@ -255,15 +259,15 @@ def see_something(
 def cost(operands: Operands, options: Options) -> Cost:
     """A step is a block of queries of a head with a block of keys; blocks in which nothing is seen are left out."""
     of_queries, of_keys = Blocks.of(options.queries[0]), Blocks.of(options.keys[0])
-    first = of_queries.size * np.arange(of_queries.number)
+    of_query, of_key = step_of(operands, options, of_queries, of_keys)
+    first = np.arange(0, of_queries.tokens, of_query)
     behind, ahead = reach_of(options) or (of_queries.tokens, of_keys.tokens)
-    low = np.maximum(first - behind, 0) // of_keys.size
-    high = np.minimum((first + of_queries.size - 1 + ahead) // of_keys.size, of_keys.number - 1)
-    met, heads = high - low + 1, planned(math.prod(operands.query.shape[:-3])) * operands.query.shape[-2]
+    low = np.maximum(first - behind, 0) // of_key
+    met = np.minimum((first + of_query - 1 + ahead) // of_key, of_keys.tokens // of_key - 1) - low + 1
+    steps = planned(math.prod(operands.query.shape[:-3])) * operands.query.shape[-2] * int(met.sum())
     dims, itemsize = operands.query.shape[-1] + operands.value.shape[-1], operands.query.dtype.itemsize
-    held = itemsize * (of_queries.size + of_keys.size) * dims + 4 * of_queries.size * of_keys.size
-    flops = 2 * heads * int(met.sum()) * of_queries.size * of_keys.size * dims
-    return Cost((of_queries.size,), int(met.max()) * of_keys.size, heads * int(met.sum()), held, flops)
+    held = itemsize * (of_query + of_key) * dims + 4 * of_query * of_keys.part(512)
+    return Cost((of_query,), int(met.max()) * of_key, steps, held, 2 * steps * of_query * of_key * dims)
 
 
 SPLASH = Backend("splash", supports, forward, backward, cost, platform="tpu", opaque=True)

@@ -77,7 +77,7 @@ def supports(operands: Operands, options: Options, *, least: int = LEAST) -> str
         return f"its products have the precisions default and highest, and not {options.precision!r}"
     if len(options.queries) > 1 or reach_of(options) is None:
         return "it takes all keys, or a window of one axis that slides key by key and is cut at the border"
-    if min(*options.queries, options.axes[0].size) < least:
+    if options.queries[0] < least or options.axes[0].size < least - 1:  # a window of 255 has as many on either side
         return f"it is for {least} queries and slots and more: of fewer, XLA's tiles are as fast"
     most = MOST if options.window is None else MOST_OF_WINDOW
     if max(*options.queries, *options.keys) > most:
@@ -182,7 +182,8 @@ def kernel_of(operands: Operands, options: Options, of_queries: Blocks, of_keys:
     shape, reach = (of_queries.tokens, of_keys.tokens), reach_of(options)
     mask = splash.LocalMask(shape, reach, 0) if reach else splash.FullMask(shape)
     of_query, of_key = step_of(operands, options, of_queries, of_keys)
-    whole = not reach and of_key == of_keys.tokens  # then one kernel has all derivatives
+    # one kernel has all derivatives, where VMEM holds all keys and values of a head, and their sums
+    whole = not reach and of_key == of_keys.tokens <= TOGETHER // 2 // row_of(operands)
     backward_query = of_queries.part(512 if reach or whole else BLOCK)
     backward_key = of_key if reach or whole else of_keys.size
     sizes = splash.BlockSizes(
@@ -210,8 +211,12 @@ def step_of(operands: Operands, options: Options, of_queries: Blocks, of_keys: B
     a window so few that some blocks are left out."""
     if reach := reach_of(options):
         return of_queries.part(512), of_keys.size if sum(reach) >= of_keys.size else of_keys.part(512)
-    row = max(operands.query.shape[-1], operands.value.shape[-1], LANES) * operands.query.dtype.itemsize
-    return of_queries.part(256), of_keys.size * of_keys.together(TOGETHER // row)
+    return of_queries.part(256), of_keys.size * of_keys.together(TOGETHER // row_of(operands))
+
+
+def row_of(operands: Operands) -> int:
+    """Bytes of a key, or of a value, of a head in VMEM."""
+    return max(operands.query.shape[-1], operands.value.shape[-1], LANES) * operands.query.dtype.itemsize
 
 
 def heads_first(x: Float[Array, "*batch tokens heads dim"], blocks: Blocks) -> Float[Array, "entries heads places dim"]:

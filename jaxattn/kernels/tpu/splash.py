@@ -184,8 +184,9 @@ def kernel_of(operands: Operands, options: Options, of_queries: Blocks, of_keys:
     of_query, of_key = step_of(operands, options, of_queries, of_keys)
     # one kernel has all derivatives, where VMEM holds all keys and values of a head, and their sums
     whole = not reach and of_key == of_keys.tokens <= TOGETHER // 2 // row_of(operands)
-    backward_query = of_queries.part(512 if reach or whole else BLOCK)
-    backward_key = of_key if reach or whole else of_keys.size
+    wide = row_of(operands) > 2 * LANES  # more than bfloat16 of 128 numbers
+    backward_query = of_queries.part(512 if reach or whole or wide else BLOCK)
+    backward_key = of_keys.part(512) if wide and not whole else of_key if reach or whole else of_keys.size
     sizes = splash.BlockSizes(
         block_q=of_query,
         block_kv=of_key,

@@ -75,9 +75,10 @@ def supports(operands: Operands, options: Options, *, least: int = LEAST) -> str
         return f"its heads have at most 256 numbers, and these {max(query.shape[-1], value.shape[-1])}"
     if precision_of(options) not in PRECISIONS:
         return f"its products have the precisions default and highest, and not {options.precision!r}"
-    if len(options.axes) > 1 or reach_of(options) is None:
+    axis, *more_axes = options.axes
+    if more_axes or reach_of(options) is None:
         return "it takes all keys, or a window of one axis that slides key by key and is cut at the border"
-    if min(options.queries) < least or options.axes[0].size < least - 1:  # a window of 255 has as many on either side
+    if min(options.queries) < least or axis.size < least - 1:  # a window of 255 has as many on either side
         return f"it is for {least} queries and slots and more: of fewer, XLA's tiles are as fast"
     most = MOST if options.window is None else MOST_OF_WINDOW
     if max(*options.queries, *options.keys) > most:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped
 
+from jaxattn import machine
 from jaxattn.checked import REFUSED, allowed_precision, shown
 from jaxattn.functions import Known, known
 from jaxattn.kernels import backends, ragged
@@ -62,6 +63,7 @@ class Settings(NamedTuple):
     return_residuals: bool
     broadcast_dropout: bool
     query_offset: tuple[int, ...] | str | None
+    soft_cap: float | None = None
 
     @property
     def has_functions(self) -> bool:
@@ -116,6 +118,7 @@ def read(
         return_residuals=bool(return_residuals),
         broadcast_dropout=bool(broadcast_dropout),
         query_offset=query_offset,
+        soft_cap=_known_cap(arrays.logits_soft_cap),
     )
     return as_arrays._replace(dropout_key=key), settings
 
@@ -164,6 +167,7 @@ def check(arrays: Arrays, settings: Settings, places: Array | None = None) -> tu
         tile=_tile(settings.tile, geometry),
         offset=geometry.offset,
         broadcast_dropout=settings.broadcast_dropout,
+        soft_cap=settings.soft_cap,
     )
     sizes = _grid_sizes(arrays, settings, geometry)
     return (operands, options) if sizes is None else ragged.fit(operands, options, sizes)
@@ -637,6 +641,11 @@ def _check_number(name: str, value: Any) -> None:
         raise ValueError(f"attention: {name} (={value!r}) must be one real number")
     if isinstance(value, np.ndarray | numbers.Real) and not math.isfinite(float(value)):
         raise ValueError(f"attention: {name} (={value!r}) must be finite")
+
+
+def _known_cap(value: Any) -> float | None:
+    """A number of the caller's program, on a TPU, one of whose kernels has it in its own program."""
+    return float(value) if machine.backend() == "tpu" and isinstance(value, numbers.Real) else None
 
 
 def _check_soft_cap(value: Any) -> None:

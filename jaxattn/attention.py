@@ -117,6 +117,10 @@ def attention(
         precision: as in `jax.lax.dot_general`.
         implementation: None chooses; "reference" is the readable one, which gathers `N × window` keys; "xla" tiles, and
             is slower with a function of yours (`score_mod`, `normalize`), which may close over what is differentiated;
+            "splash" is JAX's splash attention, which None chooses on one TPU, or inside `shard_map(check_vma=False)`:
+            softmax of 256 queries or more over all keys, or over windows of one axis that are causal or of boundary
+            "mask", without bias, with a soft cap that is a Python number, its query rounded once more where the scale
+            is no power of two;
             "tpu" is kernels for a TPU, for softmax over windows with no other term than relative_bias, on one device,
             inside `shard_map`, or on a mesh of Explicit axes, over which it splits batch and heads as they lie (Auto
             axes tell it nothing, and the compiler gathers what is sharded). No chip has run them yet, so they are not

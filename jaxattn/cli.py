@@ -188,6 +188,8 @@ def bench(
     json: Path | None = None,
     out: Path = Path("runs/bench"),
     topology: str = "",
+    ways: tuple[str, ...] = (),
+    markdown: Path | None = None,
 ):
     """Measure this library against its peers: time, temporaries and compile time, in one run.
 
@@ -202,14 +204,20 @@ def bench(
       out: a folder for the figures, which replace those of an earlier run.
       topology: v4, v5e, v5p or v6e and its shape, such as v5e:1x1 (this needs libtpu): compile the cases for one of its
         chips instead, and print what the compiler estimates. There are no figures.
+      ways: with a topology, names of ways, in which * stands for anything; all of them by default.
+      markdown: with a topology, a file for a table of all cases, which grows with every case.
     """
+    json_file, markdown_file = (path_of(file) if file else None for file in (json, markdown))
     if topology:
         from jaxattn.bench import estimate
 
-        return estimate.run(what, quick, cases, topology, path_of(json) if json else None)
+        return estimate.run(what, quick, cases, topology, json_file, markdown_file, ways)
+    if ways or markdown:
+        given = f"ways (={ways})" if ways else f"markdown (={markdown})"
+        raise InputError(f"{given} must come with a topology, such as v5e:1x1: what is measured has all ways")
     from jaxattn.bench.run import run
 
-    run(what, quick, cases, path_of(out), path_of(json) if json else None)
+    run(what, quick, cases, path_of(out), json_file)
 
 
 def check(interpret: bool = False):

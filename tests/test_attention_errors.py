@@ -114,7 +114,11 @@ def zeros(*shape, dtype=jnp.float64):
             {"normalize": "relu", "return_residuals": True},
             "return_residuals (=True) must be False with normalize='relu'",
         ),
-        ((X, X, X), {"implementation": "cuda"}, "implementation (='cuda') must be None or one of 'xla', 'tpu'"),
+        (
+            (X, X, X),
+            {"implementation": "cuda"},
+            "implementation (='cuda') must be None or one of 'splash', 'xla',",
+        ),
         ((X, X, X), {"implementation": "tpu"}, "implementation (='tpu') can't, since it runs on a tpu alone, and this"),
         ((X, X, X), {"dropout_rate": 1.0}, "dropout_rate (=1.0) must be a number >= 0 and < 1"),
         ((X, X, X), {"tile": 0}, "tile (=0) must be None, an int, or an int for each of the"),

@@ -11,6 +11,7 @@ from jaxattn.bench.check_cases import ARGUMENTS, CASES, INTERPRETED, TIMED, Chec
 from jaxattn.kernels import backends
 from jaxattn.kernels.reference import REFERENCE
 from jaxattn.kernels.tpu.backend import INTERPRETED as TPU
+from jaxattn.kernels.tpu.splash import INTERPRETED as SPLASH
 from jaxattn.kernels.xla import XLA
 
 SMALL = CheckCase((6, 5), dict(size=(3, 3), boundary="mask"), ("relative_bias", "mask by slot", "lse"))
@@ -68,12 +69,12 @@ def test_the_cases_have_every_argument_and_are_what_attention_takes():
     assert {name for case in CASES for name in case.arguments} == set(ARGUMENTS)
     names = [case.name for case in (*CASES, *INTERPRETED, *TIMED)]
     assert len(set(names)) == len(names)
-    assert not [case.name for case in INTERPRETED if check.refusal(TPU, case)]
+    assert not [case.name for case in INTERPRETED if check.refusal(TPU, case) and check.refusal(SPLASH, case)]
 
 
 @pytest.mark.full
 def test_interpreted_kernels():
-    assert not [str(x) for x in check.checked(INTERPRETED, [TPU]) if x.wrong]
+    assert not [str(x) for x in check.checked(INTERPRETED, [TPU, SPLASH]) if x.wrong]
 
 
 def test_a_nan_and_an_empty_lse_that_is_not_one_differ():

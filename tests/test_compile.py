@@ -1,7 +1,10 @@
 """`jaxattn compile`: the collectives of real compiled programs, and the command for eight virtual devices."""
 
+import importlib.util
 import json
+import os
 import re
+import subprocess
 import sys
 from functools import partial
 
@@ -60,6 +63,21 @@ def test_a_loop_of_unknown_length_counts_once():
     read = hlo.read(compiled(lambda x: lax.while_loop(far, step, x)))
     assert read.unknown == 1
     assert ("collective-permute", 1, 64) in read.collectives
+
+
+def test_a_kernel_in_a_loop_runs_as_often():
+    text = """HloModule m
+%body (p: f32[2]) -> f32[2] {
+  ROOT %kernel.1 = f32[2]{0} custom-call(%p), custom_call_target="tpu_custom_call"
+}
+ENTRY %main (x: f32[2]) -> f32[2] {
+  %kernel.2 = f32[2]{0} custom-call(%x), custom_call_target="tpu_custom_call"
+  ROOT %loop = f32[2]{0} while(%x), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+}
+"""
+    read = hlo.read(text)
+    assert dict(read.kernels) == {"kernel.2": 1, "kernel.1": 5}
+    assert (read.runs("kernel.1"), read.runs("another")) == (5, 1)
 
 
 def test_a_report_counts_memory():
@@ -165,3 +183,44 @@ def test_without_the_compiler(monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
     with pytest.raises(ImportError, match=re.escape("pip install 'jaxattn[tpu]'")):
         find_devices("v5e:2x2")
+
+
+PALLAS = """
+import jax, jax.numpy as jnp, json
+from jax.sharding import SingleDeviceSharding
+import jaxattn
+from jaxattn.train import schedule
+from jaxattn.train.compile import compile_report, describe, find_devices
+
+folder = schedule.ask()
+x = jax.ShapeDtypeStruct((2, 16, 16, 128), jnp.bfloat16, sharding=SingleDeviceSharding(find_devices("v5e:1x1")[0]))
+
+def layer(x, _):
+    y = x.reshape(2, 16, 16, 2, 64)
+    return jaxattn.attention(y, y, y, window=jaxattn.Window((3, 3)), implementation="tpu").reshape(x.shape), None
+
+reports = {}
+for depth in (1, 3):
+    step = jax.jit(lambda x: jax.lax.scan(layer, x, length=depth)[0])
+    reports[depth] = compile_report(step, x, topology="v5e:1x1", devices=1, folder=folder)
+print(describe(reports[3]))
+print(json.dumps([(r.of_kernels, r.text.cycles, r.unread, r.flops, r.bytes) for r in reports.values()]))
+"""
+
+
+@pytest.mark.full
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU's compiler is not installed")
+def test_pallas_kernels_count():
+    """As often as they run. XLA's count of operations takes a loop's contents once, and has what a kernel says of
+    itself: at least what the windows ask for."""
+    environment = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    run = subprocess.run([sys.executable, "-c", PALLAS], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    *said, last = run.stdout.splitlines()
+    once, thrice = json.loads(last)
+    assert once[0] > 500
+    assert thrice[0] == pytest.approx(3 * once[0], rel=0.05)  # alone, a few bundles are scheduled otherwise
+    assert once[2] == thrice[2] == 0
+    assert once[3] > 2 * 2 * (2 * 16 * 16) * 9 * 128
+    assert once[4] >= 4 * (2 * 16 * 16 * 128) * 2
+    assert any(f"{thrice[0]:,}" in line and "3 runs of 1 kernels" in line for line in said)

@@ -10,9 +10,10 @@ import sys
 import pytest
 
 from jaxattn import cli
-from jaxattn.bench import estimate, schedule
+from jaxattn.bench import estimate
 from jaxattn.bench.cases import AttentionCase, ConvCase, select
 from jaxattn.bench.chip_ways import WAYS
+from jaxattn.train import schedule
 from jaxattn.window import Window
 
 RECORDED = pathlib.Path(__file__).parent / "recorded_schedule.txt"
@@ -84,6 +85,13 @@ def test_the_table_says_what_there_is():
     assert written["header"]["estimates"]
 
 
+def test_a_table_for_a_page():
+    said = estimate.markdown("v5e:1x1", [(OF, {"forward": 1e-6, "backward": 2e-6}, made_up())]).splitlines()
+    assert "which no chip has measured: v5e:1x1" in said[0]
+    assert said[2] == "| case | forward, bound | forward, ours | backward, bound | backward, ours |"
+    assert said[4].endswith("| 1 | 3 (3.0) | 2 | 3 (1.5) |")
+
+
 def test_the_bound_moves_everything_once():
     """Forward q, k, v and o; backward q, k, v and do, and dq, dk and dv."""
     token = 2 * 16 * 2 * 8
@@ -96,7 +104,7 @@ def test_tokens_come_with_their_heads_side_by_side():
     nat = next(case for case in select("attention", False, ["nat-mask"], chip=True))
     assert estimate.flat(nat) == [(8, 56, 56, 512)] * 3 + [(16, 13, 13), (8, 56, 56, 512)]
     assert {case.dtype for case in select("all", False, [], chip=True)} == {"bfloat16"}
-    assert [way.name for way in WAYS["attention"] if way.ours] == ["jaxattn, tpu", "jaxattn, xla"]
+    assert [way.name for way in WAYS["attention"] if way.ours] == ["jaxattn, tpu", "jaxattn, splash", "jaxattn, xla"]
 
 
 @pytest.mark.parametrize(
@@ -106,6 +114,9 @@ def test_tokens_come_with_their_heads_side_by_side():
         (["attention", "--topology", "cpu:2"], "topology (='cpu:2') must be a TPU's"),
         (["attention", "--topology", "v5e:1x1", "--cases", "none"], "cases (=none) must name some of"),
         (["attention", "--topology", "v5e:1x1", "--json", "no/x"], "json (=no/x) must be in a folder"),
+        (["attention", "--topology", "v5e:1x1", "--markdown", "no/x"], "markdown (=no/x) must be in a folder"),
+        (["attention", "--topology", "v5e:1x1", "--ways", "cudnn"], "ways (=cudnn) must name some of these"),
+        (["attention", "--ways", "splash"], "ways (=('splash',)) must come with a topology"),
     ],
 )
 def test_mistakes_are_said_before_anything_is_compiled(tmp_path, monkeypatch, arguments, said):

@@ -178,7 +178,8 @@ def plan_of(shape=(2, 16, 16, 4, 64), dtype=jnp.bfloat16, devices=1, **options):
 
 def test_it_is_taken_on_a_tpu_alone_and_by_its_name():
     """No chip has run it yet, so nobody gets it who does not ask."""
-    assert (plan_of().backend, plan_of(implementation="tpu").backend, plan_of().refused) == ("xla", "tpu", {})
+    assert (plan_of().backend, plan_of(implementation="tpu").backend) == ("xla", "tpu")
+    assert "tpu" not in plan_of().refused
     x = (2, 16, 16, 4, 64)
     here = jaxattn.attention_plan(x, x, x, window=jaxattn.Window((7, 7)))
     assert (here.backend, here.refused) == ("xla", {})
@@ -205,7 +206,7 @@ def test_the_environment_goes_before_what_the_program_names(monkeypatch):
     assert attention(x, x, x).shape == x.shape
     monkeypatch.setenv("JAXATTN_IMPLEMENTATION", "cuda")
     with pytest.raises(
-        ValueError, match=r"JAXATTN_IMPLEMENTATION \(='cuda'\) must be unset or one of 'xla', 'tpu', 'r"
+        ValueError, match=r"JAXATTN_IMPLEMENTATION \(='cuda'\) must be unset or one of 'splash', 'xla', 'tpu'"
     ):
         attention(x, x, x)
     monkeypatch.setenv("JAXATTN_IMPLEMENTATION", "")
@@ -248,7 +249,7 @@ def test_on_several_devices_it_is_for_the_inside_of_shard_map():
 )
 def test_what_it_refuses_goes_to_xla(given, reason):
     made = plan_of(**given)
-    assert made.backend == "xla"
+    assert made.backend in ("xla", "splash")
     assert made.refused["tpu"].startswith(reason)
     assert f"not tpu: {reason}" in str(made)
 

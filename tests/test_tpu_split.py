@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from test_splash import interpreted as splash_interpreted
 from test_tpu import interpreted
 
 import jaxattn
 from jaxattn.attention import attention
 
-__all__ = ["interpreted"]
+__all__ = ["interpreted", "splash_interpreted"]
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 GATHERED = re.compile("all-gather|all-to-all|collective-permute")
 
@@ -43,6 +44,23 @@ def test_values(interpreted):
     assert not GATHERED.search(mine.as_text())
     assert found.sharding.spec == P("data", None, "model", None)
     np.testing.assert_allclose(found, run("reference")(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("whose", "shape"), [("tpu", (4, 8)), pytest.param("splash", (1, 8), marks=pytest.mark.full)])
+def test_masks_and_segments_go_with_the_batch(interpreted, splash_interpreted, whose, shape):
+    """And are whole where they are one for all of it. Extra tokens have heads as well."""
+    mesh, x = mesh_of(), normal(4, 8, 2, 8)
+    mask, ids = normal(*shape) > 0, (normal(4, 8, 1)[..., 0] > 0).astype(np.int32)
+    tpu = whose == "tpu"
+    extra = dict.fromkeys(("extra_key", "extra_value"), normal(4, 1, 2, 8)) if tpu else {}
+    window, mask = (jaxattn.Window(3), mask) if tpu else (None, mask[:, None, None])
+    run = lambda how: (
+        lambda x, ids, extra: attention(x, x, x, mask=mask, segment_ids=ids, window=window, implementation=how, **extra)
+    )
+    given = put(mesh, x, "data", None, "model"), put(mesh, ids, "data"), jax.tree.map(lambda x: put(mesh, x), extra)
+    mine = jax.jit(run(whose)).lower(*given).compile()
+    assert not GATHERED.search(mine.as_text())
+    np.testing.assert_allclose(mine(*given), run("reference")(x, ids, extra), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.full

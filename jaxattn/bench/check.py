@@ -26,6 +26,7 @@ from jaxattn.kernels import backends, placed, sink
 from jaxattn.kernels.backend import Backend
 from jaxattn.kernels.reference import REFERENCE
 from jaxattn.kernels.tpu import backend as tpu
+from jaxattn.kernels.tpu import splash
 from jaxattn.promotion import broadcasting
 
 # Largest difference of an array's elements, over the largest element of the reference's.
@@ -60,7 +61,8 @@ def run(interpret: bool):
     here = [x for x in backends.BACKENDS if x.platform in (None, jax.default_backend()) and x is not REFERENCE]
     outcomes = checked(CASES, here)
     if interpret:
-        outcomes += checked(INTERPRETED, [tpu.INTERPRETED._replace(name="tpu, interpreted")])
+        ways = [way._replace(name=f"{way.name}, interpreted") for way in (tpu.INTERPRETED, splash.INTERPRETED)]
+        outcomes += checked(INTERPRETED, ways)
     print("difference from the reference: of which array (dx: the gradient by x); - where it can't\n")
     print(table(outcomes))
     print(f"\nmilliseconds, forward and with every gradient\n\n{speed(TIMED, [*here, REFERENCE])}\n")

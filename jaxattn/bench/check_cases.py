@@ -158,6 +158,9 @@ CASES = (
     CheckCase((64,), None, ("lse",)),
     CheckCase((64,), None, ("mask of keys", "soft cap")),
     CheckCase((64,), None, ("bias",), "bfloat16"),
+    CheckCase((300,), None, ("mask of keys", "segments", "scale")),
+    CheckCase((520,), _of(size=400, causal=True), ("soft cap",)),
+    CheckCase((300,), None, (), "bfloat16"),
 )
 # each property of the kernels once: an interpreted kernel is slow
 INTERPRETED = (
@@ -165,9 +168,11 @@ INTERPRETED = (
     CheckCase((8, 8), dict(size=(3, 3)), ("relative_bias",)),
     CheckCase((8, 32), dict(size=(3, 3), dilation=2, boundary="wrap"), (), "bfloat16"),
     CheckCase((4, 3, 8), _of(size=(3, 3, 3)), ("lse",)),
+    CheckCase((40,), None, ("mask of keys", "segments", "scale")),
 )
 TIMED = (
     CheckCase((1024,), dict(size=63)),
     CheckCase((28, 28), dict(size=(7, 7)), ("relative_bias",)),
     CheckCase((28, 28), dict(size=(7, 7), block=7)),
+    CheckCase((1024,), None),
 )

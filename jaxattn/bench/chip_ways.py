@@ -1,4 +1,4 @@
-"""Attention as it can be computed on a TPU: this library's two ways, and those of others.
+"""Attention as it can be computed on a TPU: this library's ways, and those of others.
 
 Tokens come as a layer has them, [batch, *grid, heads·head_dim]: with heads of 64 in an axis of their own, an array at
 the border of a program would take twice its bytes.
@@ -73,6 +73,7 @@ def _way(name: str, make: Callable[[AttentionCase], Function], *needs: Any, ours
 WAYS = {
     "attention": [
         _way("jaxattn, tpu", functools.partial(named, "tpu"), ours=True),
+        _way("jaxattn, splash", functools.partial(named, "splash"), ours=True),
         _way("jaxattn, xla", functools.partial(named, "xla"), ours=True),
         _way("splash", splash),
         _way("jax.nn", attention_ways.dense, attention_ways.dense_bytes),

@@ -1,8 +1,7 @@
 """`jaxattn bench --topology`: what a chip's compiler expects of every way, on any machine. Nothing is run."""
 
 import dataclasses
-import shutil
-import tempfile
+import fnmatch
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,18 +10,18 @@ from typing import Any
 import jax
 from jax.sharding import SingleDeviceSharding
 
-from jaxattn.bench import machine, schedule
+from jaxattn.bench import machine
 from jaxattn.bench.cases import Case, select
 from jaxattn.bench.chip_ways import WAYS
 from jaxattn.bench.measure import one_line
 from jaxattn.bench.report import aligned
-from jaxattn.bench.run import check_writable, say, write_json
-from jaxattn.bench.schedule import Kernel
+from jaxattn.bench.run import check_writable, say, write_json, write_text
 from jaxattn.bench.ways import CannotError, Way
 from jaxattn.errors import InputError
 from jaxattn.machine import traced_for
-from jaxattn.train import hlo
+from jaxattn.train import hlo, schedule
 from jaxattn.train.compile import CHIPS, Chip, find_devices
+from jaxattn.train.schedule import Kernel
 
 MODES = ("forward", "backward")
 LEGEND = """\
@@ -62,30 +61,50 @@ class Estimate:
         return max(self.kernels, key=lambda kernel: kernel.vmem, default=None)
 
 
-def run(what: str, quick: bool, patterns: Sequence[str], topology: str, json_file: Path | None):
+def run(
+    what: str,
+    quick: bool,
+    patterns: Sequence[str],
+    topology: str,
+    json_file: Path | None,
+    markdown_file: Path | None = None,
+    ways: Sequence[str] = (),
+):
     """Compiles, and prints and writes what the compiler says. See `jaxattn bench --help`."""
     cases = select(what, quick, patterns, chip=True)
     kind = topology.partition(":")[0]
     if kind == "cpu":
         raise InputError(f"topology (={topology!r}) must be a TPU's, such as v5e:1x1: for a CPU nothing is estimated")
     check_writable(None, json_file)
-    with tempfile.TemporaryDirectory(prefix="jaxattn-schedules-") as folder:
-        schedule.ask(Path(folder))
-        device, chip = find_devices(topology)[0], CHIPS[kind]
-        names = ("jaxattn", "jax", "jaxlib", "libtpu")
-        header = {"topology": topology, "versions": {name: machine.installed(name) for name in names}}
-        versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items())
-        print(f"{topology}: {chip.clock} GHz, {chip.bandwidth} GB/s\nversions: {versions}\n{LEGEND}", flush=True)
-        done: list[tuple[Case, dict[str, float], list[Estimate]]] = []
-        for case in cases:
-            bounds = {mode: case.bytes(mode) / chip.bandwidth / 1e9 for mode in MODES}
-            found = [each for way in WAYS[case.kind] for each in estimates(way, case, device, chip, Path(folder))]
-            done.append((case, bounds, found))
-            print(f"\n{table(case, bounds, found)}", flush=True)
-            if json_file:
-                write_json(json_file, as_json(header, chip, done))
+    check_writable(None, markdown_file, "markdown")
+    taken = {kind: named(WAYS[kind], ways) for kind in dict.fromkeys(case.kind for case in cases)}
+    folder = schedule.ask()
+    device, chip = find_devices(topology)[0], CHIPS[kind]
+    names = ("jaxattn", "jax", "jaxlib", "libtpu")
+    header = {"topology": topology, "versions": {name: machine.installed(name) for name in names}}
+    versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items())
+    print(f"{topology}: {chip.clock} GHz, {chip.bandwidth} GB/s\nversions: {versions}\n{LEGEND}", flush=True)
+    done: list[tuple[Case, dict[str, float], list[Estimate]]] = []
+    for case in cases:
+        bounds = {mode: case.bytes(mode) / chip.bandwidth / 1e9 for mode in MODES}
+        found = [each for way in taken[case.kind] for each in estimates(way, case, device, chip, folder)]
+        done.append((case, bounds, found))
+        print(f"\n{table(case, bounds, found)}", flush=True)
+        if json_file:
+            write_json(json_file, as_json(header, chip, done))
+        if markdown_file:
+            write_text(markdown_file, markdown(f"{topology}; {versions}", done))
     if any(each.ours and each.status == "failed" for _, _, found in done for each in found):
         raise InputError("some results are missing: see the tables")
+
+
+def named(ways: Sequence[Way], patterns: Sequence[str]) -> list[Way]:
+    """Those whose name matches one of the patterns; without patterns, all of them."""
+    found = [way for way in ways if not patterns or any(fnmatch.fnmatchcase(way.name, p) for p in patterns)]
+    if not found:
+        names = ", ".join(repr(way.name) for way in ways)
+        raise InputError(f"ways (={', '.join(patterns)}) must name some of these, where * stands for anything: {names}")
+    return found
 
 
 def estimates(way: Way, case: Case, device: Any, chip: Chip, folder: Path) -> list[Estimate]:
@@ -120,7 +139,7 @@ def compile_into(found: Estimate, call: Callable[..., Any], case: Case, device: 
     if found.mode == "backward":  # whose output is not asked for
         function, arguments = lambda *given: jax.vjp(call, *given[:-1])[1](given[-1]), [*inputs, output]
     jax.clear_caches()
-    empty(folder)
+    schedule.empty(folder)
     start = time.perf_counter()
     with traced_for("tpu", 1):
         compiled = jax.jit(function).trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
@@ -131,7 +150,7 @@ def compile_into(found: Estimate, call: Callable[..., Any], case: Case, device: 
     found.known = not around.unknown and all(kernel.known for kernel in found.kernels)
     if len(found.kernels) != text.count('custom_call_target="tpu_custom_call"'):
         found.known, found.note = False, "the schedule of a kernel was not found, and is not counted"
-    cycles = around.cycles + sum(kernel.cycles for kernel in found.kernels)
+    cycles = around.cycles + sum(around.runs(kernel.name) * kernel.cycles for kernel in found.kernels)
     found.scheduled_seconds = cycles / chip.clock / 1e9
     found.temporaries = memory.temp_size_in_bytes if memory else 0
     moved = memory.argument_size_in_bytes + memory.output_size_in_bytes if memory else 0
@@ -145,11 +164,6 @@ def flat(case: Case) -> list[tuple[int, ...]]:
         tokens = (0, 1, 2, len(shapes) - 1)
         shapes = [(*x[:-2], x[-2] * x[-1]) if n in tokens else x for n, x in enumerate(shapes)]
     return shapes
-
-
-def empty(folder: Path):
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def table(case: Case, bounds: dict[str, float], found: Sequence[Estimate]) -> str:
@@ -166,6 +180,23 @@ def table(case: Case, bounds: dict[str, float], found: Sequence[Estimate]) -> st
         notes += [f"  {way}{where.format(x.mode)}: {x.status}: {x.note}" for x in said if x.note]
     limits = ", ".join(f"{mode} {1e6 * bounds[mode]:.0f} us" for mode in MODES)
     return "\n".join([f"{case.name}: {case}; bound: {limits}", *aligned(rows), *notes])
+
+
+def markdown(of: str, done: Sequence[tuple[Case, dict[str, float], list[Estimate]]]) -> str:
+    """The table of all cases, for a page: microseconds, and in brackets that over the bound."""
+    ways = list(dict.fromkeys(each.way for _, _, found in done for each in found if each.status == "ok"))
+    heads = ["case", *(f"{mode}, {name}" for mode in MODES for name in ("bound", *ways))]
+    rows = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+    for case, bounds, found in done:
+        by = {(each.way, each.mode): each for each in found if each.status == "ok"}
+        row = [f"`{case.name}`: {case}"]
+        for mode in MODES:
+            row.append(f"{1e6 * bounds[mode]:.0f}")
+            mine = [by.get((way, mode)) for way in ways]
+            row += ["" if x is None else f"{1e6 * x.seconds:.0f} ({x.seconds / bounds[mode]:.1f})" for x in mine]
+        rows.append(row)
+    said = f"Estimates of the TPU's compiler, in microseconds of one chip, which no chip has measured: {of}."
+    return "\n".join([said, "", *(f"| {' | '.join(row)} |" for row in rows), ""])
 
 
 def cells(each: Estimate, bound: float) -> tuple[str, ...]:

@@ -62,15 +62,13 @@ def ways_of(case: Case, missing: Sequence[str]) -> list[Way]:
     return [way for way in ways if not any(gone and way.name.startswith(name) for name, gone in absent.items())]
 
 
-def check_writable(out: Path | None, json_file: Path | None):
-    """Before anything is measured: the files can be written."""
-    if json_file is not None:
-        if not json_file.parent.is_dir() or not os.access(json_file.parent, os.W_OK):
-            raise InputError(
-                f"json (={json_file}) must be in a folder that can be written to: {json_file.parent} is none"
-            )
-        if json_file.is_dir():
-            raise InputError(f"json (={json_file}) must be a file, not a folder")
+def check_writable(out: Path | None, file: Path | None, name: str = "json"):
+    """Before anything is measured: the folder, and the file of that argument, can be written."""
+    if file is not None:
+        if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
+            raise InputError(f"{name} (={file}) must be in a folder that can be written to: {file.parent} is none")
+        if file.is_dir():
+            raise InputError(f"{name} (={file}) must be a file, not a folder")
     if out is None:
         return
     try:
@@ -80,9 +78,13 @@ def check_writable(out: Path | None, json_file: Path | None):
 
 
 def write_json(path: Path, values: dict):
+    write_text(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str):
     """All of it or nothing."""
     whole = path.with_name(f"{path.name}.part")
-    whole.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    whole.write_text(text, encoding="utf-8")
     whole.replace(path)
 
 

@@ -10,11 +10,12 @@ from jaxattn.kernels.backend import Backend
 from jaxattn.kernels.operands import Operands, Options
 from jaxattn.kernels.reference import REFERENCE
 from jaxattn.kernels.tpu.backend import TPU
+from jaxattn.kernels.tpu.splash import SPLASH
 from jaxattn.kernels.xla import XLA
 
-# Unless one is named, the first that supports the operands is taken. The TPU's kernels are to be named: they are right
-# where they are interpreted, and the compiler says that they are fast, but no chip has run them yet.
-BACKENDS: tuple[Backend, ...] = (XLA, TPU, REFERENCE)
+# Unless one is named, the first that supports the operands is taken. The TPU's own kernels are to be named: they are
+# right where they are interpreted, and the compiler says that they are fast, but no chip has run them yet.
+BACKENDS: tuple[Backend, ...] = (SPLASH, XLA, TPU, REFERENCE)
 VARIABLE = "JAXATTN_IMPLEMENTATION"  # of the environment: whoever runs a program can turn kernels on and off
 
 

@@ -55,6 +55,7 @@ class Options:
     tile: tuple[int, ...] | None = None  # queries per tile along each axis
     offset: tuple[int, ...] | None = None  # the first of the window's queries along each axis; None: they are all here
     broadcast_dropout: bool = False
+    soft_cap: float | None = None  # the operand's value, where it is known while a program is traced
 
     @property
     def has_functions(self) -> bool:

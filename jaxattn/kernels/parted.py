@@ -59,6 +59,9 @@ def axes_of(given: Mapping[str, Array], options: Options) -> dict[str, Axes]:
     of |= dict.fromkeys(("extra_key", "extra_value"), (*batch, None, HEADS, None))
     of |= dict.fromkeys(("key_mask", "query_segments", "key_segments"), (*batch, *grid))
     of["relative_bias"] = (HEADS, *grid)
+    if "slot_mask" in given:
+        slots = given["slot_mask"].ndim - len(batch) - rank - 1
+        of["slot_mask"] = (*batch, *grid, HEADS, *[None] * slots)
     if "sink" in given:
         of["sink"] = (HEADS,) if given["sink"].ndim == 1 else (*batch, *grid, HEADS)
     axes = {name: of.get(name, (None,) * x.ndim) for name, x in given.items()}

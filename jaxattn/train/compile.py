@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxattn.errors import InputError, needs_extra
 from jaxattn.machine import traced_for
-from jaxattn.train import hlo
+from jaxattn.train import hlo, schedule
 from jaxattn.train.config import Config
 from jaxattn.train.data.dataset import Arrays, Dataset
 from jaxattn.train.program import assemble
@@ -45,7 +45,8 @@ class Report(NamedTuple):
     """What the compiler says of one step on one device. Sizes are in bytes.
 
     `peak` is what must fit: arguments, outputs that do not take their place, temporaries and code. `limit` is the
-    device's memory, None for a CPU. `flops` are XLA's count, which takes a loop's contents once.
+    device's memory, None for a CPU. `flops` and `bytes` are XLA's count, which takes a loop's contents once, and what
+    Pallas kernels say of themselves.
     """
 
     topology: str
@@ -58,13 +59,25 @@ class Report(NamedTuple):
     peak: int
     limit: int | None
     flops: float
+    bytes: float  # read and written
     text: hlo.Text
+    kernels: tuple[schedule.Kernel, ...]  # of Pallas, whose cycles are none of the text's
     seconds: float  # that tracing and compiling took
 
     @property
     def fits(self) -> bool:
         """Whether the step fits the device's memory, as far as that is known."""
         return self.limit is None or self.peak <= self.limit
+
+    @property
+    def of_kernels(self) -> int:
+        """Cycles of a step in Pallas kernels, each as often as it runs."""
+        return sum(self.text.runs(kernel.name) * kernel.cycles for kernel in self.kernels)
+
+    @property
+    def unread(self) -> int:
+        """Kernels whose schedule was not found, or with a loop of unknown length, which counts once."""
+        return len(self.text.kernels) - sum(kernel.known for kernel in self.kernels)
 
 
 def find_devices(topology: str) -> list[Any]:
@@ -106,7 +119,9 @@ def _virtual(topology: str, count: int) -> list[Any]:
     return devices[:count]
 
 
-def compile_report(function: jax.stages.Wrapped, *arguments: Any, topology: str, devices: int) -> Report:
+def compile_report(
+    function: jax.stages.Wrapped, *arguments: Any, topology: str, devices: int, folder: Path | None = None
+) -> Report:
     """Compiles a jitted function for a machine, and reports what its compiler says.
 
     Args:
@@ -114,12 +129,15 @@ def compile_report(function: jax.stages.Wrapped, *arguments: Any, topology: str,
       arguments: `jax.ShapeDtypeStruct`s whose shardings are over devices of `find_devices`.
       topology: as in `find_devices`.
       devices: how many of them there are.
+      folder: where the TPU's compiler was asked to write schedules, by `schedule.ask`.
 
     Raises:
       ValueError: the step does not fit, so there is no program; the compiler's own account is in the message.
     """
     kind = topology.partition(":")[0]
     platform = "cpu" if kind == "cpu" else "tpu"
+    if folder:
+        schedule.empty(folder)
     start = time.perf_counter()
     with traced_for(platform, devices):
         lowered = function.trace(*arguments).lower(lowering_platforms=(platform,))
@@ -138,6 +156,7 @@ def compile_report(function: jax.stages.Wrapped, *arguments: Any, topology: str,
         "code": "generated_code",
     }
     sizes = {ours: getattr(memory, f"{theirs}_size_in_bytes") for ours, theirs in names.items()}
+    written = compiled.as_text() or ""
     return Report(
         topology=topology,
         devices=devices,
@@ -145,7 +164,9 @@ def compile_report(function: jax.stages.Wrapped, *arguments: Any, topology: str,
         peak=sum(sizes.values()) - 2 * sizes["aliased"],
         limit=CHIPS[kind].memory * 2**30 if kind in CHIPS else None,
         flops=costs.get("flops", float("nan")),
-        text=hlo.read(compiled.as_text() or ""),
+        bytes=costs.get("bytes accessed", float("nan")),
+        text=hlo.read(written),
+        kernels=tuple(schedule.read_kernels(folder, written)) if folder else (),
         seconds=time.perf_counter() - start,
     )
 
@@ -163,6 +184,7 @@ def plan_step(config: Config, topology: str, mesh: str, image_shape: tuple[int, 
         raise InputError("mix (='both') must be one network: --mix conv or --mix attention")
     if min(image_shape) < 1 or classes < 1:
         raise InputError(f"image_shape (={image_shape}) and classes (={classes}) must be at least 1")
+    folder = None if topology.startswith("cpu") else schedule.ask()
     devices = find_devices(topology)
     over = make_mesh(mesh, devices)
     program = assemble(config, _described(image_shape, classes), STEPS, over)
@@ -171,7 +193,7 @@ def plan_step(config: Config, topology: str, mesh: str, image_shape: tuple[int, 
         "image": jax.ShapeDtypeStruct((size, *image_shape), jnp.uint8, sharding=lies["image"]),
         "label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=lies["label"]),
     }
-    return compile_report(program.step, program.state, batch, topology=topology, devices=len(devices))
+    return compile_report(program.step, program.state, batch, topology=topology, devices=len(devices), folder=folder)
 
 
 def _described(image_shape: tuple[int, ...], classes: int) -> Dataset:
@@ -195,13 +217,14 @@ def describe(report: Report) -> str:
     ]
     if chip:
         rows[-1] = (*rows[-1][:2], f"{report.flops / chip.tflops / 1e9:.3g} ms at {chip.tflops} TFLOP/s")
-        rows.append(
-            (
-                "cycles, estimated",
-                f"{report.text.cycles:,}",
-                f"{report.text.cycles / chip.clock / 1e6:.3g} ms at {chip.clock} GHz",
-            )
-        )
+        moving, at = report.bytes / chip.bandwidth / 1e6, lambda n: f"{n / chip.clock / 1e6:.3g} ms at {chip.clock} GHz"
+        rows.append(("bytes moved", _size(report.bytes), f"{moving:.3g} ms at {chip.bandwidth} GB/s"))
+        cycles = report.text.cycles + report.of_kernels
+        rows.append(("cycles, estimated", f"{cycles:,}", at(cycles)))
+        if kernels := report.text.kernels:
+            note = f"{at(report.of_kernels)}, {sum(times for _, times in kernels)} runs of {len(kernels)} kernels"
+            note += f", {report.unread} of which are not read, or not whole" if report.unread else ""
+            rows.append(("of them in Pallas", f"{report.of_kernels:,}", note))
     lines = [f"{report.topology}: {report.devices} devices, compiled in {report.seconds:.0f} s"]
     lines += [f"  {name:<20}{value:>14}  {note}".rstrip() for name, value, note in rows]
     lines += [f"  collectives of a device and step{'' if report.text.collectives else ': none'}"]
@@ -220,7 +243,7 @@ def _verdict(report: Report) -> str:
     return f"{'fits' if report.fits else 'DOES NOT FIT'} {_size(report.limit)}"
 
 
-def _size(count: int) -> str:
+def _size(count: float) -> str:
     """Bytes in the unit that suits.
 
     >>> _size(512), _size(3 * 2**20), _size(5 * 2**29)
@@ -235,5 +258,6 @@ def _size(count: int) -> str:
 def write_report(report: Report, path: Path):
     """The report as JSON, with the names that it has here."""
     values = report._asdict() | {"text": report.text._asdict(), "fits": report.fits}
+    values["kernels"] = [kernel._asdict() for kernel in report.kernels]
     values["text"]["collectives"] = [each._asdict() for each in report.text.collectives]
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

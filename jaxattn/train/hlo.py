@@ -32,9 +32,14 @@ class Text(NamedTuple):
     """
 
     collectives: tuple[Collective, ...]
-    cycles: int  # as the TPU's compiler estimates; 0 elsewhere
+    cycles: int  # as the TPU's compiler estimates, without Pallas kernels; 0 elsewhere
     loops: int
     unknown: int
+    kernels: tuple[tuple[str, int], ...] = ()  # the Pallas kernels' instructions, and how often each runs
+
+    def runs(self, kernel: str) -> int:
+        """How often a kernel runs."""
+        return dict(self.kernels).get(kernel, 1)
 
 
 class Instruction(NamedTuple):
@@ -51,11 +56,12 @@ def read(text: str) -> Text:
 
     >>> import jax, jax.numpy as jnp
     >>> read(jax.jit(lambda x: jnp.sin(x) @ x).lower(jnp.ones((4, 4))).compile().as_text())
-    Text(collectives=(), cycles=0, loops=0, unknown=0)
+    Text(collectives=(), cycles=0, loops=0, unknown=0, kernels=())
     """
     computations, entry = _computations(text)
     counts, sizes = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
     cycles = loops = unknown = 0
+    kernels: dict[str, int] = {}
     waiting = [(entry, 1)]
     while waiting:
         name, times = waiting.pop()
@@ -63,6 +69,8 @@ def read(text: str) -> Text:
         bytes_of = {each.name: _bytes(each.shape) for each in instructions}
         for each in instructions:
             cycles += times * sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', each.rest)))
+            if 'custom_call_target="tpu_custom_call"' in each.rest:
+                kernels[each.name] = kernels.get(each.name, 0) + times
             kind = each.opcode.removesuffix("-start")
             if kind in counts:
                 size = _moved(each, bytes_of)
@@ -76,7 +84,7 @@ def read(text: str) -> Text:
                 loops, unknown = loops + (length is not None), unknown + (length is None)
             waiting += [(called, times * (length or 1)) for called in _called(each)]
     found = tuple(Collective(kind, counts[kind], sizes[kind]) for kind in KINDS if counts[kind])
-    return Text(found, cycles, loops, unknown)
+    return Text(found, cycles, loops, unknown, tuple(kernels.items()))
 
 
 def _computations(text: str) -> tuple[dict[str, list[Instruction]], str]:

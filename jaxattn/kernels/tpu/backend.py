@@ -31,7 +31,7 @@ def supports(operands: Operands, options: Options) -> str | None:
         return f"its kernels have bfloat16 and float32, and these are {query.dtype}"
     if max(query.shape[-1], value.shape[-1]) > 256:
         return f"its heads have at most 256 numbers, and these {max(query.shape[-1], value.shape[-1])}"
-    if _precision(options) not in PRECISIONS:
+    if precision_of(options) not in PRECISIONS:
         return f"its products have the precisions default and highest, and not {options.precision!r}"
     if options.window is None:
         return "its kernels are for windows, and there is none"
@@ -60,7 +60,7 @@ def forward(operands: Operands, options: Options, *, interpret: bool = False) ->
         soft_cap=operands.soft_cap is not None,
         residuals=options.residuals,
         some_see_nothing=_some_see_nothing(operands, plan),
-        precision=_precision(options),
+        precision=precision_of(options),
         interpret=interpret,
     )
     shape = (*operands.query.shape[:-1], operands.value.shape[-1])
@@ -104,7 +104,7 @@ def backward(
         soft_cap=operands.soft_cap is not None,
         of_table=of_table,
         some_see_nothing=_some_see_nothing(operands, plan) or plan.overlaps,
-        precision=_precision(options),
+        precision=precision_of(options),
         interpret=interpret,
     )
     found = {
@@ -161,7 +161,7 @@ def _heads(operands: Operands) -> Heads:
     return lanes_of(query.shape[-2], key.shape[-2], (query.shape[-1], value.shape[-1]), query.dtype)
 
 
-def _precision(options: Options) -> object:
+def precision_of(options: Options) -> object:
     """One for both factors."""
     try:
         return None if options.precision is None else jax.lax.Precision(options.precision)

@@ -37,7 +37,7 @@ from jaxattn.kernels.tpu.block import (
     put,
     tiles,
 )
-from jaxattn.kernels.tpu.forward import beside_specs, in_hbm, limit, of_extra, specs
+from jaxattn.kernels.tpu.forward import beside_specs, estimate, in_hbm, limit, of_extra, specs
 from jaxattn.kernels.tpu.plan import SUBLANES, Plan
 
 
@@ -85,6 +85,7 @@ def pull(
         in_specs.append(of_rows)
     extra = [x for x in beside[2:] if x is not None]
     like = lambda x: shape_of(x.shape, x.dtype, query)
+    out_shape = [*map(like, (query, key, value, *extra)), *[like(table)] * of_table]
     call = pl.pallas_call(
         kernel,
         name="windowed_attention_backward",
@@ -101,10 +102,11 @@ def pull(
                 *order.copies(placed, plan, beside, [dtype], cotangent=True),
             ],
         ),
-        out_shape=[*map(like, (query, key, value, *extra)), *[like(table)] * of_table],
+        out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=limit(plan)
         ),
+        cost_estimate=estimate(plan, 5, [*inputs, *out_shape]),
         interpret=interpret,
     )
     with jax.enable_x64(False):  # a TPU's kernels count in 32 bits

@@ -9,6 +9,8 @@ Between them stand addresses that the compiler cannot see through: so it gives t
 units, and keeps both busy.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -37,6 +39,7 @@ from jaxattn.kernels.tpu.block import (
     tiles,
 )
 from jaxattn.kernels.tpu.plan import LANES, Plan
+from jaxattn.sizes import planned
 
 reciprocal = getattr(pltpu, "reciprocal", None) or pl.reciprocal  # where jax 0.12 has it, and where 0.10 does
 
@@ -143,6 +146,7 @@ def attend(
             dimension_semantics=("parallel", "parallel", "parallel" if placed.keys is None else "arbitrary"),
             vmem_limit_bytes=limit(plan),
         ),
+        cost_estimate=estimate(plan, 2, [*inputs, *out_shape]),
         interpret=interpret,
     )
     with jax.enable_x64(False):  # a TPU's kernels count in 32 bits
@@ -181,6 +185,16 @@ def in_hbm(x: jax.Array) -> jax.Array:
     """The same, which is left where it is: what the compiler fetches into VMEM before a kernel runs is copied by the
     kernel's own loads and stores in every step."""
     return pltpu.with_memory_space_constraint(x, pltpu.MemorySpace.HBM)
+
+
+def estimate(plan: Plan, products: int, moved: Sequence[Any]) -> pl.CostEstimate:
+    """What XLA is told of a kernel, which it cannot look into: so many products of each tile's queries and keys, an
+    exponential of each score, and every array moved once."""
+    heads = plan.heads
+    tiles = plan.tile_rows * plan.tile_columns * planned(moved[0].shape[0]) * heads.blocks * heads.members
+    scores = tiles * heads.abreast * plan.queries * plan.keys
+    read = sum(planned(math.prod(x.shape)) * x.dtype.itemsize for x in moved)
+    return pl.CostEstimate(flops=2 * products * scores * heads.lanes, transcendentals=scores, bytes_accessed=read)
 
 
 def limit(plan: Plan) -> int:

@@ -5,9 +5,13 @@ over a kernel's grid, and the loops of the kernel itself, whose lengths stand in
 What hangs on a condition counts always; copies between HBM and VMEM go on beside it, and are not counted.
 """
 
+import atexit
+import functools
 import math
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -35,8 +39,11 @@ class Kernel(NamedTuple):
     units: dict[str, int]
 
 
-def ask(folder: Path):
-    """Lets the compiler write into a folder. It reads this when it is loaded, which is when it is first used."""
+@functools.cache
+def ask() -> Path:
+    """The folder of this process into which the compiler writes. It is told when it is loaded, at its first use."""
+    folder = Path(tempfile.mkdtemp(prefix="jaxattn-schedules-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     told = {
         "xla_jf_dump_to": folder,
         "xla_jf_dump_llo_text": "true",
@@ -45,6 +52,13 @@ def ask(folder: Path):
     }
     flags = [os.environ.get("LIBTPU_INIT_ARGS", ""), *(f"--{name}={value}" for name, value in told.items())]
     os.environ["LIBTPU_INIT_ARGS"] = " ".join(filter(None, flags))
+    return folder
+
+
+def empty(folder: Path):
+    """Removes what was written of another program."""
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def read_kernels(folder: Path, text: str) -> list[Kernel]:

@@ -243,7 +243,7 @@ def _verdict(report: Report) -> str:
     return f"{'fits' if report.fits else 'DOES NOT FIT'} {_size(report.limit)}"
 
 
-def _size(count: float) -> str:
+def _size(count: int | float) -> str:
     """Bytes in the unit that suits.
 
     >>> _size(512), _size(3 * 2**20), _size(5 * 2**29)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,21 @@ PRECISIONS = (None, jax.lax.Precision.DEFAULT, jax.lax.Precision.HIGHEST)
 
 def supports(operands: Operands, options: Options) -> str | None:
     """Why it can't; None where it can."""
-    others = [name for name, x in operands._asdict().items() if x is not None and name not in TAKEN]
+    if (reason := refused(operands, options, TAKEN)) is not None:
+        return reason
+    if options.window is None:
+        return "its kernels are for windows, and there is none"
+    if any(x.size == 0 for x in operands if x is not None):
+        return None  # nothing is computed
+    if chip() is None:
+        return f"it knows {', '.join(VMEM)}, and this is a {jax.devices()[0].device_kind}"
+    plan = _plan(operands, options, "forward")
+    return None if isinstance(plan, Plan) else f"its kernels hold a grid in VMEM: {plan}"
+
+
+def refused(operands: Operands, options: Options, taken: Sequence[str]) -> str | None:
+    """Why Pallas kernels for a TPU that take these operands can't, wherever the window is; None where they can."""
+    others = [name for name, x in operands._asdict().items() if x is not None and name not in taken]
     if others:
         return f"its kernels do not take {', '.join(others)}"
     if options.normalize is not softmax or options.score_mod is not None:
@@ -33,14 +48,7 @@ def supports(operands: Operands, options: Options) -> str | None:
         return f"its heads have at most 256 numbers, and these {max(query.shape[-1], value.shape[-1])}"
     if precision_of(options) not in PRECISIONS:
         return f"its products have the precisions default and highest, and not {options.precision!r}"
-    if options.window is None:
-        return "its kernels are for windows, and there is none"
-    if any(x.size == 0 for x in operands if x is not None):
-        return None  # nothing is computed
-    if chip() is None:
-        return f"it knows {', '.join(VMEM)}, and this is a {jax.devices()[0].device_kind}"
-    plan = _plan(operands, options, "forward")
-    return None if isinstance(plan, Plan) else f"its kernels hold a grid in VMEM: {plan}"
+    return None
 
 
 def forward(operands: Operands, options: Options, *, interpret: bool = False) -> tuple[Array, ...]:

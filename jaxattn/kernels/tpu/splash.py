@@ -18,8 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxattn.kernels import xla
 from jaxattn.kernels.backend import Backend, Cost
 from jaxattn.kernels.operands import Operands, Options
-from jaxattn.kernels.tpu.backend import PRECISIONS, precision_of
-from jaxattn.normalize import softmax
+from jaxattn.kernels.tpu.backend import precision_of, refused
 from jaxattn.sizes import planned
 
 TAKEN = ("query", "key", "value", "scale", "key_mask", "query_segments", "key_segments", "soft_cap")
@@ -61,20 +60,10 @@ class Blocks(NamedTuple):
 def supports(operands: Operands, options: Options, *, least: int = LEAST) -> str | None:
     """Why it can't, or should not; None where it can."""
     operands = with_key_mask(operands, options)
-    others = [name for name, x in operands._asdict().items() if x is not None and name not in TAKEN]
-    if others:
-        return f"its kernel does not take {', '.join(others)}"
-    if options.normalize is not softmax or options.score_mod is not None:
-        return "its kernel has softmax alone, without a score_mod"
+    if (reason := refused(operands, options, TAKEN)) is not None:
+        return reason
     if operands.soft_cap is not None and options.soft_cap is None:
         return "its soft cap is a number that the program is traced with, and this one is an array"
-    query, value = operands.query, operands.value
-    if query.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"its kernel has bfloat16 and float32, and these are {query.dtype}"
-    if max(query.shape[-1], value.shape[-1]) > 256:
-        return f"its heads have at most 256 numbers, and these {max(query.shape[-1], value.shape[-1])}"
-    if precision_of(options) not in PRECISIONS:
-        return f"its products have the precisions default and highest, and not {options.precision!r}"
     axis, *more_axes = options.axes
     if more_axes or reach_of(options) is None:
         return "it takes all keys, or a window of one axis that slides key by key and is cut at the border"

@@ -54,6 +54,12 @@ def endless_too(setting):
     endless(setting)
 
 
+def slow_first(setting):
+    """The first seed ends after the second."""
+    time.sleep(3 if setting.seed == 0 else 1)
+    return Measurement({"seed": setting.seed, "process": os.getpid()}, "holds")
+
+
 WORDS = {"about": "About.", "hypothesis": "Hypothesis.", "threshold": "Threshold."}
 TABLE = Published("Somebody & others 1999", ("network", "top-1"), [("large", "99 %")])
 CLAIMS = (
@@ -65,4 +71,5 @@ CLAIMS = (
     Claim(6, "c", "It is killed too.", "也被杀。", **WORDS, experiment=killed, cost=2),
     Claim(7, "c", "It never ends.", "没完。", **WORDS, experiment=endless),
     Claim(8, "c", "Nor does this.", "也没完。", **WORDS, experiment=endless_too),
+    Claim(9, "c", "It takes long.", "很久。", **WORDS, experiment=slow_first),
 )

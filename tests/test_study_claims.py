@@ -216,11 +216,11 @@ def test_what_is_swept(setting, monkeypatch):
     other = dataclasses.replace(setting, seed=1)
     names = dict(zip(CURVES, CURVES[::-1], strict=True))
     found = composed.accuracies(other, names, composed.SWEEPS["full"], width=8)
-    assert len(found) == len(asked) == 3 * 4 * 2 * 4 + 2 * 2 * 2
+    assert len(found) == len(asked) == 3 * 4 * (4 + 2) + 2 * 2 * 2
     assert {len(mixers) for mixers in composed.swept(found).values()} == {4, 2}
     mixer, given, data, how = asked[0]
     assert (mixer, given) == ("global attention", other)  # in convolution's place
-    assert how == {"count": 100, "shuffled": False, "grid": 6, "rate": 3e-3, "width": 8, "steps": 500}
+    assert how == {"count": 100, "shuffled": False, "grid": 6, "rate": 3e-3, "width": 8, "batch": 32, "steps": 500}
     assert data.name == "compose-digits-count"
     images, _ = data.train.fetch(np.arange(20))
     assert (images != composed.composed(setting.data, "count", 0).train.fetch(np.arange(20))[0]).any()
@@ -235,6 +235,10 @@ def test_composed_images_are_streamed(setting):
     made, answers = known.data.train.fetch(chosen)
     np.testing.assert_allclose(images, (made / 255 - known.data.mean) / known.data.std, atol=1e-5)
     np.testing.assert_array_equal(labels, answers)
+    held = known._replace(size=700).take(np.array([699, 3, 699]))  # so few are composed once
+    np.testing.assert_array_equal(held.images[1], images[1])
+    np.testing.assert_array_equal(held.images[0], known.take(np.array([699])).images[0])
+    np.testing.assert_array_equal(held.labels[[0, 2]], known.take(np.array([699, 699])).labels)
     few = np.arange(200)
     same, others = known._replace(size=200).shuffled(0).take(few)
     np.testing.assert_array_equal(same, known.take(few).images)
@@ -257,7 +261,7 @@ def test_composed_images_teach_and_sabotage_shows(setting):
         return curves.little_and_much(seeds(**{"global attention": (0.5, 0.79)}) | numbers).verdict
 
     with jax.enable_x64(False):
-        found, shuffled = (composed.accuracies(setting, both, [sweep], how, grid=3) for how in (False, True))
+        found, shuffled = (composed.accuracies(setting, both, [sweep], how, grid=3, batch=64) for how in (False, True))
     conv, attention = found.values()
     assert attention - 0.05 > conv > 0.5  # a guess is right in a fifth
     assert max(shuffled.values()) < 0.3

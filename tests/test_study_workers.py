@@ -54,6 +54,14 @@ def test_a_killed_process_is_one_experiment_that_failed(tmp_path, monkeypatch, c
     assert re.search(r"^claim [ \d]+: .* \[6 of 6, 0:\d\d\]$", said.err, re.MULTILINE)
 
 
+def test_an_idle_process_helps_with_the_last_experiment(tmp_path, monkeypatch):
+    """The seeds stand in their order, whoever ran them and whichever ended first."""
+    monkeypatch.setattr(run, "SOURCE", "study_fakes")
+    found = studied(tmp_path / "study", "9", 2, seeds=4)[9]["numbers"]
+    assert found["seed"] == [0, 1, 2, 3]
+    assert len(set(found["process"])) == 2
+
+
 def alive(process):
     try:
         with open(f"/proc/{process}/stat") as file:

@@ -1,6 +1,7 @@
 """The smallest training loops that an experiment can have."""
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from jaxattn.study.compiler import LOOP
 from jaxattn.train.data import Dataset
 
 TEST_BATCH = 500
+HELD = 10_000  # composed images, which are kept if a training knows no more: each mixer is trained on the same
 FRAMES = 24  # in which what is watched is seen
 
 
@@ -74,14 +76,15 @@ class Examples(NamedTuple):
 
 
 class Streamed(NamedTuple):
-    """The first `size` training images of a data set, of which only those are made that are taken."""
+    """The first `size` training images of a data set, of which only those are made that are taken, if they are many."""
 
     data: Dataset
     size: int
     labels_from: int = 0  # so many images on
 
     def take(self, chosen: np.ndarray) -> Examples:
-        made = _ready(self.data, *self.data.train.fetch(chosen))
+        few = self.size <= HELD
+        made = _ready(self.data, *(_first(self.data, self.size, chosen) if few else self.data.train.fetch(chosen)))
         if not self.labels_from:
             return made
         return made._replace(labels=self.data.train.fetch(chosen + self.labels_from)[1])
@@ -89,6 +92,19 @@ class Streamed(NamedTuple):
     def shuffled(self, seed: int) -> "Streamed":
         """The same images, each with the label of one that is not among them."""
         return self._replace(labels_from=self.size)
+
+
+def _first(data: Dataset, size: int, chosen: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Those of the first `size` training images, all of which are made once."""
+    images, labels = _made(data, size)
+    return images[chosen], labels[chosen]
+
+
+@functools.lru_cache(maxsize=1)
+def _made(data: Dataset, size: int) -> tuple[np.ndarray, np.ndarray]:
+    parts = [data.train.fetch(part) for part in np.array_split(np.arange(size), math.ceil(size / TEST_BATCH))]
+    images, labels = map(np.concatenate, zip(*parts, strict=True))
+    return images, labels
 
 
 class Trained(NamedTuple):

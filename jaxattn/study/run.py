@@ -84,21 +84,24 @@ def run_all(
     claims_of = {claims[0].number: claims for claims in sharing.values()}
     total = seeds * runs
     tasks = [[Task(number, seed) for seed in range(total)] for number in claims_of]
-    settled: dict[int, list[Kept]] = {number: [] for number in claims_of}
+    settled: dict[int, dict[int, Kept]] = {number: {} for number in claims_of}  # by seed
     results: dict[int, Result] = {}
     made_with: Mapping[str, str] = {}
     cost = sum(total * claims[0].cost for claims in claims_of.values())
     with Progress(cost, len(chosen)) as progress, contextlib.closing(answers(job, tasks, jobs)) as found:
         for task, answer in found:
-            claims, error = claims_of[task.claim], answer.get("error")
-            progress.goes_on(claims[0].cost * (total - task.seed if error else 1))
+            claims, kept, error = claims_of[task.claim], settled[task.claim], answer.get("error")
+            if claims[0].number in results:  # it has failed, while another process was at another seed
+                continue
+            progress.goes_on(claims[0].cost * (total - len(kept) if error else 1))
             if error is None:
                 made_with = answer["environment"]
-                settled[task.claim].append(Kept(**answer["kept"]))
-                if len(settled[task.claim]) < total:
+                kept[task.seed] = Kept(**answer["kept"])
+                if len(kept) < total:
                     continue
+            seeds_of = [[kept[seed] for seed in range(n, n + seeds) if seed in kept] for n in range(0, total, seeds)]
             for claim in claims:
-                each = [conclude(claim, settled[task.claim][n : n + seeds], error) for n in range(0, total, seeds)]
+                each = [conclude(claim, of_run, error) for of_run in seeds_of]
                 verdicts = [result.verdict for result in each]
                 results[claim.number] = dataclasses.replace(each[0], runs=verdicts if runs > 1 else [])
                 progress.ended(line(results[claim.number]))

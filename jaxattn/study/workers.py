@@ -64,40 +64,48 @@ class Worker:
 def answers(job: Job, groups: Sequence[Sequence[Task]], jobs: int) -> Generator[Answer, None, None]:
     """Every task with its answer, as they come.
 
-    A group's tasks are one worker's, one after the other, since they share what is compiled. After an error the rest of
-    its group is left out. Closing the generator ends all workers.
+    A worker does one task of a group after the other, since they share what is compiled. If no group is left to begin,
+    it helps with the one that has most tasks to come. After an error the rest of a group is left out. Closing the
+    generator ends all workers.
     """
-    waiting, found = deque(groups), queue.SimpleQueue()
+    to_begin, begun, found = deque(map(deque, groups)), list[deque[Task]](), queue.SimpleQueue()
     workers: list[Worker] = []
     over = threading.Event()
+    lock = threading.Lock()
 
-    def take() -> Sequence[Task]:
-        with contextlib.suppress(IndexError):
-            return waiting.popleft()
-        return ()
+    def take(group: deque[Task]) -> tuple[deque[Task], Task | None]:
+        """The next task, of the same group if there is one."""
+        with lock:
+            if not group and to_begin:
+                begun.append(group := to_begin.popleft())
+            group = group or max(begun, key=len)
+            return group, group.popleft() if group else None
 
     def work():
-        worker = None
-        while not over.is_set() and (group := take()):
-            for task in group:
-                try:
-                    if worker is None or worker.ended():
-                        if worker is not None:
-                            worker.end()
-                        workers.append(worker := Worker(job))
-                    if over.is_set():
-                        break
-                    answer = worker.ask(task)
-                except OSError as error:  # no process, or no memory for one, to be had
-                    answer = {"error": f"no process to run it: {error}"}
-                found.put((task, answer))
-                if "error" in answer:
+        worker, group = None, deque[Task]()
+        while not over.is_set():
+            group, task = take(group)
+            if task is None:
+                break
+            try:
+                if worker is None or worker.ended():
+                    if worker is not None:
+                        worker.end()
+                    workers.append(worker := Worker(job))
+                if over.is_set():
                     break
+                answer = worker.ask(task)
+            except OSError as error:  # no process, or no memory for one, to be had
+                answer = {"error": f"no process to run it: {error}"}
+            if "error" in answer:
+                with lock:
+                    group.clear()
+            found.put((task, answer))
         if worker is not None:
             worker.end()
         found.put(None)
 
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(jobs, len(groups)))]
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(jobs, sum(map(len, groups))))]
     for thread in threads:
         thread.start()
     try:

@@ -127,8 +127,8 @@ COMPOSED = (
     " For the right half of the claim it is trained on up to a million distinct images, composed of several of the "
     "training images at drawn sizes and places, with clutter, and tested on those composed of test images, cut into "
     "about 6 × 6 patches, which pilots of one seed suggested: how many are of one class (count), which class is there "
-    "twice (repeat), are two of one class (match). As a control it recognises a single object (alone). The steps, of 32 "
-    "images, are swept too, since they decide who is stopped too early; after the most of them convolution and global "
+    "twice (repeat), are two of one class (match). As a control it recognises a single object (alone). The steps, of "
+    "32 images, are swept too, since they decide who is stopped too early; after the most convolution and global "
     "attention are compared alone. The quick profile has these two, one task and 250 steps."
 )
 

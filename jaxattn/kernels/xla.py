@@ -36,7 +36,7 @@ from jaxattn.kernels.operands import (
 from jaxattn.kernels.terms import Rows
 from jaxattn.normalize import softmax
 
-TABLE = 2**18  # bytes of a table that a program may hold
+TABLE = 2**18  # bytes of a table that a program may hold, a byte for whom a query sees
 Arrays = dict[str, Array]
 Scores = Float[Array, "tiles batch heads columns rows"]  # heads are the key's, rows the queries that share one
 Term = Float[Array, "#tiles #batch #heads #columns #rows"]  # what is added to them
@@ -329,14 +329,14 @@ def _hidden_by_geometry(tile: _Tile, dtype: Any) -> Term:
     axes, rank = tile.loop.axes, len(tile.loop.axes)
     number = [loops.of_tiles(axis.pattern, tile.loop, tile.step, a) for a, axis in enumerate(axes)]
     size = tile.group * math.prod(axis.ranges[..., 0].size * axis.columns for axis in axes)
-    if size * jnp.dtype(dtype).itemsize <= TABLE:
+    if size <= TABLE:
         table, combined = np.ones((1,) * (1 + 2 * rank), bool), 0
         for a, (axis, n) in enumerate(zip(axes, number, strict=True)):
             seen = _seen(axis.ranges, axis.columns, a, rank)
             table = (table[:, None] & seen).reshape(-1, *np.broadcast_shapes(table.shape[1:], seen.shape[1:]))
             combined = combined * len(seen) + n
-        hidden = np.where(table, 0, hiding_score(dtype)).astype(dtype)
-        return jnp.asarray(_rows_of(_flat(hidden[:, None, None, None], tile), combined))
+        hidden = _rows_of(_flat(~table[:, None, None, None], tile), combined)
+        return jnp.where(hidden, hiding_score(dtype), 0).astype(dtype)
     seen = []
     for a, (axis, n) in enumerate(zip(axes, number, strict=True)):
         ranges = axis.ranges[n] if isinstance(n, np.ndarray) else _ranges(axis.ranges, n)

@@ -61,6 +61,13 @@ def test_long_windows_make_no_table_of_pairs(length, window, arguments):
         assert bytes_of_constants(jax.jit(attend).lower(x, x, x, keep).compile()) < MOST
 
 
+def test_who_sees_what_is_looked_up():
+    """For a usual window the program holds it, and no step finds it anew."""
+    x = jax.ShapeDtypeStruct((1, 64, 64, 8, 64), jnp.float32)
+    text = jax.jit(lambda q, k, v: attention(q, k, v, window=Window((13, 13)))).lower(x, x, x).as_text()
+    assert re.search(r'dense<"0x[01]+"> : tensor<\d+x1x1x320x32xi1>', text)
+
+
 def bytes_of_constants(compiled):
     """Of all arrays that the compiler has folded into a program."""
     (module,) = compiled.runtime_executable().hlo_modules()

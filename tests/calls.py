@@ -6,114 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from layers import GRID, LAYERS, X
+from layers.case import numbers as draw
 
 import jaxattn
 from jaxattn import equivalence, measure, models, nn, plots, position, zoo
 from jaxattn.window import Window
 
 PACKAGES = (jaxattn, zoo, nn, equivalence, measure, models, plots, position)
-GRID = (4, 6)
-
-
-def draw(*shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(len(shape)).uniform(0.1, 1, shape), jnp.float32)
-
-
-def named(**shapes: tuple[int, ...]) -> dict[str, jax.Array]:
-    return {name: draw(*shape) for name, shape in shapes.items()}
-
-
-X = draw(2, *GRID, 8)
-HEADS = named(query=(8, 2, 4), key=(8, 2, 4), value=(8, 2, 4), out=(2, 4, 6))
-TABLES = named(embedding_0=(2, 2 * GRID[0] - 1, 4), embedding_1=(2, 2 * GRID[1] - 1, 4))
-WINDOWS = named(embedding_0=(2, 5, 4), embedding_1=(2, 5, 4))
-LINEAR = named(query=(8, 6), key=(8, 6), value=(8, 6), out=(6, 8))
-INVOLUTION = named(reduce=(8, 2), span=(2, 3, 3, 4))
-
-ZOO: dict[Any, dict[str, Any]] = {
-    zoo.conv: {"kernel": draw(3, 3, 4, 6), "strides": 2, "dilation": 1, "padding": "SAME", "groups": 2},
-    zoo.conv_transpose: {
-        "kernel": draw(3, 3, 8, 6), "strides": 2, "dilation": 1, "padding": "SAME", "transpose_kernel": False
-    },
-    zoo.depthwise_conv: {"kernel": draw(3, 3, 16), "strides": 2, "dilation": 1, "padding": 1, "boundary": "edge"},
-    zoo.light_conv: {"kernel": draw(3, 3, 2), "dilation": (2, 1), "causal": True},
-    zoo.dynamic_conv: {"kernel": draw(8, 3, 3, 2), "dilation": (2, 1), "causal": True},
-    zoo.involution: {"params": INVOLUTION, "strides": 2, "dilation": 1, "activation": jax.nn.relu},
-    zoo.dynamic_depthwise_conv: {"params": INVOLUTION | named(span=(2, 3, 3, 8)), "dilation": 1},
-    zoo.outlook_attention: {
-        "params": named(value=(8, 2, 4), attention=(8, 2, 3, 3, 3, 3), out=(2, 4, 6)), "strides": 2, "scale": 0.5
-    },
-    zoo.quadratic_attention: {
-        "params": named(centre=(2, 2), alpha=(2,), value=(8, 2, 6), bias=(6,)), "window": zoo.Slide((3, 3))
-    },
-    zoo.aft: {"params": LINEAR | named(position=(*GRID, *GRID))},
-    zoo.aft_conv: {"params": LINEAR | named(position=(3, 3, 2))},
-    zoo.lambda_layer: {
-        "params": named(query=(8, 4, 3), key=(8, 3, 1), value=(8, 2, 1), position=(5, 5, 3, 1))
-    },
-    zoo.qna: {
-        "params": named(query=(2, 4), key=(8, 2, 4), value=(8, 2, 4), bias=(2, 3, 3), out=(2, 4, 6)),
-        "strides": 2, "scale": 0.5,
-    },
-    zoo.parameter_key_attention: {
-        "params": named(query=(8, 2, 4), key=(5, 2, 4), value=(5, 2, 4)), "normalize": "relu", "scale": 0.5
-    },
-    zoo.augmented_conv: {
-        "params": HEADS | named(kernel=(3, 3, 8, 6), embedding_0=(7, 4), embedding_1=(11, 4)), "query_scale": 0.5
-    },
-    zoo.cvt_attention: {
-        "params": HEADS | named(query_kernel=(3, 3, 8), key_kernel=(3, 3, 8), value_kernel=(3, 3, 8)),
-        "strides": 1, "kv_strides": 2, "scale": 0.5,
-    },
-    zoo.axial_attention: {
-        "params": HEADS | named(query_embedding=(2, 11, 4), key_embedding=(2, 11, 4), value_embedding=(2, 11, 4)),
-        "axis": -2, "window": 6,
-    },
-    zoo.global_attention: {"params": HEADS, "rank": 2, "mask": np.ones((24, 24), bool), "scale": 0.5},
-    zoo.coatnet_attention: {"params": HEADS | named(relative_bias=(2, 7, 11)), "scale": 0.5},
-    zoo.botnet_attention: {"params": HEADS | TABLES, "query_scale": 0.5},
-    zoo.learned_relative_attention: {"params": HEADS | TABLES, "query_scale": 0.5},
-    zoo.gpsa: {"params": HEADS | named(position=(2, 3), gate=(2,)), "scale": 0.5},
-    zoo.sasa: {"params": HEADS | WINDOWS, "window": (3, 3), "scale": 1.0},
-    zoo.halo_attention: {
-        "params": HEADS | TABLES | named(embedding_1=(2, 7, 4)), "block": 2, "halo": 1, "boundary": "zero", "scale": 1.0
-    },
-    zoo.neighborhood_attention: {"params": HEADS | named(relative_bias=(2, 5, 5)), "window": 3, "scale": 0.5},
-    zoo.shifted_window_attention: {
-        "params": HEADS | named(relative_bias=(2, 3, 5)), "window": (2, 3), "shift": 1, "scale": 0.5
-    },
-}  # fmt: skip
-
-H = {"num_heads": 2, "in_features": 8}
-K = {"kernel_size": (3, 3)}
+ZOO: dict[Any, dict[str, Any]] = {layer.function: layer.call for layer in LAYERS.values()}
 NN: dict[Any, dict[str, Any]] = {
-    nn.Conv: K | {"in_features": 8, "out_features": 6, "feature_group_count": 2},
-    nn.Attention: H | {"window": (3, 3), "relative_bias": True},
-    nn.GlobalAttention: H | {"rank": 2},
-    nn.SASA: H | {"window": 3, "rank": 2},
-    nn.HaloAttention: H | {"block": (2, 3), "halo": 1},
-    nn.NeighborhoodAttention: H | {"window": (3, 3)},
-    nn.ShiftedWindowAttention: H | {"window": (2, 3), "shift": 1},
-    nn.CoAtNetAttention: H | {"grid": GRID},
-    nn.BoTNetAttention: H | {"grid": GRID},
-    nn.AxialAttention: H | {"window": 3},
-    nn.GPSA: {"num_heads": 4, "in_features": 8},
-    nn.LearnedRelativeAttention: H | {"grid": GRID},
-    nn.QuadraticAttention: H | {"head_dim": 4},
-    nn.DepthwiseConv: K | {"in_features": 8, "multiplier": 2},
-    nn.ConvTranspose: K | {"in_features": 8, "out_features": 6},
-    nn.LightConv: H | K,
-    nn.DynamicConv: H | K,
-    nn.Involution: K | {"in_features": 8, "groups": 2},
-    nn.DynamicDepthwiseConv: K | {"in_features": 8},
-    nn.OutlookAttention: H | K,
-    nn.AugmentedConv: H | K | {"out_features": 8, "grid": GRID, "value_features": 4},
-    nn.CvTAttention: H | K,
-    nn.LambdaLayer: H | K,
-    nn.AFT: {"in_features": 8, "grid": GRID},
-    nn.AFTConv: H | K,
-    nn.QnA: H | K,
-    nn.ParameterKeyAttention: H | {"num_keys": 5},
+    nn.Attention: {"num_heads": 2, "in_features": 8, "window": (3, 3), "relative_bias": True},
+    **{layer.module: layer.arguments for layer in LAYERS.values()},
 }
 IMAGES = {"image_size": 8, "patch_size": 2, "in_features": 1, "num_classes": 3}
 TINY = IMAGES | {"width": 8, "depth": 1, "num_heads": 2, "mlp_dim": 8}

@@ -40,7 +40,6 @@ def drawn(n: int, *shape: int):
     return np.random.default_rng(n).normal(size=(n, *shape)).astype(np.float32)
 
 
-@pytest.mark.core(1)
 @pytest.mark.parametrize(
     "layer",
     [pytest.param(layer, marks=[] if layer in EAGER else pytest.mark.full) for layer in LAYERS],

@@ -4,50 +4,21 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import layers
 import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
+from layers.case import Whole
 
 from jaxattn import nn
 from jaxattn.errors import InputError
 from jaxattn.train.sharding import split_grid
-from jaxattn.window import Window
 
-GRID, FEATURES, SHARDS = (8, 5), 4, 4
-HEADS = {"num_heads": 2, "in_features": FEATURES}
-WINDOW = {"kernel_size": (5, 3)}  # its halo is as long as a shard
-LAYERS = [
-    (nn.GlobalAttention, HEADS | {"rank": 2}),
-    (nn.SASA, HEADS | {"window": Window((5, 3), boundary="mask")}),
-    (nn.HaloAttention, HEADS | {"block": (2, 1), "halo": 1}),
-    (nn.NeighborhoodAttention, HEADS | {"window": (5, 3)}),
-    (nn.CoAtNetAttention, HEADS | {"grid": GRID}),
-    (nn.BoTNetAttention, HEADS | {"grid": GRID}),
-    (nn.LearnedRelativeAttention, HEADS | {"grid": GRID, "content": False}),
-    (nn.GPSA, {"num_heads": 4, "in_features": FEATURES}),
-    (nn.ShiftedWindowAttention, HEADS | {"window": (2, 3), "shift": 1}),
-    (nn.ShiftedWindowAttention, HEADS | {"window": (2, 2)}),
-    (nn.CvTAttention, HEADS | WINDOW | {"kv_strides": 2}),
-    (nn.AugmentedConv, HEADS | WINDOW | {"out_features": 6, "grid": GRID, "value_features": 2}),
-    (nn.QnA, HEADS | WINDOW | {"strides": 2}),
-    (nn.ParameterKeyAttention, HEADS | {"num_keys": 3}),
-    (nn.LambdaLayer, HEADS | WINDOW | {"key_dim": 3, "depth": 2}),
-    (nn.AFTConv, HEADS | WINDOW),
-    (nn.DepthwiseConv, WINDOW | {"in_features": FEATURES, "strides": 2}),
-    (nn.DepthwiseConv, WINDOW | {"in_features": FEATURES, "dilation": (2, 1), "padding": [(5, 3), (0, 1)]}),
-    (nn.LightConv, HEADS | WINDOW | {"causal": True}),
-    (nn.DynamicConv, HEADS | WINDOW | {"dilation": (2, 1)}),
-    (nn.Involution, WINDOW | {"in_features": FEATURES, "strides": 2}),
-    (nn.DynamicDepthwiseConv, WINDOW | {"in_features": FEATURES}),
-]
-WHOLE = [
-    (nn.AFT, {"in_features": FEATURES, "grid": GRID}, "its own weight for each token of the whole grid"),
-    (nn.AxialAttention, HEADS | {"window": 3}, "does not know which axis of its input is split"),
-    (nn.ConvTranspose, WINDOW | {"in_features": FEATURES, "out_features": 3}, "writes to its neighbours' outputs"),
-    (nn.OutlookAttention, HEADS | WINDOW, "adds to its neighbours' outputs"),
-    (nn.QuadraticAttention, HEADS, "look anywhere on the grid"),
-]
+GRID, FEATURES, SHARDS = (8, 5), 4, 4  # a halo of kernel_size=(5, 3) is as long as a shard
+CASES = layers.LAYERS.values()
+LAYERS = [(layer.module, kwargs) for layer in CASES if not isinstance(layer.split, Whole) for kwargs in layer.split]
+WHOLE = [(layer.module, *layer.split) for layer in CASES if isinstance(layer.split, Whole)]
 elsewhere = {nn.Attention, nn.Conv}  # test_sharding, test_halo
 
 

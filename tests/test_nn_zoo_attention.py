@@ -5,58 +5,21 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import layers
 import numpy as np
-import oracle_zoo_attention as oracle
 import pytest
 from flax import nnx
+from layers.attention_loops import attend, directional
+from layers.shifted import shifted_window_attention
+from layers.sliding import halo_attention, neighborhood_attention, sasa
 from zoo_names import zoo_params
 
 from jaxattn import nn, zoo
 from jaxattn.window import Window
 
-# module: its arguments, the grid, and the loop that it is
-LAYERS = {
-    nn.GlobalAttention: ((2, 6, 8, 5), {"rank": 2}, (3, 2), oracle.global_attention),
-    nn.SASA: (
-        (2, 6, 8, 5),
-        {"window": Window((3, 3), boundary="zero"), "scale": None, "use_bias": True, "out_projection": True},
-        (4, 3),
-        partial(oracle.sasa, size=(3, 3), zeros=True, scale=0.5),
-    ),
-    nn.HaloAttention: (
-        (2, 6, 8),
-        {"block": 3, "halo": 1, "boundary": "mask"},
-        (6,),
-        partial(oracle.halo_attention, block=(3,), halo=(1,), zeros=False),
-    ),
-    nn.NeighborhoodAttention: (
-        (2, 6),
-        {"window": Window((2, 1), dilation=2)},
-        (4, 3),
-        partial(oracle.neighborhood_attention, size=(2, 1), dilation=2),
-    ),
-    nn.ShiftedWindowAttention: (
-        (2, 6),
-        {"window": (2, 3), "shift": 1},
-        (4, 6),
-        partial(oracle.shifted_window_attention, size=(2, 3), shift=(1, 1)),
-    ),
-    nn.CoAtNetAttention: ((2, 6), {"grid": (3, 2)}, (3, 2), oracle.coatnet_attention),
-    nn.BoTNetAttention: ((2, 6), {"grid": (3, 2)}, (3, 2), oracle.botnet_attention),
-    nn.AxialAttention: (
-        (2, 6),
-        {"window": 3, "axis": -3},
-        (4, 2),
-        partial(oracle.axial_attention, axis=-3, window=3),
-    ),
-    nn.GPSA: ((4, 8), {}, (3, 4), oracle.gpsa),
-    nn.LearnedRelativeAttention: (
-        (2, 6),
-        {"grid": (3, 2), "content": False},
-        (3, 2),
-        oracle.learned_relative_attention,
-    ),
-}
+ATTENTION = layers.of("attention").values()
+# module: its arguments, the input's shape, and the loop that it is
+LAYERS = {layer.module: layer.step for layer in ATTENTION if layer.step is not None}
 compiled = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # each is run once or twice
 # The rounding of a few products of numbers near one, of the largest entry.
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 5e-2}
@@ -74,9 +37,9 @@ def drawn(module, *args, **kwargs):
 @pytest.mark.parametrize("module", LAYERS, ids=lambda module: module.__name__)
 def test_a_training_step(module, dtype):
     """A jitted step: its output is the formula's, its loss finite, and every parameter gets a gradient."""
-    args, kwargs, grid, loop = LAYERS[module]
-    graphdef, params = drawn(module, *args, **kwargs, dtype=dtype)
-    x = jnp.asarray(np.random.default_rng(9).normal(size=(1, *grid, args[1])), dtype)
+    kwargs, shape, loop = LAYERS[module]
+    graphdef, params = drawn(module, **kwargs, dtype=dtype)
+    x = jnp.asarray(np.random.default_rng(9).normal(size=(1, *shape)), dtype)
 
     @compiled
     def step(params, x):
@@ -102,10 +65,10 @@ def test_a_training_step(module, dtype):
 @pytest.mark.core(4)
 @pytest.mark.parametrize("module", LAYERS, ids=lambda module: module.__name__)
 def test_precision_reaches_every_product(module):
-    args, kwargs, grid, _ = LAYERS[module]
-    graphdef, params = drawn(module, *args, **kwargs, precision="highest")
+    kwargs, shape, _ = LAYERS[module]
+    graphdef, params = drawn(module, **kwargs, precision="highest")
     run = jax.jit(lambda params, x: nnx.merge(graphdef, params)(x))
-    lowered = run.lower(params, jnp.ones((*grid, args[1]))).as_text()
+    lowered = run.lower(params, jnp.ones(shape)).as_text()
     products = [line for line in lowered.splitlines() if "dot_general" in line]
     assert len(products) >= 4
     assert all("HIGHEST" in line for line in products)
@@ -143,25 +106,7 @@ def test_projections_begin_with_the_fans_of_a_matrix():
     np.testing.assert_allclose(spread, (2 / (64 + 128)) ** 0.5, rtol=0.05)  # Glorot's
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (partial(nn.GlobalAttention, 3, 8), r"GlobalAttention: num_heads \(=3\) must divide qkv_features \(=8\)"),
-        (partial(nn.SASA, 2, 8, None, 6, window=3), r"SASA: without an output projection, out_features \(=6\) must be"),
-        (partial(nn.SASA, 2, 8, window=(3, 3, 3)), r"SASA: .*the window's 3 axes must divide head_dim \(=4\)"),
-        (
-            partial(nn.CoAtNetAttention, 2, 8, grid=(3,), window=3),
-            r"CoAtNetAttention: window \(=3\) must be None where",
-        ),
-        (
-            partial(nn.HaloAttention, 2, 8, block=4, halo=(1, 1)),
-            r"halo \(=\(1, 1\)\) must be an int >= 0, or",
-        ),
-        (partial(nn.AxialAttention, 2, 8), r"AxialAttention: give one of length \(=None\) and window \(=None\)"),
-        (partial(nn.GPSA, 8, 8), r"GPSA: num_heads \(=8\) must be K\^2 for a grid of 2 axes \(rank=2\)"),
-        (partial(nn.GPSA, 4, 8, 16), r"GPSA: with identity_value, qkv_features \(=16\) must be in_features \(=8\)"),
-    ],
-)
+@pytest.mark.parametrize(("make", "message"), [refused for layer in ATTENTION for refused in layer.refused])
 def test_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make(rngs=nnx.Rngs(0))
@@ -230,12 +175,12 @@ def test_a_named_attention_has_what_attention_has(module):
 
 
 SEEING = {  # a layer, and the loops that it is
-    nn.NeighborhoodAttention: ({"window": (3, 2)}, partial(oracle.neighborhood_attention, size=(3, 2))),
-    nn.SASA: ({"window": Window((3, 2), boundary="mask")}, partial(oracle.sasa, size=(3, 2))),
-    nn.HaloAttention: ({"block": (2, 2), "halo": 1}, partial(oracle.halo_attention, block=(2, 2), halo=(1, 1))),
+    nn.NeighborhoodAttention: ({"window": (3, 2)}, partial(neighborhood_attention, size=(3, 2))),
+    nn.SASA: ({"window": Window((3, 2), boundary="mask")}, partial(sasa, size=(3, 2))),
+    nn.HaloAttention: ({"block": (2, 2), "halo": 1}, partial(halo_attention, block=(2, 2), halo=(1, 1))),
     nn.ShiftedWindowAttention: (
         {"window": (2, 4), "shift": 1, "boundary": ("wrap", "mask")},
-        partial(oracle.shifted_window_attention, size=(2, 4), shift=(1, 1), wrap=(True, False)),
+        partial(shifted_window_attention, size=(2, 4), shift=(1, 1), wrap=(True, False)),
     ),
 }
 
@@ -253,7 +198,7 @@ def test_padded_images_documents_and_shared_heads(monkeypatch):
     def run(x):
         return [nnx.merge(*parts)(x, **given) for parts in layers.values()]
 
-    given, attend = {"mask": (there, None), "segment_ids": ids}, oracle.attend
+    given = {"mask": (there, None), "segment_ids": ids}
     for (module, (_, loop)), y in zip(SEEING.items(), run(x), strict=True):
         params = zoo_params(nnx.merge(*layers[module]))
         turned = partial(np.roll, shift=-1 if module is nn.ShiftedWindowAttention else 0, axis=1)  # as its loop is
@@ -266,7 +211,7 @@ def test_padded_images_documents_and_shared_heads(monkeypatch):
                 of = lambda i: [(j, inside) for j, inside in neighbours(i) if not inside or sees(i, j)]
                 return attend(x, params, of, score)
 
-            monkeypatch.setattr(oracle, "attend", masked)
+            monkeypatch.setattr(f"{loop.func.__module__}.attend", masked)
             expected = loop(x[n], params | shared, scale=0.5)
             np.testing.assert_allclose(y[n], expected, atol=1e-10, err_msg=module.__name__)
 
@@ -297,22 +242,22 @@ CLIPPED = {  # a layer whose window is larger than its grid, and the loops that 
     "nearest, dilated": (
         nn.NeighborhoodAttention,
         {"window": Window((7, 5), dilation=(1, 2), stride=(2, 1))},
-        lambda x, p: oracle.neighborhood_attention(x, p, (7, 5), (1, 2), (2, 1), sees=(4, 3)),
+        lambda x, p: neighborhood_attention(x, p, (7, 5), (1, 2), (2, 1), sees=(4, 3)),
     ),
     "dilated by more than there is": (
         nn.NeighborhoodAttention,
         {"window": Window((3, 5), dilation=(9, 1))},
-        lambda x, p: oracle.neighborhood_attention(x, p, (3, 5), (4, 1), sees=(1, 5)),
+        lambda x, p: neighborhood_attention(x, p, (3, 5), (4, 1), sees=(1, 5)),
     ),
     "cut off at the border": (
         nn.SASA,
         {"window": Window((9, 6), boundary="mask", stride=2), "scale": 0.5},
-        lambda x, p: oracle.sasa(x, p, (9, 6), scale=0.5, stride=2),
+        lambda x, p: sasa(x, p, (9, 6), scale=0.5, stride=2),
     ),
     "zeros outside": (
         nn.SASA,
         {"window": Window((5, 9), boundary=("zero", "mask"))},
-        lambda x, p: oracle.sasa(x, p, (5, 9), zeros=(True, False)),
+        lambda x, p: sasa(x, p, (5, 9), zeros=(True, False)),
     ),
 }
 
@@ -340,5 +285,5 @@ def test_a_window_larger_than_the_grid_is_cut(name):
     for n, (operand, array) in enumerate(arrays.items()):
         direction = np.random.default_rng(n).normal(size=array.shape)
         along = lambda moved, operand=operand: (np.cos(expected) * loop(x, {**arrays, operand: moved})).sum()
-        slope = oracle.directional(along, array, direction)
+        slope = directional(along, array, direction)
         np.testing.assert_allclose((slopes[operand] * direction).sum(), slope, atol=1e-10 * max(1, abs(slope)))

@@ -4,91 +4,16 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import layers
 import numpy as np
-import oracle_zoo_mix as oracle
 import pytest
 from flax import nnx
-from test_nn_zoo_attention import LAYERS as ATTENTION_LAYERS
 
 from jaxattn import nn
 
-ONCE = {"strides": (1, 1), "dilation": (1, 1), "lows": (1, 1)}
+MIX = layers.of("mix").values()
 # module: its arguments, the input's shape, and the loop that it is
-LAYERS = {
-    nn.DepthwiseConv: (
-        {"in_features": 4, "kernel_size": (3, 3), "multiplier": 2},
-        (4, 3, 4),
-        lambda p: oracle.depthwise_conv(p, **ONCE) + p["bias"],
-    ),
-    nn.ConvTranspose: (
-        {"in_features": 4, "out_features": 3, "kernel_size": 2, "strides": 2, "transpose_kernel": True},
-        (4, 4),
-        lambda p: oracle.conv_transpose(p | {"kernel": p["kernel"].swapaxes(-1, -2)}, (2,), (1,), [(0, 0)]) + p["bias"],
-    ),
-    nn.LightConv: (
-        {"num_heads": 2, "in_features": 4, "kernel_size": 3, "causal": True},
-        (6, 4),
-        partial(oracle.light_conv, lows=(2,)),
-    ),
-    nn.DynamicConv: (
-        {"num_heads": 2, "in_features": 4, "kernel_size": (3, 3), "dilation": (2, 1)},
-        (5, 4, 4),
-        partial(oracle.dynamic_conv, dilation=(2, 1)),
-    ),
-    nn.Involution: (
-        {"in_features": 4, "kernel_size": (3, 3), "groups": 2, "reduction": 2, "strides": 2},
-        (5, 4, 4),
-        partial(oracle.involution, strides=(2, 2)),
-    ),
-    nn.DynamicDepthwiseConv: (
-        {"in_features": 4, "kernel_size": 3, "reduction": 1},
-        (5, 4),
-        oracle.dynamic_depthwise_conv,
-    ),
-    nn.OutlookAttention: (
-        {"num_heads": 2, "in_features": 4, "kernel_size": (3, 3), "strides": 2, "use_bias": True},
-        (4, 3, 4),
-        partial(oracle.outlook_attention, strides=(2, 2)),
-    ),
-    nn.AugmentedConv: (
-        {
-            "num_heads": 2,
-            "in_features": 4,
-            "out_features": 9,
-            "kernel_size": (3, 3),
-            "grid": (3, 2),
-            "value_features": 2,
-        },
-        (3, 2, 4),
-        oracle.augmented_conv,
-    ),
-    nn.CvTAttention: (
-        {"num_heads": 2, "in_features": 4, "kernel_size": (3, 3), "kv_strides": 2},
-        (3, 4, 4),
-        partial(oracle.cvt_attention, strides=(1, 1), kv_strides=(2, 2)),
-    ),
-    nn.LambdaLayer: (
-        {"num_heads": 2, "in_features": 4, "kernel_size": (3, 5), "key_dim": 3, "depth": 2, "use_bias": True},
-        (3, 4, 4),
-        oracle.lambda_layer,
-    ),
-    nn.AFT: ({"in_features": 4, "hidden_features": 6, "grid": (3, 2)}, (3, 2, 4), oracle.aft),
-    nn.AFTConv: (
-        {"num_heads": 2, "in_features": 4, "kernel_size": (3, 3), "hidden_features": 6, "out_features": 3},
-        (3, 4, 4),
-        oracle.aft_conv,
-    ),
-    nn.QnA: (
-        {"num_heads": 2, "in_features": 4, "kernel_size": (3, 3), "strides": 2, "scale": 0.7},
-        (3, 4, 4),
-        partial(oracle.qna, strides=(2, 2), scale=0.7),
-    ),
-    nn.ParameterKeyAttention: (
-        {"num_heads": 2, "in_features": 4, "num_keys": 5, "qkv_features": 6, "use_bias": True},
-        (3, 4),
-        oracle.parameter_key_attention,
-    ),
-}
+LAYERS = {layer.module: layer.step for layer in MIX if layer.step is not None}
 # The rounding of a few products of numbers near one, of the largest entry.
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 5e-2}
 
@@ -130,10 +55,11 @@ def test_a_training_step(module, dtype):
 
 
 def test_every_module_is_here():
-    """In a training step here or in one of the other files."""
+    """In a record, and in a training step by it or in one of the other files."""
     elsewhere = {nn.Conv, nn.Attention, nn.QuadraticAttention}  # test_nn, test_quadratic
     public = {module for module in vars(nn).values() if isinstance(module, type)}
-    assert set(LAYERS) | set(ATTENTION_LAYERS) | elsewhere == public
+    assert {layer.module for layer in layers.LAYERS.values()} | {nn.Attention} == public
+    assert {layer.module for layer in layers.LAYERS.values() if layer.step is not None} == public - elsewhere
 
 
 @pytest.mark.core(4)
@@ -197,31 +123,7 @@ def test_the_activation_may_be_a_module():
     assert abs(gradient["activation"]["scale"][...]).max() > 0
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (partial(nn.DepthwiseConv, 8, 3, 0), r"multiplier \(=0\) must be an int >= 1"),
-        (partial(nn.LightConv, 3, 8, 3), r"LightConv: num_heads \(=3\) must divide in_features \(=8\)"),
-        (partial(nn.DynamicConv, 3, 8, 3), r"DynamicConv: num_heads \(=3\) must divide in_features \(=8\)"),
-        (partial(nn.Involution, 8, 3, groups=3), r"Involution: groups \(=3\) must divide in_features \(=8\)"),
-        (partial(nn.DynamicDepthwiseConv, 6, 3), r"reduction \(=4\) must divide in_features \(=6\)"),
-        (partial(nn.OutlookAttention, 3, 8, 3), r"OutlookAttention: num_heads \(=3\) must divide in_features"),
-        (
-            partial(nn.AugmentedConv, 2, 8, 16, (3, 3), grid=(5,), value_features=4),
-            r"AugmentedConv: grid \(=\(5,\)\) must have an axis for each of kernel_size \(=\(3, 3\)\)",
-        ),
-        (
-            partial(nn.AugmentedConv, 2, 8, 4, 3, grid=(5,), value_features=4),
-            r"value_features \(=4\) must be below out_features",
-        ),
-        (partial(nn.CvTAttention, 3, 8, 3), r"CvTAttention: num_heads \(=3\) must divide qkv_features \(=8\)"),
-        (partial(nn.LambdaLayer, 2, 8, 3, 7), r"LambdaLayer: num_heads \(=2\) must divide out_features \(=7\)"),
-        (partial(nn.LambdaLayer, 2, 8, 3, depth=0), r"LambdaLayer: depth \(=0\) must be an int >= 1"),
-        (partial(nn.AFTConv, 3, 8, 3), r"AFTConv: num_heads \(=3\) must divide hidden_features \(=8\)"),
-        (partial(nn.QnA, 3, 8, 3), r"QnA: num_heads \(=3\) must divide qkv_features \(=8\)"),
-        (partial(nn.ParameterKeyAttention, 3, 8, 5), r"num_heads \(=3\) must divide qkv_features \(=8\)"),
-    ],
-)
+@pytest.mark.parametrize(("make", "message"), [refused for layer in MIX for refused in layer.refused])
 def test_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make(rngs=nnx.Rngs(0))

@@ -3,6 +3,7 @@
 import jax
 import pytest
 from flax import nnx
+from layers import LAYERS
 
 from jaxattn import models, nn
 
@@ -210,8 +211,6 @@ TABLE = [
         65 * 96 + 4 * (4 * (96**2 + 96) + 2 * 96 * 192 + 288 + 4 * 96 + 500) + 192 + 970,
     ),
     (models.VolumeNet, {"in_features": 1, "num_classes": 2, "depth": 1}, 65 * 96 + 37_248 + 37_152 + 884 + 192 + 194),
-    # (3·3·8 / 2)·6 + 6
-    (nn.Conv, {"in_features": 8, "out_features": 6, "kernel_size": (3, 3), "feature_group_count": 2}, 222),
     # 4·(8·8 + 8), and 2 heads' tables of 13² numbers, and of 13² or 2·13 rows of 4 or 2
     (nn.Attention, {"num_heads": 2, "in_features": 8}, 288),
     (nn.Attention, {"num_heads": 2, "in_features": 8, "window": (7, 7), "relative_bias": True}, 288 + 2 * 169),
@@ -219,60 +218,7 @@ TABLE = [
     (nn.Attention, {"num_heads": 2, "in_features": 8, "window": (7, 7), "key_embedding": "shared"}, 288 + 169 * 4),
     (nn.Attention, {"num_heads": 2, "in_features": 8, "window": (7, 7), "key_embedding": "factorized"}, 288 + 104),
     (nn.Attention, {"num_heads": 2, "in_features": 8, "window": (7, 7), "key_embedding": "decomposed"}, 288 + 208),
-    # 8·8 for each of query, key, value and out, 8 for each bias, 2 heads of 4; the tables are added
-    (nn.GlobalAttention, {"num_heads": 2, "in_features": 8}, 288),
-    (nn.GlobalAttention, {"num_heads": 2, "in_features": 8, "qkv_features": 4, "out_features": 6}, 3 * 36 + 24 + 6),
-    (nn.SASA, {"num_heads": 2, "in_features": 8, "window": (7, 7)}, 192 + 104),
-    (nn.SASA, {"num_heads": 2, "in_features": 8, "window": 7, "use_bias": True, "out_projection": True}, 288 + 104),
-    (nn.HaloAttention, {"num_heads": 2, "in_features": 8, "block": (4, 2), "halo": 1}, 192 + 2 * 2 * (11 + 7)),
-    (nn.NeighborhoodAttention, {"num_heads": 2, "in_features": 8, "window": (7, 7)}, 288 + 2 * 169),
-    (nn.NeighborhoodAttention, {"num_heads": 2, "in_features": 8, "window": (7, 7), "relative_bias": False}, 288),
-    # torchvision's and timm's: 4·(96·96 + 96) + 3 heads' 13² numbers
-    (nn.ShiftedWindowAttention, {"num_heads": 3, "in_features": 96, "window": (7, 7), "shift": 3}, 37_248 + 507),
-    (nn.CoAtNetAttention, {"num_heads": 2, "in_features": 8, "grid": (3, 4)}, 288 + 2 * 5 * 7),
-    (nn.BoTNetAttention, {"num_heads": 2, "in_features": 8, "grid": (3, 4)}, 192 + 4 * (5 + 7)),
-    # a table for each of query, key and value
-    (nn.AxialAttention, {"num_heads": 2, "in_features": 8, "length": 5}, 192 + 3 * 9 * 4),
-    (nn.AxialAttention, {"num_heads": 2, "in_features": 8, "window": 3}, 192 + 3 * 5 * 4),
-    # the output projection's bias, 3 numbers for the position and a gate for each head
-    (nn.GPSA, {"num_heads": 4, "in_features": 8}, 256 + 8 + 4 * 3 + 4),
-    (nn.LearnedRelativeAttention, {"num_heads": 2, "in_features": 8, "grid": (3, 4)}, 256 + 8 + 2 * 4 * (5 + 7)),
-    (nn.LearnedRelativeAttention, {"num_heads": 2, "in_features": 8, "grid": (3,), "content": False}, 192 + 8 + 40),
-    # 9 centres and widths, 9 heads of 8·4 and 4·6, and 6; the full form has 2·2 for each width; 9·(8/2)·6 without `out`
-    (nn.QuadraticAttention, {"num_heads": 9, "in_features": 8, "out_features": 6, "head_dim": 4}, 9 * 3 + 9 * 56 + 6),
-    (nn.QuadraticAttention, {"num_heads": 9, "in_features": 8, "isotropic": False}, 9 * 6 + 9 * 64 + 8),
-    (nn.QuadraticAttention, {"num_heads": 9, "in_features": 8, "out_features": 6, "groups": 2}, 9 * 3 + 216 + 6),
-    (nn.DepthwiseConv, {"in_features": 8, "kernel_size": (7, 7)}, 49 * 8 + 8),
-    (nn.DepthwiseConv, {"in_features": 8, "kernel_size": 3, "multiplier": 2, "use_bias": False}, 3 * 16),
-    (nn.ConvTranspose, {"in_features": 8, "out_features": 6, "kernel_size": (3, 3)}, 9 * 48 + 6),
-    (nn.LightConv, {"num_heads": 2, "in_features": 8, "kernel_size": 7}, 7 * 2),
-    (nn.DynamicConv, {"num_heads": 2, "in_features": 8, "kernel_size": 7}, 8 * 7 * 2),
-    # a bottleneck of 8 / 4, and biases
-    (nn.Involution, {"in_features": 8, "kernel_size": (3, 3), "groups": 2}, 8 * 2 + 2 + 2 * 9 * 2 + 9 * 2),
-    (nn.DynamicDepthwiseConv, {"in_features": 8, "kernel_size": (3, 3)}, 8 * 2 + 2 + 2 * 9 * 8 + 9 * 8),
-    # the paper's: value without a bias, 3² × 3² weights of each head, out
-    (nn.OutlookAttention, {"num_heads": 2, "in_features": 8, "kernel_size": (3, 3)}, 64 + 9 * 2 * 81 + 72),
-    # 9·8·12 + 12 for the convolution; query and key of 8, value and out of 4, and biases; 9 and 13 offsets of 4
-    (
-        nn.AugmentedConv,
-        {
-            "num_heads": 2,
-            "in_features": 8,
-            "out_features": 16,
-            "kernel_size": (3, 3),
-            "grid": (5, 7),
-            "value_features": 4,
-        },
-        876 + 2 * 72 + 36 + 20 + 22 * 4,
-    ),
-    (nn.CvTAttention, {"num_heads": 2, "in_features": 8, "kernel_size": (3, 3)}, 3 * 72 + 288),
-    # queries of 4 heads, one key and a value of 2
-    (nn.LambdaLayer, {"num_heads": 4, "in_features": 8, "kernel_size": (5, 5), "key_dim": 3}, 96 + 24 + 16 + 75),
-    (nn.AFT, {"in_features": 8, "grid": (5, 7)}, 288 + 35 * 35),
-    (nn.AFTConv, {"num_heads": 2, "in_features": 8, "kernel_size": (3, 3), "hidden_features": 6}, 3 * 54 + 56 + 18),
-    # learned queries of 8 in the place of a projection of 72
-    (nn.QnA, {"num_heads": 2, "in_features": 8, "kernel_size": (3, 3)}, 288 - 72 + 8 + 18),
-    (nn.ParameterKeyAttention, {"num_heads": 2, "in_features": 8, "num_keys": 10}, 128 + 2 * 80),
+    *((layer.module, *count) for layer in LAYERS.values() for count in layer.counts),
 ]
 
 

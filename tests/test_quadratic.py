@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle_quadratic as oracle
 import pytest
 from flax import nnx
+from layers import quadratic as oracle
 
 import jaxattn
 from jaxattn import nn, zoo

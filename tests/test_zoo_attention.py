@@ -1,214 +1,31 @@
 """The attention layers of the zoo against loops written from their papers' formulas: values and every gradient."""
 
+import inspect
 from functools import partial
 
 import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
+import layers
 import numpy as np
-import oracle_zoo_attention as oracle
 import pytest
 from flax import nnx
+from layers.attention_loops import DIM, FEATURES, HEADS, NO_OUT, OUT, biases, directional, draw, projections
 from tiers import examples
 
 from jaxattn import zoo
-from jaxattn.window import Window
-
-NO_OUT = ("query_bias", "key_bias", "value_bias", "out", "out_bias")
-HEADS, DIM, VALUE, FEATURES, OUT = 2, 6, 3, 4, 5
 
 compiled = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # each is run once
-
-
-def draw(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape)
-
-
-def projections(*without, heads=HEADS):
-    shapes = {
-        "query": (FEATURES, heads, DIM), "key": (FEATURES, heads, DIM), "value": (FEATURES, heads, VALUE),
-        "query_bias": (heads, DIM), "key_bias": (heads, DIM), "value_bias": (heads, VALUE),
-        "out": (heads, VALUE, OUT), "out_bias": (OUT,),
-    }  # fmt: skip
-    return {name: draw(n, *shape) for n, (name, shape) in enumerate(shapes.items()) if name not in without}
-
-
-def tables(size, width, heads=HEADS):
-    return {f"embedding_{axis}": draw(20 + axis, heads, 2 * k - 1, width) for axis, k in enumerate(size)}
-
-
-def biases(size, heads=HEADS):
-    return {"relative_bias": draw(30, heads, *(2 * k - 1 for k in size))}
-
-
-def axial(n, heads=HEADS):
-    widths = {"query": DIM, "key": DIM, "value": VALUE}
-    return {f"{name}_embedding": draw(40 + w, heads, 2 * n - 1, w) for name, w in widths.items()}
-
-
-def positions(rank, heads=HEADS):
-    return {"position": draw(50, heads, rank + 1), "gate": draw(51, heads)}
-
-
-def masked(size, **kwargs):
-    return {"window": Window(size, boundary="mask", **kwargs)}
-
-
-# name: the layer, its own parameters, its keywords and the oracle's, the grid
-CASES = {
-    "global": ("global_attention", projections(), {"rank": 1}, {}, (5,)),
-    "global bare": ("global_attention", projections(*NO_OUT), {"scale": 0.3}, {"scale": 0.3}, (1,)),
-    "global over a grid": ("global_attention", projections(), {"rank": 2}, {}, (3, 2)),
-    "sasa 1d": ("sasa", projections() | tables((3,), DIM), masked((3,)), {"size": (3,)}, (5,)),
-    "sasa 2d": ("sasa", projections() | tables((3, 2), 3), masked((3, 2)), {"size": (3, 2)}, (4, 3)),
-    "sasa 2d zeros": (
-        "sasa",
-        projections(*NO_OUT) | tables((2, 3), DIM, heads=1),
-        {"window": Window((2, 3), boundary="zero"), "scale": None},
-        {"size": (2, 3), "zeros": True, "scale": DIM**-0.5},
-        (3, 4),
-    ),
-    "sasa 1d strided": (
-        "sasa",
-        projections() | tables((3,), DIM),
-        masked(3, stride=2),
-        {"size": (3,), "stride": 2},
-        (6,),
-    ),
-    "sasa 3d": ("sasa", projections() | tables((2, 1, 3), 2), masked((2, 1, 3)), {"size": (2, 1, 3)}, (2, 2, 3)),
-    "halo 1d": (
-        "halo_attention",
-        projections() | tables((5,), DIM),
-        {"block": 3, "halo": 1},
-        {"block": (3,), "halo": (1,)},
-        (6,),
-    ),
-    "halo 1d ragged": (
-        "halo_attention",
-        projections() | tables((6,), DIM),
-        {"block": 2, "halo": 2, "boundary": "mask"},
-        {"block": (2,), "halo": (2,), "zeros": False},
-        (5,),
-    ),
-    "halo 2d": (
-        "halo_attention",
-        projections(*NO_OUT) | tables((4, 3), 3),
-        {"block": (2, 1), "halo": 1},
-        {"block": (2, 1), "halo": (1, 1)},
-        (4, 3),
-    ),
-    "halo 3d": (
-        "halo_attention",
-        projections() | tables((4, 1, 2), 2),
-        {"block": (2, 1, 2), "halo": (1, 0, 0)},
-        {"block": (2, 1, 2), "halo": (1, 0, 0)},
-        (2, 2, 2),
-    ),
-    "nat 1d": ("neighborhood_attention", projections() | biases((4,)), {"window": 4}, {"size": (4,)}, (6,)),
-    "nat 1d fits barely": (
-        "neighborhood_attention",
-        projections(),
-        {"window": Window(3, dilation=2)},
-        {"size": (3,), "dilation": 2},
-        (6,),
-    ),
-    "nat 2d strided": (
-        "neighborhood_attention",
-        projections() | biases((3, 2)),
-        {"window": Window((3, 2), stride=2)},
-        {"size": (3, 2), "stride": 2},
-        (5, 4),
-    ),
-    "nat 2d": ("neighborhood_attention", projections() | biases((3, 2)), {"window": (3, 2)}, {"size": (3, 2)}, (4, 3)),
-    "dinat 2d": (
-        "neighborhood_attention",
-        projections() | biases((2, 3)),
-        {"window": Window((2, 3), dilation=2)},
-        {"size": (2, 3), "dilation": 2},
-        (4, 7),
-    ),
-    "nat 3d": (
-        "neighborhood_attention",
-        projections() | biases((1, 2, 3)),
-        {"window": (1, 2, 3)},
-        {"size": (1, 2, 3)},
-        (1, 3, 3),
-    ),
-    "swin 1d": (
-        "shifted_window_attention",
-        projections() | biases((3,)),
-        {"window": 3, "shift": 1},
-        {"size": (3,), "shift": (1,)},
-        (6,),
-    ),
-    "swin 2d": (
-        "shifted_window_attention",
-        projections() | biases((2, 4)),
-        {"window": (2, 4), "shift": (1, 2), "shift_whole": True},
-        {"size": (2, 4), "shift": (1, 2)},
-        (4, 4),
-    ),
-    "swin, a window covers an axis": (
-        "shifted_window_attention",
-        projections() | biases((2, 4)),
-        {"window": (2, 4), "shift": (1, 2)},
-        {"size": (2, 4), "shift": (1, 0)},
-        (4, 4),
-    ),
-    "swin 2d ragged": (
-        "shifted_window_attention",
-        projections() | biases((3, 2)),
-        {"window": (3, 2), "shift": (2, 0)},
-        {"size": (3, 2), "shift": (2, 0)},
-        (4, 3),
-    ),
-    "swin on a cylinder": (
-        "shifted_window_attention",
-        projections() | biases((2, 3)),
-        {"window": (2, 3), "shift": (1, 2), "boundary": ("wrap", "mask")},
-        {"size": (2, 3), "shift": (1, 2), "wrap": (True, False)},
-        (4, 5),
-    ),
-    "swin 3d": (
-        "shifted_window_attention",
-        projections() | biases((1, 2, 2)),
-        {"window": (1, 2, 2)},
-        {"size": (1, 2, 2), "shift": (0, 0, 0)},
-        (2, 2, 3),
-    ),
-    "coatnet 1d": ("coatnet_attention", projections() | biases((4,)), {}, {}, (4,)),
-    "coatnet 2d": ("coatnet_attention", projections() | biases((3, 4)), {}, {}, (3, 4)),
-    "botnet 1d": ("botnet_attention", projections() | tables((4,), DIM), {}, {}, (4,)),
-    "botnet 2d": ("botnet_attention", projections(*NO_OUT) | tables((2, 4), DIM, heads=1), {}, {}, (2, 4)),
-    "learned 1d": ("learned_relative_attention", projections() | tables((4,), DIM), {}, {}, (4,)),
-    "learned 2d": ("learned_relative_attention", projections() | tables((3, 3), DIM), {}, {}, (3, 3)),
-    "learned 2d without content": (
-        "learned_relative_attention",
-        projections("key", "key_bias") | tables((3, 1), DIM),
-        {},
-        {},
-        (3, 1),
-    ),
-    "axial 1d": ("axial_attention", projections() | axial(5), {}, {}, (5,)),
-    "axial 2d": ("axial_attention", projections(*NO_OUT) | axial(3, heads=1), {"axis": -3}, {"axis": -3}, (3, 2)),
-    "axial 2d window": ("axial_attention", projections() | axial(3), {"window": 3}, {"window": 3}, (2, 5)),
-    "axial 1d even window": ("axial_attention", projections() | axial(2), {"window": 2}, {"window": 2}, (4,)),
-    "gpsa 1d": ("gpsa", projections() | positions(1), {}, {}, (5,)),
-    "gpsa 2d": ("gpsa", projections() | positions(2), {}, {}, (3, 4)),
-}
-
-
-# Elsewhere the scale is the paper's: here it is given.
-CASES |= {
-    f"{name} scaled": (layer, params, kwargs | {scale: 0.7}, loop_kwargs | {scale: 0.7}, grid)
-    for scale, names in (
-        ("scale", ("halo 1d", "nat 1d", "swin 1d", "coatnet 1d", "gpsa 1d")),
-        ("query_scale", ("botnet 1d", "learned 1d")),
-    )
-    for name in names
-    for layer, params, kwargs, loop_kwargs, grid in [CASES[name]]
-}
+ATTENTION = layers.of("attention")
+# name: the layer, the grid, its own parameters, its keywords and the loop's
+CASES = {case: (name, *geometry) for name, layer in ATTENTION.items() for case, geometry in layer.geometries.items()}
+# Where the scale is the paper's in all of them, it is given in one more.
+for name, layer in ATTENTION.items():
+    for scale in {"scale", "query_scale"} & set(inspect.signature(layer.function).parameters):
+        if not any(scale in geometry.kwargs for geometry in layer.geometries.values()):
+            case, (grid, params, kwargs, loop) = next(iter(layer.geometries.items()))
+            CASES[f"{case} scaled"] = (name, grid, params, {**kwargs, scale: 0.7}, {**loop, scale: 0.7})
 
 
 @pytest.mark.core(6)
@@ -231,16 +48,16 @@ def test_drawn_shifted_windows(data):
     boundary = tuple("wrap" if cyclic else "mask" for cyclic in wrap)
     kwargs = {"window": tuple(window), "shift": tuple(shift), "boundary": boundary, "shift_whole": True}
     loop = {"size": tuple(window), "shift": tuple(shift), "wrap": tuple(wrap)}
-    is_its_formula("shifted_window_attention", projections() | biases(tuple(window)), kwargs, loop, tuple(grid))
+    is_its_formula("shifted_window_attention", tuple(grid), projections() | biases(tuple(window)), kwargs, loop)
 
 
-def is_its_formula(layer, params, kwargs, loop_kwargs, grid):
+def is_its_formula(layer, grid, params, kwargs, loop_kwargs):
     """Values, and the derivative of a random projection of them along a random direction of each input and parameter.
 
     To 1e-10 of the largest: sums of a few hundred products.
     """
     function = partial(getattr(zoo, layer), **kwargs)
-    loop = partial(getattr(oracle, layer), **loop_kwargs)
+    loop = partial(ATTENTION[layer].loop, **loop_kwargs)
     x = draw(9, *grid, FEATURES)
     expected = loop(x, params)
     cotangent = draw(10, *expected.shape)
@@ -261,7 +78,7 @@ def is_its_formula(layer, params, kwargs, loop_kwargs, grid):
             now = arrays | {operand: moved}
             return (cotangent * loop(now.pop("x"), now)).sum()
 
-        slope = oracle.directional(along, array, direction)
+        slope = directional(along, array, direction)
         assert abs((gradients[operand] * direction).sum() - slope) < 1e-10 * max(1, abs(slope)), operand
 
 
@@ -270,8 +87,8 @@ ONE_OF_EACH = [name for name in CASES if name.endswith(" 2d") or name == "global
 
 def a_case(name, *batch):
     """A case's layer and loop as functions of x and the parameters, which come with it, x with batch axes."""
-    layer, params, kwargs, loop_kwargs, grid = CASES[name]
-    loop = partial(getattr(oracle, layer), **loop_kwargs)
+    layer, grid, params, kwargs, loop_kwargs = CASES[name]
+    loop = partial(ATTENTION[layer].loop, **loop_kwargs)
     return partial(getattr(zoo, layer), **kwargs), loop, draw(9, *batch, *grid, FEATURES), params
 
 
@@ -377,95 +194,16 @@ def test_gpsa_with_the_gate_shut_and_sharp_is_a_shift(offset):
 
 @pytest.mark.parametrize(
     ("layer", "kwargs", "change", "message"),
-    [
-        ("gpsa", {}, {"gate": None}, "gpsa: params .* must have 'gate'; needed are query, key, value, position, gate"),
-        ("gpsa", {}, {"gait": np.ones(2)}, "gpsa: params .* must not have 'gait'; allowed are query, "),
-        ("gpsa", {}, {"out": None}, "gpsa: params .* must have 'out', to which 'out_bias' belongs"),
-        (
-            "learned_relative_attention",
-            {},
-            tables((4, 5), 6) | {"key": None},
-            "params .* must have 'key', to which 'key_bias' belongs",
-        ),
-        (
-            "gpsa",
-            {},
-            {"key": np.ones((4, 3, 6))},
-            r"gpsa: params\['key'\] \(=\[4, 3, 6\]\) must be \[features, heads, head_dim\] = \[4, 2, 6\]",
-        ),
-        (
-            "gpsa",
-            {},
-            {"position": np.ones((3, 3))},
-            r"gpsa: params\['position'\] .* must be \[heads, coordinates\] = \[2, 3\]",
-        ),
-        ("gpsa", {}, {"position": np.ones((2, 6))}, r"gpsa: x \(=\[4, 5, 4\]\) must be .* with 5 axes of a grid"),
-        (
-            "global_attention",
-            {},
-            {"query": np.ones(4)},
-            r"\['query'\] \(=\[4\]\) must be \[features, he",
-        ),
-        ("global_attention", {}, {"out": np.ones((2, 6, 5))}, r"must be .* = \[2, 3, out_features\]"),
-        (
-            "coatnet_attention",
-            {},
-            biases((4, 4)),
-            r"params\['relative_bias'\] .* must be \[heads, \*offsets\] = \[2, 7, 9\]",
-        ),
-        ("botnet_attention", {}, {}, "botnet_attention: params .* must have 'embedding_0'"),
-        (
-            "botnet_attention",
-            {},
-            tables((4, 5), 2),
-            r"\['embedding_0'\] \(of width 2\) must be of width head_dim \(=6\), or head_dim / 2",
-        ),
-        (
-            "learned_relative_attention",
-            {},
-            tables((4, 4), 6),
-            r"\['embedding_1'\] .* must be \[heads, offsets_1, width\] = \[2, 9, 6\]",
-        ),
-        ("sasa", {"window": (3, 3)}, tables((3,), 6), "sasa: params .* must have 'embedding_1'"),
-        ("sasa", {"window": (3, 9)}, tables((3, 9), 6), r"Window: the grid \(=5 along axis 1\)"),
-        (
-            "halo_attention",
-            {"block": (2, 2), "halo": (1, 1, 1)},
-            {},
-            r"halo \(=\(1, 1, 1\)\) must be an int >= 0, or one",
-        ),
-        ("halo_attention", {"block": 2, "halo": -1}, {}, r"halo_attention: halo \(=-1\) must be an int >= 0, or one"),
-        ("neighborhood_attention", {"window": (3, 3)}, biases((3, 5)), r"must be \[heads, \*offsets\] = \[2, 5, 5\]"),
-        (
-            "shifted_window_attention",
-            {"window": (3, 3), "shift": 3},
-            biases((3, 3)),
-            r"shift \(=3\) must be below window \(=\(3, 3\)\)",
-        ),
-        ("shifted_window_attention", {"window": (3, 3)}, {}, "params .* must have 'relative_bias'"),
-        (
-            "axial_attention",
-            {"axis": -1},
-            axial(5),
-            r"axis \(=-1\) must be an axis of x, which has 3, and not the last",
-        ),
-        (
-            "axial_attention",
-            {},
-            axial(4),
-            r"\['query_embedding'\] .* must be \[heads, offsets, head_dim\] = \[2, 9, 6\]",
-        ),
-        ("axial_attention", {"window": 0}, axial(4), r"window \(=0\) must be an int >= 1, or None"),
-    ],
+    [(name, error.kwargs, error.params, error.message) for name, layer in ATTENTION.items() for error in layer.errors],
 )
 def test_errors(layer, kwargs, change, message):
-    params = projections() | (positions(2) if layer == "gpsa" else {}) | change
-    params = {name: array for name, array in params.items() if array is not None}
+    params = {name: array for name, array in (projections() | change).items() if array is not None}
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(partial(getattr(zoo, layer), **kwargs), draw(9, 4, 5, FEATURES), params)
 
 
 def test_every_layer_has_a_case_and_a_row():
-    tested = {layer for layer, *_ in CASES.values()}
-    assert tested <= set(zoo.ROWS)
-    assert tested == {name for name in vars(oracle) if name in zoo.ROWS}
+    assert set(ATTENTION) <= set(zoo.ROWS)
+    assert {layer for layer, *_ in CASES.values()} == set(ATTENTION)
+    missing = set(ATTENTION) - {CASES[name][0] for name in ONE_OF_EACH}
+    assert not missing, f"no geometry's name ends in ' 2d' in the LayerCase of {', '.join(sorted(missing))}"

@@ -1,8 +1,12 @@
-"""Quadratic attention as NumPy loops in float64, from the formula alone."""
+"""`quadratic_attention`: its loops, and what the tests know of it."""
 
 import itertools
 
 import numpy as np
+
+from jaxattn import nn, zoo
+
+from .case import LayerCase, Whole, named
 
 
 def quadratic_attention(x, params, tokens=None):
@@ -90,3 +94,22 @@ class Sliding:
                 pairs = zip(at, self.grid, strict=True)
                 seen.append((delta, [int(np.pad(np.arange(n), 8, "reflect")[p + 8]) for p, n in pairs]))
         return seen
+
+
+QUADRATIC_ATTENTION = LayerCase(
+    zoo.quadratic_attention,
+    nn.QuadraticAttention,
+    family="quadratic",
+    loop=quadratic_attention,
+    geometries={},  # test_quadratic
+    step=None,
+    call={"params": named(centre=(2, 2), alpha=(2,), value=(8, 2, 6), bias=(6,)), "window": zoo.Slide((3, 3))},
+    arguments={"num_heads": 2, "in_features": 8, "head_dim": 4},
+    # 9 centres and widths, 9 heads of 8·4 and 4·6, and 6; the full form has 2·2 for each width; 9·(8/2)·6 without `out`
+    counts=[
+        ({"num_heads": 9, "in_features": 8, "out_features": 6, "head_dim": 4}, 9 * 3 + 9 * 56 + 6),
+        ({"num_heads": 9, "in_features": 8, "isotropic": False}, 9 * 6 + 9 * 64 + 8),
+        ({"num_heads": 9, "in_features": 8, "out_features": 6, "groups": 2}, 9 * 3 + 216 + 6),
+    ],
+    split=Whole({"num_heads": 2, "in_features": 4}, "look anywhere on the grid"),
+)

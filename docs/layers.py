@@ -10,21 +10,14 @@ import as_written
 import looks
 import pictures
 
-from jaxattn import nn, zoo
+from jaxattn import zoo
 from jaxattn.zoo.registry import SOURCES, Row
 
 ARXIV = re.compile(r"\b(\d{4}\.\d{5})\b")
-NOT_DRAWN = {"parameter_key_attention": "Its keys are parameters and not pixels, so that there is nothing to draw."}
-MODULES = {name.lower(): cls for name, cls in vars(nn).items() if inspect.isclass(cls)}
 ROWS = sorted(zoo.ROWS.values(), key=lambda row: SOURCES.index(row.source))
 DRAWN = """The weights with which two pixels of a photograph see the others, by this layer. Queries, keys and values are
 the colours around each pixel; what does not come from data is drawn at random. Of weights that are all positive the
 root is shown, so that the small ones can be seen; of others red is above zero and blue below."""
-
-
-def module(name: str) -> type:
-    """The class of `jaxattn.nn` of a function of the zoo: `aft_conv` and `AFTConv`."""
-    return MODULES[name.replace("_", "")]
 
 
 def example(of: Callable, package: str) -> str:
@@ -46,7 +39,7 @@ def table() -> str:
 
 
 def page(row: Row) -> str:
-    function, cls = getattr(zoo, row.function), module(row.function)
+    function, cls = getattr(zoo, row.function), looks.module(row.function)
     said = inspect.cleandoc(function.__doc__).partition("\nArgs:")[0]
     paper = ARXIV.sub(r"[arXiv \1](https://arxiv.org/abs/\1)", row.paper)
     picture = f"![Where two pixels look](../pictures/look-{row.function}.svg)\n\n{DRAWN}"
@@ -65,7 +58,7 @@ def page(row: Row) -> str:
 
 ## Where it looks
 
-{NOT_DRAWN.get(row.function, picture)}
+{looks.NOT_DRAWN.get(row.function, picture)}
 
 ## In code
 
@@ -99,4 +92,4 @@ def navigation() -> list:
     return ["layers/index.md", *({row.layer: f"layers/{row.function}.md"} for row in ROWS)]
 
 
-PICTURES = {f"pictures/look-{name}.svg": lambda name=name: pictures.svg(looks.look(name)) for name in looks.LAYERS}
+PICTURES = {f"pictures/look-{name}.svg": lambda name=name: pictures.svg(looks.look(name)) for name in looks.DRAWN}

@@ -7,7 +7,7 @@ no data make, kernels and tables of positions, is drawn at random.
 """
 
 import functools
-from collections.abc import Callable
+import inspect
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from flax import nnx
 from matplotlib.figure import Figure
 
 import jaxattn
-from jaxattn import nn
+from jaxattn import nn, zoo
 from jaxattn.plots import DIVERGING, QUERY, SEQUENTIAL, styled
 
 SIDE, FEATURES, SHARP = 32, 28, 6.5
@@ -42,45 +42,53 @@ def same(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> ja
     return jax.random.normal(key, shape, dtype)
 
 
-H: dict[str, Any] = {"num_heads": 1, "in_features": FEATURES}
-ONE: dict[str, Any] = {"in_features": FEATURES}
-UNSCALED = {"scale": FEATURES**-0.5}  # where the paper has none
 WIDE = (15, 15)
-normal = nnx.initializers.normal(1.0)
-LAYERS: dict[str, Callable[..., Any]] = {
-    "conv": functools.partial(nn.Conv, FEATURES, FEATURES, WIDE),
-    "conv_transpose": functools.partial(nn.ConvTranspose, FEATURES, FEATURES, WIDE),
-    "depthwise_conv": functools.partial(nn.DepthwiseConv, **ONE, kernel_size=WIDE),
-    "light_conv": functools.partial(nn.LightConv, **H, kernel_size=WIDE),
-    "dynamic_conv": functools.partial(nn.DynamicConv, **H, kernel_size=WIDE),
-    "involution": functools.partial(nn.Involution, **ONE, kernel_size=WIDE),
-    "dynamic_depthwise_conv": functools.partial(nn.DynamicDepthwiseConv, **ONE, kernel_size=WIDE),
-    "outlook_attention": functools.partial(nn.OutlookAttention, **H, kernel_size=(5, 5)),
-    "quadratic_attention": functools.partial(nn.QuadraticAttention, **H, head_dim=FEATURES),
-    "aft": functools.partial(nn.AFT, **ONE, grid=(SIDE, SIDE), position_init=normal),
-    "aft_conv": functools.partial(nn.AFTConv, **H, kernel_size=WIDE, position_init=normal),
-    "lambda_layer": functools.partial(nn.LambdaLayer, **H, kernel_size=WIDE),
-    "qna": functools.partial(nn.QnA, **H, kernel_size=WIDE),
-    "sasa": functools.partial(nn.SASA, **H, window=WIDE, **UNSCALED),
-    "halo_attention": functools.partial(nn.HaloAttention, **H, block=8, halo=4, rank=2, **UNSCALED),
-    "global_attention": functools.partial(nn.GlobalAttention, **H, rank=2),
-    "botnet_attention": functools.partial(nn.BoTNetAttention, **H, grid=(SIDE, SIDE)),
-    "learned_relative_attention": functools.partial(nn.LearnedRelativeAttention, **H, grid=(SIDE, SIDE)),
-    "axial_attention": functools.partial(nn.AxialAttention, **H, window=SIDE),
-    "cvt_attention": functools.partial(nn.CvTAttention, **H, kernel_size=(3, 3)),
-    "neighborhood_attention": functools.partial(nn.NeighborhoodAttention, **H, window=WIDE),
-    "coatnet_attention": functools.partial(nn.CoAtNetAttention, **H, grid=(SIDE, SIDE)),
-    "gpsa": functools.partial(nn.GPSA, num_heads=4, in_features=FEATURES),
-    "shifted_window_attention": functools.partial(nn.ShiftedWindowAttention, **H, window=(16, 16), shift=8),
-    "augmented_conv": functools.partial(
-        nn.AugmentedConv, **H, kernel_size=(9, 9), out_features=2 * FEATURES, grid=(SIDE, SIDE), value_features=FEATURES
-    ),
+# What a constructor is given of these, if it takes them; and what a layer has otherwise.
+USUAL: dict[str, Any] = {
+    "num_heads": 1,
+    "in_features": FEATURES,
+    "out_features": FEATURES,
+    "kernel_size": WIDE,
+    "window": WIDE,
+    "grid": (SIDE, SIDE),
+    "rank": 2,
 }
+UNSCALED = FEATURES**-0.5  # where the paper has no scale
+normal = nnx.initializers.normal(1.0)
+OTHERWISE: dict[str, dict[str, Any]] = {
+    "outlook_attention": {"kernel_size": (5, 5)},
+    "quadratic_attention": {"head_dim": FEATURES, "window": None},
+    "aft": {"position_init": normal},
+    "aft_conv": {"position_init": normal},
+    "sasa": {"scale": UNSCALED},
+    "halo_attention": {"block": 8, "halo": 4, "scale": UNSCALED},
+    "global_attention": {"rank": 2},
+    "axial_attention": {"window": SIDE},
+    "cvt_attention": {"kernel_size": (3, 3)},
+    "gpsa": {"num_heads": 4},
+    "shifted_window_attention": {"window": (16, 16), "shift": 8},
+    "augmented_conv": {"kernel_size": (9, 9), "out_features": 2 * FEATURES, "value_features": FEATURES},
+}
+NOT_DRAWN = {"parameter_key_attention": "Its keys are parameters and not pixels, so that there is nothing to draw."}
+DRAWN = [name for name in zoo.ROWS if name not in NOT_DRAWN]
+MODULES = {name.lower(): cls for name, cls in vars(nn).items() if inspect.isclass(cls)}
+
+
+def module(name: str) -> type:
+    """The class of `jaxattn.nn` of a function of the zoo: `aft_conv` and `AFTConv`."""
+    return MODULES[name.replace("_", "")]
+
+
+def made(name: str) -> nnx.Module:
+    """The layer as it is drawn."""
+    taken = inspect.signature(module(name).__init__).parameters
+    usual = {argument: value for argument, value in USUAL.items() if argument in taken}
+    return module(name)(**usual | OTHERWISE.get(name, {}), kernel_init=same, rngs=nnx.Rngs(0))
 
 
 def weights(name: str) -> np.ndarray:
     """A(i, j) of the layer for i in PIXELS and every j, [pixels, SIDE, SIDE]."""
-    graph, state = nnx.split(LAYERS[name](kernel_init=same, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(made(name))
 
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # it runs once
     @jax.jacrev

@@ -4,8 +4,10 @@ import importlib.util
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxattn import zoo
 
@@ -80,7 +82,10 @@ def test_where_a_layer_looks_is_its_weights(monkeypatch):
     looks = module("looks")
     with jax.enable_x64(False):
         found = looks.weights("global_attention")
-    assert set(looks.LAYERS) | {"parameter_key_attention"} == set(zoo.ROWS)  # which looks at no pixel
+    assert set(looks.DRAWN) | {"parameter_key_attention"} == set(zoo.ROWS)  # which looks at no pixel
+    for name in looks.DRAWN:
+        shape = (1, looks.SIDE, looks.SIDE, looks.FEATURES)
+        nnx.eval_shape(lambda name=name, shape=shape: looks.made(name)(jnp.zeros(shape)))
     x = np.asarray(looks.scene()[1], np.float64).reshape(-1, looks.FEATURES)
     at = [i * looks.SIDE + j for i, j in looks.PIXELS]
     scores = looks.SHARP**2 * x[at] @ x.T / np.sqrt(looks.FEATURES)

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from calls import CALLS, PACKAGES, ZOO
 from flax import nnx
+from layers import LAYERS
 
 import jaxattn
 from jaxattn import models
@@ -36,7 +37,7 @@ BAD = {"0": 0, "-1": -1, "1.5": 1.5, "'3'": "3", "None": None, "nan": math.nan, 
 BAD |= {"True": True, "(1, 'a')": (1, "a")}
 ATTENTIONS = ("attention", "attention_at", "attention_scores", "attention_weights")
 MEANS = {  # by the argument, or by "function.argument"
-    **dict.fromkeys(("scale", "query_scale", "gate", "locality_strength"), ("0", "-1", "1.5")),
+    **dict.fromkeys(("scale", "query_scale", "gate"), ("0", "-1", "1.5")),
     **dict.fromkeys(("halo", "shift", "dropout_rate", "drop_path", "dropout"), ("0",)),
     **dict.fromkeys(
         [f"{f}.alpha" for f in ("error_bound", "convert", "conv_to_attention", "remix", "remix_report")], ("1.5", "inf")
@@ -72,6 +73,12 @@ MEANS = {  # by the argument, or by "function.argument"
     **dict.fromkeys(("base", "stretch", "slower"), ("1.5",)),
     "rotary.offset": ("0", "-1", "1.5"),
     "rotary_at.positions": ("an axis more",),
+    **{
+        f"{made.__name__}.{name}": texts
+        for layer in LAYERS.values()
+        for made in (layer.function, layer.module)
+        for name, texts in layer.takes.items()
+    },
 }
 KEPT = ("implementation", "axis_name")  # names, which a constructor only keeps
 

@@ -61,6 +61,7 @@ class LayerCase(NamedTuple):
     split: Sequence[Mapping[str, Any]] | Whole  # modules of 4 features that are split along an axis of (8, 5)
     errors: Sequence[Refused] = ()  # of the function
     refused: Sequence[tuple[Callable[..., Any], str]] = ()  # of the module: its constructor, and the error's pattern
+    takes: Mapping[str, tuple[str, ...]] = {}  # arguments of names of its own: what of test_bad_arguments they take
 
 
 GRID = (4, 6)

@@ -66,6 +66,7 @@ GPSA = LayerCase(
             r"gpsa: x \(=\[4, 5, 4\]\) must be .* with 5 axes of a grid",
         ),
     ],
+    takes={"locality_strength": ("0", "-1", "1.5")},
     refused=[
         (partial(nn.GPSA, 8, 8), r"GPSA: num_heads \(=8\) must be K\^2 for a grid of 2 axes \(rank=2\)"),
         (partial(nn.GPSA, 4, 8, 16), r"GPSA: with identity_value, qkv_features \(=16\) must be in_features \(=8\)"),

@@ -22,8 +22,9 @@ ATTENTION = layers.of("attention")
 CASES = {case: (name, *geometry) for name, layer in ATTENTION.items() for case, geometry in layer.geometries.items()}
 # Where the scale is the paper's in all of them, it is given in one more.
 for name, layer in ATTENTION.items():
-    for scale in {"scale", "query_scale"} & set(inspect.signature(layer.function).parameters):
-        if not any(scale in geometry.kwargs for geometry in layer.geometries.values()):
+    for scale in ("scale", "query_scale"):
+        given = any(scale in geometry.kwargs for geometry in layer.geometries.values())
+        if scale in inspect.signature(layer.function).parameters and not given:
             case, (grid, params, kwargs, loop) = next(iter(layer.geometries.items()))
             CASES[f"{case} scaled"] = (name, grid, params, {**kwargs, scale: 0.7}, {**loop, scale: 0.7})
 

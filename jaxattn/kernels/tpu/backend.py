@@ -12,7 +12,8 @@ from jaxattn.kernels import xla
 from jaxattn.kernels.backend import Backend, Cost
 from jaxattn.kernels.operands import Operands, Options
 from jaxattn.kernels.tpu import arrange
-from jaxattn.kernels.tpu.plan import VMEM, Heads, Plan, chip, lanes_of, make_plan
+from jaxattn.kernels.tpu.choose import make_plan
+from jaxattn.kernels.tpu.plan import VMEM, Heads, Plan, chip, lanes_of
 from jaxattn.normalize import softmax
 
 TAKEN = ("query", "key", "value", "scale", "soft_cap", "relative_bias", "key_mask", "query_segments", "key_segments")

@@ -11,6 +11,7 @@ COMPILED = """
 import jax, jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 import jaxattn
+from jaxattn.kernels.tpu import plan
 from jaxattn.train.compile import find_devices
 
 one = SingleDeviceSharding(find_devices("v5e:1x1")[0])
@@ -52,6 +53,12 @@ compile((2, 4, 16), dict(size=(1, 3, 3)), names=("cap", "extra"), dim=128)
 compile((15, 17), dict(size=(3, 5), dilation=(2, 3), boundary="reflect"), names=("lse", "segments"))
 compile((300,), dict(size=9, boundary="edge", dilation=2), names=("mask",))
 compile((4, 6, 14), dict(size=(3, 3, 3), dilation=(1, 1, 2), boundary=("edge", "zero", "wrap")), names=("lse",))
+
+plan.VMEM["v5e"] = 12 * plan.MIB  # strips of the first axis
+compile((24, 64), dict(size=(7, 7), boundary="mask"), names=("mask", "segments", "extra", "cap", "lse"))
+compile((24, 50), dict(size=(5, 3), boundary="wrap", dilation=(2, 1)), names=("mask", "lse"))
+plan.VMEM["v5e"] = 48 * plan.MIB
+compile((8, 24, 30), dict(size=(3, 3, 3)), names=("bias",), dtype=jnp.float32)
 """
 
 
@@ -62,4 +69,4 @@ def test_the_compiler_takes_them():
     environment = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
     run = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("compiled") == 11
+    assert run.stdout.count("compiled") == 14

@@ -18,6 +18,7 @@ from jaxattn.normalize import softmax
 
 TAKEN = ("query", "key", "value", "scale", "soft_cap", "relative_bias", "key_mask", "query_segments", "key_segments")
 TAKEN += ("extra_key", "extra_value", "sink")  # of which `sink` is no kernel's
+HELD = "its kernels hold a grid, or strips of its first axis, in VMEM"
 PRECISIONS = (None, jax.lax.Precision.DEFAULT, jax.lax.Precision.HIGHEST)
 
 
@@ -32,7 +33,7 @@ def supports(operands: Operands, options: Options) -> str | None:
     if chip() is None:
         return f"it knows {', '.join(VMEM)}, and this is a {jax.devices()[0].device_kind}"
     plan = _plan(operands, options, "forward")
-    return None if isinstance(plan, Plan) else f"its kernels hold a grid in VMEM: {plan}"
+    return None if isinstance(plan, Plan) else f"{HELD}: {plan}"
 
 
 def refused(operands: Operands, options: Options, taken: Sequence[str]) -> str | None:
@@ -161,7 +162,9 @@ def _plan(operands: Operands, options: Options, way: str) -> Plan | str:
 def _planned(operands: Operands, options: Options, way: str) -> Plan:
     plan = _plan(operands, options, way)
     if isinstance(plan, str):
-        raise ValueError(f"attention: implementation (='tpu') can't, since its kernels hold a grid in VMEM: {plan}")
+        raise ValueError(
+            f"attention: implementation (='tpu') can't, since its kernels hold a grid, or strips, in VMEM: {plan}"
+        )
     return plan
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattn.kernels.layout import lay_out
+from jaxattn.kernels.tpu.strips import Strips, cut
 from jaxattn.window import Axis
 
 LANES, SUBLANES = 128, 8
@@ -52,7 +53,7 @@ class AxisPlan(NamedTuple):
     see nothing; they belong to the next tile, but for the first `before` ones, which belong to the one before.
 
     Queries and keys come filled up to `query_count` and `key_count`, and are put at these places by the kernel
-    (`order`).
+    (`order`), or before it where it goes in strips (`Plan.outside`).
     """
 
     tile: int
@@ -105,6 +106,9 @@ class Plan(NamedTuple):
     extra: int  # tokens that every tile meets behind its box
     rows: int = 1
     vmem: int = 0  # bytes that are planned with
+    strips: Strips | None = None  # of the first axis; None: a step holds the whole grid
+    # in strips, `queries` and `keys` of every axis: what stands at these places before the kernel, for no strip has all
+    outside: tuple[tuple[np.ndarray | None, np.ndarray | None], ...] = ()
 
     @property
     def static(self) -> bool:
@@ -125,6 +129,16 @@ class Plan(NamedTuple):
     def tile_rows(self) -> int:
         """Of the axes that are looped over."""
         return math.prod(axis.tiles for axis in self.looped)
+
+    @property
+    def strip_count(self) -> int:
+        """How many there are."""
+        return 1 if self.strips is None else self.strips.number
+
+    @property
+    def step_rows(self) -> int:
+        """Tile rows of a step: all, or those of a strip."""
+        return self.tile_rows // self.strip_count
 
     @property
     def tile_columns(self) -> int:
@@ -174,13 +188,29 @@ class Plan(NamedTuple):
 
     def table(self) -> np.ndarray:
         """[numbers, tile rows]: for each looped axis the first place of the queries and of the keys; then the pattern,
-        counted over the looped axes."""
+        counted over the looped axes. In strips the places along the first axis are those within the strip, and two more
+        numbers say where its keys begin, and how many of them no later strip meets."""
         at = np.unravel_index(np.arange(self.tile_rows), [axis.tiles for axis in self.looped])
         rows, pattern = [], np.zeros(self.tile_rows, int)
         for axis, j in zip(self.looped, at, strict=True):
             rows += [axis.begin[j], axis.start[j]]
             pattern = pattern * len(axis.low) + axis.pattern[j]
-        return np.stack([*rows, pattern]).astype(np.int32)
+        rows.append(pattern)
+        if (strips := self.strips) is not None:
+            strip = at[0] // strips.tiles
+            rows[0], rows[1] = rows[0] - strip * strips.queries, rows[1] - strips.begin[strip]
+            rows += [strips.begin[strip], strips.done[strip]]
+        return np.stack(rows).astype(np.int32)
+
+    def in_strips(self, count: int) -> "Plan":
+        """The same, in so many strips, of which each has equally many tiles."""
+        first = self.axes[0]
+        axes = [x._replace(queries=None, keys=None, query_count=x.places, key_count=x.length) for x in self.axes]
+        return self._replace(
+            axes=tuple(axes),
+            strips=cut(first.tile, first.columns, first.start, first.length, count),
+            outside=tuple((axis.queries, axis.keys) for axis in self.axes),
+        )
 
 
 def chip() -> str | None:
@@ -225,8 +255,8 @@ def plan_axis(axis: Axis, own: int, unit: int, align: int, tile: int = 0) -> Axi
         begin=begin,
         before=first - begin,
         start=start,
-        queries=None if _is_filled_up(queries, len(axis.query), query_count) else queries,
-        keys=None if _is_filled_up(keys, axis.length, key_count) else keys,
+        queries=None if len(queries) == query_count and is_filled_up(queries, len(axis.query)) else queries,
+        keys=None if len(keys) == key_count and is_filled_up(keys, axis.length) else keys,
         length=length,
         pattern=pattern.ravel(),
         low=few_low,
@@ -239,6 +269,6 @@ def plan_axis(axis: Axis, own: int, unit: int, align: int, tile: int = 0) -> Axi
     )
 
 
-def _is_filled_up(places: np.ndarray, real: int, count: int) -> bool:
+def is_filled_up(places: np.ndarray, real: int) -> bool:
     """Whether so many tokens stand where they stood, and nothing behind them."""
-    return len(places) == count and np.array_equal(places[:real], np.arange(real)) and bool((places[real:] < 0).all())
+    return np.array_equal(places[:real], np.arange(real)) and bool((places[real:] < 0).all())

@@ -76,6 +76,7 @@ def test_a_volume_is_taken_and_its_plan_holds_a_strip():
     window = jaxattn.Window((3, 7, 7), boundary="mask")
     made = plan_of(shape=(1, 16, 64, 64, 8, 64), window=window, implementation="tpu")
     assert made.backend == "tpu"
+    assert f"in {4 * made.cost.strips} steps of {made.cost.strips} strips holding" in str(made)
     assert 0 < made.cost.held < choose.SHARE * plan.VMEM["v5e"]
     refused = plan_of(shape=(1, 4, 512, 512, 2, 64), window=window).refused["tpu"]
     assert refused.startswith("its kernels hold a grid, or strips of its first axis, in VMEM: a step would hold ")

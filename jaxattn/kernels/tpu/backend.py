@@ -147,10 +147,10 @@ def cost(operands: Operands, options: Options) -> Cost:
     """The forward kernel's tiles: a step holds what is planned with, and products are as wide as registers are."""
     plan = _planned(operands, options, "forward")
     heads, batch = plan.heads, math.prod(operands.query.shape[: -len(plan.axes) - 2])
-    steps = heads.blocks * heads.members * batch
-    tiles = plan.tile_rows * plan.tile_columns
+    steps = heads.blocks * heads.members * batch * plan.strip_count
+    tiles = plan.step_rows * plan.tile_columns
     flops = 4 * steps * tiles * heads.abreast * plan.queries * plan.keys * heads.lanes
-    return Cost(tuple(axis.tile for axis in plan.axes), plan.keys, steps, plan.vmem, flops)
+    return Cost(tuple(axis.tile for axis in plan.axes), plan.keys, steps, plan.vmem, flops, plan.strip_count)
 
 
 def _plan(operands: Operands, options: Options, way: str) -> Plan | str:

@@ -114,7 +114,7 @@ def pull(
         ),
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", *["arbitrary"] * 3), vmem_limit_bytes=limit(plan)
+            dimension_semantics=("parallel", "arbitrary", "arbitrary", "arbitrary"), vmem_limit_bytes=limit(plan)
         ),
         cost_estimate=estimate(plan, 5, [*inputs, *out_shape]),
         interpret=interpret,

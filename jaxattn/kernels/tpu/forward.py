@@ -147,7 +147,12 @@ def attend(
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(
             # the members of a key head share the copies of its keys
-            dimension_semantics=(*["parallel"] * 3, "parallel" if placed.keys is None else "arbitrary"),
+            dimension_semantics=(
+                "parallel",
+                "parallel",
+                "parallel",
+                "parallel" if placed.keys is None else "arbitrary",
+            ),
             vmem_limit_bytes=limit(plan),
         ),
         cost_estimate=estimate(plan, 2, [*inputs, *out_shape]),

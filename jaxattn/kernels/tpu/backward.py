@@ -231,11 +231,20 @@ def _kernel(
                     phase(tile)
             return I32(0)
 
-        @pl.when(first)
+        @pl.when(member == 0)
         def _():
-            over(rows, lambda y: [ref.__setitem__(y, jnp.zeros(ref[y].shape, F32)) for ref in (sum_k, sum_v)], whole)
-            for total in extra_sums:
-                total[...] = jnp.zeros(total.shape, F32)
+            zero = lambda y: [ref.__setitem__(y, jnp.zeros(ref[y].shape, F32)) for ref in (sum_k, sum_v)]
+            if plan.strips is not None:
+                carry.begin(plan, at, strip, (sum_k, sum_v))
+            else:
+                over(rows, zero, whole)
+
+        if extra:
+
+            @pl.when(first)
+            def _():
+                for total in extra_sums:
+                    total[...] = jnp.zeros(total.shape, F32)
 
         if dt is not None:
 

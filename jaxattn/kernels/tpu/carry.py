@@ -1,7 +1,7 @@
-"""Sums for keys, where the kernel takes strips: at the end of a strip those that are done go out to HBM, and those that
-the next strip adds to are carried over to it.
+"""Sums for keys, where the kernel takes strips: at the end of a strip those that are done go out to HBM, and the next
+strip begins with the others.
 
-    dk[begin + y] = sums[y]  for y < done,      sums[y] = sums[y + done]  for the next strip
+    dk[first + y] = sums[y]  for y < done,      sums[y] = sums[y + done]  for the next strip
 
 Strips come one after the other, so each sum is added up in one order, and no key is written twice. What goes out is
 copied while the next strip is computed.
@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxattn.kernels.tpu.block import F32, I32
+from jaxattn.kernels.tpu.block import I32
 from jaxattn.kernels.tpu.plan import Plan
 
 
@@ -26,6 +26,21 @@ def scratch(plan: Plan, dtype: Any) -> list[Any]:
         return []
     of_strip = [plan.strips.keys, *(axis.length for axis in plan.axes[1:]), plan.heads.lanes]
     return [pltpu.VMEM(of_strip, dtype)] * 2 + [pltpu.SemaphoreType.DMA] * 2
+
+
+def begin(plan: Plan, table: Any, strip: Any, sums: Sequence[Any]) -> None:
+    """The begin of a strip: what is not done of the strip before, and zeros."""
+    strips = plan.strips
+    assert strips is not None, "without strips all sums begin as zeros"
+    done = _of_strip(plan, table, jnp.maximum(strip - I32(1), 0))[1]
+
+    def carry(y: Any, _: Any) -> Any:
+        there = (strip > 0) & (y + done < strips.keys)
+        for total in sums:  # in turn: a later place is read before it is written
+            total[y] = jnp.where(there, total[jnp.minimum(y + done, strips.keys - 1)], 0.0)
+        return I32(0)
+
+    lax.fori_loop(np.int32(0), np.int32(strips.keys), carry, I32(0))
 
 
 def send(
@@ -43,14 +58,12 @@ def send(
     assert strips is not None, "without strips a step writes all keys itself"
     copies, semaphores = kept[:2], kept[2:]
     (block, entry, strip), last = step, strips.number - 1
-    begins = 2 * len(plan.looped) + 1  # where the table says so
-    begin, done = (table[begins + n, strip * I32(plan.step_rows)] for n in (0, 1))
-    before = table[begins + 1, jnp.maximum(strip - I32(1), 0) * I32(plan.step_rows)]
+    (first, done), (_, before) = (_of_strip(plan, table, x) for x in (strip, jnp.maximum(strip - I32(1), 0)))
     lane = pl.multiple_of(block * I32(lanes), lanes)
     others = (slice(None),) * (len(plan.axes) - 1)
 
     def moves(y: Any) -> list[Any]:
-        to = entry, begin + y, *others, pl.ds(lane, lanes)
+        to = entry, first + y, *others, pl.ds(lane, lanes)
         triples = zip(copies, targets, semaphores, strict=True)
         return [pltpu.make_async_copy(copy.at[y], target.at[to], semaphore) for copy, target, semaphore in triples]
 
@@ -64,22 +77,18 @@ def send(
         for move in moves(y):
             move.start()
 
-    def carry(y: Any) -> None:
-        for total in sums:
-            total[y] = total[y + done]
-
-    def clear(y: Any) -> None:
-        for total in sums:
-            total[y] = jnp.zeros(total.shape[1:], F32)
-
-    over_places(strips.keys, wait, where=lambda y: (strip > 0) & (y < before))
-    over_places(strips.keys, start, where=lambda y: y < done)
-    over_places(strips.keys, wait, where=lambda y: (strip == last) & (y < done))
-    over_places(strips.keys, carry, where=lambda y: (strip < last) & (y + done < strips.keys))
-    over_places(strips.keys, clear, where=lambda y: (strip < last) & (y + done >= strips.keys))
+    _over(strips.keys, wait, where=lambda y: (strip > 0) & (y < before))
+    _over(strips.keys, start, where=lambda y: y < done)
+    _over(strips.keys, wait, where=lambda y: (strip == last) & (y < done))
 
 
-def over_places(count: int, body: Any, where: Any) -> None:
+def _of_strip(plan: Plan, table: Any, strip: Any) -> tuple[Any, Any]:
+    """Where its keys begin, and how many of them are done with it."""
+    begins = 2 * len(plan.looped) + 1
+    return table[begins, strip * I32(plan.step_rows)], table[begins + 1, strip * I32(plan.step_rows)]
+
+
+def _over(count: int, body: Any, where: Any) -> None:
     """`body` of each of so many places, in turn, where that is so."""
 
     def step(y: Any, _: Any) -> Any:

@@ -124,7 +124,7 @@ def score_table(relative_bias: Array | None, plan: Plan, keys_first: bool) -> Ar
     the other way round: the relative bias, and a score that hides where the window does. Without a relative bias it is
     the same for all members and blocks."""
     hide = hiding_score(jnp.float32)
-    seen = _sees(plan, keys_first or relative_bias is not None)
+    seen = sees(plan, keys_first or relative_bias is not None)
     if relative_bias is None:
         table = jnp.where(seen, 0.0, hide).astype(jnp.float32)[:, None, None]
         return _and_extra(table, plan, -2 if keys_first else -1)
@@ -170,7 +170,7 @@ def shape_of(shape: tuple[int, ...], dtype: DTypeLike, like: Array) -> jax.Shape
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
 
 
-def _sees(plan: Plan, keys_first: bool) -> Array:
+def sees(plan: Plan, keys_first: bool) -> Array:
     """Whether a query sees a key, by the window alone, [patterns, abreast · queries, keys] or the other way round."""
     rank, seen = len(plan.axes), jnp.ones((), bool)
     patterns = np.indices([len(axis.low) for axis in plan.axes]).reshape(rank, -1)

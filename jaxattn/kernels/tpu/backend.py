@@ -55,7 +55,7 @@ def refused(operands: Operands, options: Options, taken: Sequence[str]) -> str |
 
 def forward(operands: Operands, options: Options, *, interpret: bool = False) -> tuple[Array, ...]:
     """The output [*batch, *queries, heads, value_dim]; with `options.residuals` also lse [*batch, *queries, heads]."""
-    from jaxattn.kernels.tpu import block
+    from jaxattn.kernels.tpu import block, score
     from jaxattn.kernels.tpu.forward import attend
 
     plan = _planned(operands, options, "forward")
@@ -63,7 +63,7 @@ def forward(operands: Operands, options: Options, *, interpret: bool = False) ->
         arrange.flat_queries(operands.query, plan),
         arrange.flat_keys(operands.key, plan),
         arrange.flat_keys(operands.value, plan),
-        arrange.score_table(operands.relative_bias, plan, keys_first=False),
+        score.table(operands.relative_bias, plan, keys_first=False, interpret=interpret),
         block.numbers(operands.scale, operands.soft_cap),
         arrange.codes(operands, plan)._replace(**_flat_extra(_extra(operands), plan)),
         plan,
@@ -92,13 +92,13 @@ def backward(
         return xla.backward(operands, cotangents, options, wanted)
     if "scale" in wanted:  # as a factor of the query, which has a cotangent
         return _with_scale(operands, cotangents, options, wanted, interpret)
-    from jaxattn.kernels.tpu import block
+    from jaxattn.kernels.tpu import block, score
     from jaxattn.kernels.tpu.backward import pull
 
     query = operands.query
     key, pull_key = jax.vjp(lambda key: arrange.flat_keys(key, plan), operands.key)
     value, pull_value = jax.vjp(lambda value: arrange.flat_keys(value, plan), operands.value)
-    table, pull_table = jax.vjp(lambda bias: arrange.score_table(bias, plan, keys_first=True), operands.relative_bias)
+    table = score.table(operands.relative_bias, plan, keys_first=True, interpret=interpret)
     extra, pull_extra = jax.vjp(lambda extra: _flat_extra(extra, plan), _extra(operands))
     of_table = "relative_bias" in wanted
     (of_query, of_key, of_value, *rest) = pull(
@@ -124,7 +124,9 @@ def backward(
     }
     found |= pull_extra(dict(zip(extra, rest, strict=False)))[0]
     if of_table:
-        untransposed = jax.linear_transpose(lambda table: table, table)
+        as_xla = functools.partial(arrange.score_table, plan=plan, keys_first=True)  # the same, with a derivative
+        made, pull_table = jax.vjp(as_xla, operands.relative_bias)
+        untransposed = jax.linear_transpose(lambda table: table, made)
         found["relative_bias"] = pull_table(untransposed(rest[-1])[0])[0]
     return {name: found[name] for name in wanted}
 

@@ -27,7 +27,6 @@ from jaxattn.kernels.tpu.block import (
     ENTRY,
     F32,
     I32,
-    LOG2E,
     MEMBER,
     STRIP,
     Numbers,
@@ -52,7 +51,7 @@ def pull(
     value: jax.Array,
     cotangent: jax.Array,  # of the output
     of_lse: jax.Array | None,  # [entries, members, blocks, tile rows, tile columns, abreast · queries]
-    table: jax.Array,  # [patterns, members|1, blocks|1, keys, abreast · queries]
+    table: jax.Array,  # [patterns, members|1, blocks|1, keys, abreast · queries], in units of log 2
     given: jax.Array,  # `block.numbers`
     beside: Beside,
     plan: Plan,
@@ -85,7 +84,7 @@ def pull(
         interpret=interpret,
     )
     of_queries, of_keys, of_scores, of_rows = specs(plan, query, key, table)
-    inputs = [query, key, value, cotangent, table * LOG2E, *(x for x in beside if x is not None)]
+    inputs = [query, key, value, cotangent, table, *(x for x in beside if x is not None)]
     in_specs = [of_queries, of_keys, of_keys, of_queries, of_scores, *beside_specs(plan, beside)]
     if of_lse is not None:
         inputs.append(of_lse)

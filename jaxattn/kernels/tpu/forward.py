@@ -50,7 +50,7 @@ def attend(
     query: jax.Array,  # [entries, *queries, members · blocks · lanes]
     key: jax.Array,  # [entries, *keys, blocks · lanes]
     value: jax.Array,
-    table: jax.Array,  # [patterns, members|1, blocks|1, abreast · queries, keys]
+    table: jax.Array,  # [patterns, members|1, blocks|1, abreast · queries, keys], in units of log 2
     given: jax.Array,  # `block.numbers`
     beside: Beside,
     plan: Plan,
@@ -128,7 +128,7 @@ def attend(
                 order.put_back(placed.queries_back, rows_at, source, target, interpret)
 
     of_queries, of_keys, of_scores, _ = specs(plan, query, key, table)
-    inputs = [query, key, value, table * LOG2E, *(x for x in beside if x is not None)]
+    inputs = [query, key, value, table, *(x for x in beside if x is not None)]
     out_shape = [shape_of(query.shape, x, query) for x in (dtype, F32)[: 1 + residuals]]
     call = pl.pallas_call(
         kernel,

@@ -50,7 +50,9 @@ class AttentionPlan:
         rows.append(("backend", f"{self.backend}{of_functions or ''}"))
         rows += [("", f"not {name}: {reason}") for name, reason in self.refused.items()]
         tile, steps = " × ".join(map(str, cost.tile)), f"{cost.steps} step{'s' * (cost.steps != 1)}"
-        rows.append(("tiles", f"{tile} queries by {cost.columns} keys, in {steps} holding {units.si(cost.held)}B"))
+        of_strips = "" if cost.strips == 1 else f" of {cost.strips} strips"
+        held = f"in {steps}{of_strips} holding {units.si(cost.held)}B"
+        rows.append(("tiles", f"{tile} queries by {cost.columns} keys, {held}"))
         rows.append(("cost", f"{units.si(cost.flops)}FLOP, of which the window asks for {units.si(asked)}FLOP"))
         return units.rows("attention", rows)
 

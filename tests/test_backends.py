@@ -133,7 +133,7 @@ def test_the_plan_of_a_call():
 
 @pytest.mark.parametrize("shape", [(0, 8, 2, 4), (2, 0, 2, 4)])
 def test_the_plan_of_an_empty_call(shape):
-    assert jaxattn.attention_plan(shape, shape, shape).cost[1:] == (0, 0, 0, 0)
+    assert jaxattn.attention_plan(shape, shape, shape).cost[1:5] == (0, 0, 0, 0)
     assert attention(*[jnp.zeros(shape)] * 3).shape == shape
 
 

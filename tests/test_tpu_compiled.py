@@ -8,15 +8,17 @@ import sys
 import pytest
 
 COMPILED = """
+import re
 import jax, jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 import jaxattn
+from jaxattn.kernels.tpu import plan
 from jaxattn.train.compile import find_devices
 
 one = SingleDeviceSharding(find_devices("v5e:1x1")[0])
 EVERYTHING = ("bias", "mask", "segments", "extra", "cap", "lse")
 
-def compile(grid, given, names=EVERYTHING, dtype=jnp.bfloat16, heads=4, key_heads=2, dim=64):
+def compile(grid, given, names=EVERYTHING, dtype=jnp.bfloat16, heads=4, key_heads=2, dim=64, tables=0):
     window = jaxattn.Window(**given)
     of = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=one)
     queries, offsets = window.query_grid(grid), [2 * k - 1 for k in window.sizes]
@@ -38,7 +40,9 @@ def compile(grid, given, names=EVERYTHING, dtype=jnp.bfloat16, heads=4, key_head
 
     with jaxattn.traced_for("tpu", 1):
         compiled = jax.jit(jax.grad(loss)).trace(arrays, fixed).lower(lowering_platforms=("tpu",)).compile()
-    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2, (grid, given)
+    text = compiled.as_text()
+    assert len(re.findall(r"%score_table[.\\d]* = ", text)) == tables, (grid, given)
+    assert text.count('custom_call_target="tpu_custom_call"') == 2 + tables, (grid, given)
     print("compiled", grid, given, flush=True)
 
 compile((64,), dict(size=9, causal=True, boundary="mask"))
@@ -46,12 +50,19 @@ compile((64,), dict(size=9), names=(), heads=2)
 compile((64,), dict(size=9, boundary="wrap", dilation=2), dtype=jnp.float32)
 compile((15, 17), dict(size=(3, 5), dilation=(2, 1)), names=("lse",), dtype=jnp.float32, dim=32)
 compile((16, 16), dict(size=(4, 4), block=4, boundary="zero"), dim=32)
-compile((7, 28), dict(size=(7, 7), block=7), names=("bias", "lse"), dim=32)
+compile((7, 28), dict(size=(7, 7), block=7), names=("bias", "lse"), dim=32, tables=2)
+compile((16, 16), dict(size=(7, 7)), names=("bias",), dim=32, tables=2)
 compile((8, 16), dict(size=(3, 3), stride=2, boundary="mask"), names=("mask",), dim=256)
 compile((2, 4, 16), dict(size=(1, 3, 3)), names=("cap", "extra"), dim=128)
 compile((15, 17), dict(size=(3, 5), dilation=(2, 3), boundary="reflect"), names=("lse", "segments"))
 compile((300,), dict(size=9, boundary="edge", dilation=2), names=("mask",))
 compile((4, 6, 14), dict(size=(3, 3, 3), dilation=(1, 1, 2), boundary=("edge", "zero", "wrap")), names=("lse",))
+
+plan.VMEM["v5e"] = 12 * plan.MIB  # strips of the first axis
+compile((24, 64), dict(size=(7, 7), boundary="mask"), names=("mask", "segments", "extra", "cap", "lse"))
+compile((24, 50), dict(size=(5, 3), boundary="wrap", dilation=(2, 1)), names=("mask", "lse"))
+plan.VMEM["v5e"] = 48 * plan.MIB
+compile((8, 24, 30), dict(size=(3, 3, 3)), names=("bias",), dtype=jnp.float32)
 """
 
 
@@ -62,4 +73,4 @@ def test_the_compiler_takes_them():
     environment = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
     run = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("compiled") == 11
+    assert run.stdout.count("compiled") == 15

@@ -16,6 +16,7 @@ class Cost(NamedTuple):
     steps: int  # of the loop, one after the other
     held: int  # bytes of a step: its scores, keys, values and queries
     flops: int  # of both products, with what is computed and then hidden
+    strips: int = 1  # that the grid is cut into, along its first axis, for a step to hold one
 
 
 class Backend(NamedTuple):

@@ -18,13 +18,15 @@ from jaxtyping import Array
 
 from jaxattn.kernels.loop import take
 from jaxattn.kernels.operands import Operands, hiding_score
-from jaxattn.kernels.tpu.plan import ANY, LANES, MATCH, Heads, Plan
+from jaxattn.kernels.tpu.plan import ANY, LANES, MATCH, Heads, Plan, is_filled_up
+
+QUERIES, KEYS = range(2)  # of an axis in `Plan.outside`
 
 
 def flat_queries(x: Array, plan: Plan) -> Array:
     """[*batch, *queries, heads, dim] as [entries, *queries, members · blocks · lanes]."""
     heads = plan.heads
-    x = _entries(x, len(plan.axes))
+    x = _in_order(_entries(x, len(plan.axes)), plan, QUERIES)
     x = x.reshape(*x.shape[:-2], heads.key_heads, heads.members, x.shape[-1])
     x = _padded(jnp.swapaxes(x, -2, -3), heads).reshape(*x.shape[:-3], -1)
     return _filled_up(x, [axis.query_count for axis in plan.axes])
@@ -32,7 +34,7 @@ def flat_queries(x: Array, plan: Plan) -> Array:
 
 def flat_keys(x: Array, plan: Plan) -> Array:
     """[*batch, *keys, key_heads, dim] as [entries, *keys, blocks · lanes]."""
-    x = _entries(x, len(plan.axes))
+    x = _in_order(_entries(x, len(plan.axes)), plan, KEYS)
     return _filled_up(_padded(x, plan.heads).reshape(*x.shape[:-2], -1), [axis.key_count for axis in plan.axes])
 
 
@@ -54,9 +56,26 @@ def flat_extra(x: Array, plan: Plan) -> Array:
 def by_query(x: Array, plan: Plan, shape: tuple[int, ...]) -> Array:
     """`flat_queries`, undone, for an array of this shape."""
     heads, rank = plan.heads, len(plan.axes)
-    x = x[(slice(None), *map(slice, shape[-rank - 2 : -2]))]
+    grid = shape[-rank - 2 : -2]
+    for a, (n, (places, _)) in enumerate(zip(grid, plan.outside, strict=False), 1):
+        if places is not None and not is_filled_up(places, n):
+            x = take(x, np.argsort(np.where(places < 0, n, places), kind="stable")[:n], a)
+    x = x[(slice(None), *map(slice, grid))]
     x = x.reshape(*x.shape[:-1], heads.members, -1, heads.dim)[..., : heads.key_heads, : shape[-1]]
     return jnp.swapaxes(x, -2, -3).reshape(shape)
+
+
+def _in_order(x: Array, plan: Plan, which: int, other: Array | float = 0) -> Array:
+    """[entries, *grid, ...], where the kernel takes strips, in the order of their tiles; `other` is for what is no
+    token. What is only filled up is left to `_filled_up`."""
+    for a, places in enumerate([x[which] for x in plan.outside], 1):
+        n = x.shape[a]
+        if places is None or is_filled_up(places, n):
+            continue
+        there = (places >= 0).reshape(-1, *[1] * (x.ndim - a - 1))
+        x = take(x, places, a)
+        x = x if there.all() else jnp.where(there, x, jnp.asarray(other, x.dtype))
+    return x
 
 
 def _filled_up(x: Array, counts: Sequence[int]) -> Array:
@@ -79,15 +98,18 @@ def codes(operands: Operands, plan: Plan) -> Beside:
     seen = jnp.ones((1,) * (len(batch) + rank), bool) if mask is None else mask
     seen = jnp.broadcast_to(seen, (*batch, *grid)).astype(dtype)[..., None]
     lanes = lambda x, before: jnp.pad(x, [*[(0, 0)] * (x.ndim - 1), (before, LANES - before - x.shape[-1])])
-    flat = lambda x, counts: _filled_up(_entries(x[..., None, :], rank).reshape(-1, *x.shape[-rank - 1 :]), counts)
+    entries = lambda x: _entries(x[..., None, :], rank).reshape(-1, *x.shape[-rank - 1 :])
     if of_queries is None or of_keys is None:
         queries, keys = None, lanes(MATCH * seen, ANY)
     else:
         own = lanes(_bits(of_queries, dtype), 0).at[..., ANY].set(1)
-        queries = flat(own, [axis.query_count for axis in plan.axes])
+        queries = _in_order(entries(own), plan, QUERIES)
+        queries = _filled_up(queries, [axis.query_count for axis in plan.axes])
         bits = _bits(of_keys, dtype)
         keys = lanes(bits * seen * (MATCH // bits.shape[-1]), 0)
-    return Beside(queries, flat(keys, [axis.key_count for axis in plan.axes]))
+    all_see = jnp.zeros(LANES, dtype).at[ANY].set(MATCH)  # zeros around the grid
+    keys = _in_order(entries(keys), plan, KEYS, all_see)
+    return Beside(queries, _filled_up(keys, [axis.key_count for axis in plan.axes]))
 
 
 def _bits(numbers: Array, dtype: DTypeLike) -> Array:
@@ -102,7 +124,7 @@ def score_table(relative_bias: Array | None, plan: Plan, keys_first: bool) -> Ar
     the other way round: the relative bias, and a score that hides where the window does. Without a relative bias it is
     the same for all members and blocks."""
     hide = hiding_score(jnp.float32)
-    seen = _sees(plan, keys_first or relative_bias is not None)
+    seen = sees(plan, keys_first or relative_bias is not None)
     if relative_bias is None:
         table = jnp.where(seen, 0.0, hide).astype(jnp.float32)[:, None, None]
         return _and_extra(table, plan, -2 if keys_first else -1)
@@ -148,7 +170,7 @@ def shape_of(shape: tuple[int, ...], dtype: DTypeLike, like: Array) -> jax.Shape
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
 
 
-def _sees(plan: Plan, keys_first: bool) -> Array:
+def sees(plan: Plan, keys_first: bool) -> Array:
     """Whether a query sees a key, by the window alone, [patterns, abreast · queries, keys] or the other way round."""
     rank, seen = len(plan.axes), jnp.ones((), bool)
     patterns = np.indices([len(axis.low) for axis in plan.axes]).reshape(rank, -1)
@@ -178,6 +200,7 @@ def tiled_rows(x: Array, plan: Plan) -> Array:
     """[*batch, *queries, heads] as [entries, members, blocks, tile rows, tile columns, abreast · queries]."""
     heads, rank = plan.heads, len(plan.axes)
     x = _entries(x[..., None], rank)[..., 0]
+    x = _in_order(x, plan, QUERIES)
     for a, axis in enumerate(plan.axes, 1):
         x = x if axis.queries is None else take(x, axis.queries, a)
     x = _filled_up(x, [axis.places for axis in plan.axes])

@@ -12,11 +12,13 @@ from jaxattn.kernels import xla
 from jaxattn.kernels.backend import Backend, Cost
 from jaxattn.kernels.operands import Operands, Options
 from jaxattn.kernels.tpu import arrange
-from jaxattn.kernels.tpu.plan import VMEM, Heads, Plan, chip, lanes_of, make_plan
+from jaxattn.kernels.tpu.choose import make_plan
+from jaxattn.kernels.tpu.plan import VMEM, Heads, Plan, chip, lanes_of
 from jaxattn.normalize import softmax
 
 TAKEN = ("query", "key", "value", "scale", "soft_cap", "relative_bias", "key_mask", "query_segments", "key_segments")
 TAKEN += ("extra_key", "extra_value", "sink")  # of which `sink` is no kernel's
+HELD = "its kernels hold a grid, or strips of its first axis, in VMEM"
 PRECISIONS = (None, jax.lax.Precision.DEFAULT, jax.lax.Precision.HIGHEST)
 
 
@@ -31,7 +33,7 @@ def supports(operands: Operands, options: Options) -> str | None:
     if chip() is None:
         return f"it knows {', '.join(VMEM)}, and this is a {jax.devices()[0].device_kind}"
     plan = _plan(operands, options, "forward")
-    return None if isinstance(plan, Plan) else f"its kernels hold a grid in VMEM: {plan}"
+    return None if isinstance(plan, Plan) else f"{HELD}: {plan}"
 
 
 def refused(operands: Operands, options: Options, taken: Sequence[str]) -> str | None:
@@ -53,7 +55,7 @@ def refused(operands: Operands, options: Options, taken: Sequence[str]) -> str |
 
 def forward(operands: Operands, options: Options, *, interpret: bool = False) -> tuple[Array, ...]:
     """The output [*batch, *queries, heads, value_dim]; with `options.residuals` also lse [*batch, *queries, heads]."""
-    from jaxattn.kernels.tpu import block
+    from jaxattn.kernels.tpu import block, score
     from jaxattn.kernels.tpu.forward import attend
 
     plan = _planned(operands, options, "forward")
@@ -61,7 +63,7 @@ def forward(operands: Operands, options: Options, *, interpret: bool = False) ->
         arrange.flat_queries(operands.query, plan),
         arrange.flat_keys(operands.key, plan),
         arrange.flat_keys(operands.value, plan),
-        arrange.score_table(operands.relative_bias, plan, keys_first=False),
+        score.table(operands.relative_bias, plan, keys_first=False, interpret=interpret),
         block.numbers(operands.scale, operands.soft_cap),
         arrange.codes(operands, plan)._replace(**_flat_extra(_extra(operands), plan)),
         plan,
@@ -90,13 +92,13 @@ def backward(
         return xla.backward(operands, cotangents, options, wanted)
     if "scale" in wanted:  # as a factor of the query, which has a cotangent
         return _with_scale(operands, cotangents, options, wanted, interpret)
-    from jaxattn.kernels.tpu import block
+    from jaxattn.kernels.tpu import block, score
     from jaxattn.kernels.tpu.backward import pull
 
     query = operands.query
     key, pull_key = jax.vjp(lambda key: arrange.flat_keys(key, plan), operands.key)
     value, pull_value = jax.vjp(lambda value: arrange.flat_keys(value, plan), operands.value)
-    table, pull_table = jax.vjp(lambda bias: arrange.score_table(bias, plan, keys_first=True), operands.relative_bias)
+    table = score.table(operands.relative_bias, plan, keys_first=True, interpret=interpret)
     extra, pull_extra = jax.vjp(lambda extra: _flat_extra(extra, plan), _extra(operands))
     of_table = "relative_bias" in wanted
     (of_query, of_key, of_value, *rest) = pull(
@@ -122,7 +124,9 @@ def backward(
     }
     found |= pull_extra(dict(zip(extra, rest, strict=False)))[0]
     if of_table:
-        untransposed = jax.linear_transpose(lambda table: table, table)
+        as_xla = functools.partial(arrange.score_table, plan=plan, keys_first=True)  # the same, with a derivative
+        made, pull_table = jax.vjp(as_xla, operands.relative_bias)
+        untransposed = jax.linear_transpose(lambda table: table, made)
         found["relative_bias"] = pull_table(untransposed(rest[-1])[0])[0]
     return {name: found[name] for name in wanted}
 
@@ -145,10 +149,10 @@ def cost(operands: Operands, options: Options) -> Cost:
     """The forward kernel's tiles: a step holds what is planned with, and products are as wide as registers are."""
     plan = _planned(operands, options, "forward")
     heads, batch = plan.heads, math.prod(operands.query.shape[: -len(plan.axes) - 2])
-    steps = heads.blocks * heads.members * batch
-    tiles = plan.tile_rows * plan.tile_columns
+    steps = heads.blocks * heads.members * batch * plan.strip_count
+    tiles = plan.step_rows * plan.tile_columns
     flops = 4 * steps * tiles * heads.abreast * plan.queries * plan.keys * heads.lanes
-    return Cost(tuple(axis.tile for axis in plan.axes), plan.keys, steps, plan.vmem, flops)
+    return Cost(tuple(axis.tile for axis in plan.axes), plan.keys, steps, plan.vmem, flops, plan.strip_count)
 
 
 def _plan(operands: Operands, options: Options, way: str) -> Plan | str:
@@ -160,7 +164,9 @@ def _plan(operands: Operands, options: Options, way: str) -> Plan | str:
 def _planned(operands: Operands, options: Options, way: str) -> Plan:
     plan = _plan(operands, options, way)
     if isinstance(plan, str):
-        raise ValueError(f"attention: implementation (='tpu') can't, since its kernels hold a grid in VMEM: {plan}")
+        raise ValueError(
+            f"attention: implementation (='tpu') can't, since its kernels hold a grid, or strips, in VMEM: {plan}"
+        )
     return plan
 
 

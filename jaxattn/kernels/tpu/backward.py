@@ -20,15 +20,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxattn.kernels.operands import hiding_score
-from jaxattn.kernels.tpu import order
+from jaxattn.kernels.tpu import carry, order
 from jaxattn.kernels.tpu.arrange import Beside, shape_of
 from jaxattn.kernels.tpu.block import (
+    BLOCK,
+    ENTRY,
     F32,
     I32,
-    LOG2E,
+    MEMBER,
+    STRIP,
     Numbers,
     by_head,
     capped,
+    first_row,
     joined,
     load,
     matched,
@@ -47,7 +51,7 @@ def pull(
     value: jax.Array,
     cotangent: jax.Array,  # of the output
     of_lse: jax.Array | None,  # [entries, members, blocks, tile rows, tile columns, abreast · queries]
-    table: jax.Array,  # [patterns, members|1, blocks|1, keys, abreast · queries]
+    table: jax.Array,  # [patterns, members|1, blocks|1, keys, abreast · queries], in units of log 2
     given: jax.Array,  # `block.numbers`
     beside: Beside,
     plan: Plan,
@@ -63,6 +67,8 @@ def pull(
     heads, dtype = plan.heads, query.dtype
     tall = plan.keys, heads.abreast * plan.queries
     placed, places = order.orders(plan), [axis.length for axis in plan.axes]
+    if plan.strips is not None:
+        places[0] = plan.strips.keys
 
     kernel = _kernel(
         plan,
@@ -78,33 +84,36 @@ def pull(
         interpret=interpret,
     )
     of_queries, of_keys, of_scores, of_rows = specs(plan, query, key, table)
-    inputs = [query, key, value, cotangent, table * LOG2E, *(x for x in beside if x is not None)]
+    inputs = [query, key, value, cotangent, table, *(x for x in beside if x is not None)]
     in_specs = [of_queries, of_keys, of_keys, of_queries, of_scores, *beside_specs(plan, beside)]
     if of_lse is not None:
         inputs.append(of_lse)
         in_specs.append(of_rows)
     extra = [x for x in beside[2:] if x is not None]
     like = lambda x: shape_of(x.shape, x.dtype, query)
+    # in strips, which share keys, the kernel writes their sums itself
+    of_sums = of_keys if plan.strips is None else pl.BlockSpec(memory_space=pl.ANY)
     out_shape = [*map(like, (query, key, value, *extra)), *[like(table)] * of_table]
     call = pl.pallas_call(
         kernel,
         name="windowed_attention_backward",
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(heads.blocks, query.shape[0], heads.members),
+            grid=(heads.blocks, query.shape[0], plan.strip_count, heads.members),
             in_specs=in_specs,
-            out_specs=[of_queries, of_keys, of_keys, *[of_extra(plan)] * len(extra), *[of_scores] * of_table],
+            out_specs=[of_queries, of_sums, of_sums, *[of_extra(plan)] * len(extra), *[of_scores] * of_table],
             scratch_shapes=[
                 *[pltpu.VMEM((plan.at_once, *tall), F32)] * 2,
                 *[pltpu.VMEM((plan.at_once, *tall), dtype)] * 2,
                 *[pltpu.VMEM((*places, heads.lanes), F32)] * 2,
                 *[pltpu.VMEM((plan.extra_places, heads.lanes), F32)] * len(extra),
+                *carry.scratch(plan, dtype),
                 *order.copies(placed, plan, beside, [dtype], cotangent=True),
             ],
         ),
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=limit(plan)
+            dimension_semantics=("parallel", "arbitrary", "arbitrary", "arbitrary"), vmem_limit_bytes=limit(plan)
         ),
         cost_estimate=estimate(plan, 5, [*inputs, *out_shape]),
         interpret=interpret,
@@ -128,7 +137,7 @@ def _kernel(
     precision: Any,
     interpret: bool,
 ) -> Callable[..., None]:
-    """What a step does: of a block of heads, an entry, and one of the query heads that share a key head.
+    """What a step does: of a block of heads, an entry, a strip, and one of the query heads that share a key head.
 
     Args:
       placed: where queries and keys are put.
@@ -148,12 +157,15 @@ def _kernel(
         extra = [others.pop(0) for _ in range(2 * bool(plan.extra))]
         dt = others.pop(0) if of_table else None
         scores, products, weights, of_scores, sum_k, sum_v, *others = others
-        extra_sums, copies = others[: len(extra)], others[len(extra) :]
+        extra_sums, others = others[: len(extra)], others[len(extra) :]
+        kept, copies = (others[:4], others[4:]) if plan.strips else ([], others)
         q, k, v, g = (x.bitcast(I32) for x in (q, k, v, g))
         (q, g, qc), (k, v, kc) = order.arrange(placed, rows_at, copies, (q, g, qc), (k, v, kc), dtype)
         dq = copies[0] if copies else dq_given
-        rows = plan.axes[0].length
-        entry, member = pl.program_id(1), pl.program_id(2)
+        rows = sum_k.shape[0]
+        block, entry, strip, member = (pl.program_id(axis) for axis in (BLOCK, ENTRY, STRIP, MEMBER))
+        first = (strip == 0) & (member == 0)
+        of_step = first_row(plan)
         whole = 1 if plan.static else SUBLANES * heads.packing  # one axis lies across the registers
         row = 0 if one_table else member  # of the table
 
@@ -214,23 +226,32 @@ def _kernel(
 
         def iterate(n, _):
             for phase in (score, differentiate, send):
-                for tile in tiles(plan, at, n):
+                for tile in tiles(plan, at, of_step, n):
                     phase(tile)
             return I32(0)
 
         @pl.when(member == 0)
         def _():
-            over(rows, lambda y: [ref.__setitem__(y, jnp.zeros(ref[y].shape, F32)) for ref in (sum_k, sum_v)], whole)
-            for total in extra_sums:
-                total[...] = jnp.zeros(total.shape, F32)
+            zero = lambda y: [ref.__setitem__(y, jnp.zeros(ref[y].shape, F32)) for ref in (sum_k, sum_v)]
+            if plan.strips is not None:
+                carry.begin(plan, at, strip, (sum_k, sum_v))
+            else:
+                over(rows, zero, whole)
+
+        if extra:
+
+            @pl.when(first)
+            def _():
+                for total in extra_sums:
+                    total[...] = jnp.zeros(total.shape, F32)
 
         if dt is not None:
 
-            @pl.when((entry == 0) & (member == 0))
+            @pl.when((entry == 0) & first)
             def _():
                 dt[...] = jnp.zeros(dt.shape, F32)
 
-        lax.fori_loop(np.int32(0), np.int32(plan.tile_rows // plan.rows), iterate, I32(0))
+        lax.fori_loop(np.int32(0), np.int32(plan.step_rows // plan.rows), iterate, I32(0))
         if placed.queries_back is not None:
             order.put_back(placed.queries_back, rows_at, dq, dq_given, interpret)
 
@@ -240,16 +261,23 @@ def _kernel(
                 dk[(0, y)] = (sum_k[y] * c[Numbers().plain_scale]).astype(dtype)
                 dv[(0, y)] = sum_v[y].astype(dtype)
 
-            if placed.keys_back is None:
+            if plan.strips is not None:
+                factors = c[Numbers().plain_scale], 1.0
+                carry.send(plan, at, (block, entry, strip), (sum_k, sum_v), factors, (dk, dv), kept)
+            elif placed.keys_back is None:
                 over(rows, write, whole)
             else:  # by way of the copies of the keys, which have done their work
                 order.add_twins(placed, rows_at, (sum_k, sum_v))
                 for total, factor, copy, target in ((sum_k, c[Numbers().plain_scale], k, dk), (sum_v, 1.0, v, dv)):
                     order.narrow(total, factor, copy, dtype)
                     order.put_back(placed.keys_back, rows_at, copy, target, interpret)
-            for y, total in zip(extra, extra_sums, strict=True):
-                factor = c[Numbers().plain_scale] if y is extra[0] else 1.0
-                y[0] = (total[...] * factor).astype(dtype)
+
+        if extra:
+
+            @pl.when((strip == plan.strip_count - 1) & (member == heads.members - 1))
+            def _():
+                for y, total, factor in zip(extra, extra_sums, (c[Numbers().plain_scale], 1.0), strict=True):
+                    y[0] = (total[...] * factor).astype(dtype)
 
     return kernel
 

@@ -20,14 +20,16 @@ from jaxattn.kernels.tpu.plan import ANY, LANES, MATCH, Heads, Plan
 
 I32, F32 = jnp.int32, jnp.float32
 LOG2E = math.log2(math.e)
+BLOCK, ENTRY, STRIP, MEMBER = range(4)  # the axes of a kernel's grid
 Places = tuple[Any, ...]  # an index along the axes of the grid
 
 
 class Tile(NamedTuple):
-    """Tile `j` of tile row `i`, which may be traced; `at` counts the tiles of an iteration."""
+    """Tile `j` of tile row `i` of a step, which may be traced; `at` counts the tiles of an iteration."""
 
     plan: Plan
     table: Any  # a reference to `plan.table()`
+    first: Any  # tile row of the step
     i: Any
     j: int
     at: int
@@ -36,7 +38,7 @@ class Tile(NamedTuple):
     def pattern(self) -> Any:
         """Which entry of the score table it has."""
         last, across = 2 * len(self.plan.looped), self.plan.across
-        pattern = self.table[last, self.i]
+        pattern = self.table[last, self.first + self.i]
         return pattern if across is None else pattern * len(across.low) + int(across.pattern[self.j])
 
     def queries(self, packing: int = 1) -> Places:
@@ -52,18 +54,23 @@ class Tile(NamedTuple):
         return self._places(1, sizes, 0 if across is None else int(across.start[self.j]), packing)
 
     def _places(self, which: int, sizes: Sequence[int], across: int, packing: int) -> Places:
-        begin = [self.table[2 * a + which, self.i] for a in range(len(self.plan.looped))]
+        begin = [self.table[2 * a + which, self.first + self.i] for a in range(len(self.plan.looped))]
         if not self.plan.static:  # one axis, whose slices begin at whole registers
             whole = 8 * self.plan.heads.packing // packing
             return (pl.ds(pl.multiple_of(lax.div(begin[0], I32(packing)), whole), sizes[0] // packing),)
         return *map(pl.ds, begin, sizes[:-1]), slice(across // packing, (across + sizes[-1]) // packing)
 
 
-def tiles(plan: Plan, table: Any, iteration: Any) -> list[Tile]:
-    """The tiles of an iteration."""
+def first_row(plan: Plan) -> Any:
+    """The first tile row of this step."""
+    return I32(0) if plan.strips is None else pl.program_id(STRIP) * I32(plan.step_rows)
+
+
+def tiles(plan: Plan, table: Any, of_step: Any, iteration: Any) -> list[Tile]:
+    """The tiles of an iteration of a step, which has tile rows from this one on."""
     first, columns = iteration * I32(plan.rows), plan.tile_columns
     places = itertools.product(range(plan.rows), range(columns))
-    return [Tile(plan, table, first + I32(r), j, r * columns + j) for r, j in places]
+    return [Tile(plan, table, of_step, first + I32(r), j, r * columns + j) for r, j in places]
 
 
 def load(ref: Any, places: Places) -> jax.Array:

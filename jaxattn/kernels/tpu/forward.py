@@ -10,7 +10,7 @@ units, and keeps both busy.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,9 +27,11 @@ from jaxattn.kernels.tpu.block import (
     F32,
     I32,
     LOG2E,
+    MEMBER,
     Numbers,
     by_head,
     capped,
+    first_row,
     joined,
     load,
     matched,
@@ -48,7 +50,7 @@ def attend(
     query: jax.Array,  # [entries, *queries, members · blocks · lanes]
     key: jax.Array,  # [entries, *keys, blocks · lanes]
     value: jax.Array,
-    table: jax.Array,  # [patterns, members|1, blocks|1, abreast · queries, keys]
+    table: jax.Array,  # [patterns, members|1, blocks|1, abreast · queries, keys], in units of log 2
     given: jax.Array,  # `block.numbers`
     beside: Beside,
     plan: Plan,
@@ -74,7 +76,7 @@ def attend(
         q, k, v = (x.bitcast(I32) for x in (q, k, v))
         (q, qc), (k, v, kc) = order.arrange(placed, rows_at, copies, (q, qc), (k, v, kc), dtype)
         y, lse = [*(copies or results), None][:2]
-        member = 0 if table.shape[1] == 1 else pl.program_id(2)
+        member = 0 if table.shape[1] == 1 else pl.program_id(MEMBER)
 
         def score(tile):
             keys, seen = number(joined(k, ke, tile.keys(heads.packing))), None
@@ -112,26 +114,28 @@ def attend(
                 found = (maximum + jnp.log2(divisor)) * (1 / LOG2E)
                 put(lse, tile, jnp.where(total <= 0, -jnp.inf, found) if some_see_nothing else found)
 
+        of_step = first_row(plan)
+
         def iterate(n, _):
             for phase in (score, mix):
-                for tile in tiles(plan, at, n):
+                for tile in tiles(plan, at, of_step, n):
                     phase(tile)
             return I32(0)
 
-        lax.fori_loop(np.int32(0), np.int32(plan.tile_rows // plan.rows), iterate, I32(0))
+        lax.fori_loop(np.int32(0), np.int32(plan.step_rows // plan.rows), iterate, I32(0))
         if placed.queries_back is not None:
             for source, target in zip(copies, results, strict=True):
                 order.put_back(placed.queries_back, rows_at, source, target, interpret)
 
     of_queries, of_keys, of_scores, _ = specs(plan, query, key, table)
-    inputs = [query, key, value, table * LOG2E, *(x for x in beside if x is not None)]
+    inputs = [query, key, value, table, *(x for x in beside if x is not None)]
     out_shape = [shape_of(query.shape, x, query) for x in (dtype, F32)[: 1 + residuals]]
     call = pl.pallas_call(
         kernel,
         name="windowed_attention",
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(heads.blocks, query.shape[0], heads.members),
+            grid=(heads.blocks, query.shape[0], plan.strip_count, heads.members),
             in_specs=[of_queries, of_keys, of_keys, of_scores, *beside_specs(plan, beside)],
             out_specs=[of_queries] * len(out_shape),
             scratch_shapes=[
@@ -143,7 +147,12 @@ def attend(
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(
             # the members of a key head share the copies of its keys
-            dimension_semantics=("parallel", "parallel", "parallel" if placed.keys is None else "arbitrary"),
+            dimension_semantics=(
+                "parallel",
+                "parallel",
+                "parallel",
+                "parallel" if placed.keys is None else "arbitrary",
+            ),
             vmem_limit_bytes=limit(plan),
         ),
         cost_estimate=estimate(plan, 2, [*inputs, *out_shape]),
@@ -155,30 +164,54 @@ def attend(
 
 
 def specs(plan: Plan, query: jax.Array, key: jax.Array, table: jax.Array) -> list[pl.BlockSpec]:
-    """What a step (block of heads, entry, member) takes of queries, of keys, of a score table, and of what is one
-    number for each head and query."""
-    heads, zeros = plan.heads, (0,) * len(plan.axes)
-    grid = lambda x: (1, *x.shape[1:-1], heads.lanes)
-    of_members = (1, 1, 1, plan.tile_rows, plan.tile_columns, heads.abreast * plan.queries)
+    """What a step (block of heads, entry, strip, member) takes of queries, of keys, of a score table, and of what is
+    one number for each head and query."""
+    heads = plan.heads
+    of_members = (1, 1, 1, plan.step_rows, plan.tile_columns, heads.abreast * plan.queries)
     blocks = table.shape[2]
     return [
-        pl.BlockSpec(grid(query), lambda c, b, m, *_: (b, *zeros, m * heads.blocks + c)),
-        pl.BlockSpec(grid(key), lambda c, b, m, *_: (b, *zeros, c)),
-        pl.BlockSpec((*table.shape[:2], 1, *table.shape[3:]), lambda c, b, m, *_: (0, 0, c if blocks > 1 else 0, 0, 0)),
-        pl.BlockSpec(of_members, lambda c, b, m, *_: (b, m, c, 0, 0, 0)),
+        _of_queries(plan, query.shape, heads.lanes, lambda c, m: m * heads.blocks + c),
+        _of_keys(plan, key.shape, heads.lanes, lambda c: c),
+        pl.BlockSpec(
+            (*table.shape[:2], 1, *table.shape[3:]), lambda c, b, s, m, *_: (0, 0, c if blocks > 1 else 0, 0, 0)
+        ),
+        pl.BlockSpec(of_members, lambda c, b, s, m, *_: (b, m, c, s, 0, 0)),
     ]
+
+
+def _of_queries(plan: Plan, shape: Sequence[int], lanes: int, lane: Callable[[Any, Any], Any]) -> pl.BlockSpec:
+    """The queries of a grid or a strip, [entries, *places, lanes]."""
+    first = shape[1] if plan.strips is None else plan.strips.queries
+    zeros = (0,) * (len(plan.axes) - 1)
+    return pl.BlockSpec((1, first, *shape[2:-1], lanes), lambda c, b, s, m, *_: (b, s, *zeros, lane(c, m)))
+
+
+def _of_keys(plan: Plan, shape: Sequence[int], lanes: int, lane: Callable[[Any], Any]) -> pl.BlockSpec:
+    """The keys of a grid or a strip, [entries, *places, lanes]. Strips share keys: they begin at any place."""
+    if (strips := plan.strips) is None:
+        zeros = (0,) * len(plan.axes)
+        return pl.BlockSpec((1, *shape[1:-1], lanes), lambda c, b, s, m, *_: (b, *zeros, lane(c)))
+    zeros, begins = (0,) * (len(plan.axes) - 1), 2 * len(plan.looped) + 1
+    begin = lambda s, at: at[begins, s * plan.step_rows]
+    return pl.BlockSpec(
+        tuple(map(pl.Element, (1, strips.keys, *shape[2:-1], lanes))),
+        lambda c, b, s, m, at, *_: (b, begin(s, at), *zeros, lane(c) * lanes),
+    )
 
 
 def beside_specs(plan: Plan, beside: Beside) -> list[pl.BlockSpec]:
     """What a step takes of what is there: codes and extra tokens of its entry, these of its heads."""
-    zeros = (0,) * (len(plan.axes) + 1)
-    codes = [pl.BlockSpec((1, *x.shape[1:]), lambda c, b, m, *_: (b, *zeros)) for x in beside[:2] if x is not None]
-    return codes + [of_extra(plan) for x in beside[2:] if x is not None]
+    found = []
+    if beside.of_queries is not None:
+        found.append(_of_queries(plan, beside.of_queries.shape, LANES, lambda c, m: 0))
+    if beside.of_keys is not None:
+        found.append(_of_keys(plan, beside.of_keys.shape, LANES, lambda c: 0))
+    return found + [of_extra(plan) for x in beside[2:] if x is not None]
 
 
 def of_extra(plan: Plan) -> pl.BlockSpec:
     """Extra tokens of an entry, for a block of heads."""
-    return pl.BlockSpec((1, plan.extra_places, plan.heads.lanes), lambda c, b, m, *_: (b, 0, c))
+    return pl.BlockSpec((1, plan.extra_places, plan.heads.lanes), lambda c, b, s, m, *_: (b, 0, c))
 
 
 def in_hbm(x: jax.Array) -> jax.Array:

@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxattn.kernels.tpu.arrange import Beside
+from jaxattn.kernels.tpu.block import MEMBER
 from jaxattn.kernels.tpu.plan import ANY, LANES, MATCH, AxisPlan, Plan
 
 I32 = jnp.int32
@@ -197,7 +198,7 @@ def arrange(
         if order is orders.queries:
             fill(order, table, triples)
         else:
-            pl.when(pl.program_id(2) == 0)(functools.partial(fill, order, table, triples))
+            pl.when(pl.program_id(MEMBER) == 0)(functools.partial(fill, order, table, triples))
     return found
 
 

@@ -5,8 +5,6 @@ which lies across the sublanes of the vector registers, the slices of all tiles 
 registers); along the others a table says where they begin.
 """
 
-import functools
-import itertools
 import math
 from typing import NamedTuple
 
@@ -15,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattn.kernels.layout import lay_out
-from jaxattn.kernels.operands import Options
+from jaxattn.kernels.tpu.strips import Strips, cut
 from jaxattn.window import Axis
 
 LANES, SUBLANES = 128, 8
@@ -23,14 +21,8 @@ MIB = 2**20
 VMEM = {"v4": 16 * MIB, "v5e": 128 * MIB, "v5p": 64 * MIB, "v6e": 128 * MIB}  # of a core
 KINDS = {"TPU v4": "v4", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v5 lite": "v5e", "TPU v5e": "v5e"}
 KINDS |= {"TPU v6 lite": "v6e", "TPU v6e": "v6e"}
-SHARE = 0.8  # of the VMEM, that a kernel may plan with: the rest is the compiler's, for spills
-COPY = 0.2  # cycles a query and block of heads, where queries are put in another order, there and back, about
-# scores in an iteration: more of them hide latency better, and compile longer
-UNROLLED = {"forward": 13 * 2**18, "backward": 2**19}
-MOST_QUERIES = 512  # of a tile
 # A query sees a key where the product of their codes, of 128 numbers each, is MATCH; lane ANY is of keys that all see.
 MATCH = ANY = 64
-MOST_PLACES = 64  # tiles along the last axis, each of which is written out
 
 
 class Heads(NamedTuple):
@@ -61,7 +53,7 @@ class AxisPlan(NamedTuple):
     see nothing; they belong to the next tile, but for the first `before` ones, which belong to the one before.
 
     Queries and keys come filled up to `query_count` and `key_count`, and are put at these places by the kernel
-    (`order`).
+    (`order`), or before it where it goes in strips (`Plan.outside`).
     """
 
     tile: int
@@ -114,6 +106,9 @@ class Plan(NamedTuple):
     extra: int  # tokens that every tile meets behind its box
     rows: int = 1
     vmem: int = 0  # bytes that are planned with
+    strips: Strips | None = None  # of the first axis; None: a step holds the whole grid
+    # in strips, `queries` and `keys` of every axis: what stands at these places before the kernel, for no strip has all
+    outside: tuple[tuple[np.ndarray | None, np.ndarray | None], ...] = ()
 
     @property
     def static(self) -> bool:
@@ -134,6 +129,16 @@ class Plan(NamedTuple):
     def tile_rows(self) -> int:
         """Of the axes that are looped over."""
         return math.prod(axis.tiles for axis in self.looped)
+
+    @property
+    def strip_count(self) -> int:
+        """How many there are."""
+        return 1 if self.strips is None else self.strips.number
+
+    @property
+    def step_rows(self) -> int:
+        """Tile rows of a step: all, or those of a strip."""
+        return self.tile_rows // self.strip_count
 
     @property
     def tile_columns(self) -> int:
@@ -183,13 +188,29 @@ class Plan(NamedTuple):
 
     def table(self) -> np.ndarray:
         """[numbers, tile rows]: for each looped axis the first place of the queries and of the keys; then the pattern,
-        counted over the looped axes."""
+        counted over the looped axes. In strips the places along the first axis are those within the strip, and two more
+        numbers say where its keys begin, and how many of them no later strip meets."""
         at = np.unravel_index(np.arange(self.tile_rows), [axis.tiles for axis in self.looped])
         rows, pattern = [], np.zeros(self.tile_rows, int)
         for axis, j in zip(self.looped, at, strict=True):
             rows += [axis.begin[j], axis.start[j]]
             pattern = pattern * len(axis.low) + axis.pattern[j]
-        return np.stack([*rows, pattern]).astype(np.int32)
+        rows.append(pattern)
+        if (strips := self.strips) is not None:
+            strip = at[0] // strips.tiles
+            rows[0], rows[1] = rows[0] - strip * strips.queries, rows[1] - strips.begin[strip]
+            rows += [strips.begin[strip], strips.done[strip]]
+        return np.stack(rows).astype(np.int32)
+
+    def in_strips(self, count: int) -> "Plan":
+        """The same, in so many strips, of which each has equally many tiles."""
+        first = self.axes[0]
+        axes = [x._replace(queries=None, keys=None, query_count=x.places, key_count=x.length) for x in self.axes]
+        return self._replace(
+            axes=tuple(axes),
+            strips=cut(first.tile, first.columns, first.start, first.length, count),
+            outside=tuple((axis.queries, axis.keys) for axis in self.axes),
+        )
 
 
 def chip() -> str | None:
@@ -234,8 +255,8 @@ def plan_axis(axis: Axis, own: int, unit: int, align: int, tile: int = 0) -> Axi
         begin=begin,
         before=first - begin,
         start=start,
-        queries=None if _is_filled_up(queries, len(axis.query), query_count) else queries,
-        keys=None if _is_filled_up(keys, axis.length, key_count) else keys,
+        queries=None if len(queries) == query_count and is_filled_up(queries, len(axis.query)) else queries,
+        keys=None if len(keys) == key_count and is_filled_up(keys, axis.length) else keys,
         length=length,
         pattern=pattern.ravel(),
         low=few_low,
@@ -248,101 +269,6 @@ def plan_axis(axis: Axis, own: int, unit: int, align: int, tile: int = 0) -> Axi
     )
 
 
-def _is_filled_up(places: np.ndarray, real: int, count: int) -> bool:
+def is_filled_up(places: np.ndarray, real: int) -> bool:
     """Whether so many tokens stand where they stood, and nothing behind them."""
-    return len(places) == count and np.array_equal(places[:real], np.arange(real)) and bool((places[real:] < 0).all())
-
-
-@functools.lru_cache(maxsize=256)
-def make_plan(
-    options: Options, heads: Heads, extra: int, relative: bool, masked: bool, way: str, vmem: int
-) -> Plan | str:
-    """The cheapest plan by `_cost` of those that fit into `vmem` bytes; or why there is none. `way` is "forward" or
-    "backward", `relative` whether there is a relative_bias, `masked` whether a mask of keys or segments."""
-    choices, found = _choices(options, heads), []
-    for axes in itertools.product(*choices):
-        plan = Plan(heads, axes, extra)
-        if options.tile or plan.queries <= MOST_QUERIES:
-            count = plan.tile_rows * plan.tile_columns
-            copied = COPY * math.prod(axis.places for axis in axes) * any(axis.queries is not None for axis in axes)
-            found.append((count * _cost(plan, way) + copied, tuple(axis.tile for axis in axes), plan))
-    reason = "no tile of it is small enough"
-    for _, _, plan in sorted(found)[:256]:
-        made = _fit(plan, relative, masked, way, vmem)
-        if isinstance(made, Plan):
-            return made
-        reason = made
-    return reason
-
-
-def _choices(options: Options, heads: Heads) -> list[list[AxisPlan]]:
-    """Every tile of an axis that is worth a thought, for each axis."""
-    axes, choices = options.axes, []
-    whole, rank = SUBLANES * heads.packing, len(axes)
-    units = [(1, 1)] * (rank - 1) + [(whole, whole if rank == 1 else heads.packing)]
-    most = [512] if rank == 1 else [16] * (rank - 1) + [32]
-    for a, (axis, (unit, align)) in enumerate(zip(axes, units, strict=True)):
-        step, members = math.lcm(axis.block, align), -(-len(axis.query) // axis.dilation)
-        sizes = range(step, min(max(most[a], step), members + -members % step) + 1, step)
-        if options.tile:
-            sizes = [options.tile[a] + -options.tile[a] % step]
-        choices.append([plan_axis(axis, t, unit, align) for t in sizes])
-        if axis.block > 1 and a == rank - 1:  # blocks that fill no registers: tiles that do, and overlap
-            choices[-1] += [plan_axis(axis, t, unit, align, t + -t % unit) for t in sizes if t % unit]
-    return choices
-
-
-def _cost(plan: Plan, way: str) -> float:
-    """Cycles of a tile for a block of heads on a v5e, whose four matrix units multiply by 128 × 128 numbers; and what
-    else comes with a tile, about."""
-    padded = lambda n: -(-n // LANES)
-    heads, columns = plan.heads, plan.keys
-    deep, stacked = heads.lanes // LANES, heads.abreast * plan.queries
-    scores, mixed = columns * padded(stacked) * deep, stacked * padded(columns) * deep  # rows that pass through a unit
-    if way == "forward":  # bound by the rows of both products, or by loading their other factors
-        wide = padded(columns) * deep
-        return max(2 * stacked * wide, 56 * (1 + heads.abreast) * wide) / 4 + 12
-    return (4 * scores + mixed) / 4 + 0.1 * columns + 30
-
-
-def _fit(plan: Plan, relative: bool, masked: bool, way: str, vmem: int) -> Plan | str:
-    """The plan with as many tile rows an iteration as it can have, or why it can't be."""
-    heads = plan.heads
-    if plan.queries % (SUBLANES * heads.packing):  # the compiler takes many minutes
-        return f"a tile of {plan.queries} queries does not fill whole registers"
-    if plan.tile_columns > MOST_PLACES:
-        return f"its last axis makes more than {MOST_PLACES} tiles"
-    scores = plan.tile_columns * heads.abreast * plan.queries * -(-plan.keys // LANES) * LANES
-    most = max(1, UNROLLED[way] // scores)
-    plan = plan._replace(rows=max(n for n in range(1, plan.tile_rows + 1) if plan.tile_rows % n == 0 and n <= most))
-    held = _held(plan, relative, masked, way)
-    if held > SHARE * vmem:
-        return f"a step would hold {held / MIB:.0f} MiB, and VMEM is {vmem / MIB:.0f} MiB"
-    return plan._replace(vmem=held)
-
-
-def _held(plan: Plan, relative: bool, masked: bool, way: str) -> int:
-    """Bytes of VMEM: blocks twice, for one is copied while another is worked on, and what is kept between phases."""
-    heads = plan.heads
-    queries = math.prod(axis.query_count for axis in plan.axes) * heads.lanes
-    keys = (math.prod(axis.key_count for axis in plan.axes) + plan.extra_places) * heads.lanes
-    placed = (math.prod(axis.length for axis in plan.axes) + plan.extra_places) * heads.lanes
-    copied = 0  # numbers that are put in another order
-    if any(axis.queries is not None for axis in plan.axes):
-        copied += (2 if way == "forward" else 3) * math.prod(axis.places for axis in plan.axes) * heads.lanes
-    if any(axis.keys is not None for axis in plan.axes):
-        copied += 2 * placed
-    copied = int(copied * heads.itemsize * (1 + masked * LANES / heads.lanes))
-    tall = -(-heads.abreast * plan.queries // LANES) * LANES * plan.keys  # scores of a tile
-    wide = heads.abreast * plan.queries * -(-plan.keys // LANES) * LANES  # transposed, as the forward kernel has them
-    tables = 2 * 4 * plan.patterns * (heads.members if relative else 1)
-    codes = 2 * heads.itemsize * LANES * (queries + keys) // heads.lanes if masked else 0
-    if way == "forward":
-        kept = wide + heads.abreast * plan.queries * LANES
-        lse = 2 * 4 * queries  # whether or not it is asked for
-        blocks = 2 * 2 * (queries + keys) * heads.itemsize
-        return blocks + copied + codes + lse + tables * wide + plan.at_once * 4 * kept
-    blocks = 2 * (3 * queries + 4 * keys) * heads.itemsize + 2 * 4 * placed
-    lse = 2 * 4 * max(plan.tile_columns, SUBLANES) * plan.tile_rows * tall // plan.keys
-    of_tiles = tables * tall * (1 + relative) + plan.at_once * tall * 2 * (4 + heads.itemsize)
-    return blocks + copied + codes + lse + of_tiles
+    return np.array_equal(places[:real], np.arange(real)) and bool((places[real:] < 0).all())

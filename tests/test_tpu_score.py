@@ -1,0 +1,35 @@
+"""The kernel that makes a score table of a relative bias by rolls, interpreted: against the one that XLA makes."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxattn
+from jaxattn.kernels.tpu import arrange, plan, score
+from jaxattn.kernels.tpu.block import LOG2E
+
+CASES = [  # windows that stop and that move on at the border; blocks in tiles that overlap; steps of two; few heads
+    ((8, 16), dict(size=(3, 5), boundary="mask"), (4, 8), 3),
+    ((12, 24), dict(size=(7, 7)), (4, 8), 4),
+    ((7, 28), dict(size=(7, 7), block=7), (7, 16), 2),
+    ((16, 32), dict(size=(4, 3), stride=2, boundary="mask"), (2, 8), 2),
+]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("grid", "given", "tile", "heads"), CASES)
+def test_rolled(grid, given, tile, heads):
+    """A bias in which some entries hide."""
+    window, rng = jaxattn.Window(**given), np.random.default_rng(0)
+    lanes = plan.lanes_of(2 * heads, heads, (32, 32), jnp.dtype(jnp.bfloat16))
+    first, last = window.axes(grid)
+    own = 14 if last.block == 7 else tile[1]
+    axes = plan.plan_axis(first, tile[0], 1, 1), plan.plan_axis(last, own, 16, 2, tile[1])
+    made = plan.Plan(lanes, axes, 0)
+    bias = rng.normal(size=(2 * heads, *(2 * k - 1 for k in window.sizes))).astype(np.float32)
+    bias[0, 0] = -np.inf
+    assert score.can(bias.shape[1:], made)
+    for keys_first in (False, True):
+        ours = score.rolled(jnp.asarray(bias), made, keys_first, interpret=True)
+        theirs = arrange.score_table(jnp.asarray(bias), made, keys_first) * LOG2E
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)

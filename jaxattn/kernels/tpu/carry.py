@@ -29,7 +29,7 @@ def scratch(plan: Plan, dtype: Any) -> list[Any]:
 
 
 def begin(plan: Plan, table: Any, strip: Any, sums: Sequence[Any]) -> None:
-    """The begin of a strip: what is not done of the strip before, and zeros."""
+    """Where a strip begins: what is not done of the strip before, and zeros."""
     strips = plan.strips
     assert strips is not None, "without strips all sums begin as zeros"
     done = _of_strip(plan, table, jnp.maximum(strip - I32(1), 0))[1]
@@ -52,7 +52,7 @@ def send(
     targets: Sequence[Any],
     kept: Sequence[Any],
 ) -> None:
-    """The end of a step (block of heads, entry, strip): sums times factors, to the targets in HBM. `kept` is what
+    """Where a step (block of heads, entry, strip) ends: sums times factors, to the targets in HBM. `kept` is what
     `scratch` asked for."""
     strips, lanes = plan.strips, plan.heads.lanes
     assert strips is not None, "without strips a step writes all keys itself"

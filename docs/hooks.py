@@ -29,6 +29,8 @@ THERE = {  # where in the site the README's links lead
     "docs/recipes.md": "recipes.md",
     "docs/guides/migration.md": "guides/migration.md",
     "docs/weights.png": "weights.png",
+    "docs/claim10.png": "claim10.png",
+    "#does-much-data-favour-attention": "#does-much-data-favour-attention",
 }
 REPORT = HERE.parent / "runs" / "study" / "report.html"
 HAVE_REPORT = "[The report of a run](study-report.html): every experiment with its code, its numbers and its figures."

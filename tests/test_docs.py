@@ -12,6 +12,7 @@ import pytest
 
 import jaxattn
 from jaxattn import zoo
+from jaxattn.study.claims.curves import little_and_much
 
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ROOT = pathlib.Path(__file__).parent.parent
@@ -72,6 +73,18 @@ def test_readme_shows_the_table_of_layers(capsys):
     zoo.table()
     shown = capsys.readouterr().out in (ROOT / "README.md").read_text()
     assert shown, "the README's table of layers is an old one: python docs/readme.py"
+
+
+def test_readme_shows_what_claim_10_gave(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    claim10 = importlib.import_module("claim10")
+    readme = (ROOT / "README.md").read_text()
+    assert claim10.table() in readme, "the README's table of claim 10 is an old one: python docs/claim10.py"
+    made = little_and_much(claim10.numbers())
+    assert f"| 10 | Little data favours the CNN, much data favours attention. | 吼吼 | {made.verdict} |" in readme
+    said = re.search(r"^- Claim 10\. (.*?)\. \[", readme, re.MULTILINE)
+    assert said is not None
+    assert said[1].replace("55,000", "55000") in made.notes
 
 
 def test_every_file_that_contributors_are_sent_to_exists():

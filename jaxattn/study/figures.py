@@ -81,12 +81,14 @@ def curves(
                 if all(map(math.isfinite, found[0])):
                     low, high = [value.low for value in found], [value.high for value in found]
                     axes.fill_between(list(curve), low, np.minimum(high, 1), color=color, alpha=0.15, linewidth=0)
-            axes.set(title=title, xlabel=xlabel, xscale="log", ylim=(None, 1.02))
+            axes.set(title=title, xlabel=xlabel, xscale="log")
             counts = list(next(iter(mixers.values())))
             axes.set_xticks(counts)
             axes.xaxis.set_major_formatter("{x:,.0f}" if max(counts) < 100_000 else EngFormatter(sep=""))
             axes.xaxis.set_minor_formatter(NullFormatter())
             axes.grid(axis="y", color=INK, alpha=0.2, linewidth=0.6)
         grid[0].set_ylabel("test accuracy")
-        grid[0].legend()
+        fullest = max(grid, key=lambda axes: len(axes.get_lines()))
+        handles, labels = fullest.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
     return figure

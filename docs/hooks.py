@@ -29,7 +29,7 @@ THERE = {  # where in the site the README's links lead
     "docs/recipes.md": "recipes.md",
     "docs/guides/migration.md": "guides/migration.md",
     "docs/weights.png": "weights.png",
-    "docs/claim10.png": "claim10.png",
+    "docs/claim10.png": "pictures/claim10.svg",
     "#does-much-data-favour-attention": "#does-much-data-favour-attention",
 }
 REPORT = HERE.parent / "runs" / "study" / "report.html"

@@ -7,6 +7,7 @@ import functools
 import io
 from collections.abc import Callable
 
+import claim10
 import numpy as np
 import picture
 from matplotlib.axes import Axes
@@ -90,8 +91,13 @@ def weights() -> bytes:
     return svg(picture.draw())
 
 
+def crossing() -> bytes:
+    return svg(claim10.draw())
+
+
 PICTURES: dict[str, Callable[[], bytes]] = {
     "pictures/weights.svg": weights,
+    "pictures/claim10.svg": crossing,
     "pictures/windows.svg": windows,
     **{f"pictures/boundary-{name}.svg": functools.partial(boundary, name) for name in BOUNDARIES},
 }

@@ -18,4 +18,5 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(TABLE.sub(lambda found: table(), README.read_text(), count=1))
+    text = README.read_text(encoding="utf-8")
+    README.write_text(TABLE.sub(lambda found: table(), text, count=1), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import json
 import pathlib
 import pkgutil
 import re
@@ -85,6 +86,17 @@ def test_readme_shows_what_claim_10_gave(monkeypatch):
     said = re.search(r"^- Claim 10\. (.*?)\. \[", readme, re.MULTILINE)
     assert said is not None
     assert said[1].replace("55,000", "55000") in made.notes
+
+
+def test_what_is_taken_of_a_report_names_no_place(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    claim10 = importlib.import_module("claim10")
+    settings = {"profile": "full", "data": "fashion-mnist:/there"}
+    claims = [{"number": 9, "numbers": {}}, {"number": 10, "numbers": claim10.numbers()}]
+    taken = json.loads(claim10.taken({"environment": {"jax": "0"}, "settings": settings, "claims": claims}))
+    assert taken["settings"] == {"profile": "full", "data": "fashion-mnist"}
+    assert taken["made_with"] == {"jax": "0"}
+    assert taken["numbers"] == claim10.numbers()
 
 
 def test_every_file_that_contributors_are_sent_to_exists():

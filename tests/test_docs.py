@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import pytest
 
 import jaxattn
-from jaxattn import zoo
 from jaxattn.study.claims.curves import little_and_much
 
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -70,10 +69,17 @@ def test_pages(path, capsys):
             assert capsys.readouterr().out.strip() in shown, f"{path.name} shows something else than is printed"
 
 
-def test_readme_shows_the_table_of_layers(capsys):
-    zoo.table()
-    shown = capsys.readouterr().out in (ROOT / "README.md").read_text()
-    assert shown, "the README's table of layers is an old one: python docs/readme.py"
+@pytest.mark.parametrize("name", ["AFTConv", "GPSA", "aft_conv"])
+def test_the_lists_of_layers_are_written_by_a_command(name, monkeypatch):
+    """A layer's line is added, and no other is changed."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    lists = importlib.import_module("lists")
+    for folder in (lists.ZOO, lists.NN):
+        text = (folder / "__init__.py").read_text(encoding="utf-8")
+        without = re.sub(rf"^from \.\w+ import {name} as {name}\n", "", text, flags=re.MULTILINE)
+        assert lists.imports(folder, without) == text, f"{folder.name} has an old list: python docs/lists.py"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert lists.table(readme) == readme, "the README's table of layers is an old one: python docs/lists.py"
 
 
 def test_readme_shows_what_claim_10_gave(monkeypatch):

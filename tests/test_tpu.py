@@ -227,9 +227,9 @@ def test_on_several_devices_it_is_for_the_inside_of_shard_map():
     attend = lambda x, how=None: attention(x, x, x, window=jaxattn.Window((3, 3)), implementation=how)
     loss = lambda x: jax.grad(lambda x: attend(x, "tpu").sum())(x)
     with traced_for("tpu", 2):
-        for function, kernels in (
+        for function, kernels in (  # one, and that of its score table
             (attend, 0),
-            (jax.shard_map(loss, mesh=mesh, in_specs=P("data"), out_specs=P("data")), 1),
+            (jax.shard_map(loss, mesh=mesh, in_specs=P("data"), out_specs=P("data")), 2),
         ):
             traced = jax.jit(function).trace(jax.ShapeDtypeStruct((2, 16, 16, 2, 64), jnp.float32))
             text = traced.lower(lowering_platforms=("tpu",)).as_text()

@@ -1,5 +1,6 @@
-"""The kernel that makes a score table of a relative bias by rolls, interpreted: against the one that XLA makes."""
+"""The kernels of score tables by rolls, there and back, interpreted: against what XLA makes."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,10 +17,8 @@ CASES = [  # windows that stop and that move on at the border; blocks in tiles t
 ]
 
 
-@pytest.mark.full
-@pytest.mark.parametrize(("grid", "given", "tile", "heads"), CASES)
-def test_rolled(grid, given, tile, heads):
-    """A bias in which some entries hide."""
+def planned(grid, given, tile, heads):
+    """A plan, and a bias in which some entries hide."""
     window, rng = jaxattn.Window(**given), np.random.default_rng(0)
     lanes = plan.lanes_of(2 * heads, heads, (32, 32), jnp.dtype(jnp.bfloat16))
     first, last = window.axes(grid)
@@ -28,8 +27,31 @@ def test_rolled(grid, given, tile, heads):
     made = plan.Plan(lanes, axes, 0)
     bias = rng.normal(size=(2 * heads, *(2 * k - 1 for k in window.sizes))).astype(np.float32)
     bias[0, 0] = -np.inf
-    assert score.can(bias.shape[1:], made)
+    return made, jnp.asarray(bias)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_rolled(case, biased):
+    made, bias = planned(*case)
+    bias = bias if biased else None
+    assert score.can(bias, made)
     for keys_first in (False, True):
-        ours = score.rolled(jnp.asarray(bias), made, keys_first, interpret=True)
-        theirs = arrange.score_table(jnp.asarray(bias), made, keys_first) * LOG2E
+        ours = score.rolled(bias, made, keys_first, interpret=True)
+        theirs = arrange.score_table(bias, made, keys_first) * LOG2E
         np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", CASES)
+def test_rolled_back(case):
+    """Where the window hides a key, the kernel of attention gives 0."""
+    made, bias = planned(*case)
+    table, pull = jax.vjp(lambda bias: arrange.score_table(bias, made, keys_first=True), bias)
+    of_table = (
+        jax.random.normal(jax.random.key(0), table.shape, table.dtype)
+        * arrange.sees(made, keys_first=True)[:, None, None]
+    )
+    ours = score.rolled_back(of_table, bias, made, interpret=True)
+    np.testing.assert_allclose(ours, pull(of_table)[0], rtol=1e-5, atol=1e-5)

@@ -124,10 +124,7 @@ def backward(
     }
     found |= pull_extra(dict(zip(extra, rest, strict=False)))[0]
     if of_table:
-        as_xla = functools.partial(arrange.score_table, plan=plan, keys_first=True)  # the same, with a derivative
-        made, pull_table = jax.vjp(as_xla, operands.relative_bias)
-        untransposed = jax.linear_transpose(lambda table: table, made)
-        found["relative_bias"] = pull_table(untransposed(rest[-1])[0])[0]
+        found["relative_bias"] = score.of_bias(rest[-1], operands.relative_bias, plan, interpret)
     return {name: found[name] for name in wanted}
 
 

@@ -44,6 +44,8 @@ from jaxattn.kernels.tpu.block import (
 from jaxattn.kernels.tpu.forward import beside_specs, estimate, in_hbm, limit, of_extra, specs
 from jaxattn.kernels.tpu.plan import SUBLANES, Plan
 
+BEHIND = 0, 2, 4  # so many tiles each phase of an iteration is behind the first
+
 
 def pull(
     query: jax.Array,  # [entries, *queries, members · blocks · lanes]
@@ -225,9 +227,12 @@ def _kernel(
             )
 
         def iterate(n, _):
-            for phase in (score, differentiate, send):
-                for tile in tiles(plan, at, of_step, n):
-                    phase(tile)
+            found = tiles(plan, at, of_step, n)
+            # by turns, so that the products of one tile are computed beside the softmax of another
+            for i in range(len(found) + BEHIND[-1]):
+                for phase, behind in zip((score, differentiate, send), BEHIND, strict=True):
+                    if 0 <= i - behind < len(found):
+                        phase(found[i - behind])
             return I32(0)
 
         @pl.when(member == 0)

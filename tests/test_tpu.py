@@ -64,6 +64,9 @@ HIDDEN = [
     ((6, 5), dict(size=(3, 3)), jnp.float32, ("extra",)),
     ((7, 6), dict(size=(3, 3), boundary="mask", stride=2), jnp.bfloat16, ("segment_ids", "logits_soft_cap", "extra")),
     ((7, 9), dict(size=(3, 3), boundary=("wrap", "zero"), dilation=(1, 2)), jnp.bfloat16, ("mask", "segment_ids")),
+    ((14, 15), dict(size=(7, 7), block=7), jnp.bfloat16, ()),
+    ((14, 14), dict(size=(7, 7), block=7), jnp.float32, ("mask", "segment_ids", "extra")),
+    ((2, 6, 9), dict(size=(1, 3, 5), block=(1, 3, 3)), jnp.bfloat16, ("mask",)),
 ]
 
 

@@ -10,21 +10,22 @@ from jaxattn.kernels.tpu import arrange, plan, score
 from jaxattn.kernels.tpu.block import LOG2E
 
 CASES = [  # windows that stop and that move on at the border; blocks in tiles that overlap; steps of two; few heads
-    ((8, 16), dict(size=(3, 5), boundary="mask"), (4, 8), 3),
-    ((12, 24), dict(size=(7, 7)), (4, 8), 4),
-    ((7, 28), dict(size=(7, 7), block=7), (7, 16), 2),
-    ((16, 32), dict(size=(4, 3), stride=2, boundary="mask"), (2, 8), 2),
+    ((8, 16), dict(size=(3, 5), boundary="mask"), ((4, 4, 1), (8, 8, 16)), 3),
+    ((12, 24), dict(size=(7, 7)), ((4, 4, 1), (8, 8, 16)), 4),
+    ((7, 28), dict(size=(7, 7), block=7), ((7, 7, 1), (14, 16, 16)), 2),
+    ((14, 28), dict(size=(7, 7), block=7), ((7, 8, 2), (7, 8, 8)), 2),  # rows of keys that are shorter than of offsets
+    ((16, 32), dict(size=(4, 3), stride=2, boundary="mask"), ((2, 2, 1), (8, 8, 16)), 2),
 ]
 
 
 def planned(grid, given, tile, heads):
-    """A plan, and a bias in which some entries hide."""
+    """A plan, of which each axis has (own queries, tile, unit of keys), and a bias in which some entries hide."""
     window, rng = jaxattn.Window(**given), np.random.default_rng(0)
     lanes = plan.lanes_of(2 * heads, heads, (32, 32), jnp.dtype(jnp.bfloat16))
-    first, last = window.axes(grid)
-    own = 14 if last.block == 7 else tile[1]
-    axes = plan.plan_axis(first, tile[0], 1, 1), plan.plan_axis(last, own, 16, 2, tile[1])
-    made = plan.Plan(lanes, axes, 0)
+    (first, last), ((rows, tall, row), (columns, wide, column)) = window.axes(grid), tile
+    made = plan.Plan(
+        lanes, (plan.plan_axis(first, rows, row, 1, tall), plan.plan_axis(last, columns, column, 2, wide)), 0
+    )
     bias = rng.normal(size=(2 * heads, *(2 * k - 1 for k in window.sizes))).astype(np.float32)
     bias[0, 0] = -np.inf
     return made, jnp.asarray(bias)

@@ -138,13 +138,19 @@ def score_table(relative_bias: Array | None, plan: Plan, keys_first: bool) -> Ar
 
 
 def _and_extra(table: Array, plan: Plan, axis: int) -> Array:
-    """With the scores of extra tokens behind those of a box: every query sees them, and none what fills them up."""
+    """With the scores of extra tokens behind those of a box: every query of the tile's own sees them, and none what
+    fills them up."""
     if not plan.extra:
         return table
     shape = list(table.shape)
     shape[axis] = plan.extra_places
-    place = lax.broadcasted_iota(jnp.int32, shape, table.ndim + axis)
-    extra = jnp.where(place < plan.extra, 0.0, hiding_score(jnp.float32)).astype(table.dtype)
+    seen = lax.broadcasted_iota(jnp.int32, shape, table.ndim + axis) < plan.extra
+    if plan.overlaps:
+        at = [np.indices(n).reshape(len(plan.axes), -1) for n in zip(*(x.own.shape for x in plan.axes), strict=True)]
+        own = np.array([x.own[p][:, q] for x, p, q in zip(plan.axes, *at, strict=True)]).all(0)
+        own = np.tile(own, plan.heads.abreast)[:, None, None]
+        seen = seen & (own[..., None, :] if axis == -2 else own[..., None])
+    extra = jnp.where(seen, 0.0, hiding_score(jnp.float32)).astype(table.dtype)
     return jnp.concatenate([table, extra], axis)
 
 

@@ -41,6 +41,14 @@ class Tile(NamedTuple):
         pattern = self.table[last, self.first + self.i]
         return pattern if across is None else pattern * len(across.low) + int(across.pattern[self.j])
 
+    @property
+    def before(self) -> list[Any]:
+        """Along each axis, how many of its queries are of the tile before; None where none of any tile are."""
+        looped, across = self.plan.looped, self.plan.across
+        last = self.table.shape[0] - len(looped)
+        found = [self.table[last + a, self.first + self.i] if x.overlaps else None for a, x in enumerate(looped)]
+        return found if across is None else [*found, I32(before) if (before := across.before[self.j]) else None]
+
     def queries(self, packing: int = 1) -> Places:
         """Where its queries are, in an array that holds `packing` of them in a row."""
         across = self.plan.across
@@ -88,11 +96,12 @@ def joined(ref: Any, extra: Any, places: Places) -> jax.Array:
 def put(ref: Any, tile: Tile, x: jax.Array) -> None:
     """Write [queries, lanes] where the tile's queries are, but not over those of the tile before. The next tile writes
     over what is not this one's."""
-    places, across = (0, *tile.queries(), slice(None)), tile.plan.across
+    places = 0, *tile.queries(), slice(None)
     x = x.reshape(*(axis.tile for axis in tile.plan.axes), x.shape[-1])
-    if across is not None and (before := across.before[tile.j]):
-        old = lax.broadcasted_iota(I32, x.shape, x.ndim - 2) < I32(before)
-        x = jnp.where(old, ref[places].astype(x.dtype), x)
+    for a, before in enumerate(tile.before):
+        if before is not None:
+            old = lax.broadcasted_iota(I32, x.shape, a) < before
+            x = jnp.where(old, ref[places].astype(x.dtype), x)
     ref[places] = x.astype(ref.dtype)
 
 

@@ -32,7 +32,7 @@ def make_plan(
             count = plan.tile_rows * plan.tile_columns
             copied = COPY * math.prod(axis.places for axis in axes) * any(axis.queries is not None for axis in axes)
             found.append((count * _cost(plan, way) + copied, tuple(axis.tile for axis in axes), plan))
-    found = sorted(found)[:256]
+    found = sorted(found, key=lambda choice: choice[:2])[:256]
     whole, strips = (_first(fit, found, relative, masked, way, vmem) for fit in (_fit, _fit_strips))
     if isinstance(whole[1], Plan) and whole[0] <= CUT * strips[0]:
         return whole[1]
@@ -59,12 +59,18 @@ def _choices(options: Options, heads: Heads) -> list[list[AxisPlan]]:
     most = [512] if rank == 1 else [16] * (rank - 1) + [32]
     for a, (axis, (unit, align)) in enumerate(zip(axes, units, strict=True)):
         step, members = math.lcm(axis.block, align), -(-len(axis.query) // axis.dilation)
-        sizes = range(step, min(max(most[a], step), members + -members % step) + 1, step)
+        sizes = lambda step, a=a, n=members: range(step, min(max(most[a], step), n + -n % step) + 1, step)
+        tiles = list(sizes(step))
         if options.tile:
-            sizes = [options.tile[a] + -options.tile[a] % step]
-        choices.append([plan_axis(axis, t, unit, align) for t in sizes])
-        if axis.block > 1 and a == rank - 1:  # blocks that fill no registers: tiles that do, and overlap
-            choices[-1] += [plan_axis(axis, t, unit, align, t + -t % unit) for t in sizes if t % unit]
+            tiles = [options.tile[a] + -options.tile[a] % step]
+        choices.append([plan_axis(axis, t, unit, align) for t in tiles])
+        if axis.block > 1 and a < rank - 1:  # blocks that fill no registers: tiles that do, and overlap
+            choices[-1] += [plan_axis(axis, t, 2, 1, t + 1) for t in tiles if t % 2]
+        elif axis.block > 1:
+            choices[-1] += [plan_axis(axis, t, unit, align, t + -t % unit) for t in tiles if t % unit]
+            odd = [t for t in sizes(axis.block) if t % align and rank > 1 and not options.tile]
+            room = lambda t: t + align - 1
+            choices[-1] += [plan_axis(axis, t, SUBLANES, align, room(t) + -room(t) % SUBLANES) for t in odd]
     return choices
 
 
@@ -98,9 +104,10 @@ def _fit(plan: Plan, relative: bool, masked: bool, way: str, vmem: int) -> Plan 
 
 
 def _fit_strips(plan: Plan, relative: bool, masked: bool, way: str, vmem: int) -> Plan | str:
-    """The plan in as few strips of its first axis as fit, or why none do. A single axis is not cut."""
+    """The plan in as few strips of its first axis as fit, or why none do. A single axis is not cut, nor where tiles overlap."""
     made, tiles = _fit(plan, relative, masked, way, vmem), plan.axes[0].tiles
-    for count in [n for n in range(2, tiles + 1) if tiles % n == 0 and plan.static]:
+    cuts = plan.static and not plan.axes[0].overlaps
+    for count in [n for n in range(2, tiles + 1) if tiles % n == 0 and cuts]:
         made = _fit(plan.in_strips(count), relative, masked, way, vmem)
         if isinstance(made, Plan):
             break

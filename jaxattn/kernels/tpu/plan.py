@@ -68,6 +68,7 @@ class AxisPlan(NamedTuple):
     low: np.ndarray  # [patterns, tile], the first column that a query sees
     high: np.ndarray  # [patterns, tile], the column after the last
     relative: np.ndarray  # [patterns, tile], column c is entry c + relative of a table over the offsets
+    own: np.ndarray  # [patterns, tile], whether a query is one of the tile's own
     everyone_sees: bool  # whether every query sees a key in a tile of its own
     query_count: int
     key_count: int
@@ -189,7 +190,8 @@ class Plan(NamedTuple):
     def table(self) -> np.ndarray:
         """[numbers, tile rows]: for each looped axis the first place of the queries and of the keys; then the pattern,
         counted over the looped axes. In strips the places along the first axis are those within the strip, and two more
-        numbers say where its keys begin, and how many of them no later strip meets."""
+        numbers say where its keys begin, and how many of them no later strip meets. The last are, for each looped axis,
+        how many of a tile's queries are of the tile before."""
         at = np.unravel_index(np.arange(self.tile_rows), [axis.tiles for axis in self.looped])
         rows, pattern = [], np.zeros(self.tile_rows, int)
         for axis, j in zip(self.looped, at, strict=True):
@@ -200,6 +202,7 @@ class Plan(NamedTuple):
             strip = at[0] // strips.tiles
             rows[0], rows[1] = rows[0] - strip * strips.queries, rows[1] - strips.begin[strip]
             rows += [strips.begin[strip], strips.done[strip]]
+        rows += [axis.before[j] for axis, j in zip(self.looped, at, strict=True)]
         return np.stack(rows).astype(np.int32)
 
     def in_strips(self, count: int) -> "Plan":
@@ -226,8 +229,8 @@ def lanes_of(heads: int, key_heads: int, dims: tuple[int, int], dtype: jnp.dtype
 
 
 def plan_axis(axis: Axis, own: int, unit: int, align: int, tile: int = 0) -> AxisPlan:
-    """Tiles of `own` queries, in `tile` places if those are more; boxes of whole `unit`s of keys that begin at
-    multiples of `align`, of which `own` is one. Both are 1 along an axis without registers."""
+    """Tiles of `own` queries, in `tile` places if those are more; boxes of whole `unit`s of keys. Both begin at
+    multiples of `align`, of which `own` is one, or has room to. Both are 1 along an axis without registers."""
     layout, tile = lay_out(axis, own, 1), tile or own
     start = layout.start // align * align
     columns = -(-int((layout.start - start).max() + layout.tiles.keys.shape[1]) // unit) * unit
@@ -236,7 +239,8 @@ def plan_axis(axis: Axis, own: int, unit: int, align: int, tile: int = 0) -> Axi
     keys = np.arange(layout.length) if layout.keys is None else layout.keys
     keys = np.concatenate([keys, np.full(length - layout.length, -1)])
     first = own * np.arange(len(start))
-    begin = np.minimum(first, max(first[-1] + own, tile) - tile)
+    end = first[-1] + own
+    begin = np.minimum(first // align * align, max(end + -end % align, tile) - tile)
     queries = np.arange(len(axis.query)) if layout.queries is None else layout.queries
     queries = np.concatenate([queries, np.full(begin[-1] + tile - len(queries), -1)])
     moved = (layout.start - start)[:, None]
@@ -244,10 +248,11 @@ def plan_axis(axis: Axis, own: int, unit: int, align: int, tile: int = 0) -> Axi
     relative = layout.tiles.relative - moved
     step = -np.diff(relative, axis=1).min(initial=0)
     at = np.arange(tile) - (first - begin)[:, None]  # among its own
-    within = lambda x: np.where((at >= 0) & (at < own), np.take_along_axis(x, np.clip(at, 0, own - 1), 1), 0)
-    seen = np.stack([within(low), within(high), relative[:, :1] - step * at], 1)
+    is_own = (at >= 0) & (at < own)
+    within = lambda x: np.where(is_own, np.take_along_axis(x, np.clip(at, 0, own - 1), 1), 0)
+    seen = np.stack([within(low), within(high), relative[:, :1] - step * at, is_own], 1)
     few, pattern = np.unique(seen, axis=0, return_inverse=True)
-    few_low, few_high, few_relative = np.moveaxis(few, 1, 0)
+    few_low, few_high, few_relative, few_own = np.moveaxis(few, 1, 0)
     query_count, key_count = (n + -n % align for n in (len(axis.query), axis.length))
     return AxisPlan(
         tile=tile,
@@ -262,6 +267,7 @@ def plan_axis(axis: Axis, own: int, unit: int, align: int, tile: int = 0) -> Axi
         low=few_low,
         high=few_high,
         relative=few_relative,
+        own=few_own.astype(bool),
         everyone_sees=bool((low < high).all()),
         query_count=query_count,
         key_count=key_count,

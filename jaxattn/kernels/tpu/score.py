@@ -2,13 +2,14 @@
 
 The offsets of a head, one row after the other, each as long as a row of the box of keys, are a line. Key l of query t
 then stands at l - shift of the line, where the shift is so many rows and so many columns: so a query's scores are the
-line, rolled. What a roll brings round from the other end, or from the row beside, no window shows. The line's cotangent
-is that of the table, rolled back and added up.
+line, rolled. What a roll brings round from the other end, or from the row beside, no window shows. Where rows of offsets
+are longer than rows of keys, there are several lines, of every second row, or third, and rows of keys take turns. A
+line's cotangent is that of the table, rolled back and added up.
 """
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -39,39 +40,42 @@ def of_bias(of_table: jax.Array, relative_bias: jax.Array, plan: Plan, interpret
 
 
 def can(relative_bias: jax.Array | None, plan: Plan) -> bool:
-    """Whether rows of offsets fit into rows of the box, queries fill registers, and there are no extra tokens."""
+    """Whether the table is of two axes, without extra tokens, its queries fill registers, and VMEM holds a step."""
     if len(plan.axes) != 2 or plan.extra:
         return False
-    last, (width, lanes) = plan.axes[1], _sizes(relative_bias, plan)
-    room = plan.patterns * (plan.heads.abreast * plan.queries + LANES) * lanes * 4  # bytes of a step
-    return width <= last.columns and last.tile % SUBLANES == 0 and room <= 4 * MIB
+    room = plan.patterns * (plan.heads.abreast * plan.queries + LANES) * _lanes(relative_bias, plan) * 4
+    return plan.axes[1].tile % SUBLANES == 0 and room <= 4 * MIB
 
 
 def rolled(relative_bias: jax.Array | None, plan: Plan, keys_first: bool, interpret: bool) -> jax.Array:
     """The table, by the kernel."""
     heads, hide = plan.heads, hiding_score(F32)
-    (first, last), (_, lanes), rows = plan.axes, _sizes(relative_bias, plan), plan.queries
-    tall = heads.abreast * rows
+    (first, last), lanes, turns = plan.axes, _lanes(relative_bias, plan), _turns(relative_bias, plan)
+    tall = heads.abreast * plan.queries
     if relative_bias is None:  # all heads are alike
-        lines = jnp.zeros((1, 1, heads.abreast, lanes), F32)
+        lines = jnp.zeros((1, 1, heads.abreast, 1, lanes), F32)
     else:
         lines = _lines(jnp.where(relative_bias <= hide / 2, hide, relative_bias.astype(F32)) * LOG2E, plan)
     bounds = np.broadcast_to(np.stack([last.low, last.high])[..., None], (2, *last.low.shape, LANES))
 
     def kernel(line: Any, bound: Any, out: Any, whole: Any) -> None:
-        place = lax.broadcasted_iota(I32, (last.tile, lanes), 1)
-        row, column = lax.div(place, I32(last.columns)), lax.rem(place, I32(last.columns))
+        row, column = _places(plan, lanes)
         limit = lambda which, q: jnp.concatenate([bound[which, q]] * (lanes // LANES), 1)
-        rolls = _rolls(plan, lanes)
-        # along the last axis each query is so many steps further on than the first
-        begun = [jnp.broadcast_to(line[0, 0, h : h + 1], (last.tile, lanes)) for h in range(heads.abreast)]
-        begun = [pltpu.roll(x, 0, 1, stride=last.step, stride_axis=0) for x in begun]
+
+        def begun(h, j):  # along the last axis each query is so many steps further on than the first
+            x = jnp.broadcast_to(line[0, 0, h, j : j + 1], (last.tile, lanes))
+            return pltpu.roll(x, 0, 1, stride=last.step, stride_axis=0)
+
+        lines = [[begun(h, j) for j in range(turns)] for h in range(heads.abreast)]
         for n, (p, q) in enumerate(np.ndindex(len(first.low), len(last.low))):
             near = (limit(0, q) <= column) & (column < limit(1, q))
-            for t, (h, x) in itertools.product(range(first.tile), enumerate(begun)):
+            for t, h in itertools.product(range(first.tile), range(heads.abreast)):
+                x = jnp.full((last.tile, lanes), hide * LOG2E, F32)
                 seen = near & (row >= int(first.low[p, t])) & (row < int(first.high[p, t]))
-                x = jnp.where(seen, rolls(x, p, q, t), F32(hide * LOG2E))
-                whole[pl.ds(h * rows + t * last.tile, last.tile)] = x
+                for which, shift, own in _moves(plan, lanes, turns, row, p, q, t):
+                    moved = pltpu.roll(lines[h][which], shift, 1) if shift else lines[h][which]
+                    x = jnp.where(seen if own is None else seen & own, moved, x)
+                whole[pl.ds(h * plan.queries + t * last.tile, last.tile)] = x
             out[n, 0, 0] = whole[...].T[: plan.box, :tall] if keys_first else whole[:tall, : plan.box]
 
     shape = (plan.box, tall) if keys_first else (tall, plan.box)
@@ -81,7 +85,7 @@ def rolled(relative_bias: jax.Array | None, plan: Plan, keys_first: bool, interp
         name="score_table",
         grid=(members, blocks),
         in_specs=[
-            pl.BlockSpec((1, 1, *lines.shape[2:]), lambda m, b: (m, b, 0, 0)),
+            pl.BlockSpec((1, 1, *lines.shape[2:]), lambda m, b: (m, b, 0, 0, 0)),
             pl.BlockSpec(bounds.shape, lambda m, b: (0, 0, 0, 0)),
         ],
         out_specs=pl.BlockSpec((plan.patterns, 1, 1, *shape), lambda m, b: (0, m, b, 0, 0)),
@@ -97,24 +101,29 @@ def rolled(relative_bias: jax.Array | None, plan: Plan, keys_first: bool, interp
 def rolled_back(of_table: jax.Array, relative_bias: jax.Array, plan: Plan, interpret: bool) -> jax.Array:
     """The cotangent of the bias, by the kernel."""
     heads, hide = plan.heads, hiding_score(F32)
-    (first, last), (_, lanes), rows = plan.axes, _sizes(relative_bias, plan), plan.queries
-    tall = heads.abreast * rows
+    (first, last), lanes, turns = plan.axes, _lanes(relative_bias, plan), _turns(relative_bias, plan)
+    tall = heads.abreast * plan.queries
 
     def kernel(of: Any, out: Any, whole: Any) -> None:
-        back = _rolls(plan, lanes, back=True)
+        row, _ = _places(plan, lanes)
         whole[...] = jnp.zeros(whole.shape, F32)
-        found = [jnp.zeros((last.tile, lanes), F32)] * heads.abreast
+        found = [[jnp.zeros((last.tile, lanes), F32)] * turns for _ in range(heads.abreast)]
         for n, (p, q) in enumerate(np.ndindex(len(first.low), len(last.low))):
             whole[: plan.box, :tall] = of[n, 0, 0]
             turned = whole[...].T  # [(head, query), keys]
             for t, h in itertools.product(range(first.tile), range(heads.abreast)):
-                begin = h * rows + t * last.tile
-                found[h] = found[h] + back(turned[begin : begin + last.tile], p, q, t)
+                begin = h * plan.queries + t * last.tile
+                x = turned[begin : begin + last.tile]
+                for which, shift, own in _moves(plan, lanes, turns, row, p, q, t):
+                    mine = x if own is None else jnp.where(own, x, 0.0)
+                    found[h][which] = found[h][which] + (pltpu.roll(mine, lanes - shift, 1) if shift else mine)
         of_query = lax.broadcasted_iota(I32, (last.tile, lanes), 0)
-        for h, x in enumerate(found):
-            moved = [pltpu.roll(x, -t * last.step % lanes, 1) if t * last.step else x for t in range(last.tile)]
-            own = sum(jnp.where(of_query == t, y, 0.0) for t, y in enumerate(moved))
-            out[0, 0, h] = own.sum(0)
+        for h, j in itertools.product(range(heads.abreast), range(turns)):
+            total = jnp.zeros((last.tile, lanes), F32)
+            for t in range(last.tile):
+                shift, x = -t * last.step % lanes, found[h][j]
+                total = total + jnp.where(of_query == t, pltpu.roll(x, shift, 1) if shift else x, 0.0)
+            out[0, 0, h, j] = total.sum(0)
 
     lines, pull = jax.vjp(lambda x: _lines(x.astype(F32), plan), relative_bias)
     members, blocks = lines.shape[:2]
@@ -123,7 +132,7 @@ def rolled_back(of_table: jax.Array, relative_bias: jax.Array, plan: Plan, inter
         name="score_table_backward",
         grid=(members, blocks),
         in_specs=[pl.BlockSpec((plan.patterns, 1, 1, plan.box, tall), lambda m, b: (0, m, b, 0, 0))],
-        out_specs=pl.BlockSpec((1, 1, *lines.shape[2:]), lambda m, b: (m, b, 0, 0)),
+        out_specs=pl.BlockSpec((1, 1, *lines.shape[2:]), lambda m, b: (m, b, 0, 0, 0)),
         out_shape=arrange.shape_of(lines.shape, F32, of_table),
         scratch_shapes=[pltpu.VMEM((lanes, tall + -tall % LANES), F32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
@@ -134,30 +143,42 @@ def rolled_back(of_table: jax.Array, relative_bias: jax.Array, plan: Plan, inter
     return jnp.where(relative_bias <= hide / 2, 0, found)
 
 
-def _rolls(plan: Plan, lanes: int, back: bool = False) -> Callable[[jax.Array, int, int, int], jax.Array]:
-    """What moves a line to where it stands for the queries of row t in the patterns p and q, or from there back."""
+def _places(plan: Plan, lanes: int) -> tuple[jax.Array, jax.Array]:
+    """The row and the column of the key in each lane, for the queries of a row of a tile."""
+    place, columns = lax.broadcasted_iota(I32, (plan.axes[1].tile, lanes), 1), I32(plan.axes[1].columns)
+    return lax.div(place, columns), lax.rem(place, columns)
+
+
+def _moves(
+    plan: Plan, lanes: int, turns: int, row: jax.Array, p: int, q: int, t: int
+) -> Iterator[tuple[int, int, jax.Array | None]]:
+    """For the queries of row t in the patterns p and q: each line, how far it is rolled, and which keys take it."""
     first, last = plan.axes
-
-    def move(x: jax.Array, p: int, q: int, t: int) -> jax.Array:
-        begin = int(first.relative[p, 0]) * last.columns + int(last.relative[q, 0])
-        shift = t * first.step * last.columns - begin
-        shift = (-shift if back else shift) % lanes
-        return pltpu.roll(x, shift, 1) if shift else x
-
-    return move
+    begin = int(first.relative[p, 0]) - t * first.step  # the row of offsets that the first row of keys has
+    for which in range(turns):
+        shift = ((which - begin) * last.columns - int(last.relative[q, 0])) % lanes
+        yield which, shift, None if turns == 1 else lax.rem(row + I32(begin % turns), I32(turns)) == which
 
 
 def _lines(bias: jax.Array, plan: Plan) -> jax.Array:
-    """[heads, offsets, offsets] as [members, blocks, abreast, lanes]."""
-    heads, (_, last), (_, lanes) = plan.heads, plan.axes, _sizes(bias, plan)
-    bias = jnp.pad(bias, [(0, 0), (0, 0), (0, last.columns - bias.shape[2])]).reshape(len(bias), -1)
-    bias = jnp.pad(bias, [(0, 0), (0, lanes - bias.shape[1])])
-    bias = bias.reshape(heads.key_heads, heads.members, -1)
-    bias = jnp.pad(bias, [(0, heads.blocks * heads.abreast - heads.key_heads), (0, 0), (0, 0)])
-    return jnp.moveaxis(bias.reshape(heads.blocks, heads.abreast, heads.members, -1), 2, 0)
+    """[heads, offsets, offsets] as [members, blocks, abreast, turns, lanes]."""
+    heads, lanes, turns = plan.heads, _lanes(bias, plan), _turns(bias, plan)
+    tall, width = bias.shape[1:]
+    bias = jnp.pad(bias, [(0, 0), (0, -tall % turns), (0, turns * plan.axes[1].columns - width)])
+    bias = jnp.swapaxes(bias.reshape(len(bias), -1, turns, bias.shape[2]), 1, 2).reshape(len(bias), turns, -1)
+    bias = jnp.pad(bias, [(0, 0), (0, 0), (0, lanes - bias.shape[2])])
+    bias = bias.reshape(heads.key_heads, heads.members, turns, lanes)
+    bias = jnp.pad(bias, [(0, heads.blocks * heads.abreast - heads.key_heads), (0, 0), (0, 0), (0, 0)])
+    return jnp.moveaxis(bias.reshape(heads.blocks, heads.abreast, heads.members, turns, lanes), 2, 0)
 
 
-def _sizes(relative_bias: jax.Array | None, plan: Plan) -> tuple[int, int]:
-    """Offsets in a row; and lanes of a line and of a row of the table, in whole registers."""
-    tall, width = (0, 0) if relative_bias is None else relative_bias.shape[1:]
-    return width, math.ceil(max(tall * plan.axes[-1].columns, plan.box) / LANES) * LANES
+def _turns(relative_bias: jax.Array | None, plan: Plan) -> int:
+    """How many rows of keys a row of offsets is as long as."""
+    return 1 if relative_bias is None else math.ceil(relative_bias.shape[2] / plan.axes[1].columns)
+
+
+def _lanes(relative_bias: jax.Array | None, plan: Plan) -> int:
+    """Of a line and of a row of the table, in whole registers."""
+    turns, tall = _turns(relative_bias, plan), 0 if relative_bias is None else relative_bias.shape[1]
+    rows = math.ceil(tall / turns) * turns
+    return math.ceil(max(rows * plan.axes[1].columns, plan.box) / LANES) * LANES

@@ -119,11 +119,11 @@ def _bits(numbers: Array, dtype: DTypeLike) -> Array:
     return 2 * bits.astype(dtype) - 1
 
 
-def score_table(relative_bias: Array | None, plan: Plan, keys_first: bool) -> Array:
+def score_table(relative_bias: Array | None, plan: Plan) -> Array:
     """What is added to the scores of a tile, [patterns, members, blocks, abreast · queries, keys], or with the last two
     the other way round: the relative bias, and a score that hides where the window does. Without a relative bias it is
     the same for all members and blocks."""
-    hide = hiding_score(jnp.float32)
+    hide, keys_first = hiding_score(jnp.float32), plan.keys_first
     seen = sees(plan, keys_first or relative_bias is not None)
     if relative_bias is None:
         table = jnp.where(seen, 0.0, hide).astype(jnp.float32)[:, None, None]

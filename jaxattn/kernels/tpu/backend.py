@@ -63,7 +63,7 @@ def forward(operands: Operands, options: Options, *, interpret: bool = False) ->
         arrange.flat_queries(operands.query, plan),
         arrange.flat_keys(operands.key, plan),
         arrange.flat_keys(operands.value, plan),
-        score.table(operands.relative_bias, plan, keys_first=False, interpret=interpret),
+        score.table(operands.relative_bias, plan, interpret),
         block.numbers(operands.scale, operands.soft_cap),
         arrange.codes(operands, plan)._replace(**_flat_extra(_extra(operands), plan)),
         plan,
@@ -98,9 +98,9 @@ def backward(
     query = operands.query
     key, pull_key = jax.vjp(lambda key: arrange.flat_keys(key, plan), operands.key)
     value, pull_value = jax.vjp(lambda value: arrange.flat_keys(value, plan), operands.value)
-    table = score.table(operands.relative_bias, plan, keys_first=True, interpret=interpret)
+    table = score.table(operands.relative_bias, plan, interpret)
     extra, pull_extra = jax.vjp(lambda extra: _flat_extra(extra, plan), _extra(operands))
-    of_table = "relative_bias" in wanted
+    bias = operands.relative_bias if "relative_bias" in wanted else None
     (of_query, of_key, of_value, *rest) = pull(
         arrange.flat_queries(query, plan),
         key,
@@ -112,7 +112,7 @@ def backward(
         arrange.codes(operands, plan)._replace(**extra),
         plan,
         soft_cap=operands.soft_cap is not None,
-        of_table=of_table,
+        of_table=bias is not None,
         some_see_nothing=_some_see_nothing(operands, plan) or plan.overlaps,
         precision=precision_of(options),
         interpret=interpret,
@@ -123,8 +123,8 @@ def backward(
         "value": pull_value(of_value)[0],
     }
     found |= pull_extra(dict(zip(extra, rest, strict=False)))[0]
-    if of_table:
-        found["relative_bias"] = score.of_bias(rest[-1], operands.relative_bias, plan, interpret)
+    if bias is not None:
+        found["relative_bias"] = score.of_bias(rest[-1], bias, plan, interpret)
     return {name: found[name] for name in wanted}
 
 

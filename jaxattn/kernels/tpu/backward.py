@@ -1,9 +1,8 @@
 """The backward kernel: dq, dk, dv and the cotangent of the score table, a tile of queries at a time.
 
-Scores are transposed, [keys, (head, query)], and queries and dy block-diagonal, each head in its own lanes: so all
-heads of a block fill the columns of a product, sums over keys are plain additions, and two of the three products that
-follow need no transposition. Every tile sees its windows whole: so the softmax is computed again, and neither y nor lse
-is read. What overlapping boxes send to a key is added up in float32 in VMEM.
+Scores are [keys, (head, query)], as in `keys_first`, and dy is stacked as queries are: so two of the three products
+that follow need no transposition. Every tile sees its windows whole: so the softmax is computed again, and neither y
+nor lse is read. What overlapping boxes send to a key is added up in float32 in VMEM.
 
     Sᵀ = scale·K·Qᵀ + table,  P = softmax over keys,  dS = P·(V·dyᵀ - sum over keys of it + dlse)
     dv += P·dy,  dk += scale·dS·Q,  dq = scale·dSᵀ·K,  dtable += dS
@@ -19,8 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxattn.kernels.operands import hiding_score
-from jaxattn.kernels.tpu import carry, order
+from jaxattn.kernels.tpu import carry, keys_first, order
 from jaxattn.kernels.tpu.arrange import Beside, shape_of
 from jaxattn.kernels.tpu.block import (
     BLOCK,
@@ -30,21 +28,18 @@ from jaxattn.kernels.tpu.block import (
     MEMBER,
     STRIP,
     Numbers,
-    by_head,
+    by_turns,
     capped,
     first_row,
-    joined,
-    load,
-    matched,
-    own,
     product,
     put,
     tiles,
 )
 from jaxattn.kernels.tpu.forward import beside_specs, estimate, in_hbm, limit, of_extra, specs
+from jaxattn.kernels.tpu.inputs import Inputs
 from jaxattn.kernels.tpu.plan import SUBLANES, Plan
 
-BEHIND = 0, 2, 4  # so many tiles each phase of an iteration is behind the first
+BEHIND = 0, 2, 4  # so many tiles each phase is behind the first
 
 
 def pull(
@@ -170,36 +165,16 @@ def _kernel(
         of_step = first_row(plan)
         whole = 1 if plan.static else SUBLANES * heads.packing  # one axis lies across the registers
         row = 0 if one_table else member  # of the table
-
-        def box(ref, tile, extra):
-            return pltpu.bitcast(joined(ref, extra, tile.keys(heads.packing)), dtype)
-
-        def stacked(ref, tile):
-            """Block-diagonal, [(head, query), lanes]"""
-            x = by_head(load(ref, tile.queries(heads.packing)), heads)
-            return pltpu.bitcast(jnp.concatenate(x, 0), dtype)
-
-        def each(x):
-            """The same for every head, [(head, query), lanes]"""
-            return pltpu.bitcast(jnp.concatenate([x] * heads.abreast, 0), dtype)
+        given = Inputs(plan, dtype, precision, c, t, row, q, k, v, qc, kc, ke, ve)
 
         def score(tile):
-            s = product(box(k, tile, ke), stacked(q, tile), (1, 1), precision)
-            s = s * c[Numbers().scale] + t[tile.pattern, row, 0]
-            if kc is not None:
-                mine = None if qc is None else each(load(qc, tile.queries(heads.packing)))
-                seen = matched(mine, box(kc, tile, None), s.shape[1], plan.extra_places, keys_first=True)
-                s = jnp.where(seen, s, hiding_score(F32))
-            scores[tile.at] = s
-            products[tile.at] = product(box(v, tile, ve), stacked(g, tile), (1, 1), precision)
+            scores[tile.at] = keys_first.scores(given, tile)
+            products[tile.at] = product(given.values(tile), given.stacked(g, tile), (1, 1), precision)
 
         def differentiate(tile):
             s, of_p = scores[tile.at], products[tile.at]
             s, slope = capped(s, c) if soft_cap else (s, None)
-            maximum = s.max(0, keepdims=True)
-            p = jnp.exp2(s - maximum)
-            share = 1.0 / p.sum(0, keepdims=True)
-            p = p * (jnp.where(maximum <= hiding_score(F32), 0.0, share) if some_see_nothing else share)
+            p = keys_first.softmax(s, some_see_nothing)
             inner = (p * of_p).sum(0, keepdims=True)
             if dlse is not None:
                 inner = inner - dlse[0, 0, 0, tile.i, tile.j : tile.j + 1]
@@ -213,26 +188,17 @@ def _kernel(
             p, d = weights[tile.at], of_scores[tile.at]
             keys = (*tile.keys(), slice(None))
             boxed = (*(axis.columns for axis in plan.axes), heads.lanes)
-            found = product(p, stacked(g, tile), (1, 0), precision), product(d, stacked(q, tile), (1, 0), precision)
+            dy, queries = given.stacked(g, tile), given.stacked(q, tile)
+            found = product(p, dy, (1, 0), precision), product(d, queries, (1, 0), precision)
             for x, total in zip(found, (sum_v, sum_k), strict=True):
                 total[keys] = total[keys] + x[: plan.box].reshape(boxed)
             for x, total in zip(found, reversed(extra_sums), strict=False):
                 total[...] = total[...] + x[plan.box :]
-            x = product(d, box(k, tile, ke), (0, 0), precision)
-            put(
-                dq,
-                tile,
-                own([x[h : h + plan.queries] for h in range(0, len(x), plan.queries)], heads)
-                * c[Numbers().plain_scale],
-            )
+            x = product(d, given.keys(tile), (0, 0), precision)
+            put(dq, tile, keys_first.unstacked(x, plan) * c[Numbers().plain_scale])
 
         def iterate(n, _):
-            found = tiles(plan, at, of_step, n)
-            # by turns, so that the products of one tile are computed beside the softmax of another
-            for i in range(len(found) + BEHIND[-1]):
-                for phase, behind in zip((score, differentiate, send), BEHIND, strict=True):
-                    if 0 <= i - behind < len(found):
-                        phase(found[i - behind])
+            by_turns((score, differentiate, send), BEHIND, tiles(plan, at, of_step, n))
             return I32(0)
 
         @pl.when(member == 0)

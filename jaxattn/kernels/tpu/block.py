@@ -7,7 +7,7 @@ factor of a product, in the lanes of the others.
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -79,6 +79,15 @@ def tiles(plan: Plan, table: Any, of_step: Any, iteration: Any) -> list[Tile]:
     first, columns = iteration * I32(plan.rows), plan.tile_columns
     places = itertools.product(range(plan.rows), range(columns))
     return [Tile(plan, table, of_step, first + I32(r), j, r * columns + j) for r, j in places]
+
+
+def by_turns(phases: Sequence[Callable[[Tile], None]], behind: Sequence[int], tiles: Sequence[Tile]) -> None:
+    """Every phase of every tile, each phase so many tiles behind the first: so that the products of one tile are
+    computed beside the softmax of another."""
+    for i in range(len(tiles) + behind[-1]):
+        for phase, late in zip(phases, behind, strict=True):
+            if 0 <= i - late < len(tiles):
+                phase(tiles[i - late])
 
 
 def load(ref: Any, places: Places) -> jax.Array:

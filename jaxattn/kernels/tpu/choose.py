@@ -24,9 +24,11 @@ def make_plan(
 ) -> Plan | str:
     """The cheapest plan by `_cost` of those that fit into `vmem` bytes; or why there is none. `way` is "forward" or
     "backward", `relative` whether there is a relative_bias, `masked` whether a mask of keys or segments."""
-    choices, found = _choices(options, heads), []
-    for axes in itertools.product(*choices):
-        plan = Plan(heads, axes, extra)
+    found = []
+    # only scores with queries first give lse
+    layouts = [True] if way == "backward" else [False] if options.residuals or heads.abreast == 1 else [False, True]
+    for keys_first, axes in itertools.product(layouts, itertools.product(*_choices(options, heads))):
+        plan = Plan(heads, axes, extra, keys_first)
         whole = plan.queries % (SUBLANES * heads.packing) == 0  # registers: otherwise compiling takes many minutes
         if options.tile or (whole and plan.queries <= MOST_QUERIES):
             count = plan.tile_rows * plan.tile_columns
@@ -54,8 +56,9 @@ def _first(
 def _choices(options: Options, heads: Heads) -> list[list[AxisPlan]]:
     """Every tile of an axis that is worth a thought, for each axis."""
     axes, choices = options.axes, []
-    whole, rank = SUBLANES * heads.packing, len(axes)
-    units = [(1, 1)] * (rank - 1) + [(whole, whole if rank == 1 else heads.packing)]
+    packing, rank = heads.packing, len(axes)
+    whole = SUBLANES * packing
+    units = [(1, 1)] * (rank - 1) + [(whole, whole if rank == 1 else packing)]
     most = [512] if rank == 1 else [16] * (rank - 1) + [32]
     for a, (axis, (unit, align)) in enumerate(zip(axes, units, strict=True)):
         step, members = math.lcm(axis.block, align), -(-len(axis.query) // axis.dilation)
@@ -69,8 +72,10 @@ def _choices(options: Options, heads: Heads) -> list[list[AxisPlan]]:
         elif axis.block > 1:
             choices[-1] += [plan_axis(axis, t, unit, align, t + -t % unit) for t in tiles if t % unit]
             odd = [t for t in sizes(axis.block) if t % align and rank > 1 and not options.tile]
-            room = lambda t: t + align - 1
-            choices[-1] += [plan_axis(axis, t, SUBLANES, align, room(t) + -room(t) % SUBLANES) for t in odd]
+            # which begin at whole words of 32 bits, where they don't
+            choices[-1] += [
+                plan_axis(axis, t, SUBLANES, align, -(-(t + packing - 1) // SUBLANES) * SUBLANES) for t in odd
+            ]
     return choices
 
 
@@ -81,10 +86,13 @@ def _cost(plan: Plan, way: str) -> float:
     heads, columns = plan.heads, plan.keys
     deep, stacked = heads.lanes // LANES, heads.abreast * plan.queries
     scores, mixed = columns * padded(stacked) * deep, stacked * padded(columns) * deep  # rows that pass through a unit
-    if way == "forward":  # bound by the rows of both products, or by loading their other factors
-        wide = padded(columns) * deep
-        return max(2 * stacked * wide, 56 * (1 + heads.abreast) * wide) / 4 + 12
-    return (4 * scores + mixed) / 4 + 0.1 * columns + 30
+    if way == "backward":
+        return (4 * scores + mixed) / 4 + 0.1 * columns + 30
+    wide = padded(columns) * deep
+    if plan.keys_first:
+        return (scores + mixed) / 4 + 0.06 * scores + 8 + 12 * plan.overlaps
+    # bound by the rows of both products, or by loading their other factors
+    return max(2 * stacked * wide, 56 * (1 + heads.abreast) * wide) / 4 + 12
 
 
 def _fit(plan: Plan, relative: bool, masked: bool, way: str, vmem: int) -> Plan | str:
@@ -104,7 +112,8 @@ def _fit(plan: Plan, relative: bool, masked: bool, way: str, vmem: int) -> Plan 
 
 
 def _fit_strips(plan: Plan, relative: bool, masked: bool, way: str, vmem: int) -> Plan | str:
-    """The plan in as few strips of its first axis as fit, or why none do. A single axis is not cut, nor where tiles overlap."""
+    """The plan in as few strips of its first axis as fit, or why none do. A single axis is not cut, nor one whose tiles
+    overlap."""
     made, tiles = _fit(plan, relative, masked, way, vmem), plan.axes[0].tiles
     cuts = plan.static and not plan.axes[0].overlaps
     for count in [n for n in range(2, tiles + 1) if tiles % n == 0 and cuts]:
@@ -129,14 +138,15 @@ def _held(plan: Plan, relative: bool, masked: bool, way: str) -> int:
         copied += 2 * placed
     copied = int(copied * heads.itemsize * (1 + masked * LANES / heads.lanes))
     tall = -(-heads.abreast * plan.queries // LANES) * LANES * plan.keys  # scores of a tile
-    wide = heads.abreast * plan.queries * -(-plan.keys // LANES) * LANES  # transposed, as the forward kernel has them
+    wide = heads.abreast * plan.queries * -(-plan.keys // LANES) * LANES  # with queries first
     tables = 2 * 4 * plan.patterns * (heads.members if relative else 1)
     codes = 2 * heads.itemsize * LANES * (queries + keys) // heads.lanes if masked else 0
     if way == "forward":
-        kept = wide + heads.abreast * plan.queries * LANES
+        scores = tall if plan.keys_first else wide
+        kept = scores + heads.abreast * plan.queries * LANES
         lse = 2 * 4 * queries  # whether or not it is asked for
         blocks = 2 * 2 * (queries + keys) * heads.itemsize
-        return blocks + copied + codes + lse + tables * wide + plan.at_once * 4 * kept
+        return blocks + copied + codes + lse + tables * scores + plan.at_once * 4 * kept
     of_keys = 4 if strips is None else 3  # dk and dv have one block each in strips, which `carry` sends off
     blocks = 2 * (3 * queries + of_keys * keys) * heads.itemsize + 2 * 4 * placed
     lse = 2 * 4 * max(plan.tile_columns, SUBLANES) * plan.step_rows * tall // plan.keys

@@ -1,12 +1,8 @@
 """The forward kernel: attention of a tile of queries at a time, whose windows a box of keys holds whole.
 
-    S = scale·Q·Kᵀ + table,  P = exp(S - max),  y = P·V / P·1
-
-Values carry ones in the lanes of the other heads: so the product with them is also the sum of the weights, for nothing.
-
-An iteration takes several tiles in two phases: first all weights, into VMEM, then all products of them with the values.
-Between them stand addresses that the compiler cannot see through: so it gives the two kinds of product different matrix
-units, and keeps both busy.
+An iteration takes several tiles in two phases: first weights, into VMEM, then products of them with the values. Between
+them stand addresses that the compiler cannot see through: so it gives the two kinds of product different matrix units,
+and keeps both busy. What the phases do is in `queries_first` and `keys_first`.
 """
 
 import math
@@ -20,37 +16,21 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxattn.kernels.operands import hiding_score
-from jaxattn.kernels.tpu import order
+from jaxattn.kernels.tpu import keys_first, order, queries_first
 from jaxattn.kernels.tpu.arrange import Beside, shape_of
-from jaxattn.kernels.tpu.block import (
-    F32,
-    I32,
-    LOG2E,
-    MEMBER,
-    Numbers,
-    by_head,
-    capped,
-    first_row,
-    joined,
-    load,
-    matched,
-    own,
-    product,
-    put,
-    tiles,
-)
+from jaxattn.kernels.tpu.block import F32, I32, MEMBER, by_turns, first_row, tiles
+from jaxattn.kernels.tpu.inputs import Inputs
 from jaxattn.kernels.tpu.plan import LANES, Plan
 from jaxattn.sizes import planned
 
-reciprocal = getattr(pltpu, "reciprocal", None) or pl.reciprocal  # where jax 0.12 has it, and where 0.10 does
+BEHIND = 0, 16  # so many tiles each phase is behind the first
 
 
 def attend(
     query: jax.Array,  # [entries, *queries, members · blocks · lanes]
     key: jax.Array,  # [entries, *keys, blocks · lanes]
     value: jax.Array,
-    table: jax.Array,  # [patterns, members|1, blocks|1, abreast · queries, keys], in units of log 2
+    table: jax.Array,  # [patterns, members|1, blocks|1, *scores of a tile], in units of log 2
     given: jax.Array,  # `block.numbers`
     beside: Beside,
     plan: Plan,
@@ -62,10 +42,8 @@ def attend(
     interpret: bool,
 ) -> tuple[jax.Array, ...]:
     """The output, flat as the query is; with `residuals` also lse, likewise, the same in all lanes of a head."""
-    heads, dtype, rows = plan.heads, query.dtype, plan.queries
-    ones = int(np.array([1] * heads.packing, dtype).view(np.int32)[0])  # as many as 32 bits hold
-    number = lambda x: pltpu.bitcast(x, dtype)
-    placed = order.orders(plan)
+    heads, dtype, placed = plan.heads, query.dtype, order.orders(plan)
+    common = dict(soft_cap=soft_cap, some_see_nothing=some_see_nothing)
 
     def kernel(at: Any, c: Any, rows_at: Any, q: Any, k: Any, v: Any, t: Any, *rest: Any) -> None:
         others = list(rest)
@@ -76,50 +54,16 @@ def attend(
         q, k, v = (x.bitcast(I32) for x in (q, k, v))
         (q, qc), (k, v, kc) = order.arrange(placed, rows_at, copies, (q, qc), (k, v, kc), dtype)
         y, lse = [*(copies or results), None][:2]
-        member = 0 if table.shape[1] == 1 else pl.program_id(MEMBER)
-
-        def score(tile):
-            keys, seen = number(joined(k, ke, tile.keys(heads.packing))), None
-            if kc is not None:
-                mine = None if qc is None else number(load(qc, tile.queries(heads.packing)))
-                theirs = number(load(kc, tile.keys(heads.packing)))
-                seen = matched(mine, theirs, rows, plan.extra_places, keys_first=False)
-            for h, queries in enumerate(by_head(load(q, tile.queries(heads.packing)), heads)):
-                s = product(number(queries), keys, (1, 1), precision) * c[Numbers().scale]
-                s = s + t[tile.pattern, member, 0, h * rows : h * rows + rows]
-                s = s if seen is None else jnp.where(seen, s, hiding_score(F32))
-                s = capped(s, c)[0] if soft_cap else s
-                maximum = s.max(-1, keepdims=True)
-                if some_see_nothing:  # then all their weights are 0
-                    maximum = jnp.maximum(maximum, hiding_score(F32) / 2)
-                weights[tile.at, h] = jnp.exp2(s - maximum).astype(dtype)
-                if residuals:
-                    most[0][tile.at, h] = jnp.broadcast_to(maximum, (rows, LANES))
-
-        def mix(tile):
-            mixed, totals = [], []
-            for h, values in enumerate(by_head(joined(v, ve, tile.keys(heads.packing)), heads, ones)):
-                p = weights[tile.at, h]
-                mixed.append(product(p, number(values), (1, 0), precision))
-                if heads.abreast == 1:
-                    totals.append(jnp.broadcast_to(p.astype(F32).sum(-1, keepdims=True), mixed[h].shape))
-            if heads.abreast > 1:  # the sum of a head stands in the lanes of the next
-                totals = [pltpu.roll(own([mixed[-1], *mixed[:-1]], heads), heads.lanes - heads.dim, 1)]
-            total = divisor = totals[0]
-            if some_see_nothing:  # who sees something has a weight of 1
-                divisor = jnp.maximum(total, 0.5)
-            put(y, tile, own(mixed, heads) * reciprocal(divisor, approx=dtype != F32))
-            if residuals:
-                maximum = own([_wide(most[0][tile.at, h], heads.lanes) for h in range(heads.abreast)], heads)
-                found = (maximum + jnp.log2(divisor)) * (1 / LOG2E)
-                put(lse, tile, jnp.where(total <= 0, -jnp.inf, found) if some_see_nothing else found)
-
+        row = 0 if table.shape[1] == 1 else pl.program_id(MEMBER)
+        inputs = Inputs(plan, dtype, precision, c, t, row, q, k, v, qc, kc, ke, ve)
+        if plan.keys_first:
+            phases = keys_first.phases(inputs, y, weights, **common)
+        else:
+            phases = queries_first.phases(inputs, y, lse, weights, most[0] if most else None, **common)
         of_step = first_row(plan)
 
         def iterate(n, _):
-            for phase in (score, mix):
-                for tile in tiles(plan, at, of_step, n):
-                    phase(tile)
+            by_turns(phases, BEHIND, tiles(plan, at, of_step, n))
             return I32(0)
 
         lax.fori_loop(np.int32(0), np.int32(plan.step_rows // plan.rows), iterate, I32(0))
@@ -130,6 +74,8 @@ def attend(
     of_queries, of_keys, of_scores, _ = specs(plan, query, key, table)
     inputs = [query, key, value, table, *(x for x in beside if x is not None)]
     out_shape = [shape_of(query.shape, x, query) for x in (dtype, F32)[: 1 + residuals]]
+    stacked = heads.abreast * plan.queries
+    of_weights = (plan.keys, stacked) if plan.keys_first else (heads.abreast, plan.queries, plan.keys)
     call = pl.pallas_call(
         kernel,
         name="windowed_attention",
@@ -139,20 +85,15 @@ def attend(
             in_specs=[of_queries, of_keys, of_keys, of_scores, *beside_specs(plan, beside)],
             out_specs=[of_queries] * len(out_shape),
             scratch_shapes=[
-                pltpu.VMEM((plan.at_once, heads.abreast, rows, plan.keys), dtype),
-                *[pltpu.VMEM((plan.at_once, heads.abreast, rows, LANES), F32)] * residuals,
+                pltpu.VMEM((plan.at_once, *of_weights), dtype),
+                *[pltpu.VMEM((plan.at_once, heads.abreast, plan.queries, LANES), F32)] * residuals,
                 *order.copies(placed, plan, beside, [x.dtype for x in out_shape]),
             ],
         ),
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(
             # the members of a key head share the copies of its keys
-            dimension_semantics=(
-                "parallel",
-                "parallel",
-                "parallel",
-                "parallel" if placed.keys is None else "arbitrary",
-            ),
+            dimension_semantics=("parallel",) * 3 + (("parallel" if placed.keys is None else "arbitrary"),),
             vmem_limit_bytes=limit(plan),
         ),
         cost_estimate=estimate(plan, 2, [*inputs, *out_shape]),
@@ -233,8 +174,3 @@ def estimate(plan: Plan, products: int, moved: Sequence[Any]) -> pl.CostEstimate
 def limit(plan: Plan) -> int:
     """Bytes of VMEM that the compiler may use: what is planned with, and a quarter of it and 4 MiB for spills."""
     return int(plan.vmem * 1.25) + 2**22
-
-
-def _wide(x: jax.Array, n: int) -> jax.Array:
-    """[rows, 128], the same in all lanes, as [rows, n]."""
-    return jnp.concatenate([x] * -(-n // LANES), 1)[:, :n]

@@ -105,6 +105,7 @@ class Plan(NamedTuple):
     heads: Heads
     axes: tuple[AxisPlan, ...]
     extra: int  # tokens that every tile meets behind its box
+    keys_first: bool = False  # scores are [keys, (head, query)], otherwise [head, query, keys]
     rows: int = 1
     vmem: int = 0  # bytes that are planned with
     strips: Strips | None = None  # of the first axis; None: a step holds the whole grid

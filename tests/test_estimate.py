@@ -127,24 +127,46 @@ def test_mistakes_are_said_before_anything_is_compiled(tmp_path, monkeypatch, ar
     assert said in str(stopped.value.code)
 
 
+def estimated(file, *arguments):
+    """What `bench` prints and writes, in a process of its own: the compiler writes where its first use in one says."""
+    environment = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    start = [sys.executable, "-c", "from jaxattn.cli import main; main()", "bench"]
+    command = [*start, *arguments, "--topology", "v5e:1x1", "--json", str(file)]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    return run.stdout, json.loads(file.read_text())["cases"]
+
+
 @pytest.mark.full
 @pytest.mark.skipif(not HAS_LIBTPU, reason="the TPU's compiler is not installed")
 def test_the_command(tmp_path):
-    """In a process of its own: the compiler writes where its first use in a process says."""
-    environment = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
-    start = [sys.executable, "-c", "from jaxattn.cli import main; main()", "bench", "all", "--topology", "v5e:1x1"]
-    cases, file = ["--quick", "--cases", "2d-mask", "dense-1x1"], tmp_path / "estimates.json"
-    run = subprocess.run([*start, *cases, "--json", str(file)], capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr
-    assert "ESTIMATES of the TPU's compiler" in run.stdout
-    attention, conv = json.loads(file.read_text())["cases"]
+    printed, (attention, conv) = estimated(
+        tmp_path / "estimates.json", "all", "--quick", "--cases", "2d-mask", "dense-1x1"
+    )
+    assert "ESTIMATES of the TPU's compiler" in printed
     assert (attention["name"], conv["name"]) == ("2d-mask", "dense-1x1")
     found = {(x["way"], x["mode"]): x for x in attention["estimates"]}
-    for mode, cycles in (("forward", 765), ("backward", 1270)):  # libtpu 0.0.52: another may schedule worse
+    for mode in ("forward", "backward"):
         ours = found["jaxattn, tpu", mode]
-        assert [kernel["cycles"] for kernel in ours["kernels"]] == [pytest.approx(cycles, rel=0.05)]
         assert ours["known"]
         assert attention["bound_seconds"][mode] < ours["seconds"] < found["splash", mode]["seconds"]
     assert len(found["splash", "backward"]["kernels"]) == 3  # its forward pass, dq, and dk with dv
     assert found["reshape + jax.nn", "forward"]["note"] == "the windows overlap"
     assert all(x["status"] == "ok" and x["seconds"] > 0 for x in conv["estimates"])
+
+
+HELD = {  # microseconds with libtpu 0.0.52: another may schedule worse, and so may a change of ours
+    "2d-mask": (186, 518),
+    "nat-mask": (250, 658),
+    "swin": (166, 459),
+    "2d-head128-shift": (165, 436),
+    "2d-wrap": (214, 629),
+}
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not HAS_LIBTPU, reason="the TPU's compiler is not installed")
+def test_what_the_compiler_expects_of_five_cases(tmp_path):
+    _, cases = estimated(tmp_path / "e.json", "attention", "--cases", *HELD, "--ways", "jaxattn, tpu")
+    found = {case["name"]: [1e6 * each["seconds"] for each in case["estimates"]] for case in cases}
+    assert found == {name: pytest.approx(held, rel=0.05) for name, held in HELD.items()}

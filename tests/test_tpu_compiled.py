@@ -51,16 +51,21 @@ compile((64,), dict(size=9, boundary="wrap", dilation=2), dtype=jnp.float32)
 compile((15, 17), dict(size=(3, 5), dilation=(2, 1)), names=("lse",), dtype=jnp.float32, dim=32)
 compile((16, 16), dict(size=(4, 4), block=4, boundary="zero"), dim=32)
 compile((7, 28), dict(size=(7, 7), block=7), names=("bias", "lse"), dim=32, tables=3)
-compile((16, 16), dict(size=(7, 7)), names=("bias",), dim=32, tables=3)
+compile((16, 16), dict(size=(7, 7)), names=("bias",), dim=32, tables=2)
 compile((8, 16), dict(size=(3, 3), stride=2, boundary="mask"), names=("mask",), dim=256, tables=2)
 compile((2, 4, 16), dict(size=(1, 3, 3)), names=("cap", "extra"), dim=128)
 compile((15, 17), dict(size=(3, 5), dilation=(2, 3), boundary="reflect"), names=("lse", "segments"))
 compile((300,), dict(size=9, boundary="edge", dilation=2), names=("mask",))
 compile((4, 6, 14), dict(size=(3, 3, 3), dilation=(1, 1, 2), boundary=("edge", "zero", "wrap")), names=("lse",))
 
+compile((14, 14), dict(size=(7, 7), block=7), names=("bias",), heads=2, dim=32, tables=2)  # half of the lanes
+compile((14, 14), dict(size=(3, 3), boundary="wrap"), ("bias", "mask", "extra", "cap"), heads=3, key_heads=3, dim=32)
+compile((14, 14), dict(size=(3, 3), dilation=2), ("mask", "segments"), jnp.float32, heads=1, key_heads=1, dim=32)
+
 plan.VMEM["v5e"] = 12 * plan.MIB  # strips of the first axis
 compile((24, 64), dict(size=(7, 7), boundary="mask"), names=("mask", "segments", "extra", "cap", "lse"))
 compile((24, 50), dict(size=(5, 3), boundary="wrap", dilation=(2, 1)), names=("mask", "lse"))
+compile((24, 64), dict(size=(7, 7), boundary="mask"), names=("mask",), heads=3, key_heads=3, dim=32, tables=1)
 plan.VMEM["v5e"] = 48 * plan.MIB
 compile((8, 24, 30), dict(size=(3, 3, 3)), names=("bias",), dtype=jnp.float32)
 """
@@ -73,4 +78,4 @@ def test_the_compiler_takes_them():
     environment = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
     run = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("compiled") == 15
+    assert run.stdout.count("compiled") == 19

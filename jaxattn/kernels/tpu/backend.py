@@ -155,7 +155,8 @@ def cost(operands: Operands, options: Options) -> Cost:
 def _plan(operands: Operands, options: Options, way: str) -> Plan | str:
     extra = 0 if operands.extra_key is None else operands.extra_key.shape[-3]
     relative = operands.relative_bias is not None
-    return make_plan(options, _heads(operands), extra, relative, _is_masked(operands), way, VMEM[chip() or "v5e"])
+    heads = _heads(operands, filled=way == "forward" and options.residuals)  # of which lse's sums go round the lanes
+    return make_plan(options, heads, extra, relative, _is_masked(operands), way, VMEM[chip() or "v5e"])
 
 
 def _planned(operands: Operands, options: Options, way: str) -> Plan:
@@ -167,9 +168,9 @@ def _planned(operands: Operands, options: Options, way: str) -> Plan:
     return plan
 
 
-def _heads(operands: Operands) -> Heads:
+def _heads(operands: Operands, filled: bool) -> Heads:
     query, key, value = operands.query, operands.key, operands.value
-    return lanes_of(query.shape[-2], key.shape[-2], (query.shape[-1], value.shape[-1]), query.dtype)
+    return lanes_of(query.shape[-2], key.shape[-2], (query.shape[-1], value.shape[-1]), query.dtype, filled)
 
 
 def precision_of(options: Options) -> object:

@@ -59,7 +59,7 @@ def send(
     copies, semaphores = kept[:2], kept[2:]
     (block, entry, strip), last = step, strips.number - 1
     (first, done), (_, before) = (_of_strip(plan, table, x) for x in (strip, jnp.maximum(strip - I32(1), 0)))
-    lane = pl.multiple_of(block * I32(lanes), lanes)
+    lane = pl.multiple_of(block * I32(lanes), lanes) if plan.heads.blocks > 1 else 0
     others = (slice(None),) * (len(plan.axes) - 1)
 
     def moves(y: Any) -> list[Any]:

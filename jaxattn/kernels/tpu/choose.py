@@ -24,9 +24,7 @@ def make_plan(
 ) -> Plan | str:
     """The cheapest plan by `_cost` of those that fit into `vmem` bytes; or why there is none. `way` is "forward" or
     "backward", `relative` whether there is a relative_bias, `masked` whether a mask of keys or segments."""
-    found = []
-    # only scores with queries first give lse
-    layouts = [True] if way == "backward" else [False] if options.residuals or heads.abreast == 1 else [False, True]
+    layouts, found = _layouts(options, heads, way), []
     for keys_first, axes in itertools.product(layouts, itertools.product(*_choices(options, heads))):
         plan = Plan(heads, axes, extra, keys_first)
         whole = plan.queries % (SUBLANES * heads.packing) == 0  # registers: otherwise compiling takes many minutes
@@ -39,6 +37,15 @@ def make_plan(
     if isinstance(whole[1], Plan) and whole[0] <= CUT * strips[0]:
         return whole[1]
     return strips[1]
+
+
+def _layouts(options: Options, heads: Heads, way: str) -> list[bool]:
+    """Whether scores may have keys first: only with queries first is there lse, and then sums go round all lanes."""
+    if way == "backward":
+        return [True]
+    if options.residuals or heads.abreast == 1:
+        return [False]
+    return [True] if heads.lanes < LANES else [False, True]
 
 
 def _first(
@@ -84,7 +91,7 @@ def _cost(plan: Plan, way: str) -> float:
     else comes with a tile, about."""
     padded = lambda n: -(-n // LANES)
     heads, columns = plan.heads, plan.keys
-    deep, stacked = heads.lanes // LANES, heads.abreast * plan.queries
+    deep, stacked = max(1, heads.lanes // LANES), heads.abreast * plan.queries
     scores, mixed = columns * padded(stacked) * deep, stacked * padded(columns) * deep  # rows that pass through a unit
     if way == "backward":
         return (4 * scores + mixed) / 4 + 0.1 * columns + 30

@@ -112,7 +112,7 @@ def specs(plan: Plan, query: jax.Array, key: jax.Array, table: jax.Array) -> lis
     blocks = table.shape[2]
     return [
         _of_queries(plan, query.shape, heads.lanes, lambda c, m: m * heads.blocks + c),
-        _of_keys(plan, key.shape, heads.lanes, lambda c: c),
+        _of_keys(plan, key.shape, heads.lanes, lambda c: c if heads.blocks > 1 else 0),
         pl.BlockSpec(
             (*table.shape[:2], 1, *table.shape[3:]), lambda c, b, s, m, *_: (0, 0, c if blocks > 1 else 0, 0, 0)
         ),

@@ -222,10 +222,12 @@ def chip() -> str | None:
     return KINDS.get(jax.devices()[0].device_kind) if jax.default_backend() == "tpu" else "v5e"
 
 
-def lanes_of(heads: int, key_heads: int, dims: tuple[int, int], dtype: jnp.dtype) -> Heads:
-    """Keys and values alike are padded to 32, 64, 128 or 256 numbers a head, and key heads to whole blocks."""
+def lanes_of(heads: int, key_heads: int, dims: tuple[int, int], dtype: jnp.dtype, filled: bool = False) -> Heads:
+    """Keys and values alike are padded to 32, 64, 128 or 256 numbers a head, and key heads to whole blocks. Few heads,
+    each with keys of its own, leave lanes of their one block empty, but where these are to be `filled`."""
     dim = next(n for n in (32, 64, 128, 256) if max(dims) <= n)
     abreast = max(1, LANES // dim)
+    abreast = abreast if filled or heads > key_heads else min(abreast, key_heads)
     return Heads(dim, abreast, -(-key_heads // abreast), heads // key_heads, key_heads, dtype.itemsize)
 
 

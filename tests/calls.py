@@ -134,7 +134,7 @@ OWN: dict[Any, dict[str, Any]] = {
         "query": draw(1, 5, 2, 4), "positions": draw(1, 5, 1), "key": draw(1, 8, 2, 4), "value": draw(1, 8, 2, 4),
         "window": Window(3), "bias": draw(5, 2, 3), "scale": 0.5, "relative_bias": draw(2, 5), "logits_soft_cap": 5.0,
     },
-    jaxattn.traced_for: {"backend": "tpu", "devices": 2},
+    jaxattn.traced_for: {"backend": "tpu", "devices": 2, "chip": "v6e"},
     jaxattn.mix: {
         "weights": draw(1, 8, 2, 5), "value": draw(1, 8, 2, 4), "window": Window(3), "extra_value": draw(1, 2, 2, 4)
     },

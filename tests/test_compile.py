@@ -15,6 +15,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxattn import cli, machine
+from jaxattn.kernels.tpu import plan
 from jaxattn.train import hlo
 from jaxattn.train.compile import compile_report, describe, find_devices
 
@@ -102,6 +103,17 @@ def test_what_is_traced_for_another_machine():
     with machine.traced_for("tpu", 256):
         assert (machine.backend(), machine.device_count()) == ("tpu", 256)
     assert (machine.backend(), machine.device_count()) == here
+
+
+def test_which_chip_is_traced_for():
+    assert (machine.chip(), plan.chip()) == (None, "v5e")
+    with machine.traced_for("tpu", 1, "v6e"):
+        assert machine.chip() == plan.chip() == "v6e"
+    for backend, chip in (("cpu", "v5e"), ("tpu", "v3")):
+        with pytest.raises(
+            ValueError, match=rf"traced_for: chip \(={chip!r}\) must be None, or with 'tpu' one of 'v4'"
+        ):
+            machine.traced_for(backend, chip=chip)
 
 
 def run(*arguments):

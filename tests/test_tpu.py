@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 import jaxattn
 from jaxattn.attention import attention
 from jaxattn.kernels import backends
-from jaxattn.kernels.tpu import plan
+from jaxattn.kernels.tpu import backend, plan
 from jaxattn.kernels.tpu.backend import INTERPRETED, TPU
 from jaxattn.machine import traced_for
 
@@ -55,6 +55,14 @@ def test_values_and_gradients(interpreted, geometry):
 @pytest.mark.parametrize("geometry", ["shift", "5 x 5, mask", "dilated", "edge and reflect", "3 x 3 x 3"])
 def test_in_half_precision(interpreted, geometry):
     check(of(geometry, [residuals]), "tpu", jnp.bfloat16)
+
+
+@pytest.mark.core(1)
+@pytest.mark.parametrize("geometry", ["5 x 5, mask", "dilated", "Swin, ragged", "3 x 3 x 3"])
+def test_for_wide_matrix_units(interpreted, monkeypatch, geometry):
+    """A v6e's, whose forward kernel has keys first."""
+    monkeypatch.setattr(backend, "chip", lambda: "v6e")
+    check(of(geometry, [relative_bias, scale]), "tpu", jnp.float32)
 
 
 HIDDEN = [
@@ -293,15 +301,18 @@ def test_a_plan_covers_every_key_of_every_query():
             own += own % heads.packing * own
             for tile in (own, own + -own % 16):
                 covers(axis, plan.plan_axis(axis, own, 16, heads.packing, tile), heads.packing)
+            if axis.block % 2:  # a block in a tile that begins at a whole word
+                tile = axis.block + 1 + -(axis.block + 1) % 8
+                covers(axis, plan.plan_axis(axis, axis.block, 8, heads.packing, tile), heads.packing, 8)
 
 
-def covers(axis, made, packing):
+def covers(axis, made, packing, unit=16):
     keys = np.arange(made.length) if made.keys is None else made.keys
     queries = np.arange(made.places) if made.queries is None else made.queries
     assert len(queries) == made.places
     assert not (made.start % packing).any()
     assert not (made.begin % packing).any()
-    assert made.columns % 16 == 0
+    assert made.columns % unit == 0
     written = np.full(made.places, -1)  # by which tile, as they come one after the other
     for tile, (begin, before) in enumerate(zip(made.begin, made.before, strict=True)):
         written[begin + before : begin + made.tile] = tile

@@ -141,7 +141,7 @@ def compile_into(found: Estimate, call: Callable[..., Any], case: Case, device: 
     jax.clear_caches()
     schedule.empty(folder)
     start = time.perf_counter()
-    with traced_for("tpu", 1):
+    with traced_for("tpu", 1, chip.name):
         compiled = jax.jit(function).trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
     found.compile_seconds = time.perf_counter() - start
     text, memory = compiled.as_text() or "", compiled.memory_analysis()

@@ -25,8 +25,9 @@ STEPS = 1000  # of a run; their number changes constants of the schedule, nothin
 
 
 class Chip(NamedTuple):
-    """Public figures of a chip: clock in GHz, TFLOP/s in bfloat16, GB/s and GiB of its memory."""
+    """Public figures of a chip: its generation, clock in GHz, TFLOP/s in bfloat16, GB/s and GiB of its memory."""
 
+    name: str
     clock: float
     tflops: float
     bandwidth: float
@@ -34,10 +35,13 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-    "v4": Chip(1.05, 275, 1228, 32),
-    "v5e": Chip(1.5, 197, 819, 16),
-    "v5p": Chip(1.75, 459, 2765, 95),
-    "v6e": Chip(1.75, 918, 1640, 32),
+    chip.name: chip
+    for chip in (
+        Chip("v4", 1.05, 275, 1228, 32),
+        Chip("v5e", 1.5, 197, 819, 16),
+        Chip("v5p", 1.75, 459, 2765, 95),
+        Chip("v6e", 1.75, 918, 1640, 32),
+    )
 }
 
 
@@ -139,7 +143,7 @@ def compile_report(
     if folder:
         schedule.empty(folder)
     start = time.perf_counter()
-    with traced_for(platform, devices):
+    with traced_for(platform, devices, None if kind == "cpu" else kind):
         lowered = function.trace(*arguments).lower(lowering_platforms=(platform,))
     try:
         compiled = lowered.compile()

@@ -13,7 +13,7 @@ from jaxattn.kernels.backend import Backend, Cost
 from jaxattn.kernels.operands import Operands, Options
 from jaxattn.kernels.tpu import arrange
 from jaxattn.kernels.tpu.choose import make_plan
-from jaxattn.kernels.tpu.plan import VMEM, Heads, Plan, chip, lanes_of
+from jaxattn.kernels.tpu.plan import VMEM, WIDE, Heads, Plan, chip, lanes_of
 from jaxattn.normalize import softmax
 
 TAKEN = ("query", "key", "value", "scale", "soft_cap", "relative_bias", "key_mask", "query_segments", "key_segments")
@@ -156,7 +156,8 @@ def _plan(operands: Operands, options: Options, way: str) -> Plan | str:
     extra = 0 if operands.extra_key is None else operands.extra_key.shape[-3]
     relative = operands.relative_bias is not None
     heads = _heads(operands, filled=way == "forward" and options.residuals)  # of which lse's sums go round the lanes
-    return make_plan(options, heads, extra, relative, _is_masked(operands), way, VMEM[chip() or "v5e"])
+    kind = chip() or "v5e"
+    return make_plan(options, heads, extra, relative, _is_masked(operands), way, VMEM[kind], kind in WIDE)
 
 
 def _planned(operands: Operands, options: Options, way: str) -> Plan:

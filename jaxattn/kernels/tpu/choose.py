@@ -20,11 +20,12 @@ MOST_PLACES = 64  # tiles along the last axis, each of which is written out
 
 @functools.lru_cache(maxsize=256)
 def make_plan(
-    options: Options, heads: Heads, extra: int, relative: bool, masked: bool, way: str, vmem: int
+    options: Options, heads: Heads, extra: int, relative: bool, masked: bool, way: str, vmem: int, wide: bool = False
 ) -> Plan | str:
     """The cheapest plan by `_cost` of those that fit into `vmem` bytes; or why there is none. `way` is "forward" or
-    "backward", `relative` whether there is a relative_bias, `masked` whether a mask of keys or segments."""
-    layouts, found = _layouts(options, heads, way), []
+    "backward", `relative` whether there is a relative_bias, `masked` whether a mask of keys or segments, `wide` whether
+    matrix units are 256 numbers wide."""
+    layouts, found = _layouts(options, heads, way, wide), []
     for keys_first, axes in itertools.product(layouts, itertools.product(*_choices(options, heads))):
         plan = Plan(heads, axes, extra, keys_first)
         whole = plan.queries % (SUBLANES * heads.packing) == 0  # registers: otherwise compiling takes many minutes
@@ -39,9 +40,10 @@ def make_plan(
     return strips[1]
 
 
-def _layouts(options: Options, heads: Heads, way: str) -> list[bool]:
-    """Whether scores may have keys first: only with queries first is there lse, and then sums go round all lanes."""
-    if way == "backward":
+def _layouts(options: Options, heads: Heads, way: str, wide: bool) -> list[bool]:
+    """Whether scores may have keys first: only with queries first is there lse, and then sums go round all lanes. Wide
+    units are filled by all heads at once."""
+    if way == "backward" or (wide and len(options.axes) > 1 and not options.residuals):
         return [True]
     if options.residuals or heads.abreast == 1:
         return [False]

@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxattn import machine
 from jaxattn.kernels.layout import lay_out
 from jaxattn.kernels.tpu.strips import Strips, cut
 from jaxattn.window import Axis
 
 LANES, SUBLANES = 128, 8
 MIB = 2**20
+WIDE = ("v6e",)  # matrix units of 256 × 256 numbers, in the others 128 × 128
 VMEM = {"v4": 16 * MIB, "v5e": 128 * MIB, "v5p": 64 * MIB, "v6e": 128 * MIB}  # of a core
 KINDS = {"TPU v4": "v4", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v5 lite": "v5e", "TPU v5e": "v5e"}
 KINDS |= {"TPU v6 lite": "v6e", "TPU v6e": "v6e"}
@@ -218,7 +220,10 @@ class Plan(NamedTuple):
 
 
 def chip() -> str | None:
-    """The generation of this machine's TPU, "v5e" where a program is compiled for one elsewhere; None if unknown."""
+    """The generation of the TPU that is traced for, or of this machine's; "v5e" where there is neither; None if it is
+    not known."""
+    if (said := machine.chip()) is not None:
+        return said
     return KINDS.get(jax.devices()[0].device_kind) if jax.default_backend() == "tpu" else "v5e"
 
 

@@ -68,7 +68,6 @@ def randomize(model):
     return model
 
 
-@pytest.mark.core(2)
 @pytest.mark.parametrize("name", SMALL)
 def test_weights_go_there_and_back(name):
     """Each array of PyTorch's holds each of our numbers once: what was written is read, and all of it is used."""
@@ -88,7 +87,6 @@ def test_weights_go_there_and_back(name):
     jax.tree.map(np.testing.assert_array_equal, *states)
 
 
-@pytest.mark.core(2)
 @pytest.mark.parametrize("name", SMALL)
 def test_features(name):
     """A pyramid of the sizes that `strides` and `widths` say, its last one pooled without a head, and bfloat16."""

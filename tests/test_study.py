@@ -138,7 +138,6 @@ def test_the_numbers_are_json_that_all_can_read(here, monkeypatch, tmp_path):
     assert strict["claims"][0]["numbers"] == {"first": [None]}
 
 
-@pytest.mark.full
 def test_the_command_prints_the_verdicts(tmp_path, capsys):
     with jax.enable_x64(False):
         cli.main(["study", "--claims", "19,2", "--seeds", "1", "--out", str(tmp_path / "new" / "study")])
@@ -271,7 +270,6 @@ def test_each_seed_knows_other_examples_and_is_tested_on_the_same():
             assert {image.tobytes() for image in two.images} <= everything
 
 
-@pytest.mark.full
 def test_a_small_set_is_learned_by_heart():
     """Few images are learned by heart, batch statistics included, and the test images are counted one by one."""
     known, _ = examples(load("digits"), 0, 40)

@@ -31,7 +31,7 @@ def planned(grid, given, tile, heads):
     return made, jnp.asarray(bias)
 
 
-@pytest.mark.full
+@pytest.mark.core(1)
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("case", CASES)
 def test_rolled(case, biased):
@@ -44,7 +44,7 @@ def test_rolled(case, biased):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
-@pytest.mark.full
+@pytest.mark.core(1)
 @pytest.mark.parametrize("case", CASES)
 def test_rolled_back(case):
     """Where the window hides a key, the kernel of attention gives 0."""

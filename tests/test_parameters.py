@@ -222,7 +222,7 @@ TABLE = [
 ]
 
 
-@pytest.mark.core(1)
+@pytest.mark.core(10)
 @pytest.mark.parametrize(("make", "kwargs", "count"), TABLE, ids=lambda value: getattr(value, "__name__", None))
 def test_count(make, kwargs, count):
     model = nnx.eval_shape(lambda: make(**kwargs, rngs=nnx.Rngs(0)))

@@ -51,7 +51,6 @@ def test_average_pool(size):
     assert average_pool(jnp.ones((4, 4, 1), jnp.bfloat16)).dtype == jnp.bfloat16
 
 
-@pytest.mark.full
 def test_attention_stem_is_the_formula_of_the_paper():
     """One query, head, slot and mixture at a time, the values mixed as written, without merging attentions."""
     stem = AttentionStem(3, 8, num_heads=2, mixtures=3, param_dtype=jnp.float64, rngs=nnx.Rngs(0))

@@ -58,6 +58,8 @@ compile((15, 17), dict(size=(3, 5), dilation=(2, 3), boundary="reflect"), names=
 compile((300,), dict(size=9, boundary="edge", dilation=2), names=("mask",))
 compile((4, 6, 14), dict(size=(3, 3, 3), dilation=(1, 1, 2), boundary=("edge", "zero", "wrap")), names=("lse",))
 
+compile((16, 48), dict(size=(5, 5), dilation=2), names=("bias",), dim=32, tables=2)  # rows of more than 16 keys
+compile((16, 80), dict(size=(3, 21), stride=(1, 20)), names=("bias",), dim=32)  # steps of 20
 compile((14, 14), dict(size=(7, 7), block=7), names=("bias",), heads=2, dim=32, tables=2)  # half of the lanes
 compile((14, 14), dict(size=(3, 3), boundary="wrap"), ("bias", "mask", "extra", "cap"), heads=3, key_heads=3, dim=32)
 compile((14, 14), dict(size=(3, 3), dilation=2), ("mask", "segments"), jnp.float32, heads=1, key_heads=1, dim=32)
@@ -78,4 +80,4 @@ def test_the_compiler_takes_them():
     environment = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
     run = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("compiled") == 19
+    assert run.stdout.count("compiled") == 21

@@ -41,7 +41,8 @@ def of_bias(of_table: jax.Array, relative_bias: jax.Array, plan: Plan, interpret
 
 def can(relative_bias: jax.Array | None, plan: Plan) -> bool:
     """Whether the table is of two axes, without extra tokens, its queries fill registers, and VMEM holds a step."""
-    if len(plan.axes) != 2 or plan.extra:
+    # the compiler rolls no row of a register further than the register is wide
+    if len(plan.axes) != 2 or plan.extra or (SUBLANES - 1) * plan.axes[1].step > LANES:
         return False
     room = plan.patterns * (plan.heads.abreast * plan.queries + LANES) * _lanes(relative_bias, plan) * 4
     return plan.axes[1].tile % SUBLANES == 0 and room <= 4 * MIB
@@ -64,15 +65,12 @@ def rolled(relative_bias: jax.Array | None, plan: Plan, interpret: bool) -> jax.
         def begun(h):
             x = given[0, 0, h].astype(F32)
             rows[: x.shape[0], : x.shape[1]] = jnp.where(x <= hide / 2, hide, x) * LOG2E
-            turn = lax.rem(lax.broadcasted_iota(I32, rows.shape, 0), I32(turns))
-
-            def line(j):  # each row where it stands; and each query so many steps further on than the first
-                mine = jnp.where(turn == j, rows[...], 0.0)
-                whole = pltpu.roll(mine, 0, 1, stride=last.columns, stride_axis=0).sum(0, keepdims=True)
-                repeated = jnp.broadcast_to(_moved(whole, -j * last.columns), (last.tile, lanes))
-                return pltpu.roll(repeated, 0, 1, stride=last.step, stride_axis=0)
-
-            return list(map(line, range(turns)))
+            lines = [jnp.zeros((1, lanes), F32)] * turns
+            for r in range(x.shape[0]):
+                lines[r % turns] = lines[r % turns] + _moved(rows[r : r + 1], _stand(r, plan, turns))
+            repeated = (jnp.broadcast_to(x, (last.tile, lanes)) for x in lines)
+            # along the last axis each query is so many steps further on than the first
+            return [pltpu.roll(x, 0, 1, stride=last.step, stride_axis=0) for x in repeated]
 
         lines = [begun(h) for h in range(heads.abreast)]
         for n, (p, q) in enumerate(np.ndindex(len(first.low), len(last.low))):

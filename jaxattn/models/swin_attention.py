@@ -16,6 +16,7 @@ from jaxattn.halo import halo, shard_count
 from jaxattn.models.backbone import small_init
 from jaxattn.nn.attention import Attention
 from jaxattn.nn.grid import Splittable
+from jaxattn.nn.rows import RowLinear
 from jaxattn.window import Window
 
 
@@ -42,7 +43,7 @@ class WindowAttention(Splittable):
         )  # fmt: skip
         if version == 2:
             heads = (num_heads, width // num_heads)
-            self.attention.key = nnx.LinearGeneral(width, heads, use_bias=False, kernel_init=small_init, **kwargs)
+            self.attention.key = RowLinear(width, heads, use_bias=False, kernel_init=small_init, **kwargs)
             self.scale = nnx.Param(jnp.full((num_heads,), math.log(10), kwargs["param_dtype"]))
             self.hidden = nnx.Linear(2, 512, **kwargs)
             self.bias = nnx.Linear(512, num_heads, use_bias=False, kernel_init=small_init, **kwargs)

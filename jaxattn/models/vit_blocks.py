@@ -15,6 +15,7 @@ from jaxattn.nn.attention import Attention
 from jaxattn.nn.gated import GPSA
 from jaxattn.nn.grid import Splittable
 from jaxattn.nn.quadratic import QuadraticAttention
+from jaxattn.nn.rows import RowLinear
 
 MIXES = ("global", "local", "quadratic", "gpsa")
 Mix = str | Callable[..., nnx.Module]
@@ -58,7 +59,7 @@ class TokenMixer(Splittable):
             )
             if not qkv_bias:  # which leaves the projection out its bias
                 heads = (num_heads, width // num_heads)
-                self.layer.out = nnx.LinearGeneral(heads, width, axis=(-2, -1), kernel_init=kernel_init, **kwargs)
+                self.layer.out = RowLinear(heads, width, axis=(-2, -1), kernel_init=kernel_init, **kwargs)
         self.flat = mix == "global"
 
     def __call__(self, x: Float[Array, "*batch width"], *, axes: int, sow_weights: bool = False):

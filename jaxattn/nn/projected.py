@@ -14,6 +14,7 @@ from jaxattn.checked import has_dtype, shown
 from jaxattn.halo import shard_count
 from jaxattn.nn.grid import GridModule
 from jaxattn.nn.rotary import rotated
+from jaxattn.nn.rows import RowLinear
 from jaxattn.window import Window
 
 
@@ -67,7 +68,8 @@ class Projected(GridModule):
         """Of inputs to query, key and value, perhaps with their norms, and of the heads' outputs."""
         self.head_dim = self.qkv_features // self.num_heads
         common = {name: given[name] for name in ("dtype", "param_dtype", "rngs")}
-        linear = partial(nnx.LinearGeneral, use_bias=given["use_bias"], precision=given["precision"], **common)
+        same = {name: given[name] for name in ("use_bias", "precision", "implementation")}
+        linear = partial(RowLinear, **same, **common)
         names = ("kernel_init", "bias_init", "kernel_metadata", "bias_metadata")
         inner = {name: given[name] for name in names}
         outer = {name: given[f"out_{name}"] or given[name] for name in names}  # those of `out`, where it has its own

@@ -19,13 +19,14 @@ from jaxtyping import PyTree
 
 from jaxattn.errors import InputError
 from jaxattn.nn.grid import Splittable
+from jaxattn.nn.rows import RowLinear
 
 AXES = ("data", "fsdp", "space")
 BATCH = ("data", "fsdp")
 # Layers of Flax that treat every token alike, and what holds layers.
 TOKENWISE = (
-    nnx.Linear, nnx.LinearGeneral, nnx.LayerNorm, nnx.RMSNorm, nnx.Sequential, nnx.List, nnx.Dict, nnx.Rngs,
-    nnx.RngStream,
+    nnx.Linear, nnx.LinearGeneral, RowLinear, nnx.LayerNorm, nnx.RMSNorm, nnx.Sequential, nnx.List, nnx.Dict,
+    nnx.Rngs, nnx.RngStream,
 )  # fmt: skip
 
 

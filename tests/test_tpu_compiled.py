@@ -18,7 +18,7 @@ from jaxattn.train.compile import find_devices
 one = SingleDeviceSharding(find_devices("v5e:1x1")[0])
 EVERYTHING = ("bias", "mask", "segments", "extra", "cap", "lse")
 
-def compile(grid, given, names=EVERYTHING, dtype=jnp.bfloat16, heads=4, key_heads=2, dim=64, tables=0):
+def compile(grid, given, names=EVERYTHING, dtype=jnp.bfloat16, heads=4, key_heads=2, dim=64, tables=0, **settings):
     window = jaxattn.Window(**given)
     of = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=one)
     queries, offsets = window.query_grid(grid), [2 * k - 1 for k in window.sizes]
@@ -31,7 +31,7 @@ def compile(grid, given, names=EVERYTHING, dtype=jnp.bfloat16, heads=4, key_head
     fixed = {"mask": of(2, *grid, dtype=bool)} if "mask" in names else {}
     if "segments" in names:
         fixed["segment_ids"] = of(2, *queries, dtype=jnp.int32), of(2, *grid, dtype=jnp.int32)
-    settings = dict(window=window, implementation="tpu", return_residuals="lse" in names)
+    settings |= dict(window=window, implementation="tpu", return_residuals="lse" in names)
     settings |= dict(logits_soft_cap=30.0) if "cap" in names else {}
 
     def loss(arrays, fixed):
@@ -59,6 +59,7 @@ compile((300,), dict(size=9, boundary="edge", dilation=2), names=("mask",))
 compile((4, 6, 14), dict(size=(3, 3, 3), dilation=(1, 1, 2), boundary=("edge", "zero", "wrap")), names=("lse",))
 
 compile((16, 48), dict(size=(5, 5), dilation=2), names=("bias",), dim=32, tables=2)  # rows of more than 16 keys
+compile((16, 64), dict(size=(3, 9)), names=("bias",), dim=32, tables=2, tile=(4, 16))  # and of more than 18
 compile((16, 80), dict(size=(3, 21), stride=(1, 20)), names=("bias",), dim=32)  # steps of 20
 compile((14, 14), dict(size=(7, 7), block=7), names=("bias",), heads=2, dim=32, tables=2)  # half of the lanes
 compile((14, 14), dict(size=(3, 3), boundary="wrap"), ("bias", "mask", "extra", "cap"), heads=3, key_heads=3, dim=32)
@@ -80,4 +81,4 @@ def test_the_compiler_takes_them():
     environment = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
     run = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("compiled") == 21
+    assert run.stdout.count("compiled") == 22

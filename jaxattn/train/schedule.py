@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ PASSES = "packed-bundles-post-ra|pre-delay_hlo-static-per-bundle-utilization"
 UNITS = ("MATMUL", "MATPUSH", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "FILL", "VSTORE", "SPILL", "SALU")
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+([^{]*)\{\s*(\})?")
 _LOOP = re.compile(r"^(\s*).*\bscf\.(?:for .* = (\S+) to (\S+) step (\S+)|while\b)")
+_CONSTANT = re.compile(r"^\s*(%\S+) = arith\.constant (?:\{.*\} )?(-?\d+) : \w+$")
 _CALL = re.compile(r'^\s+(?:ROOT )?%?([\w.\-]+) = [^\n]*custom_call_target="tpu_custom_call"[^\n]*$', re.MULTILINE)
 
 
@@ -109,21 +110,27 @@ def read_loops(source: str) -> tuple[int, list[int | None]]:
     ...       scf.for %i = %c0_i32 to %c4_i32 step %c1_i32 : i32 {
     ...       }
     ...     }
+    ...     %end = arith.constant {in_layout = []} 8 : i32
+    ...     scf.for %i = %c0_i32 to %end step %c4_i32 : i32 {
+    ...     }
     ...     scf.for %i = %c0_i32 to %n step %c1_i32 : i32 {
     ... ''')
-    (8, [3, 15, 4, None])
+    (8, [3, 15, 4, 2, None])
     """
     bounds = re.search(r"iteration_bounds = array<i64: ([\d, ]+)>", source)
     steps = math.prod(map(int, bounds[1].split(","))) if bounds else 1
     loops: list[int | None] = []
+    constants: dict[str, int] = {}
     around: list[tuple[int, int]] = []  # indentation and product of the loops that a line may stand in
     for line in source.splitlines():
+        if constant := _CONSTANT.match(line):
+            constants[constant[1]] = int(constant[2])
         indent = len(line) - len(line.lstrip())
         while around and indent <= around[-1][0]:  # one ends with a brace below its first letter
             around.pop()
         if "scf." not in line or not (loop := _LOOP.match(line)):
             continue
-        ends = [_constant(x) for x in loop.groups()[1:]]
+        ends = [_length(x, constants) for x in loop.groups()[1:]]
         outer = around[-1][1] if around else 1
         low, high, by = ends
         length = None if low is None or high is None or by is None else max(0, -(-(high - low) // by))
@@ -132,9 +139,10 @@ def read_loops(source: str) -> tuple[int, list[int | None]]:
     return steps, loops
 
 
-def _constant(name: str | None) -> int | None:
+def _length(name: str | None, constants: Mapping[str, int]) -> int | None:
+    """A constant by its name, which mostly says it."""
     found = re.fullmatch(r"%c(-?\d+)(?:_\w+)?", name or "")
-    return int(found[1]) if found else None
+    return int(found[1]) if found else constants.get(name or "")
 
 
 def read_schedule(lines: Iterable[str]) -> list[tuple[int, int, int]]:

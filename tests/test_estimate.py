@@ -59,6 +59,16 @@ def test_a_kernel_without_a_schedule_is_not_counted(recorded):
     assert schedule.read_kernels(folder, text) == []
 
 
+def test_several_that_are_the_same_are_compiled_once_and_all_count(recorded):
+    """Whichever of them the compiler wrote of; another program of the same name does not count as it."""
+    folder, text = recorded
+    call = next(line for line in text.splitlines() if "tpu_custom_call" in line).replace("ROOT ", "")
+    of = lambda number, body: call.replace("backward.1 ", f"backward.{number} ") + f'"body":"{body}"'
+    found = schedule.read_kernels(folder, "\n".join([of(7, "same"), of(1, "same"), of(2, "other"), of(3, "same")]))
+    assert [kernel.name.rpartition(".")[2] for kernel in found] == ["7", "1", "3"]
+    assert [kernel.cycles for kernel in found] == 3 * [31 + 2 * (1140 + 2 * 34 + 2 * 37)]
+
+
 OF = AttentionCase("made-up", (1, 4, 4, 2, 8), Window((3, 3)), "bfloat16")
 
 

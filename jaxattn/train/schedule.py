@@ -63,37 +63,50 @@ def empty(folder: Path):
 
 
 def read_kernels(folder: Path, text: str) -> list[Kernel]:
-    """The kernels of a compiled program's text, from what the compiler wrote of them into the folder."""
+    """The kernels of a compiled program's text, from what the compiler wrote of them into the folder.
+
+    It compiles one of several that are the same, and writes of that one.
+    """
     sources: dict[str, list[str]] = {}
     for path in _written(folder, "-mosaic-dump-*-post-late-loop-unroll.txt"):
         source = path.read_text()
         if name := re.search(r"func\.func @([\w.\-]+)\(", source):
             sources.setdefault(name[1], []).append(source)
-    kernels = []
-    for call in _CALL.finditer(text):
-        name, used = call[1], re.search(r'"used_scoped_memory_configs":\[\{[^}]*"size":"(\d+)"', call[0])
-        schedules = _written(folder, f"-{name}-*-packed-bundles-post-ra.txt")
-        schedules = [path for path in schedules if "schedule-analysis" not in path.name]
-        waiting = sources.get(re.sub(r"\.\d+$", "", name), [])
-        if not schedules or not waiting:
-            continue
-        steps, loops = read_loops(waiting.pop(0))
-        runs = read_schedule(schedules[-1].read_text().splitlines())
-        cycles, known = count(runs, steps, loops)
-        units = _written(folder, f"-{name}-*-pre-delay_hlo-static-per-bundle-utilization.txt")
-        kernels.append(
-            Kernel(
-                name=name,
-                cycles=cycles,
-                steps=steps,
-                loops=tuple(length or 1 for length in loops),
-                known=known,
-                bundles=sum(bundles for *_, bundles in runs),
-                vmem=int(used[1]) if used else 0,
-                units=read_units(units[-1].read_text().splitlines()) if units else {},
-            )
-        )
-    return kernels
+    calls = [(call[1], call[0]) for call in _CALL.finditer(text)]
+    read = {name: kernel for name, call in calls if (kernel := _read_kernel(folder, name, call, sources)) is not None}
+    by_body = {_body(call): read[name] for name, call in calls if name in read}
+    found = [(name, read.get(name) or by_body.get(_body(call) or "")) for name, call in calls]
+    return [kernel._replace(name=name) for name, kernel in found if kernel is not None]
+
+
+def _body(call: str) -> str | None:
+    """The program of a kernel that is called."""
+    body = re.search(r'"body":"([^"]+)"', call)
+    return body[1] if body else None
+
+
+def _read_kernel(folder: Path, name: str, call: str, sources: Mapping[str, list[str]]) -> Kernel | None:
+    """One of which the compiler wrote; the first of the sources of its name is taken."""
+    schedules = _written(folder, f"-{name}-*-packed-bundles-post-ra.txt")
+    schedules = [path for path in schedules if "schedule-analysis" not in path.name]
+    waiting = sources.get(re.sub(r"\.\d+$", "", name), [])
+    if not schedules or not waiting:
+        return None
+    used = re.search(r'"used_scoped_memory_configs":\[\{[^}]*"size":"(\d+)"', call)
+    steps, loops = read_loops(waiting.pop(0))
+    runs = read_schedule(schedules[-1].read_text().splitlines())
+    cycles, known = count(runs, steps, loops)
+    units = _written(folder, f"-{name}-*-pre-delay_hlo-static-per-bundle-utilization.txt")
+    return Kernel(
+        name=name,
+        cycles=cycles,
+        steps=steps,
+        loops=tuple(length or 1 for length in loops),
+        known=known,
+        bundles=sum(bundles for *_, bundles in runs),
+        vmem=int(used[1]) if used else 0,
+        units=read_units(units[-1].read_text().splitlines()) if units else {},
+    )
 
 
 def read_loops(source: str) -> tuple[int, list[int | None]]:

@@ -38,13 +38,42 @@ class Plain(nnx.Module):
         return x + self.contract(jax.nn.gelu(self.expand(self.norm2(x))))
 
 
+PASSED_ON = ("bitcast", "get-tuple-element", "copy-start", "copy-done", "reshape")
+
+
+def copied(text):
+    "The copies of what a kernel takes, and of what it gives, whatever passes it on in between."
+    lines = re.findall(r"^ +(?:ROOT )?%(\\S+) = (\\([^=]*?\\)|\\S+) ([\\w-]+)\\(([^)]*)\\)", text, re.M)
+    of = {name: (opcode, re.findall(r"%([\\w.-]+)", operands)) for name, _, opcode, operands in lines}
+    shape = {name: shape for name, shape, *_ in lines}
+    kernels = [name for name, (opcode, _) in of.items() if opcode == "custom-call" and "windowed" in name]
+    users = {}
+    for name, (_, operands) in of.items():
+        for operand in operands:
+            users.setdefault(operand, []).append(name)
+
+    def walk(names, step):
+        for name in names:
+            if name in of and of[name][0] in PASSED_ON:
+                yield from walk(step(name), step)
+            elif name in of:
+                yield name
+
+    before = [x for kernel in kernels for x in walk(of[kernel][1], lambda name: of[name][1])]
+    after = [x for kernel in kernels for x in walk(users.get(kernel, []), lambda name: users.get(name, []))]
+    assert len(kernels) == 2 and before and after
+    moves = lambda x: of[x][0] in ("copy", "transpose") or re.match("(copy|transpose)\\w*fusion", x)
+    return [shape[x] for x in before + after if moves(x)]
+
+
 def measure(how, shape, mix, network):
-    "The longer of the schedule and of what is moved, in microseconds, the copies of arrays of tokens, and kernels."
+    "The longer of the schedule and of what is moved, in microseconds, the copies around kernels, and these."
     os.environ["JAXATTN_IMPLEMENTATION"] = how
     kwargs = dict(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     width = shape[-1]
-    mix = mix(width // 32, width, **kwargs)
-    block = MixBlock(width, 3 * width, mix, **kwargs) if network else Plain(mix, width, **kwargs)
+    made = mix(width // 32, width, **kwargs)
+    ours = lambda: MixBlock(width, 3 * width, made, by_kernels=mix is nat, **kwargs)
+    block = ours() if network else Plain(made, width, **kwargs)
     graph, state = nnx.split(block)
     state, x = jax.tree.map(struct, state), struct(jax.ShapeDtypeStruct(shape, jnp.bfloat16))
 
@@ -53,11 +82,11 @@ def measure(how, shape, mix, network):
         return y, pull(dy)
 
     report = compile_report(jax.jit(step), state, x, x, topology="v5e:1x1", devices=1, folder=folder)
-    chip, tokens = CHIPS["v5e"], "|".join([str(shape[0]), str(shape[0] * shape[1] * shape[2])])
+    chip = CHIPS["v5e"]
     scheduled = (report.text.cycles + report.of_kernels) / chip.clock / 1e3
     moved = (report.arguments + report.outputs + 2 * report.temporaries) / chip.bandwidth / 1e3
-    copies = re.findall(rf"= \\S*\\[(?:{tokens})[,\\d]*\\]\\S* (?:copy|transpose)\\(", texts.pop())
-    return max(scheduled, moved), len(copies), len(report.text.kernels), report.unread
+    copies = copied(texts.pop()) if how == "tpu" else None
+    return max(scheduled, moved), copies, len(report.text.kernels), report.unread
 
 def nat(heads, width, **kwargs):
     return Neighborhood(heads, width, (7, 7), 1, **kwargs)
@@ -75,11 +104,11 @@ print(json.dumps([measure(*case) for case in cases]))
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU's compiler is not installed")
 def test_nothing_is_copied_around_a_kernel():
     """In a block, and in NAT's and Swin's, forward and backward. It costs at most a quarter of what it does on XLA's
-    tiles: 10.2 ms of 42.2."""
+    tiles: 9.8 ms of 42.2."""
     environment = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
     run = subprocess.run([sys.executable, "-c", BLOCK], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     (tpu, *tpu_counts), (xla, *_), *networks = json.loads(run.stdout.splitlines()[-1])
-    assert [copies for _, copies, *_ in networks] == [0, 0], run.stdout
-    assert tpu_counts == [0, 4, 0], run.stdout
+    assert [copies for _, copies, *_ in networks] == [[], []], run.stdout
+    assert tpu_counts == [[], 4, 0], run.stdout
     assert tpu <= 0.25 * xla, run.stdout

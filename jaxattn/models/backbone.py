@@ -13,6 +13,7 @@ from jaxattn.models.gelu import gelu
 from jaxattn.models.residual import check_rngs, drop_path, run_block
 from jaxattn.models.translation import Translation
 from jaxattn.nn.grid import Splittable
+from jaxattn.nn.rows import in_line
 
 small_init = nnx.initializers.truncated_normal(0.02)
 
@@ -106,6 +107,7 @@ class MixBlock(Splittable):
       epsilon: of the norms.
       axes: of tokens: 3 for a volume.
       drop_path_rate: of stochastic depth.
+      by_kernels: whether the mix may be a TPU's kernels, around which the tokens then stand in one axis.
     """
 
     def __init__(
@@ -120,9 +122,10 @@ class MixBlock(Splittable):
         epsilon: float = 1e-5,
         axes: int = 2,
         drop_path_rate: float = 0.0,
+        by_kernels: bool = False,
         **kwargs: Any,
     ):
-        self.post, self.activation, self.mix = post, activation, mix
+        self.post, self.activation, self.mix, self.by_kernels = post, activation, mix, by_kernels
         self.norm1, self.norm2 = (layer_norm(width, epsilon, **kwargs) for _ in range(2))
         self.gamma1, self.gamma2 = (scale(width, layer_scale, kwargs["param_dtype"]) for _ in range(2))
         self.expand = nnx.Linear(width, hidden, kernel_init=small_init, **kwargs)
@@ -130,16 +133,20 @@ class MixBlock(Splittable):
         self.drop_path = drop_path(drop_path_rate, axes + 1)
 
     def __call__(self, x: Float[Array, "..."], *, sow_weights: bool = False, rngs: nnx.Rngs | None = None):
+        shape = x.shape
+        if self.by_kernels and in_line(x):
+            x = x.reshape(-1, shape[-1])
+
         def mix(x):
-            return self.mix(x, sow_weights=sow_weights)
+            return self.mix(x.reshape(shape), sow_weights=sow_weights).reshape(x.shape)
 
         def mlp(x):
             return self.contract(self.activation(self.expand(x)))
 
         for branch, norm, gamma in ((mix, self.norm1, self.gamma1), (mlp, self.norm2, self.gamma2)):
             y = norm(branch(x)) if self.post else branch(norm(x))
-            x = x + self.drop_path(scaled(y, gamma), rngs=rngs)
-        return x
+            x = x + self.drop_path(scaled(y, gamma).reshape(shape), rngs=rngs).reshape(x.shape)
+        return x.reshape(shape)
 
 
 def layer_norm(width: int, epsilon: float, **kwargs: Any) -> nnx.LayerNorm:

@@ -147,7 +147,7 @@ class NAT(Backbone):
             for m in range(depth):
                 mix = Neighborhood(heads, wide, (window, window), dilations[n] if m % 2 else 1, **kwargs)
                 scales: dict[str, Any] = {"layer_scale": layer_scale, "drop_path_rate": next(rates)}
-                blocks.append(MixBlock(wide, mlp_ratio * wide, mix, **scales, **kwargs))
+                blocks.append(MixBlock(wide, mlp_ratio * wide, mix, by_kernels=True, **scales, **kwargs))
             stages.append(Stage(Downsample(wide // 2, **kwargs) if n else None, blocks))
         self.stages = nnx.List(stages)
         self.norm = layer_norm(self.widths[-1], 1e-5, **kwargs)

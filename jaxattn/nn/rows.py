@@ -1,4 +1,8 @@
-"""The linear maps around attention, such that a TPU's kernels take and give what they make as it lies."""
+"""Tokens of a grid in one axis, around a TPU's kernels: what stands before and after them is then products of matrices.
+
+Left alone, the compiler puts the batch innermost, for the sake of convolutions, or a token's heads one under the
+other, and turns every array around a kernel, there and back.
+"""
 
 import math
 from typing import Any
@@ -17,18 +21,15 @@ ROWS = 8  # of a register
 
 
 class RowLinear(nnx.LinearGeneral):
-    """`nnx.LinearGeneral` from features to heads, or from heads to features, with its parameters. Where the TPU's
-    kernels are asked for, it is one product of matrices,
+    """`nnx.LinearGeneral` from features to heads, or from heads to features, with its parameters. Where tokens go in
+    one axis (`in_line`), it is one product of matrices,
 
-        Y = X W + b,   X [*batch, *grid, in],   W [in, out],
+        Y = X W + b,   X [tokens, in],   W [in, out],
 
-    whose X lies in rows: a token's features, all heads together, are next to each other in memory, tokens follow in
-    the order of the grid, and so does the gradient. The kernels need them so. Left alone, the compiler puts the batch
-    innermost, for a convolution's sake, and turns every array around a kernel there and back. Where the grid's last
-    axis does not fill registers of 8 rows, the compiler's way has less padding and is left alone.
+    and what goes to heads lies in rows, as the kernels take it: a token's heads are next to each other in memory. So do
+    the weights; and the gradients of both.
 
-    `implementation` is the layer's. A caller's `dot_general` or `out_sharding`, and parameters or inputs that are split
-    over a mesh of Explicit axes within a head, go flax's own way.
+    `implementation` is the layer's. A caller's `dot_general` or `out_sharding` goes flax's own way.
     """
 
     def __init__(self, *args: Any, implementation: str | None = None, **kwargs: Any):
@@ -38,28 +39,25 @@ class RowLinear(nnx.LinearGeneral):
     def __call__(
         self, inputs: Float[Array, "..."], out_sharding: PartitionSpec | Sharding | None = None
     ) -> Float[Array, "..."]:
-        if out_sharding is not None or not self._in_rows(inputs):
+        n = len(self.in_features)
+        own = out_sharding is not None or self.dot_general is not None or self.dot_general_cls is not None
+        if own or not in_line(inputs, n, self.implementation):
             return super().__call__(inputs, out_sharding=out_sharding)
         bias = None if self.bias is None else self.bias[...]
         x, kernel, bias = self.promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
-        features, n = math.prod(self.in_features), len(self.in_features)
-        x = x.reshape(*x.shape[:-n], features)
-        x = with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
-        last_by_first = ((x.ndim - 1,), (0,)), ((), ())
-        y = lax.dot_general(x, kernel.reshape(features, -1), last_by_first, precision=self.precision)
+        features, rows = math.prod(self.in_features), Layout(major_to_minor=(0, 1))
+        tokens, kernel = x.reshape(-1, features), with_layout_constraint(kernel.reshape(features, -1), rows)
+        y = lax.dot_general(tokens, kernel, (((1,), (0,)), ((), ())), precision=self.precision)
         y = y if bias is None else y + bias.reshape(-1)
-        return y.reshape(*y.shape[:-1], *self.out_features)
-
-    def _in_rows(self, inputs: Array) -> bool:
-        if machine.backend() != "tpu" or "tpu" not in asked(self.implementation):
-            return False
-        n = len(self.in_features)
-        if self.dot_general is not None or self.dot_general_cls is not None or inputs.ndim < n + 2:
-            return False
-        whole = _whole(inputs, inputs.ndim - n) and _whole(self.kernel[...], 0, n) and _whole(self.kernel[...], n)
-        return whole and inputs.shape[-n - 1] % ROWS == 0
+        y = with_layout_constraint(y, rows) if n == 1 else y
+        return y.reshape(*x.shape[:-n], *self.out_features)
 
 
-def _whole(x: Array, begin: int, end: int | None = None) -> bool:
-    """Whether of these axes of x, which become one, a mesh of Explicit axes splits none but the first."""
-    return not any(jax.typeof(x).sharding.spec[begin + 1 : end])
+def in_line(x: Array, features: int = 1, implementation: str | None = None) -> bool:
+    """Whether the tokens of x, whose last axes are so many of features, should stand in one axis: the TPU's kernels are
+    asked for, x is all on one device, and the last axis of the grid fills registers of 8 rows; else that is a copy."""
+    if machine.backend() != "tpu" or "tpu" not in asked(implementation) or x.ndim < features + 2:
+        return False
+    mesh = jax.sharding.get_abstract_mesh()
+    alone = machine.device_count() == 1 or (not mesh.empty and mesh.are_all_axes_manual)
+    return alone and x.shape[-features - 1] % ROWS == 0

@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
@@ -37,7 +38,7 @@ class RowLinear(nnx.LinearGeneral):
         self.implementation = implementation
 
     def __call__(
-        self, inputs: Float[Array, "..."], out_sharding: PartitionSpec | Sharding | None = None
+        self, inputs: Array | np.ndarray, out_sharding: PartitionSpec | Sharding | None = None
     ) -> Float[Array, "..."]:
         n = len(self.in_features)
         own = out_sharding is not None or self.dot_general is not None or self.dot_general_cls is not None
@@ -53,7 +54,7 @@ class RowLinear(nnx.LinearGeneral):
         return y.reshape(*x.shape[:-n], *self.out_features)
 
 
-def in_line(x: Array, features: int = 1, implementation: str | None = None) -> bool:
+def in_line(x: Array | np.ndarray, features: int = 1, implementation: str | None = None) -> bool:
     """Whether the tokens of x, whose last axes are so many of features, should stand in one axis: the TPU's kernels are
     asked for, x is all on one device, and the last axis of the grid fills registers of 8 rows; else that is a copy."""
     if machine.backend() != "tpu" or "tpu" not in asked(implementation) or x.ndim < features + 2:

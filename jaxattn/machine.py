@@ -53,7 +53,7 @@ def traced_for(backend: str, devices: int = 1, chip: str | None = None) -> Abstr
         raise ValueError(f"traced_for: backend (={backend!r}) must be one of {', '.join(map(repr, BACKENDS))}")
     if not isinstance(devices, int) or isinstance(devices, bool) or devices < 1:
         raise ValueError(f"traced_for: devices (={devices!r}) must be an int >= 1")
-    if chip is not None and (backend != "tpu" or chip not in CHIPS):
+    if chip is not None and (backend != "tpu" or not isinstance(chip, str) or chip not in CHIPS):
         raise ValueError(
             f"traced_for: chip (={chip!r}) must be None, or with 'tpu' one of {', '.join(map(repr, CHIPS))}"
         )

@@ -37,9 +37,7 @@ class RowLinear(nnx.LinearGeneral):
         super().__init__(*args, **kwargs)
         self.implementation = implementation
 
-    def __call__(
-        self, inputs: Array | np.ndarray, out_sharding: PartitionSpec | Sharding | None = None
-    ) -> Float[Array, "..."]:
+    def __call__(self, inputs: Any, out_sharding: PartitionSpec | Sharding | None = None) -> Float[Array, "..."]:
         n = len(self.in_features)
         own = out_sharding is not None or self.dot_general is not None or self.dot_general_cls is not None
         if own or not in_line(inputs, n, self.implementation):

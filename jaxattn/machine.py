@@ -21,6 +21,12 @@ def device_count() -> int:
     return _elsewhere.value[1] if _elsewhere.value else jax.device_count()
 
 
+def alone() -> bool:
+    """Whether a program is one device's own: there is no other, or it is inside a `shard_map` over all axes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return device_count() == 1 or (not mesh.empty and mesh.are_all_axes_manual)
+
+
 def chip() -> str | None:
     """The generation of the TPU that is traced for, as `traced_for` was told it."""
     return _elsewhere.value[2] if _elsewhere.value else None

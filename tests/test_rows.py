@@ -71,10 +71,11 @@ def test_values_and_gradients(grid, columns, heads, bias, dtype):
         with jaxattn.traced_for("tpu"):
             found = jax.jit(functools.partial(run, graph))(state, x)
         expected = run(*nnx.split(theirs), x)
-        rtol = 1e-5 if dtype is None else 3e-2
+        most = 1e-5 if dtype is None else 2e-2
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             assert (a.dtype, a.shape) == (b.dtype, b.shape)
-            np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=rtol, atol=10 * rtol)
+            a, b = np.float64(a), np.float64(b)
+            assert np.linalg.norm(a - b) <= most * np.linalg.norm(b)
 
 
 def test_transformations():
@@ -116,8 +117,9 @@ def test_asked_for_by_the_environment(monkeypatch):
 
 
 def test_attention_has_them():
-    """Queries, keys, values and the output."""
+    """Queries, keys, values and the output; but not without a window, for which these kernels are not."""
     layer = jaxattn.nn.NeighborhoodAttention(2, 8, window=(3, 3), implementation="tpu", rngs=nnx.Rngs(0))
+    assert not isinstance(jaxattn.nn.Attention(2, 8, rngs=nnx.Rngs(0)).query, RowLinear)
     with jaxattn.traced_for("tpu"):
         program = str(jax.make_jaxpr(layer)(normal(1, 8, 8, 8)))
     assert program.count("layout_constraint") == 7
@@ -136,6 +138,21 @@ def test_what_is_split_is_left_to_flax(kind):
     with jax.set_mesh(mesh), jaxattn.traced_for("tpu", 8):
         run, split = jax.jit(lambda state, x: nnx.merge(graph, state)(x)), put(x, "data")
         assert "layout_constraint" not in str(run.trace(state, split).jaxpr)
+        np.testing.assert_allclose(run(state, split), theirs(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "heads", "rows"), [((), (), 2), (("data",), (), 0), ((), (None, "data"), 0)])
+def test_a_mesh_of_one_device(tokens, heads, rows):
+    """Whose types say that arrays are split, and JAX then refuses to reshape them."""
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:1])
+    put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
+    ours, theirs = pair(6, (2, 4))
+    x, (graph, state) = normal(4, 4, 8, 6), nnx.split(ours)
+    state.kernel.set_value(put(ours.kernel[...], *heads))
+    state.bias.set_value(put(ours.bias[...], *heads[1:]))
+    with jax.set_mesh(mesh), jaxattn.traced_for("tpu"):
+        run, split = jax.jit(lambda state, x: nnx.merge(graph, state)(x)), put(x, *tokens)
+        assert str(run.trace(state, split).jaxpr).count("layout_constraint") == rows
         np.testing.assert_allclose(run(state, split), theirs(x), rtol=1e-5, atol=1e-5)
 
 

@@ -95,7 +95,7 @@ def swin(heads, width, **kwargs):
     return WindowAttention(heads, width, (7, 7), (0, 0), padding="after", version=1, pretrained=7, **kwargs)
 
 small = [("tpu", (8, 56, 56, width), mix, True) for width, mix in ((64, nat), (96, swin))]
-cases = [*(((how, (64, 56, 56, 64), nat, False)) for how in ("tpu", "xla")), *small]
+cases = [*((how, (64, 56, 56, 64), nat, False) for how in ("tpu", "xla")), *small]
 print(json.dumps([measure(*case) for case in cases]))
 """
 

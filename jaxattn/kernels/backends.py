@@ -2,8 +2,6 @@
 
 import os
 
-import jax
-
 from jaxattn import machine
 from jaxattn.kernels import parted
 from jaxattn.kernels.backend import Backend
@@ -60,10 +58,8 @@ def _elsewhere(backend: Backend, asked: tuple[str | None, ...], operands: Operan
     """Why it can't here, wherever the window is."""
     if backend.platform not in (None, machine.backend()):
         return f"it runs on a {backend.platform} alone, and this is a {machine.backend()}"
-    mesh = jax.sharding.get_abstract_mesh()
-    alone = machine.device_count() == 1 or (not mesh.empty and mesh.are_all_axes_manual)
     named = backend.name == asked[-1] or (backend.name in asked and parted.known(operands))
-    if backend.opaque and not alone and not named:
+    if backend.opaque and not machine.alone() and not named:
         return (
             f"the compiler can't split it over the {machine.device_count()} devices: call attention inside shard_map, "
             f"or with implementation={backend.name!r} on a mesh of Explicit axes, or where nothing is sharded"

@@ -59,7 +59,8 @@ class TokenMixer(Splittable):
             )
             if not qkv_bias:  # which leaves the projection out its bias
                 heads = (num_heads, width // num_heads)
-                self.layer.out = RowLinear(heads, width, axis=(-2, -1), kernel_init=kernel_init, **kwargs)
+                linear = RowLinear if mix == "local" else nnx.LinearGeneral
+                self.layer.out = linear(heads, width, axis=(-2, -1), kernel_init=kernel_init, **kwargs)
         self.flat = mix == "global"
 
     def __call__(self, x: Float[Array, "*batch width"], *, axes: int, sow_weights: bool = False):

@@ -68,8 +68,10 @@ class Projected(GridModule):
         """Of inputs to query, key and value, perhaps with their norms, and of the heads' outputs."""
         self.head_dim = self.qkv_features // self.num_heads
         common = {name: given[name] for name in ("dtype", "param_dtype", "rngs")}
-        same = {name: given[name] for name in ("use_bias", "precision", "implementation")}
-        linear = partial(RowLinear, **same, **common)
+        linear: Any = nnx.LinearGeneral  # without a window, as `nnx.MultiHeadAttention` has it
+        if self.window is not None:
+            linear = partial(RowLinear, implementation=given["implementation"])
+        linear = partial(linear, use_bias=given["use_bias"], precision=given["precision"], **common)
         names = ("kernel_init", "bias_init", "kernel_metadata", "bias_metadata")
         inner = {name: given[name] for name in names}
         outer = {name: given[f"out_{name}"] or given[name] for name in names}  # those of `out`, where it has its own

@@ -1,7 +1,7 @@
-"""Tokens of a grid in one axis, around a TPU's kernels: what stands before and after them is then products of matrices.
+"""Around a TPU's kernels, projections of tokens that stand in one axis: products of matrices.
 
 Left alone, the compiler puts the batch innermost, for the sake of convolutions, or a token's heads one under the
-other, and turns every array around a kernel, there and back.
+other. It then turns every array around a kernel, there and back.
 """
 
 import math
@@ -30,7 +30,8 @@ class RowLinear(nnx.LinearGeneral):
     and what goes to heads lies in rows, as the kernels take it: a token's heads are next to each other in memory. So do
     the weights; and the gradients of both.
 
-    `implementation` is the layer's. A caller's `dot_general` or `out_sharding` goes flax's own way.
+    `implementation` is the layer's. A caller's `dot_general` or `out_sharding`, and parameters that a mesh of
+    Explicit axes splits, go flax's own way.
     """
 
     def __init__(self, *args: Any, implementation: str | None = None, **kwargs: Any):
@@ -38,12 +39,12 @@ class RowLinear(nnx.LinearGeneral):
         self.implementation = implementation
 
     def __call__(self, inputs: Any, out_sharding: PartitionSpec | Sharding | None = None) -> Float[Array, "..."]:
-        n = len(self.in_features)
+        n, kernel, bias = len(self.in_features), self.kernel[...], None if self.bias is None else self.bias[...]
         own = out_sharding is not None or self.dot_general is not None or self.dot_general_cls is not None
+        own = own or _is_split(kernel) or (bias is not None and _is_split(bias))
         if own or not in_line(inputs, n, self.implementation):
             return super().__call__(inputs, out_sharding=out_sharding)
-        bias = None if self.bias is None else self.bias[...]
-        x, kernel, bias = self.promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
+        x, kernel, bias = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
         features, rows = math.prod(self.in_features), Layout(major_to_minor=(0, 1))
         tokens, kernel = x.reshape(-1, features), with_layout_constraint(kernel.reshape(features, -1), rows)
         y = lax.dot_general(tokens, kernel, (((1,), (0,)), ((), ())), precision=self.precision)
@@ -57,6 +58,9 @@ def in_line(x: Array | np.ndarray, features: int = 1, implementation: str | None
     asked for, x is all on one device, and the last axis of the grid fills registers of 8 rows; else that is a copy."""
     if machine.backend() != "tpu" or "tpu" not in asked(implementation) or x.ndim < features + 2:
         return False
-    mesh = jax.sharding.get_abstract_mesh()
-    alone = machine.device_count() == 1 or (not mesh.empty and mesh.are_all_axes_manual)
-    return alone and x.shape[-features - 1] % ROWS == 0
+    return machine.alone() and not _is_split(x) and x.shape[-features - 1] % ROWS == 0
+
+
+def _is_split(x: Array | np.ndarray) -> bool:
+    """Whether its type says so, also over a single device: such an array can't be reshaped at will."""
+    return any(jax.typeof(x).sharding.spec)

@@ -6,13 +6,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import GEOMETRIES, check, problem, relative_bias, residuals, scalar, scale
+from contract import (
+    GEOMETRIES,
+    check,
+    extra_tokens,
+    mask_of_keys,
+    problem,
+    relative_bias,
+    residuals,
+    scalar,
+    scale,
+)
 from jax.sharding import PartitionSpec as P
 
 import jaxattn
 from jaxattn.attention import attention
 from jaxattn.kernels import backends
-from jaxattn.kernels.tpu import backend, plan
+from jaxattn.kernels.tpu import backend, choose, plan
 from jaxattn.kernels.tpu.backend import INTERPRETED, TPU
 from jaxattn.machine import traced_for
 
@@ -123,6 +133,36 @@ LANES = [(4, 4, 32, 32), (2, 2, 64, 64), (3, 3, 64, 40), (2, 1, 128, 128), (1, 1
 def test_heads_in_lanes(interpreted, heads, key_heads, head_dim, value_dim):
     sizes = dict(batch=(2,), heads=heads, key_heads=key_heads, head_dim=head_dim, value_dim=value_dim)
     check(of(((6, 8), dict(size=(3, 3))), [relative_bias, residuals], **sizes), "tpu", jnp.float32)
+
+
+# the geometry, the tile that is asked for, key heads and head_dim, and how many heads are together
+APART = [
+    (((14, 15), dict(size=(7, 7), block=7)), None, 4, 32, jnp.float32, 2),
+    (((14, 14), dict(size=(7, 7), block=7)), None, 4, 32, jnp.bfloat16, 2),
+    (((9, 17), dict(size=(3, 5), boundary="mask")), (8, 8), 8, 32, jnp.bfloat16, 2),
+    (((9, 17), dict(size=(3, 5), boundary="zero")), (8, 16), 4, 32, jnp.float32, 1),
+    (((130,), dict(size=9, causal=True, boundary="mask")), (128,), 4, 64, jnp.float32, 1),
+    (((3, 4, 9), dict(size=(3, 3, 3))), (2, 4, 8), 4, 30, jnp.float32, 2),
+    (((9, 9), dict(size=(3, 3))), (8, 8), 3, 32, jnp.float32, 2),
+]
+
+
+@pytest.mark.core(1)
+@pytest.mark.parametrize(("geometry", "tile", "heads", "dim", "dtype", "together"), APART)
+def test_heads_whose_values_are_met_apart(interpreted, monkeypatch, geometry, tile, heads, dim, dtype, together):
+    """With keys first, where a few heads' queries fill the columns of a matrix unit."""
+    monkeypatch.setattr(choose, "_layouts", lambda *_: [True])
+    plans, make = {}, choose.make_plan.__wrapped__  # by the way that they are for
+
+    def make_plan(options, heads, extra, relative, masked, way, *chip):
+        return plans.setdefault(way, make(options, heads, extra, relative, masked, way, *chip))
+
+    monkeypatch.setattr(backend, "make_plan", make_plan)
+    sizes = dict(batch=(2,), heads=heads, key_heads=heads, head_dim=dim, value_dim=dim - 1)
+    made = of(geometry, [relative_bias, scale, extra_tokens, mask_of_keys], **sizes)
+    made.options |= {} if tile is None else dict(tile=tile)
+    check(made, "tpu", dtype)
+    assert plans["forward"].apart == together
 
 
 @pytest.mark.full

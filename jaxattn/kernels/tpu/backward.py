@@ -165,7 +165,7 @@ def _kernel(
         of_step = first_row(plan)
         whole = 1 if plan.static else SUBLANES * heads.packing  # one axis lies across the registers
         row = 0 if one_table else member  # of the table
-        given = Inputs(plan, dtype, precision, c, t, row, q, k, v, qc, kc, ke, ve)
+        given = Inputs(plan, dtype, precision, c, t, row, q, k, v, qc, kc, ke, ve, interpret)
 
         def score(tile):
             scores[tile.at] = keys_first.scores(given, tile)
@@ -195,7 +195,7 @@ def _kernel(
             for x, total in zip(found, reversed(extra_sums), strict=False):
                 total[...] = total[...] + x[plan.box :]
             x = product(d, given.keys(tile), (0, 0), precision)
-            put(dq, tile, keys_first.unstacked(x, plan) * c[Numbers().plain_scale])
+            put(dq, tile, keys_first.unstacked(x, plan) * c[Numbers().plain_scale], interpret)
 
         def iterate(n, _):
             by_turns((score, differentiate, send), BEHIND, tiles(plan, at, of_step, n))

@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from jaxattn.kernels.operands import hiding_score
 from jaxattn.kernels.tpu.plan import ANY, LANES, MATCH, Heads, Plan
@@ -102,16 +104,28 @@ def joined(ref: Any, extra: Any, places: Places) -> jax.Array:
     return x if extra is None else jnp.concatenate([x, load(extra, (slice(None),))], 0)
 
 
-def put(ref: Any, tile: Tile, x: jax.Array) -> None:
+def put(ref: Any, tile: Tile, x: jax.Array, interpret: bool) -> None:
     """Write [queries, lanes] where the tile's queries are, but not over those of the tile before. The next tile writes
-    over what is not this one's."""
-    places = 0, *tile.queries(), slice(None)
-    x = x.reshape(*(axis.tile for axis in tile.plan.axes), x.shape[-1])
+    over what is not this one's. Both are seen in 32 bits, but by the interpreter, which can't write to numbers so."""
+    packing = 4 // np.dtype(ref.dtype).itemsize
+    *rows, last = (axis.tile for axis in tile.plan.axes)
+    x = pltpu.bitcast(x.astype(ref.dtype), I32).reshape(*rows, last // packing, x.shape[-1])
+    words, places = ref.bitcast(I32), (0, *tile.queries(packing), slice(None))
     for a, before in enumerate(tile.before):
         if before is not None:
-            old = lax.broadcasted_iota(I32, x.shape, a) < before
-            x = jnp.where(old, ref[places].astype(x.dtype), x)
-    ref[places] = x.astype(ref.dtype)
+            x = _over(words[places], x, before, a, packing if a == len(rows) else 1)
+    if interpret:
+        ref[(0, *tile.queries(), slice(None))] = pltpu.bitcast(x, ref.dtype)
+    else:
+        words[places] = x
+
+
+def _over(old: jax.Array, new: jax.Array, before: Any, axis: int, packing: int) -> jax.Array:
+    """The new words, but the old numbers where they are the first along an axis, `packing` of them in a word."""
+    at = lax.broadcasted_iota(I32, new.shape, axis) * I32(packing)
+    if packing == 2:  # a word may be half of each
+        new = jnp.where(at == before - 1, (old & I32(0xFFFF)) | (new & I32(-0x10000)), new)
+    return jnp.where(at + I32(packing - 1) < before, old, new)
 
 
 def by_head(x: jax.Array, heads: Heads, other: int = 0) -> list[jax.Array]:
@@ -123,8 +137,10 @@ def by_head(x: jax.Array, heads: Heads, other: int = 0) -> list[jax.Array]:
 
 
 def own(parts: Sequence[jax.Array], heads: Heads) -> jax.Array:
-    """One array from one for each head, of which each gives the lanes of its head."""
+    """One array from one for each head, of which each gives the lanes of its head; of fewer, in turns."""
     lanes, whole = _head_of_lane(parts[0], heads), parts[0]
+    if len(parts) < heads.abreast:
+        lanes = lax.rem(lanes, I32(len(parts)))
     for h, part in enumerate(parts[1:], 1):
         whole = jnp.where(lanes == h, part, whole)
     return whole

@@ -27,7 +27,7 @@ def make_plan(
     matrix units are 256 numbers wide."""
     layouts, found = _layouts(options, heads, way, wide), []
     for keys_first, axes in itertools.product(layouts, itertools.product(*_choices(options, heads))):
-        plan = Plan(heads, axes, extra, keys_first)
+        plan = Plan(heads, axes, extra, keys_first, 2 * LANES if wide else LANES)
         whole = plan.queries % (SUBLANES * heads.packing) == 0  # registers: otherwise compiling takes many minutes
         if options.tile or (whole and plan.queries <= MOST_QUERIES):
             count = plan.tile_rows * plan.tile_columns
@@ -95,11 +95,15 @@ def _cost(plan: Plan, way: str) -> float:
     heads, columns = plan.heads, plan.keys
     deep, stacked = max(1, heads.lanes // LANES), heads.abreast * plan.queries
     scores, mixed = columns * padded(stacked) * deep, stacked * padded(columns) * deep  # rows that pass through a unit
+    if way == "forward" and plan.keys_first and plan.apart:  # in products of their own, bound likewise
+        mixed = -(-heads.abreast // plan.apart) * padded(columns) * padded(plan.apart * plan.queries)
+        mixed *= max(plan.apart * heads.dim, 64)
     if way == "backward":
         return (4 * scores + mixed) / 4 + 0.1 * columns + 30
     wide = padded(columns) * deep
     if plan.keys_first:
-        return (scores + mixed) / 4 + 0.06 * scores + 8 + 12 * plan.overlaps
+        # with heads apart units idle more: what binds is the storing of scores
+        return (scores + mixed) / 4 + (0.14 if plan.apart else 0.06) * scores + 8 + 12 * plan.overlaps
     # bound by the rows of both products, or by loading their other factors
     return max(2 * stacked * wide, 56 * (1 + heads.abreast) * wide) / 4 + 12
 

@@ -23,7 +23,8 @@ from jaxattn.kernels.tpu.inputs import Inputs
 from jaxattn.kernels.tpu.plan import LANES, Plan
 from jaxattn.sizes import planned
 
-BEHIND = 0, 16  # so many tiles each phase is behind the first
+BEHIND = 16  # so many tiles the second phase is behind the first
+BEHIND_APART = 4  # where the heads' products are apart
 
 
 def attend(
@@ -55,15 +56,15 @@ def attend(
         (q, qc), (k, v, kc) = order.arrange(placed, rows_at, copies, (q, qc), (k, v, kc), dtype)
         y, lse = [*(copies or results), None][:2]
         row = 0 if table.shape[1] == 1 else pl.program_id(MEMBER)
-        inputs = Inputs(plan, dtype, precision, c, t, row, q, k, v, qc, kc, ke, ve)
+        inputs = Inputs(plan, dtype, precision, c, t, row, q, k, v, qc, kc, ke, ve, interpret)
         if plan.keys_first:
             phases = keys_first.phases(inputs, y, weights, **common)
         else:
             phases = queries_first.phases(inputs, y, lse, weights, most[0] if most else None, **common)
-        of_step = first_row(plan)
+        of_step, behind = first_row(plan), (0, BEHIND_APART if plan.keys_first and plan.apart else BEHIND)
 
         def iterate(n, _):
-            by_turns(phases, BEHIND, tiles(plan, at, of_step, n))
+            by_turns(phases, behind, tiles(plan, at, of_step, n))
             return I32(0)
 
         lax.fori_loop(np.int32(0), np.int32(plan.step_rows // plan.rows), iterate, I32(0))

@@ -26,6 +26,7 @@ class Inputs(NamedTuple):
     key_codes: Any
     extra_key: Any
     extra_value: Any
+    interpret: bool
 
     def keys(self, tile: Tile) -> jax.Array:
         """Of a tile's box, and the extra ones behind it, [keys, lanes]."""

@@ -44,6 +44,26 @@ def unstacked(x: jax.Array, plan: Plan) -> jax.Array:
     return own([x[h : h + plan.queries] for h in range(0, len(x), plan.queries)], plan.heads)
 
 
+def _mixed(weights: jax.Array, values: jax.Array, plan: Plan, precision: Any) -> jax.Array:
+    """Pᵀ·V by one product for all heads, of which each head takes its own lanes: [queries, lanes]."""
+    return unstacked(product(weights, values, (0, 0), precision), plan)
+
+
+def _mixed_apart(weights: jax.Array, values: jax.Array, plan: Plan, precision: Any) -> jax.Array:
+    """The same as (Vᵀ·P)ᵀ, where a few heads' queries fill the columns of a matrix unit: then only the rows of Vᵀ that
+    are those heads' own go through it, and not all lanes."""
+    heads, queries, together = plan.heads, plan.queries, plan.apart
+    rows, columns, transposed = together * heads.dim, together * queries, values.T
+    parts = [
+        product(transposed[n * rows : (n + 1) * rows], weights[:, n * columns : (n + 1) * columns], (1, 0), precision)
+        for n in range(-(-heads.abreast // together))
+    ]
+    if (missing := columns - parts[-1].shape[1]) > 0:
+        parts[-1] = jnp.concatenate([parts[-1], jnp.zeros((len(parts[-1]), missing), F32)], 1)
+    mixed = jnp.concatenate(parts, 0).T  # [(head of those together, query), lanes]
+    return own([mixed[n : n + queries] for n in range(0, columns, queries)], heads)
+
+
 def phases(
     given: Inputs, output: Any, weights: Any, *, soft_cap: bool, some_see_nothing: bool
 ) -> tuple[Callable[[Tile], None], ...]:
@@ -55,7 +75,8 @@ def phases(
         weights[tile.at] = softmax(s, some_see_nothing).astype(given.dtype)
 
     def mix(tile: Tile) -> None:
-        y = product(weights[tile.at], given.values(tile), (0, 0), given.precision)
-        put(output, tile, unstacked(y, given.plan))
+        mix = _mixed_apart if given.plan.apart else _mixed
+        y = mix(weights[tile.at], given.values(tile), given.plan, given.precision)
+        put(output, tile, y, given.interpret)
 
     return score, mix

@@ -108,6 +108,7 @@ class Plan(NamedTuple):
     axes: tuple[AxisPlan, ...]
     extra: int  # tokens that every tile meets behind its box
     keys_first: bool = False  # scores are [keys, (head, query)], otherwise [head, query, keys]
+    unit: int = LANES  # the width of a matrix unit
     rows: int = 1
     vmem: int = 0  # bytes that are planned with
     strips: Strips | None = None  # of the first axis; None: a step holds the whole grid
@@ -174,6 +175,14 @@ class Plan(NamedTuple):
     def keys(self) -> int:
         """All that a tile meets."""
         return self.box + self.extra_places
+
+    @property
+    def apart(self) -> int:
+        """With keys first: how many heads' queries just fill the columns of a matrix unit, so that these heads' weights
+        meet their values apart from the others'; 0 where it takes all heads, or where they don't."""
+        abreast, queries = self.heads.abreast, self.queries
+        few = max(1, self.unit // queries)
+        return few if few < abreast and few * queries % self.unit == 0 else 0
 
     @property
     def patterns(self) -> int:

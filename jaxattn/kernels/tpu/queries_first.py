@@ -59,11 +59,12 @@ def phases(
         total = divisor = totals[0]
         if some_see_nothing:  # who sees something has a weight of 1
             divisor = jnp.maximum(total, 0.5)
-        put(output, tile, own(mixed, heads) * reciprocal(divisor, approx=dtype != F32))
+        put(output, tile, own(mixed, heads) * reciprocal(divisor, approx=dtype != F32), given.interpret)
         if lse is not None:
             maximum = own([_wide(most[tile.at, h], heads.lanes) for h in range(heads.abreast)], heads)
             found = (maximum + jnp.log2(divisor)) * (1 / LOG2E)
-            put(lse, tile, jnp.where(total <= 0, -jnp.inf, found) if some_see_nothing else found)
+            found = jnp.where(total <= 0, -jnp.inf, found) if some_see_nothing else found
+            put(lse, tile, found, given.interpret)
 
     return score, mix
 

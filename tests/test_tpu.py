@@ -125,7 +125,16 @@ def against_the_formula(grid, given, dtype, names):
         assert np.linalg.norm(x - y) <= (1e-5 if dtype == jnp.float32 else 2e-2) * np.linalg.norm(y)
 
 
-LANES = [(4, 4, 32, 32), (2, 2, 64, 64), (3, 3, 64, 40), (2, 1, 128, 128), (1, 1, 256, 200)]
+LANES = [
+    (8, 8, 16, 12),
+    (4, 4, 32, 32),
+    (6, 6, 32, 20),
+    (5, 5, 16, 32),
+    (2, 2, 64, 64),
+    (3, 3, 64, 40),
+    (2, 1, 128, 128),
+    (1, 1, 256, 200),
+]
 
 
 @pytest.mark.core(1)

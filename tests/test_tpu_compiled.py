@@ -64,6 +64,11 @@ compile((16, 80), dict(size=(3, 21), stride=(1, 20)), names=("bias",), dim=32)  
 compile((14, 14), dict(size=(7, 7), block=7), names=("bias",), heads=2, dim=32, tables=2)  # half of the lanes
 compile((14, 14), dict(size=(3, 3), boundary="wrap"), ("bias", "mask", "extra", "cap"), heads=3, key_heads=3, dim=32)
 compile((14, 14), dict(size=(3, 3), dilation=2), ("mask", "segments"), jnp.float32, heads=1, key_heads=1, dim=32)
+heads = dict(heads=6, key_heads=6)  # which leave half a block empty
+compile((14, 28), dict(size=(7, 7), block=7), names=("bias",), dim=32, tables=2, **heads)
+compile((15, 17), dict(size=(3, 5), boundary="wrap", dilation=2), ("lse", "bias"), dim=20, tables=2, **heads)
+compile((16, 16), dict(size=(5, 5)), names=("bias",), dim=16, heads=8, key_heads=8, tables=2)
+compile((9, 128), dict(size=(3, 3)), names=(), dim=16, heads=8, key_heads=8, tile=(1, 128))  # heads apart
 
 plan.VMEM["v5e"] = 12 * plan.MIB  # strips of the first axis
 compile((24, 64), dict(size=(7, 7), boundary="mask"), names=("mask", "segments", "extra", "cap", "lse"))
@@ -81,4 +86,4 @@ def test_the_compiler_takes_them():
     environment = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
     run = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("compiled") == 22
+    assert run.stdout.count("compiled") == 26

@@ -24,18 +24,18 @@ QUERIES, KEYS = range(2)  # of an axis in `Plan.outside`
 
 
 def flat_queries(x: Array, plan: Plan) -> Array:
-    """[*batch, *queries, heads, dim] as [entries, *queries, members · blocks · lanes]."""
+    """[*batch, *queries, heads, dim] as [entries, *queries, members · lanes]."""
     heads = plan.heads
     x = _in_order(_entries(x, len(plan.axes)), plan, QUERIES)
     x = x.reshape(*x.shape[:-2], heads.key_heads, heads.members, x.shape[-1])
-    x = _padded(jnp.swapaxes(x, -2, -3), heads).reshape(*x.shape[:-3], -1)
+    x = _flat(jnp.swapaxes(x, -2, -3), heads, plan.lanes).reshape(*x.shape[:-3], -1)
     return _filled_up(x, [axis.query_count for axis in plan.axes])
 
 
 def flat_keys(x: Array, plan: Plan) -> Array:
-    """[*batch, *keys, key_heads, dim] as [entries, *keys, blocks · lanes]."""
+    """[*batch, *keys, key_heads, dim] as [entries, *keys, lanes]."""
     x = _in_order(_entries(x, len(plan.axes)), plan, KEYS)
-    return _filled_up(_padded(x, plan.heads).reshape(*x.shape[:-2], -1), [axis.key_count for axis in plan.axes])
+    return _filled_up(_flat(x, plan.heads, plan.lanes), [axis.key_count for axis in plan.axes])
 
 
 class Beside(NamedTuple):
@@ -49,8 +49,8 @@ class Beside(NamedTuple):
 
 def flat_extra(x: Array, plan: Plan) -> Array:
     """[*batch, extra, key_heads, dim] as [entries, extra_places, blocks · lanes]."""
-    x = _padded(_entries(x, 1), plan.heads)
-    return jnp.pad(x.reshape(*x.shape[:2], -1), [(0, 0), (0, plan.extra_places - plan.extra), (0, 0)])
+    x = _flat(_entries(x, 1), plan.heads, plan.heads.blocks * plan.heads.lanes)
+    return jnp.pad(x, [(0, 0), (0, plan.extra_places - plan.extra), (0, 0)])
 
 
 def by_query(x: Array, plan: Plan, shape: tuple[int, ...]) -> Array:
@@ -61,8 +61,10 @@ def by_query(x: Array, plan: Plan, shape: tuple[int, ...]) -> Array:
         if places is not None and not is_filled_up(places, n):
             x = take(x, np.argsort(np.where(places < 0, n, places), kind="stable")[:n], a)
     x = x[(slice(None), *map(slice, grid))]
-    x = x.reshape(*x.shape[:-1], heads.members, -1, heads.dim)[..., : heads.key_heads, : shape[-1]]
-    return jnp.swapaxes(x, -2, -3).reshape(shape)
+    x = x.reshape(*x.shape[:-1], heads.members, -1)[..., : heads.key_heads * heads.dim]
+    if dropped := heads.dim - shape[-1]:
+        x = jnp.concatenate(lax.split(x, (shape[-1], dropped) * heads.key_heads, x.ndim - 1)[::2], -1)
+    return jnp.swapaxes(x.reshape(*x.shape[:-1], heads.key_heads, -1), -2, -3).reshape(shape)
 
 
 def _in_order(x: Array, plan: Plan, which: int, other: Array | float = 0) -> Array:
@@ -196,10 +198,17 @@ def _entries(x: Array, rank: int) -> Array:
     return x.reshape(math.prod(x.shape[: -rank - 2]), *x.shape[-rank - 2 :])
 
 
-def _padded(x: Array, heads: Heads) -> Array:
-    """[..., key_heads, dim], with zeros to whole blocks of whole heads."""
-    missing = heads.blocks * heads.abreast - x.shape[-2], heads.dim - x.shape[-1]
-    return jnp.pad(x, [*[(0, 0)] * (x.ndim - 2), (0, missing[0]), (0, missing[1])]) if any(missing) else x
+def _flat(x: Array, heads: Heads, lanes: int) -> Array:
+    """[..., key_heads, dim] as [..., lanes], with zeros behind every head, and then to so many lanes. Heads are first
+    put side by side in the lanes: there a TPU moves them in a third of the time."""
+    *batch, count, dim = x.shape
+    x = x.reshape(*batch, count * dim)
+    if missing := heads.dim - dim:
+        zeros = jnp.zeros((*batch, missing), x.dtype)
+        parts = [part for head in lax.split(x, (dim,) * count, len(batch)) for part in (head, zeros)]
+        x = jnp.concatenate(parts, -1)
+    missing = lanes - x.shape[-1]
+    return jnp.pad(x, [*[(0, 0)] * len(batch), (0, missing)]) if missing else x
 
 
 def tiled_rows(x: Array, plan: Plan) -> Array:

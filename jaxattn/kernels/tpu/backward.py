@@ -31,6 +31,7 @@ from jaxattn.kernels.tpu.block import (
     by_turns,
     capped,
     first_row,
+    lanes_of_heads,
     product,
     put,
     tiles,
@@ -165,7 +166,7 @@ def _kernel(
         of_step = first_row(plan)
         whole = 1 if plan.static else SUBLANES * heads.packing  # one axis lies across the registers
         row = 0 if one_table else member  # of the table
-        given = Inputs(plan, dtype, precision, c, t, row, q, k, v, qc, kc, ke, ve, interpret)
+        given = Inputs(plan, dtype, precision, c, t, row, q, k, v, qc, kc, ke, ve, interpret, lanes_of_heads(plan))
 
         def score(tile):
             scores[tile.at] = keys_first.scores(given, tile)

@@ -13,6 +13,7 @@ SHARE = 0.8  # of the VMEM, that a kernel may plan with: the rest is the compile
 COPY = 0.2  # cycles a query and block of heads, where queries are put in another order, there and back, about
 # scores in an iteration: more of them hide latency better, and compile longer
 UNROLLED = {"forward": 13 * 2**18, "backward": 2**19}
+MOST_TILES = 112  # in an iteration, likewise
 CUT = 1.25  # what strips cost, about: keys are fetched, and sums carried, where two meet
 MOST_QUERIES = 512  # of a tile
 MOST_PLACES = 64  # tiles along the last axis, each of which is written out
@@ -116,7 +117,7 @@ def _fit(plan: Plan, relative: bool, masked: bool, way: str, vmem: int) -> Plan 
     if plan.tile_columns > MOST_PLACES:
         return f"its last axis makes more than {MOST_PLACES} tiles"
     scores = plan.tile_columns * heads.abreast * plan.queries * -(-plan.keys // LANES) * LANES
-    most, step = max(1, UNROLLED[way] // scores), plan.step_rows
+    most, step = max(1, min(UNROLLED[way] // scores, MOST_TILES // plan.tile_columns)), plan.step_rows
     plan = plan._replace(rows=max(n for n in range(1, step + 1) if step % n == 0 and n <= most))
     held = _held(plan, relative, masked, way)
     if held > SHARE * vmem:

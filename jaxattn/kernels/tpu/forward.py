@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxattn.kernels.tpu import keys_first, order, queries_first
 from jaxattn.kernels.tpu.arrange import Beside, shape_of
-from jaxattn.kernels.tpu.block import F32, I32, MEMBER, by_turns, first_row, tiles
+from jaxattn.kernels.tpu.block import F32, I32, MEMBER, by_turns, first_row, lanes_of_heads, tiles
 from jaxattn.kernels.tpu.inputs import Inputs
 from jaxattn.kernels.tpu.plan import LANES, Plan
 from jaxattn.sizes import planned
@@ -56,7 +56,7 @@ def attend(
         (q, qc), (k, v, kc) = order.arrange(placed, rows_at, copies, (q, qc), (k, v, kc), dtype)
         y, lse = [*(copies or results), None][:2]
         row = 0 if table.shape[1] == 1 else pl.program_id(MEMBER)
-        inputs = Inputs(plan, dtype, precision, c, t, row, q, k, v, qc, kc, ke, ve, interpret)
+        inputs = Inputs(plan, dtype, precision, c, t, row, q, k, v, qc, kc, ke, ve, interpret, lanes_of_heads(plan))
         if plan.keys_first:
             phases = keys_first.phases(inputs, y, weights, **common)
         else:

@@ -27,10 +27,11 @@ class Inputs(NamedTuple):
     extra_key: Any
     extra_value: Any
     interpret: bool
+    lanes: Any  # the bits of a block's lanes that are of a head; None, where all are
 
     def keys(self, tile: Tile) -> jax.Array:
         """Of a tile's box, and the extra ones behind it, [keys, lanes]."""
-        return self.number(joined(self.key, self.extra_key, self._box(tile)))
+        return self.number(self._of_heads(joined(self.key, self.extra_key, self._box(tile))))
 
     def values(self, tile: Tile) -> jax.Array:
         """Likewise."""
@@ -38,7 +39,7 @@ class Inputs(NamedTuple):
 
     def words_of_values(self, tile: Tile) -> jax.Array:
         """The same in 32 bits."""
-        return joined(self.value, self.extra_value, self._box(tile))
+        return self._of_heads(joined(self.value, self.extra_value, self._box(tile)))
 
     def codes(self, tile: Tile) -> tuple[jax.Array | None, jax.Array]:
         """Of queries, if they are not all alike, and of a tile's box of keys."""
@@ -47,15 +48,22 @@ class Inputs(NamedTuple):
 
     def by_head(self, ref: Any, tile: Tile) -> list[jax.Array]:
         """Queries, or what is like them, of each head in its own lanes, [queries, lanes]."""
-        return [self.number(x) for x in by_head(load(ref, self._own(tile)), self.plan.heads)]
+        return [self.number(x) for x in self._by_head(ref, tile)]
 
     def stacked(self, ref: Any, tile: Tile) -> jax.Array:
         """The same, one head after the other, [(head, query), lanes]."""
-        return self.number(jnp.concatenate(by_head(load(ref, self._own(tile)), self.plan.heads), 0))
+        return self.number(jnp.concatenate(self._by_head(ref, tile), 0))
 
     def number(self, x: jax.Array) -> jax.Array:
         """What numbers of 32 bits are."""
         return pltpu.bitcast(x, self.dtype)
+
+    def _by_head(self, ref: Any, tile: Tile) -> list[jax.Array]:
+        return by_head(self._of_heads(load(ref, self._own(tile))), self.plan.heads)
+
+    def _of_heads(self, x: jax.Array) -> jax.Array:
+        """With zeros where a block reads beyond the last head: anything may stand there."""
+        return x if self.lanes is None else x & self.lanes
 
     def _own(self, tile: Tile) -> Any:
         return tile.queries(self.plan.heads.packing)

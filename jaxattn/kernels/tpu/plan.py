@@ -185,6 +185,14 @@ class Plan(NamedTuple):
         return few if few < abreast and few * queries % self.unit == 0 else 0
 
     @property
+    def lanes(self) -> int:
+        """Of all key heads in an array: in whole blocks, but where a step can read beyond the last head, and take what
+        it finds there for zeros."""
+        heads = self.heads
+        beyond = heads.blocks > 1 and heads.members == 1 and self.strips is None
+        return heads.key_heads * heads.dim if beyond else heads.blocks * heads.lanes
+
+    @property
     def patterns(self) -> int:
         """The combinations of every axis' patterns."""
         return math.prod(len(axis.low) for axis in self.axes)
@@ -237,9 +245,9 @@ def chip() -> str | None:
 
 
 def lanes_of(heads: int, key_heads: int, dims: tuple[int, int], dtype: jnp.dtype, filled: bool = False) -> Heads:
-    """Keys and values alike are padded to 32, 64, 128 or 256 numbers a head, and key heads to whole blocks. Few heads,
-    each with keys of its own, leave lanes of their one block empty, but where these are to be `filled`."""
-    dim = next(n for n in (32, 64, 128, 256) if max(dims) <= n)
+    """Keys and values alike are padded to 16, 32, 64, 128 or 256 numbers a head, and key heads to whole blocks. Few
+    heads, each with keys of its own, leave lanes of their one block empty, but where these are to be `filled`."""
+    dim = next(n for n in (16, 32, 64, 128, 256) if max(dims) <= n)
     abreast = max(1, LANES // dim)
     abreast = abreast if filled or heads > key_heads else min(abreast, key_heads)
     return Heads(dim, abreast, -(-key_heads // abreast), heads // key_heads, key_heads, dtype.itemsize)

@@ -468,8 +468,7 @@ def _key_bits(key: Any) -> tuple[Array | None, Any]:
 
 def _is_key_mask(shape: tuple[int, ...], geometry: _Geometry) -> bool:
     """Whether a shape is [*batch|1, *keys], or the grid of the keys alone."""
-    batch, grid = shape[: -len(geometry.keys)], shape[-len(geometry.keys) :]
-    return grid == geometry.keys and len(batch) in (0, len(geometry.batch)) and _broadcasts(batch, geometry.batch)
+    return _is_for_entries(shape, geometry.batch, geometry.keys)
 
 
 def _key_mask(name: str, mask: Operand | None, geometry: _Geometry) -> Array | None:
@@ -481,13 +480,13 @@ def _key_mask(name: str, mask: Operand | None, geometry: _Geometry) -> Array | N
         _refuse(name, mask, "a bool array, True where a query attends")
     if not _is_key_mask(mask.shape, geometry):
         _refuse(name, mask, f"a mask of keys {(*geometry.batch, *geometry.keys)}, or {geometry.keys} for every entry")
-    return mask.reshape((1,) * (len(geometry.batch) + len(geometry.keys) - mask.ndim) + mask.shape)
+    return _with_batch(mask, geometry.batch, geometry.keys)
 
 
 def _segments(ids: Operand | Sequence[Operand] | None, geometry: _Geometry) -> tuple[Array | None, Array | None]:
     if ids is None:
         return None, None
-    of_queries, of_keys = (*geometry.batch, *geometry.queries), (*geometry.batch, *geometry.keys)
+    batch, of_queries, of_keys = geometry.batch, geometry.queries, geometry.keys
     if isinstance(ids, tuple | list):
         if len(ids) != 2:
             raise ValueError(
@@ -496,24 +495,26 @@ def _segments(ids: Operand | Sequence[Operand] | None, geometry: _Geometry) -> t
         query, key = jnp.asarray(ids[0]), jnp.asarray(ids[1])
     else:
         query = key = jnp.asarray(ids)
-        if key.shape == of_keys and (geometry.window is not None or of_queries == of_keys):
+        before = key.ndim - len(of_keys)
+        if _is_for_entries(key.shape, batch, of_keys) and (geometry.window is not None or of_queries == of_keys):
             axes = geometry.axes
             if geometry.window is not None and geometry.traced_offset is not None:
-                axes = geometry.window.axes(geometry.keys)
-            for axis, along in enumerate(axes, len(geometry.batch)):
+                axes = geometry.window.axes(of_keys)
+            for axis, along in enumerate(axes, before):
                 if not np.array_equal(along.query, np.arange(along.length)):
                     query = jnp.take(query, along.query, axis=axis)  # the id of the key that the query stands on
             if geometry.traced_offset is not None:
-                starts = [jnp.int32(0)] * len(geometry.batch) + list(geometry.traced_offset)
-                query = jax.lax.dynamic_slice(query, starts, of_queries)
+                starts = [jnp.int32(0)] * before + list(geometry.traced_offset)
+                query = jax.lax.dynamic_slice(query, starts, (*query.shape[:before], *of_queries))
     for x, shape in ((query, of_queries), (key, of_keys)):
-        if x.shape != shape or not jnp.issubdtype(x.dtype, jnp.integer):
+        if not _is_for_entries(x.shape, batch, shape) or not jnp.issubdtype(x.dtype, jnp.integer):
             _refuse(
                 "segment_ids",
                 x,
-                f"integers {of_keys}, or a pair of integers {of_queries} for query and {of_keys} for key",
+                f"integers {(*batch, *of_keys)}, or a pair of integers {(*batch, *of_queries)} for query and "
+                f"{(*batch, *of_keys)} for key, or without the batch {batch} for every entry",
             )
-    return query, key
+    return _with_batch(query, batch, of_queries), _with_batch(key, batch, of_keys)
 
 
 def _tile(tile: int | tuple[int, ...] | None, geometry: _Geometry) -> tuple[int, ...] | None:
@@ -527,6 +528,17 @@ def _tile(tile: int | tuple[int, ...] | None, geometry: _Geometry) -> tuple[int,
         f"attention: tile (={tile!r}) must be None, an int, or an int for each of the {len(blocks)} axes; positive "
         f"multiples of the window's block {blocks}"
     )
+
+
+def _is_for_entries(shape: tuple[int, ...], batch: tuple[int, ...], grid: tuple[int, ...]) -> bool:
+    """Whether a shape is [*batch|1, *grid], or the grid alone."""
+    given, own = shape[: -len(grid)], shape[-len(grid) :]
+    return own == grid and len(given) in (0, len(batch)) and _broadcasts(given, batch)
+
+
+def _with_batch(x: Array, batch: tuple[int, ...], grid: tuple[int, ...]) -> Array:
+    """With every axis present: [*batch|1, *grid]."""
+    return x.reshape((1,) * (len(batch) + len(grid) - x.ndim) + x.shape)
 
 
 def _broadcasts(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:

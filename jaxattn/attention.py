@@ -87,8 +87,9 @@ def attention(
         normalize: "softmax"; "relu", max(s, 0) / count; "sigmoid", sigma(s - log count), where count is the number of
             visible slots and extra tokens; "sparsemax"; "none", the scores themselves; or a function `(scores, mask) ->
             weights` over the last axis, which holds the whole window in order. What is masked is zeroed afterwards.
-        segment_ids: integers [*batch, *grid], or a pair for query [*batch, *query_grid] and key; a query attends to
-            keys of its own segment. From one array, a strided query takes the id of the key it stands on.
+        segment_ids: integers [*batch, *grid], or a pair for query [*batch, *query_grid] and key, or without the batch,
+            the same for every entry; a query attends to keys of its own segment. From one array, a strided query takes
+            the id of the key it stands on.
         grid_sizes: integers [*batch, rank], perhaps traced: how much of the grid of the keys each entry of the batch
             takes up, from its start on; the rest is padding (NaViT). Each is attended as if it were alone, its windows
             shifted at its own border; one smaller than a window under "shift" as by the largest window that fits. A

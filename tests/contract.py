@@ -502,19 +502,24 @@ def nothing_visible(p):
     p.options["mask"], p.told["slot_mask"] = mask, p.by_slot(mask)
 
 
-def segments(p):
-    ids = tuple(p.rng.integers(0, 2, (*p.batch, *grid)) for grid in (p.queries, p.grid))
-    p.options["segment_ids"], p.told["segment_ids"] = ids, tuple(map(p.flat, ids))
+def segments(p, batches=(None, None)):
+    """Of queries and of keys, each with a batch of its own if need be."""
+    batches = [p.batch if batch is None else batch for batch in batches]
+    ids = tuple(p.rng.integers(0, 2, (*b, *grid)) for b, grid in zip(batches, (p.queries, p.grid), strict=True))
+    whole = [np.broadcast_to(x, (*p.batch, *grid)) for x, grid in zip(ids, (p.queries, p.grid), strict=True)]
+    p.options["segment_ids"], p.told["segment_ids"] = ids, tuple(map(p.flat, whole))
 
 
-def one_array_of_segments(p):
+def one_array_of_segments(p, batch=None):
     """Runs of tokens; a query is of the segment of the key that it stands on, if it stands on any."""
+    batch = p.batch if batch is None else batch
     if p.window is None and p.queries != p.grid:
-        return segments(p)
-    ids = np.cumsum(p.rng.random((*p.batch, *p.grid)) < 0.1, axis=-1)
+        return segments(p, (batch, batch))
+    ids = np.cumsum(p.rng.random((*batch, *p.grid)) < 0.1, axis=-1)
     stride = (1,) if p.window is None else p.window.stride
     stands_on = (..., *(slice(0, n * s, s) for n, s in zip(p.queries, stride, strict=True)))
-    p.options["segment_ids"], p.told["segment_ids"] = ids, (p.flat(ids[stands_on]), p.flat(ids))
+    whole = np.broadcast_to(ids, (*p.batch, *p.grid))
+    p.options["segment_ids"], p.told["segment_ids"] = ids, (p.flat(whole[stands_on]), p.flat(whole))
 
 
 def score_mod(p):
@@ -612,6 +617,8 @@ ARGUMENTS = {
     "nothing but extra tokens": [nothing_visible, with_(extra_tokens, 3), residuals],
     "segments": [segments],
     "one array of segments": [one_array_of_segments, residuals],
+    "segments of keys for every entry": [with_(segments, (None, ()))],
+    "segments for every entry": [with_(one_array_of_segments, ()), mask_of_keys, residuals],
     "one extra token": [with_(extra_tokens, 1)],
     "extra tokens": [extra_tokens, residuals],
     "score_mod": [score_mod],

@@ -140,7 +140,13 @@ def zeros(*shape, dtype=jnp.float64):
             "extra_value is float64[2, 3, 4, 8]; expected floating point, (2, 1, 4, 8)",
         ),
         ((X, X, X), {"segment_ids": zeros(2, 6)}, "segment_ids is float64[2, 6]; expected integers (2, 6)"),
-        ((X, X, X), {"segment_ids": zeros(6, dtype=int)}, "segment_ids is int64[6]; expected integers (2, 6)"),
+        ((X, X, X), {"segment_ids": zeros(5, dtype=int)}, "segment_ids is int64[5]; expected integers (2, 6)"),
+        (
+            (X, X, X),
+            {"segment_ids": zeros(3, 6, dtype=int)},
+            "segment_ids is int64[3, 6]; expected integers (2, 6), or a pair of integers (2, 6) for query and (2, 6) "
+            "for key, or without the batch (2,) for every entry",
+        ),
         (
             (X, X, X),
             {"segment_ids": [zeros(2, 6, dtype=int)]},

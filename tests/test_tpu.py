@@ -85,6 +85,8 @@ HIDDEN = [
     ((14, 15), dict(size=(7, 7), block=7), jnp.bfloat16, ()),
     ((14, 14), dict(size=(7, 7), block=7), jnp.float32, ("mask", "segment_ids", "extra")),
     ((2, 6, 9), dict(size=(1, 3, 5), block=(1, 3, 3)), jnp.bfloat16, ("mask",)),
+    ((14, 14), dict(size=(7, 7), block=7), jnp.bfloat16, ("mask", "segment_ids", "shared")),
+    ((6, 5), dict(size=(3, 3), boundary="wrap"), jnp.float32, ("mask of each", "segment_ids", "shared")),
 ]
 
 
@@ -99,9 +101,11 @@ def against_the_formula(grid, given, dtype, names):
     """Values, lse and the derivatives by all arrays, with what the names say of what hides and what all see."""
     window, rng = jaxattn.Window(**given), np.random.default_rng(0)
     queries = window.query_grid(grid)
-    ids = tuple(rng.integers(-2, 2, (2, *n)) * 2**20 for n in (queries, grid))
-    all_of = dict(mask=rng.random((2, *grid)) < 0.6, segment_ids=ids, logits_soft_cap=1.5)
+    entries = () if "shared" in names else (2,)  # of what hides
+    ids = tuple(rng.integers(-2, 2, (*entries, *n)) * 2**20 for n in (queries, grid))
+    all_of = dict(mask=rng.random((*entries, *grid)) < 0.6, segment_ids=ids, logits_soft_cap=1.5)
     options = {name: x for name, x in all_of.items() if name in names}
+    options |= dict(mask=rng.random((2, *grid)) < 0.6) if "mask of each" in names else {}
     shapes = [(2, *queries, 2, 64), (2, *grid, 1, 64), (2, *grid, 1, 64), (2, *(2 * k - 1 for k in window.sizes))]
     shapes += [(2, 3, 1, 64)] * 2 if "extra" in names else []
     arrays = [rng.normal(size=shape).astype(dtype) for shape in shapes]

@@ -29,8 +29,8 @@ class Operands(NamedTuple):
     key_mask: Array | None = None  # [*batch|1, *keys]
     relative_bias: Array | None = None  # [heads, *(2k-1)]
     key_embedding: Array | None = None  # [heads|1, *(2k-1), head_dim], or a part for each axis [heads|1, Σ(2k-1), ...]
-    query_segments: Array | None = None  # [*batch, *queries]
-    key_segments: Array | None = None  # [*batch, *keys]
+    query_segments: Array | None = None  # [*batch|1, *queries]
+    key_segments: Array | None = None  # [*batch|1, *keys]
     slot_ranges: Array | None = None  # [*batch|1, *queries, rank, 2], the slots seen along each axis, from and to
     extra_key: Array | None = None  # [*batch, extra, key_heads, head_dim]
     extra_value: Array | None = None  # [*batch, extra, key_heads, value_dim]

@@ -145,7 +145,8 @@ def _merged(call: Call, arrays: list[Any], mapped: tuple[bool, ...], reverse: bo
     of = dict(zip(call.names, mapped, strict=False))
     batched = {"query", "key", "value", "extra_key", "extra_value"}
     broadcast = {"bias", "slot_mask", "key_mask", "slot_ranges", "extra_mask"}  # [*batch|1, ...]
-    shared = set(call.names) - batched - broadcast - {"query_segments", "key_segments"}
+    broadcast |= {"query_segments", "key_segments"}
+    shared = set(call.names) - batched - broadcast
     if call.vmaps or "dropout_key" in of or not all(of[name] for name in batched & set(of)):
         return None
     if any(of[name] for name in shared) or (reverse and not all(of[name] for name in call.wanted)):

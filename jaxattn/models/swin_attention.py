@@ -61,7 +61,7 @@ class WindowAttention(Splittable):
         segments = jnp.asarray(regions(whole, self.window, self.shift, self.padding == "mask"))
         if self.axis_name is not None:
             segments = lax.dynamic_slice_in_dim(segments, lax.axis_index(self.axis_name) * grid[0], grid[0])
-        y = self._attend(x, jnp.broadcast_to(segments, x.shape[:-1]), sow_weights)
+        y = self._attend(x, segments, sow_weights)
         crop = (..., slice(grid[0]), slice(grid[1]), slice(None))
         return self._rolled(y[crop], 1) if self.padding == "after" else self._rolled(y, 1)[crop]
 

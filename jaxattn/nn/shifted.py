@@ -126,11 +126,11 @@ class ShiftedWindowAttention(Attention):
                 return None
             if isinstance(ids, tuple | list):
                 return tuple(map(segments, ids))
-            turned = there(jnp.zeros(shape, jnp.int32) if ids is None else ids, 0)  # a batch may be symbolic
+            if ids is None:
+                return regions
+            turned = there(ids, 0)
             wide = turned.astype(jnp.promote_types(turned.dtype, jnp.int32))
-            if regions is None:
-                return wide
-            return jnp.broadcast_to(regions, wide.shape).astype(wide.dtype) + 3**self.rank * wide
+            return wide if regions is None else regions.astype(wide.dtype) + 3**self.rank * wide
 
         moved = {"mask": masks, "bias": lambda x: there(x, slots)}
         options |= {name: move(options[name]) for name, move in moved.items() if options.get(name) is not None}

@@ -41,7 +41,7 @@ def flat_keys(x: Array, plan: Plan) -> Array:
 class Beside(NamedTuple):
     """What kernels are given beside the grids of tokens, where it is there."""
 
-    of_queries: Array | None = None  # codes: [entries, *tokens, 128]
+    of_queries: Array | None = None  # codes: [entries|1, *tokens, 128]
     of_keys: Array | None = None
     extra_key: Array | None = None  # [entries, extra_places, blocks · lanes]
     extra_value: Array | None = None
@@ -96,11 +96,17 @@ def codes(operands: Operands, plan: Plan) -> Beside:
     rank, dtype = len(plan.axes), operands.query.dtype
     if mask is None and of_keys is None:
         return Beside()
-    batch, grid = operands.key.shape[: -rank - 2], operands.key.shape[-rank - 2 : -2]
-    seen = jnp.ones((1,) * (len(batch) + rank), bool) if mask is None else mask
-    seen = jnp.broadcast_to(seen, (*batch, *grid)).astype(dtype)[..., None]
+    batch = operands.key.shape[: -rank - 2]
+
+    def entries(x: Array) -> Array:
+        """[*batch|1, *tokens, 128] as [entries|1, *tokens, 128]."""
+        shared = all(n == 1 for n in x.shape[: len(batch)])
+        x = x if shared else jnp.broadcast_to(x, (*batch, *x.shape[len(batch) :]))
+        return _entries(x[..., None, :], rank)[..., 0, :]
+
+    seen = jnp.ones((1,) * (len(batch) + rank), dtype) if mask is None else mask.astype(dtype)
+    seen = seen[..., None]
     lanes = lambda x, before: jnp.pad(x, [*[(0, 0)] * (x.ndim - 1), (before, LANES - before - x.shape[-1])])
-    entries = lambda x: _entries(x[..., None, :], rank).reshape(-1, *x.shape[-rank - 1 :])
     if of_queries is None or of_keys is None:
         queries, keys = None, lanes(MATCH * seen, ANY)
     else:

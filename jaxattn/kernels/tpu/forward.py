@@ -124,20 +124,26 @@ def specs(plan: Plan, query: jax.Array, key: jax.Array, table: jax.Array) -> lis
 def _of_queries(plan: Plan, shape: Sequence[int], lanes: int, lane: Callable[[Any, Any], Any]) -> pl.BlockSpec:
     """The queries of a grid or a strip, [entries, *places, lanes]."""
     first = shape[1] if plan.strips is None else plan.strips.queries
-    zeros = (0,) * (len(plan.axes) - 1)
-    return pl.BlockSpec((1, first, *shape[2:-1], lanes), lambda c, b, s, m, *_: (b, s, *zeros, lane(c, m)))
+    zeros, entry = (0,) * (len(plan.axes) - 1), _entry_of(shape)
+    return pl.BlockSpec((1, first, *shape[2:-1], lanes), lambda c, b, s, m, *_: (entry(b), s, *zeros, lane(c, m)))
+
+
+def _entry_of(shape: Sequence[int]) -> Callable[[Any], Any]:
+    """The entry of an array that a step takes; of one that all entries share, the first."""
+    return (lambda _: 0) if shape[0] == 1 else (lambda b: b)
 
 
 def _of_keys(plan: Plan, shape: Sequence[int], lanes: int, lane: Callable[[Any], Any]) -> pl.BlockSpec:
     """The keys of a grid or a strip, [entries, *places, lanes]. Strips share keys: they begin at any place."""
+    entry = _entry_of(shape)
     if (strips := plan.strips) is None:
         zeros = (0,) * len(plan.axes)
-        return pl.BlockSpec((1, *shape[1:-1], lanes), lambda c, b, s, m, *_: (b, *zeros, lane(c)))
+        return pl.BlockSpec((1, *shape[1:-1], lanes), lambda c, b, s, m, *_: (entry(b), *zeros, lane(c)))
     zeros, begins = (0,) * (len(plan.axes) - 1), 2 * len(plan.looped) + 1
     begin = lambda s, at: at[begins, s * plan.step_rows]
     return pl.BlockSpec(
         tuple(map(pl.Element, (1, strips.keys, *shape[2:-1], lanes))),
-        lambda c, b, s, m, at, *_: (b, begin(s, at), *zeros, lane(c) * lanes),
+        lambda c, b, s, m, at, *_: (entry(b), begin(s, at), *zeros, lane(c) * lanes),
     )
 
 

@@ -75,8 +75,8 @@ def phases(
         weights[tile.at] = softmax(s, some_see_nothing).astype(given.dtype)
 
     def mix(tile: Tile) -> None:
-        mix = _mixed_apart if given.plan.apart else _mixed
-        y = mix(weights[tile.at], given.values(tile), given.plan, given.precision)
+        mixed = _mixed_apart if given.plan.apart else _mixed
+        y = mixed(weights[tile.at], given.values(tile), given.plan, given.precision)
         put(output, tile, y, given.interpret)
 
     return score, mix

@@ -66,7 +66,7 @@ compile((14, 14), dict(size=(3, 3), boundary="wrap"), ("bias", "mask", "extra", 
 compile((14, 14), dict(size=(3, 3), dilation=2), ("mask", "segments"), jnp.float32, heads=1, key_heads=1, dim=32)
 heads = dict(heads=6, key_heads=6)  # which leave half a block empty
 compile((14, 28), dict(size=(7, 7), block=7), names=("bias",), dim=32, tables=2, **heads)
-compile((15, 17), dict(size=(3, 5), boundary="wrap", dilation=2), ("lse", "bias"), dim=20, tables=2, **heads)
+compile((15, 17), dict(size=(3, 5), boundary="wrap", dilation=(2, 1)), ("lse", "bias"), dim=20, tables=2, **heads)
 compile((16, 16), dict(size=(5, 5)), names=("bias",), dim=16, heads=8, key_heads=8, tables=2)
 compile((9, 128), dict(size=(3, 3)), names=(), dim=16, heads=8, key_heads=8, tile=(1, 128))  # heads apart
 

@@ -13,7 +13,7 @@ SHARE = 0.8  # of the VMEM, that a kernel may plan with: the rest is the compile
 COPY = 0.2  # cycles a query and block of heads, where queries are put in another order, there and back, about
 # scores in an iteration: more of them hide latency better, and compile longer
 UNROLLED = {"forward": 13 * 2**18, "backward": 2**19}
-MOST_TILES = 112  # in an iteration, likewise
+MOST_TILES = 128  # in an iteration, likewise
 CUT = 1.25  # what strips cost, about: keys are fetched, and sums carried, where two meet
 MOST_QUERIES = 512  # of a tile
 MOST_PLACES = 64  # tiles along the last axis, each of which is written out

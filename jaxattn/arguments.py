@@ -468,7 +468,7 @@ def _key_bits(key: Any) -> tuple[Array | None, Any]:
 
 def _is_key_mask(shape: tuple[int, ...], geometry: _Geometry) -> bool:
     """Whether a shape is [*batch|1, *keys], or the grid of the keys alone."""
-    return _is_for_entries(shape, geometry.batch, geometry.keys)
+    return is_for_entries(shape, geometry.batch, geometry.keys)
 
 
 def _key_mask(name: str, mask: Operand | None, geometry: _Geometry) -> Array | None:
@@ -496,7 +496,7 @@ def _segments(ids: Operand | Sequence[Operand] | None, geometry: _Geometry) -> t
     else:
         query = key = jnp.asarray(ids)
         before = key.ndim - len(of_keys)
-        if _is_for_entries(key.shape, batch, of_keys) and (geometry.window is not None or of_queries == of_keys):
+        if is_for_entries(key.shape, batch, of_keys) and (geometry.window is not None or of_queries == of_keys):
             axes = geometry.axes
             if geometry.window is not None and geometry.traced_offset is not None:
                 axes = geometry.window.axes(of_keys)
@@ -507,7 +507,7 @@ def _segments(ids: Operand | Sequence[Operand] | None, geometry: _Geometry) -> t
                 starts = [jnp.int32(0)] * before + list(geometry.traced_offset)
                 query = jax.lax.dynamic_slice(query, starts, (*query.shape[:before], *of_queries))
     for x, shape in ((query, of_queries), (key, of_keys)):
-        if not _is_for_entries(x.shape, batch, shape) or not jnp.issubdtype(x.dtype, jnp.integer):
+        if not is_for_entries(x.shape, batch, shape) or not jnp.issubdtype(x.dtype, jnp.integer):
             _refuse(
                 "segment_ids",
                 x,
@@ -530,7 +530,7 @@ def _tile(tile: int | tuple[int, ...] | None, geometry: _Geometry) -> tuple[int,
     )
 
 
-def _is_for_entries(shape: tuple[int, ...], batch: tuple[int, ...], grid: tuple[int, ...]) -> bool:
+def is_for_entries(shape: tuple[int, ...], batch: tuple[int, ...], grid: tuple[int, ...]) -> bool:
     """Whether a shape is [*batch|1, *grid], or the grid alone."""
     given, own = shape[: -len(grid)], shape[-len(grid) :]
     return own == grid and len(given) in (0, len(batch)) and _broadcasts(given, batch)

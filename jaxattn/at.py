@@ -60,7 +60,7 @@ def attention_at(
         mask: of keys, [*batch or 1, *grid] or [*grid], or by slot, as `bias`; or a pair of both.
         window: its stride is not looked at: the positions say where queries stand.
         segment_ids: integers [*batch, *grid], where a query takes that of its nearest token; or a pair for query
-            [*batch, n] and key.
+            [*batch, n] and key; or without the batch, the same for every entry.
         scale, relative_bias, key_embedding, logits_soft_cap, normalize, extra_key, extra_value, extra_positions,
             sink_logits, precision, return_residuals: as in `attention`.
 
@@ -269,11 +269,12 @@ def _of_tokens(ids: Any, rows: Sequence[_Row], grid: Sequence[int]) -> Any:
     if not rows or ids is None or isinstance(ids, tuple | list):
         return ids
     batch, number = rows[0].token.shape[:-1], jnp.zeros((), jnp.int32)
-    if jnp.shape(ids) != (*batch, *grid):
+    if not arguments.is_for_entries(jnp.shape(ids), batch, tuple(grid)):
         return ids  # which is refused
+    of_all = jnp.broadcast_to(ids, (*batch, *grid))
     for row, length in zip(rows, grid, strict=True):
         number = number * length + row.token
-    return _taken(jnp.asarray(ids), number[..., None], batch, 0)[..., 0], ids
+    return _taken(of_all, number[..., None], batch, 0)[..., 0], ids
 
 
 def _each(extra: Array | None, index: Array) -> Array | None:

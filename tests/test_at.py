@@ -254,6 +254,18 @@ def test_refusals(changed, message):
         attention_at(**given)
 
 
+@pytest.mark.parametrize("grid", [(8,), (6, 7)])
+def test_segments_of_every_entry(grid):
+    """As many queries as an axis has tokens, of which each takes the segment of its nearest, in every entry."""
+    rng = np.random.default_rng(0)
+    shapes = dict(query=(3, 8, 2, 4), key=(3, *grid, 2, 4), value=(3, *grid, 2, 4))
+    given = {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
+    given |= dict(positions=rng.uniform(0, 5, (3, 8, len(grid))), window=Window((3,) * len(grid)))
+    ids = rng.integers(0, 2, grid)
+    shared, each = (attention_at(**given, segment_ids=x) for x in (ids, np.broadcast_to(ids, (3, *grid))))
+    np.testing.assert_allclose(shared, each, rtol=1e-12)
+
+
 def test_no_queries_and_no_batch():
     x, table = jnp.ones((2, 5, 6, 2, 3)), jnp.ones((2, 5, 5))
     given = {"window": Window((3, 3)), "relative_bias": table}

@@ -506,13 +506,14 @@ def _segments(ids: Operand | Sequence[Operand] | None, geometry: _Geometry) -> t
             if geometry.traced_offset is not None:
                 starts = [jnp.int32(0)] * before + list(geometry.traced_offset)
                 query = jax.lax.dynamic_slice(query, starts, (*query.shape[:before], *of_queries))
+    shared = f", or without the batch {batch} for every entry" if batch else ""
     for x, shape in ((query, of_queries), (key, of_keys)):
         if not is_for_entries(x.shape, batch, shape) or not jnp.issubdtype(x.dtype, jnp.integer):
             _refuse(
                 "segment_ids",
                 x,
                 f"integers {(*batch, *of_keys)}, or a pair of integers {(*batch, *of_queries)} for query and "
-                f"{(*batch, *of_keys)} for key, or without the batch {batch} for every entry",
+                f"{(*batch, *of_keys)} for key{shared}",
             )
     return _with_batch(query, batch, of_queries), _with_batch(key, batch, of_keys)
 

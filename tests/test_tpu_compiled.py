@@ -31,6 +31,8 @@ def compile(grid, given, names=EVERYTHING, dtype=jnp.bfloat16, heads=4, key_head
     fixed = {"mask": of(2, *grid, dtype=bool)} if "mask" in names else {}
     if "segments" in names:
         fixed["segment_ids"] = of(2, *queries, dtype=jnp.int32), of(2, *grid, dtype=jnp.int32)
+    if "shared" in names:
+        fixed["segment_ids"] = of(*queries, dtype=jnp.int32), of(*grid, dtype=jnp.int32)
     settings |= dict(window=window, implementation="tpu", return_residuals="lse" in names)
     settings |= dict(logits_soft_cap=30.0) if "cap" in names else {}
 
@@ -74,6 +76,7 @@ plan.VMEM["v5e"] = 12 * plan.MIB  # strips of the first axis
 compile((24, 64), dict(size=(7, 7), boundary="mask"), names=("mask", "segments", "extra", "cap", "lse"))
 compile((24, 50), dict(size=(5, 3), boundary="wrap", dilation=(2, 1)), names=("mask", "lse"))
 compile((24, 64), dict(size=(7, 7), boundary="mask"), names=("mask",), heads=3, key_heads=3, dim=32, tables=1)
+compile((24, 64), dict(size=(7, 7), boundary="mask"), names=("shared",), tables=2)
 plan.VMEM["v5e"] = 48 * plan.MIB
 compile((8, 24, 30), dict(size=(3, 3, 3)), names=("bias",), dtype=jnp.float32)
 """
@@ -86,4 +89,4 @@ def test_the_compiler_takes_them():
     environment = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
     run = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("compiled") == 26
+    assert run.stdout.count("compiled") == 27

@@ -28,14 +28,14 @@ def flat_queries(x: Array, plan: Plan) -> Array:
     heads = plan.heads
     x = _in_order(_entries(x, len(plan.axes)), plan, QUERIES)
     x = x.reshape(*x.shape[:-2], heads.key_heads, heads.members, x.shape[-1])
-    x = _flat(jnp.swapaxes(x, -2, -3), heads, plan.lanes).reshape(*x.shape[:-3], -1)
+    x = _flat(jnp.swapaxes(x, -2, -3), heads, plan.array_lanes).reshape(*x.shape[:-3], -1)
     return _filled_up(x, [axis.query_count for axis in plan.axes])
 
 
 def flat_keys(x: Array, plan: Plan) -> Array:
     """[*batch, *keys, key_heads, dim] as [entries, *keys, lanes]."""
     x = _in_order(_entries(x, len(plan.axes)), plan, KEYS)
-    return _filled_up(_flat(x, plan.heads, plan.lanes), [axis.key_count for axis in plan.axes])
+    return _filled_up(_flat(x, plan.heads, plan.array_lanes), [axis.key_count for axis in plan.axes])
 
 
 class Beside(NamedTuple):

@@ -195,8 +195,8 @@ def _kernel(
                 total[keys] = total[keys] + x[: plan.box].reshape(boxed)
             for x, total in zip(found, reversed(extra_sums), strict=False):
                 total[...] = total[...] + x[plan.box :]
-            x = product(d, given.keys(tile), (0, 0), precision)
-            put(dq, tile, keys_first.unstacked(x, plan) * c[Numbers().plain_scale], interpret)
+            x = keys_first.mixed(d, given.keys(tile), plan, precision)
+            put(dq, tile, x * c[Numbers().plain_scale], interpret)
 
         def iterate(n, _):
             by_turns((score, differentiate, send), BEHIND, tiles(plan, at, of_step, n))

@@ -80,10 +80,10 @@ def lanes_of_heads(plan: Plan) -> jax.Array | None:
     """[1, lanes], all bits for a lane that is of a head, none for those beyond the last, in this step's block; None
     where no block has such."""
     heads = plan.heads
-    if plan.lanes == heads.blocks * heads.lanes:
+    if plan.array_lanes == heads.blocks * heads.lanes:
         return None
     lane = lax.broadcasted_iota(I32, (1, heads.lanes), 1) + pl.program_id(BLOCK) * I32(heads.lanes)
-    return jnp.where(lane < plan.lanes, I32(-1), I32(0))
+    return jnp.where(lane < plan.array_lanes, I32(-1), I32(0))
 
 
 def tiles(plan: Plan, table: Any, of_step: Any, iteration: Any) -> list[Tile]:

@@ -39,17 +39,13 @@ def softmax(s: jax.Array, some_see_nothing: bool) -> jax.Array:
     return p * (jnp.where(maximum <= hiding_score(F32), 0.0, share) if some_see_nothing else share)
 
 
-def unstacked(x: jax.Array, plan: Plan) -> jax.Array:
-    """[queries, lanes] from [(head, query), lanes], of which each head gives its own lanes."""
-    return own([x[h : h + plan.queries] for h in range(0, len(x), plan.queries)], plan.heads)
+def mixed(weights: jax.Array, values: jax.Array, plan: Plan, precision: Any) -> jax.Array:
+    """Pᵀ·V, [queries, lanes], by one product for all heads, of which each head takes its own lanes."""
+    y = product(weights, values, (0, 0), precision)  # [(head, query), lanes]
+    return own([y[n : n + plan.queries] for n in range(0, len(y), plan.queries)], plan.heads)
 
 
-def _mixed(weights: jax.Array, values: jax.Array, plan: Plan, precision: Any) -> jax.Array:
-    """Pᵀ·V by one product for all heads, of which each head takes its own lanes: [queries, lanes]."""
-    return unstacked(product(weights, values, (0, 0), precision), plan)
-
-
-def _mixed_apart(weights: jax.Array, values: jax.Array, plan: Plan, precision: Any) -> jax.Array:
+def mixed_apart(weights: jax.Array, values: jax.Array, plan: Plan, precision: Any) -> jax.Array:
     """The same as (Vᵀ·P)ᵀ, where a few heads' queries fill the columns of a matrix unit: then only the rows of Vᵀ that
     are those heads' own go through it, and not all lanes."""
     heads, queries, together = plan.heads, plan.queries, plan.apart
@@ -60,8 +56,8 @@ def _mixed_apart(weights: jax.Array, values: jax.Array, plan: Plan, precision: A
     ]
     if (missing := columns - parts[-1].shape[1]) > 0:
         parts[-1] = jnp.concatenate([parts[-1], jnp.zeros((len(parts[-1]), missing), F32)], 1)
-    mixed = jnp.concatenate(parts, 0).T  # [(head of those together, query), lanes]
-    return own([mixed[n : n + queries] for n in range(0, columns, queries)], heads)
+    y = jnp.concatenate(parts, 0).T  # [(head of those together, query), lanes]
+    return own([y[n : n + queries] for n in range(0, columns, queries)], heads)
 
 
 def phases(
@@ -75,8 +71,8 @@ def phases(
         weights[tile.at] = softmax(s, some_see_nothing).astype(given.dtype)
 
     def mix(tile: Tile) -> None:
-        mixed = _mixed_apart if given.plan.apart else _mixed
-        y = mixed(weights[tile.at], given.values(tile), given.plan, given.precision)
+        by = mixed_apart if given.plan.apart else mixed
+        y = by(weights[tile.at], given.values(tile), given.plan, given.precision)
         put(output, tile, y, given.interpret)
 
     return score, mix

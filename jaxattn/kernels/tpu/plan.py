@@ -185,7 +185,7 @@ class Plan(NamedTuple):
         return few if few < abreast and few * queries % self.unit == 0 else 0
 
     @property
-    def lanes(self) -> int:
+    def array_lanes(self) -> int:
         """Of all key heads in an array: in whole blocks, but where a step can read beyond the last head, and take what
         it finds there for zeros."""
         heads = self.heads
